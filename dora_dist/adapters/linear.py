@@ -1,0 +1,231 @@
+"""One adapted linear layer: weight-decomposed (DoRA), plain low-rank (LoRA) or magnitude only.
+
+Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024 (arXiv 2402.09353). With W0 (out, in) frozen,
+s = lora_alpha / r and V' = W0 + s·B·Aᵀ (A is stored (in, r), so that a flat shard of it holds whole rows):
+
+    n = row norms of V'        m = ‖W0‖ + δ        g = m / n
+    y = x·W0ᵀ + (g − 1)⊙(xd·W0ᵀ) + s·g⊙((xd·A)·Bᵀ) + bias          xd = dropout(x)
+
+n is a function of parameters only: whoever owns the layer refreshes it once per optimizer step (`norms.py`), and
+nothing here ever computes it. All arithmetic on m, n and g is fp32; what multiplies activations is g − 1, whose
+low-precision rounding is relative to the CHANGE of the magnitude, not to the magnitude.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_dist.adapters.storage import PLAIN, WeightStorage
+
+NormGradient = Literal["detached", "full"]
+DropoutMode = Literal["exact", "adapter"]
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What one layer's adapter is; the same for every layer of a kind.
+
+    `r` is None for magnitude-only modules (paper Table 6). `dropout_mode` "exact" drops the input of everything but
+    the undropped base product, as the paper's formula says; "adapter" drops the low-rank branch alone and saves one
+    base product. `norm_gradient` "detached" is paper section 4.3; "full" lets the gradient flow through n.
+    """
+
+    r: int | None
+    lora_alpha: float = 1.0
+    weight_decomposed: bool = True
+    dropout: float = 0.0
+    dropout_mode: DropoutMode = "exact"
+    norm_gradient: NormGradient = "detached"
+
+    def __post_init__(self) -> None:
+        if self.r is None and not self.weight_decomposed:
+            raise ValueError("a module with neither low-rank factors (r) nor a magnitude would train nothing")
+
+    @property
+    def scaling(self) -> float:
+        """s = lora_alpha / r, dimensionless; 0 where there are no low-rank factors."""
+        return 0.0 if self.r is None else self.lora_alpha / self.r
+
+
+class DoraLinear(nn.Module):
+    """A linear layer (out, in) whose parameters are all direct members: one coalesced gather under ZeRO-3.
+
+    Parameters: `weight` (out, in) and `bias` (out,) frozen, in the base's dtype; `lora_A` (in, r), `lora_B` (out, r)
+    and `magnitude_offset` δ (out,) trainable, each None where the spec has no use for it. `base_norm` and `norm`
+    (out,), fp32, are ‖W0‖ and ‖V'‖ per row; a norms refresher sets them before the first forward.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, spec: AdapterSpec, storage: WeightStorage = PLAIN
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.spec = spec
+        self.storage = storage
+        self.base_norm: Tensor | None = None
+        self.norm: Tensor | None = None
+        self.weight = weight.requires_grad_(False)
+        self.bias = bias if bias is None else bias.requires_grad_(False)
+
+        def trainable(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
+
+        self.lora_A = None if spec.r is None else trainable(self.in_features, spec.r)
+        self.lora_B = None if spec.r is None else trainable(self.out_features, spec.r)
+        self.magnitude_offset = trainable(self.out_features) if spec.weight_decomposed else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, spec: AdapterSpec) -> "DoraLinear":
+        """Adapt a plain layer on real memory, initialised as the paper says: y equals the base's output."""
+        layer = cls(linear.weight, linear.bias, spec)
+        with torch.no_grad():
+            if layer.lora_A is not None and layer.lora_B is not None:
+                nn.init.uniform_(layer.lora_A, -layer.in_features**-0.5, layer.in_features**-0.5)
+                layer.lora_B.zero_()
+            if layer.magnitude_offset is not None:
+                layer.magnitude_offset.zero_()
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> y (..., out), in x's dtype. Raises RuntimeError before norms were ever computed."""
+        spec = self.spec
+        dropped = None
+        if spec.dropout > 0.0 and self.training:
+            dropped = F.dropout(x, spec.dropout)
+        return _DoraFunction.apply(x, dropped, self.lora_A, self.lora_B, self.magnitude_offset, self)
+
+    def magnitude_excess(self) -> Tensor:
+        """g − 1 per output row (out,), fp32: 0 exactly at initialisation, and where ‖V'‖ = 0."""
+        if self.norm is None or self.base_norm is None or self.magnitude_offset is None:
+            raise RuntimeError(
+                "this layer's row norms were never computed: attach a NormRefresher to the model "
+                "(dora_dist.adapters.norms) before the first forward"
+            )
+        excess = (self.base_norm + self.magnitude_offset.float() - self.norm) / self.norm
+        return torch.where(self.norm > 0, excess, 0.0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DoraLinear":
+        # Norms follow the module between devices, but never to another dtype: a bf16 norm changes step 0.
+        super()._apply(fn, recurse)
+        if self.norm is not None and self.base_norm is not None:
+            device = fn(torch.empty(0)).device
+            self.norm, self.base_norm = self.norm.to(device), self.base_norm.to(device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"
+
+
+class _DoraFunction(torch.autograd.Function):
+    """The layer's product and its gradients, on full or on gathered weights alike.
+
+    The context keeps Parameter OBJECTS, not their data: ZeRO-3 frees the data after forward and gathers it again
+    before backward. In the names, t = tokens, i = in, o = out, r = adapter rank.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        magnitude_offset: Tensor | None,
+        layer: DoraLinear,
+    ) -> Tensor:
+        ctx.layer = layer
+        ctx.x_shape = x.shape
+        x_ti = x.reshape(-1, x.shape[-1])
+        xd_ti = x_ti if dropped is None else dropped.reshape(-1, x.shape[-1])
+        project = layer.storage.project
+
+        ctx.two_base_products = (
+            dropped is not None and magnitude_offset is not None and layer.spec.dropout_mode == "exact"
+        )
+        y_to = project(x_ti, layer.weight, layer.bias)
+        hidden_tr = None
+        if lora_A is not None and lora_B is not None:
+            hidden_tr = xd_ti @ lora_A
+            y_to.addmm_(hidden_tr, lora_B.t(), alpha=layer.spec.scaling)
+        if magnitude_offset is None:
+            ctx.save_for_backward(xd_ti, hidden_tr, None, None)
+            return y_to.view(*x.shape[:-1], -1)
+
+        if ctx.two_base_products:
+            u_to = project(xd_ti, layer.weight)
+            if hidden_tr is not None and lora_B is not None:
+                u_to.addmm_(hidden_tr, lora_B.t(), alpha=layer.spec.scaling)
+        else:
+            u_to = y_to if layer.bias is None else y_to - layer.bias
+        excess_o = layer.magnitude_excess()
+        ctx.save_for_backward(xd_ti, hidden_tr, u_to, excess_o)
+        return torch.addcmul(y_to, u_to, excess_o.to(y_to.dtype)).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layer: DoraLinear = ctx.layer
+        xd_ti, hidden_tr, u_to, excess_o = ctx.saved_tensors
+        g_to = grads[0].reshape(-1, layer.out_features)
+        need_x, need_dropped = ctx.needs_input_grad[:2]
+
+        grad_offset, gu_to, du_to, q_o = None, None, g_to, None
+        if u_to is not None:
+            q_o = _column_dot(g_to, u_to)
+            grad_offset = _safe_divide(q_o, layer.norm).to(layer.magnitude_offset.dtype)
+            gu_to = g_to * excess_o.to(g_to.dtype) if ctx.two_base_products else None
+            du_to = g_to + gu_to if gu_to is not None else torch.addcmul(g_to, g_to, excess_o.to(g_to.dtype))
+
+        grad_x = grad_dropped = None
+        if need_x:
+            grad_x = layer.storage.project_back(g_to if ctx.two_base_products else du_to, layer.weight)
+        if need_dropped and gu_to is not None:
+            grad_dropped = layer.storage.project_back(gu_to, layer.weight)
+
+        grad_A = grad_B = None
+        if hidden_tr is not None:
+            dh_tr = (du_to @ layer.lora_B).mul_(layer.spec.scaling)
+            grad_B = (du_to.t() @ hidden_tr).mul_(layer.spec.scaling)
+            grad_A = xd_ti.t() @ dh_tr
+            if layer.spec.norm_gradient == "full" and q_o is not None:
+                _add_norm_gradient(layer, q_o, grad_A, grad_B)
+            if need_dropped:
+                low_rank = dh_tr @ layer.lora_A.t()
+                grad_dropped = low_rank if grad_dropped is None else grad_dropped.add_(low_rank)
+            elif grad_x is not None:
+                grad_x.addmm_(dh_tr, layer.lora_A.t())
+
+        shaped = [None if g is None else g.view(ctx.x_shape) for g in (grad_x, grad_dropped)]
+        return (*shaped, grad_A, grad_B, grad_offset, None)
+
+
+def _column_dot(a: Tensor, b: Tensor, max_rows: int = 1024) -> Tensor:
+    """Σ_t a⊙b over rows, fp32 (columns,): chunked, so that the fp32 temporary stays small."""
+    total = torch.zeros(a.shape[1], dtype=torch.float32, device=a.device)
+    for rows_a, rows_b in zip(a.split(max_rows), b.split(max_rows), strict=True):
+        total += (rows_a.float() * rows_b).sum(0)
+    return total
+
+
+def _safe_divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0: a zero row has g = 1 by definition, whatever its magnitude."""
+    return torch.where(b > 0, a / b, 0.0)
+
+
+def _add_norm_gradient(layer: DoraLinear, q_o: Tensor, grad_A: Tensor, grad_B: Tensor) -> None:
+    """The gradient's path through n (paper equation 6), in place: dL/dV' gains −(m·q / n³)·V' per row, q = Σ_t G⊙u.
+
+    Neither V' nor its gradient is ever built: both factors reach W0 through r-row products.
+    """
+    s, dtype = layer.spec.scaling, grad_A.dtype
+    lora_A, lora_B, weight = layer.lora_A, layer.lora_B, layer.weight
+    assert lora_A is not None and lora_B is not None and layer.norm is not None
+    m_over_n = 1.0 + layer.magnitude_excess()
+    d_o = -_safe_divide(m_over_n * q_o, layer.norm.square())
+    scaled_B = (lora_B.float() * d_o[:, None]).to(dtype)  # D·B
+    v_a = layer.storage.project(lora_A.t(), weight).t() + s * (lora_B @ (lora_A.t() @ lora_A))  # V'·A (out, r)
+    grad_B.add_((v_a.float() * d_o[:, None]).to(dtype), alpha=s)
+    bdv = layer.storage.project_back(scaled_B.t(), weight) + s * (scaled_B.t() @ lora_B) @ lora_A.t()  # (r, in)
+    grad_A.add_(bdv.t(), alpha=s)

@@ -1,0 +1,165 @@
+"""Row norms of V' = W0 + s·B·Aᵀ in factored form: no (out, in) temporary is ever built.
+
+    n² = rowsum(W0²) + 2s·rowsum((W0·A)⊙B) + s²·rowsum((B·(AᵀA))⊙B)          (A is (in, r), B is (out, r))
+
+Each term is a sum over elements of W0 (the last is charged to a row's first element), so partial sums over any
+pieces of W0 add up. A whole weight is the piece [0, out·in); a ZeRO-3 shard is another.
+All sums are fp32. `rowsum(W0²)` never changes and is computed once.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from dora_dist.adapters.linear import DoraLinear
+
+CHUNK_ELEMENTS = 4 * 2**20
+"""Elements of W0 upcast to fp32 at a time: 16 MiB."""
+
+
+class Rectangle(NamedTuple):
+    """Rows [row, row+rows) × columns [col, col+cols) of a matrix, found at `offset` of a flat piece of it."""
+
+    row: int
+    rows: int
+    col: int
+    cols: int
+    offset: int
+
+
+def rectangles(start: int, stop: int, columns: int, max_elements: int = CHUNK_ELEMENTS) -> Iterator[Rectangle]:
+    """Cut elements [start, stop) of a row-major matrix into rectangles: a cut first row, whole rows, a cut last row.
+
+    Whole rows come in blocks of at most `max_elements` elements (at least one row).
+    """
+    position = start
+    block = max(1, max_elements // columns)
+    while position < stop:
+        row, col = divmod(position, columns)
+        if col == 0 and stop - position >= columns:
+            rows, cols = min(block, (stop - position) // columns), columns
+        else:
+            rows, cols = 1, min(columns - col, stop - position)
+        yield Rectangle(row, rows, col, cols, position - start)
+        position += rows * cols
+
+
+class WeightPiece(NamedTuple):
+    """Elements [start, start + values.numel()) of a layer's flattened weight, on any device."""
+
+    values: Tensor
+    start: int
+
+
+def add_base_squares(layer: DoraLinear, piece: WeightPiece, sums: Tensor) -> None:
+    """Add the piece's share of rowsum(W0²) to `sums` (out,), fp32, in place."""
+    for block, w in _blocks(layer, piece, sums.device):
+        sums[block.row : block.row + block.rows] += w.square().sum(1)
+
+
+def add_adapter_squares(layer: DoraLinear, piece: WeightPiece, lora_A: Tensor, lora_B: Tensor, sums: Tensor) -> None:
+    """Add the piece's share of n² − rowsum(W0²) to `sums` (out,), fp32, in place.
+
+    lora_A (in, r) and lora_B (out, r) are whole. The term in B alone is charged to whoever owns a row's first element.
+    """
+    s = layer.spec.scaling
+    a, b = lora_A.float(), lora_B.float()
+    gram = a.t() @ a
+    for block, w in _blocks(layer, piece, sums.device):
+        rows = slice(block.row, block.row + block.rows)
+        b_rows = b[rows]
+        inner = (w @ a[block.col : block.col + block.cols]).mul_(2 * s)
+        if block.col == 0:
+            inner.addmm_(b_rows, gram, alpha=s * s)
+        sums[rows] += (inner * b_rows).sum(1)
+
+
+def _blocks(layer: DoraLinear, piece: WeightPiece, device: torch.device) -> Iterator[tuple[Rectangle, Tensor]]:
+    stop = piece.start + piece.values.numel()
+    for block in rectangles(piece.start, stop, layer.in_features):
+        flat = piece.values[block.offset : block.offset + block.rows * block.cols]
+        yield block, layer.storage.to_fp32(flat, device).view(block.rows, block.cols)
+
+
+class NormRefresher:
+    """Keeps every DoraLinear's `norm` equal to ‖V'‖ of its present parameters, for weights held whole.
+
+    Attached to the root module, it recomputes before the first forward that follows an optimizer step, whoever takes
+    that step: any torch optimizer's step marks the norms stale, the root's next forward refreshes them. Gradient
+    accumulation, evaluation and activation recompute therefore never do. Code that writes adapter parameters by hand
+    calls `mark_stale()` on every rank.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [(name, m) for name, m in model.named_modules() if isinstance(m, DoraLinear)]
+        self.layers: dict[str, DoraLinear] = {n: m for n, m in named if m.spec.weight_decomposed}
+        self.refreshes = 0
+        self.seconds = 0.0
+        self._stale = True
+        self._base_squares: dict[str, Tensor] = {}
+        self._handles = [model.register_forward_pre_hook(self._before_forward), _mark_on_optimizer_step(self)]
+
+    def mark_stale(self) -> None:
+        """Say that adapter parameters have changed; the next forward of the root recomputes the norms."""
+        self._stale = True
+
+    def close(self) -> None:
+        """Detach from the model and from optimizers."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recompute every layer's norm now. On shards this is collective."""
+        started = time.perf_counter()
+        if not self._base_squares:
+            self._base_squares = self.base_squares()
+            for name, layer in self.layers.items():
+                layer.base_norm = self._base_squares[name].sqrt()
+        for name, change in self.adapter_squares():
+            self.layers[name].norm = (self._base_squares[name] + change).clamp_(min=0.0).sqrt_()
+        self._stale = False
+        self.refreshes += 1
+        self.seconds += time.perf_counter() - started
+
+    def base_squares(self) -> dict[str, Tensor]:
+        """rowsum(W0²) of each layer, (out,) fp32."""
+        result = {}
+        for name, layer in self.layers.items():
+            result[name] = _zeros(layer, layer.weight.device)
+            add_base_squares(layer, WeightPiece(layer.weight.data.reshape(-1), 0), result[name])
+        return result
+
+    def adapter_squares(self) -> Iterator[tuple[str, Tensor]]:
+        """n² − rowsum(W0²) of each layer, (out,) fp32; 0 for magnitude-only modules."""
+        for name, layer in self.layers.items():
+            sums = _zeros(layer, layer.weight.device)
+            if layer.lora_A is not None and layer.lora_B is not None:
+                piece = WeightPiece(layer.weight.data.reshape(-1), 0)
+                add_adapter_squares(layer, piece, layer.lora_A, layer.lora_B, sums)
+            yield name, sums
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        if self._stale:
+            self.refresh()
+
+
+def _zeros(layer: DoraLinear, device: torch.device) -> Tensor:
+    return torch.zeros(layer.out_features, dtype=torch.float32, device=device)
+
+
+def _mark_on_optimizer_step(refresher: NormRefresher) -> Any:
+    # Through a weak reference: the hook is process-wide and must not keep a finished run's model alive.
+    reference: Callable[[], NormRefresher | None] = weakref.ref(refresher)
+
+    def hook(*_: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive.mark_stale()
+
+    return register_optimizer_step_post_hook(hook)

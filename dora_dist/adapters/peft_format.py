@@ -1,0 +1,290 @@
+"""PEFT adapter folders, in and out: adapter_config.json + adapter_model.safetensors.
+
+PEFT keeps lora_A as (r, in), lora_B as (out, r) and the whole magnitude m (not an offset), and merges as
+W = (m / n)[:, None]·(W0 + s·B·A) with n the row norms of the bracket: the same function as here, save that it
+divides by n even where n is 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_dist.errors import UserError
+from dora_dist.safetensors_io import TensorFolder, TensorWriter, new_folder
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_STEM = "adapter_model"
+_PREFIX = "base_model.model."
+_PARTS = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+# Fields that this module reads, or that change neither the function of the saved adapter nor its base. Any
+# other field, of today's PEFT or tomorrow's, must be empty: what is not understood is refused, not ignored.
+_UNDERSTOOD = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+}  # fmt: skip
+# The other initialisations (pissa, olora, loftq, ...) also change the base weight that the adapter sits on.
+_INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+# A row whose weight and update are both zero has norm 0; PEFT computes 0/0 there. Its magnitude is 0 as well, so
+# its output is 0 whatever B is, and a small B (a power of two: exact in fp16 and bf16) keeps PEFT finite.
+_ZERO_ROW_B = 2.0**-10
+
+
+@dataclass
+class AdapterLayer:
+    """One adapted module; fp32 CPU tensors in PEFT's layout.
+
+    lora_A (r, in) and lora_B (out, r), both None where only the magnitude is trained (then `in_features` must
+    be given); magnitude (out,), None for plain LoRA; scaling = lora_alpha / r.
+    """
+
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    magnitude: Tensor | None
+    scaling: float
+    in_features: int | None = None
+
+
+@dataclass
+class PeftAdapter:
+    """An adapter in memory; `layers` maps module names of the base model to their parameters.
+
+    `lora_alpha` and `r` are the defaults that single layers may depart from.
+    """
+
+    base_model: str
+    lora_alpha: float
+    r: int
+    dropout: float
+    use_dora: bool
+    layers: dict[str, AdapterLayer]
+    task_type: str | None = "CAUSAL_LM"
+    revision: str | None = None
+
+
+@dataclass
+class PeftFolder:
+    """A PEFT folder that was checked but not read: `layer` reads one module, so memory stays small."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: TensorFolder
+    modules: dict[str, dict[str, str]] = field(default_factory=dict)  # module -> part -> name in the file
+
+    @classmethod
+    def open(cls, path: Path) -> PeftFolder:
+        """Check config and headers. UserError names the file and the field or tensor that does not fit."""
+        path = Path(path)
+        config = _read_config(path / CONFIG_NAME)
+        if not any(path.glob(f"{WEIGHTS_STEM}.safetensors*")):
+            hint = "save the adapter as safetensors; pickled .bin adapters are never loaded"
+            raise UserError(f"{path}: no {WEIGHTS_STEM}.safetensors; {hint}")
+        folder = cls(path, config, TensorFolder.open(path, stem=WEIGHTS_STEM))
+        for name in folder.tensors.entries:
+            module, part = _split_name(folder.path, name)
+            folder.modules.setdefault(module, {})[part] = name
+        if not folder.modules:
+            raise UserError(f"{path}: the adapter has no tensors; save it again")
+        for module in folder.modules:
+            folder._check(module)
+        return folder
+
+    def _check(self, module: str) -> None:
+        parts = self.modules[module]
+        needed = {"lora_A", "lora_B"} | ({"magnitude"} if self.config.get("use_dora") else set())
+        if set(parts) != needed:
+            present, use_dora = ", ".join(sorted(parts)), bool(self.config.get("use_dora"))
+            raise UserError(
+                f"{self.path}: module {module!r} has {present}, but with use_dora={use_dora} "
+                f"{', '.join(sorted(needed))} are needed; save the adapter again"
+            )
+        shapes = {part: self.tensors.entries[name].shape for part, name in parts.items()}
+        r = self._pattern("rank_pattern", "r", module)
+        fits = len(shapes["lora_A"]) == len(shapes["lora_B"]) == 2
+        fits = fits and shapes["lora_A"][0] == shapes["lora_B"][1] == r
+        fits = fits and shapes.get("magnitude", shapes["lora_B"][:1]) == shapes["lora_B"][:1]
+        if not fits:
+            found = ", ".join(f"{part} {shape}" for part, shape in shapes.items())
+            expected = f"with r={r} they must be lora_A (r, in), lora_B (out, r), magnitude (out,)"
+            raise UserError(f"{self.path}: module {module!r} has {found}; {expected}")
+
+    def _pattern(self, patterns: str, default: str, module: str) -> Any:
+        """PEFT's lookup: the first pattern that matches the end of the module's name wins."""
+        for pattern, value in (self.config.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return self.config[default]
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(out, in) of the weight that `module` must have in the base."""
+        parts, entries = self.modules[module], self.tensors.entries
+        return entries[parts["lora_B"]].shape[0], entries[parts["lora_A"]].shape[1]
+
+    def layer(self, module: str) -> AdapterLayer:
+        """Read one module's parameters."""
+        parts = {
+            part: self.tensors.read(name, dtype=torch.float32) for part, name in self.modules[module].items()
+        }
+        lora_A, lora_B, magnitude = parts["lora_A"], parts["lora_B"], parts.get("magnitude")
+        r, alpha = lora_A.shape[0], self._pattern("alpha_pattern", "lora_alpha", module)
+        scaling = alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
+        if magnitude is not None and _is_placeholder(lora_A, lora_B, magnitude):
+            lora_A = lora_B = None
+        return AdapterLayer(lora_A, lora_B, magnitude, scaling, in_features=self.shape(module)[1])
+
+
+def read_peft_folder(path: Path) -> PeftAdapter:
+    """Read a PEFT LoRA or DoRA folder, with its rank_pattern, alpha_pattern and use_rslora.
+
+    Raises UserError, naming file and field, for anything that the adapters here cannot express.
+    """
+    folder = PeftFolder.open(path)
+    config = folder.config
+    return PeftAdapter(
+        base_model=config.get("base_model_name_or_path") or "",
+        lora_alpha=config["lora_alpha"],
+        r=config["r"],
+        dropout=config.get("lora_dropout") or 0.0,
+        use_dora=bool(config.get("use_dora")),
+        layers={module: folder.layer(module) for module in folder.modules},
+        task_type=config.get("task_type"),
+        revision=config.get("revision"),
+    )
+
+
+def write_peft_folder(
+    path: Path, adapter: PeftAdapter, dtype: torch.dtype = torch.float32, overwrite: bool = False
+) -> None:
+    """Write `adapter` so that peft.PeftModel.from_pretrained computes the same function.
+
+    `dtype` is that of lora_A and lora_B; magnitudes stay fp32, as rounding them would move every weight. A
+    magnitude-only module becomes a rank-one LoRA whose B is zero, since PEFT has no such module. All layers
+    must have a magnitude when `use_dora`, none otherwise (ValueError). UserError when `path` exists, unless
+    `overwrite`.
+    """
+    tensors: dict[str, Tensor] = {}
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    for module, layer in adapter.layers.items():
+        if (layer.magnitude is not None) != adapter.use_dora:
+            raise ValueError(f"{module}: use_dora={adapter.use_dora} holds for all layers of a PEFT adapter")
+        lora_A, lora_B = (factor.to(dtype) for factor in _peft_factors(module, layer))
+        r, alpha = lora_A.shape[0], layer.scaling * lora_A.shape[0]
+        if r != adapter.r:
+            rank_pattern[f"^{module}"] = r  # anchored: PEFT would also match it as another name's ending
+        if not math.isclose(alpha, adapter.lora_alpha, rel_tol=1e-9) and layer.lora_A is not None:
+            alpha_pattern[f"^{module}"] = _whole(alpha)
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = lora_A
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = lora_B
+        if layer.magnitude is not None:
+            tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = layer.magnitude.float()
+    config = {
+        "peft_type": "LORA",
+        "task_type": adapter.task_type,
+        "base_model_name_or_path": adapter.base_model or None,
+        "revision": adapter.revision,
+        "r": adapter.r,
+        "lora_alpha": _whole(adapter.lora_alpha),
+        "lora_dropout": adapter.dropout,
+        "use_dora": adapter.use_dora,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "target_modules": sorted(adapter.layers),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with new_folder(path, overwrite) as folder:
+        with TensorWriter(folder / f"{WEIGHTS_STEM}.safetensors", layout, {"format": "pt"}) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _peft_factors(module: str, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B for PEFT, which knows neither magnitude-only modules nor rows of norm zero."""
+    lora_A, lora_B, magnitude = layer.lora_A, layer.lora_B, layer.magnitude
+    if lora_A is None or lora_B is None:
+        if magnitude is None or layer.in_features is None:
+            raise ValueError(f"{module}: a layer without lora_A and lora_B needs magnitude and in_features")
+        lora_A, lora_B = torch.ones(1, layer.in_features), torch.zeros(len(magnitude), 1)
+    if magnitude is not None:
+        zero_rows = (magnitude == 0) & (lora_B == 0).all(dim=1)
+        lora_B = lora_B.masked_fill(zero_rows[:, None], _ZERO_ROW_B)
+    return lora_A, lora_B
+
+
+def _is_placeholder(lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> bool:
+    """Whether these factors are what `_peft_factors` makes of a magnitude-only module."""
+    ones_or_zeros = lora_A.shape[0] == 1 and bool((lora_A == lora_A[0, 0]).all()) and lora_A[0, 0] in (0, 1)
+    empty = (lora_B[:, 0] == 0) | ((magnitude == 0) & (lora_B[:, 0] == _ZERO_ROW_B))
+    return ones_or_zeros and bool(empty.all())
+
+
+def _split_name(path: Path, name: str) -> tuple[str, str]:
+    """ "base_model.model.<module>.lora_A.weight" -> (<module>, "lora_A")."""
+    for ending, part in _PARTS.items():
+        if name.startswith(_PREFIX) and name.endswith(f".{ending}"):
+            return name[len(_PREFIX) : -len(ending) - 1], part
+    known = "only LoRA and DoRA of linear layers can be read (lora_A, lora_B, lora_magnitude_vector)"
+    raise UserError(f"{path}: tensor {name!r} is not supported; {known}")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The checked adapter_config.json."""
+    if not path.is_file():
+        raise UserError(f"{path.parent}: not a PEFT adapter folder, it has no {path.name}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); save the adapter again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object; save the adapter again")
+    if config.get("peft_type") != "LORA":
+        raise UserError(
+            f"{path}: peft_type is {config.get('peft_type')!r}; only LORA (with or without DoRA) is read"
+        )
+    for name, value in config.items():
+        if name not in _UNDERSTOOD and value not in (None, False, "none", [], {}):
+            raise UserError(f"{path}: {name}={value!r} is not supported; train the adapter without it")
+    init = config.get("init_lora_weights")
+    if init not in _INITS_THAT_KEEP_THE_BASE:
+        remedy = "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        raise UserError(f"{path}: init_lora_weights={init!r} changes the base weights; {remedy}")
+    for name, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        _check_number(path, name, config.get(name), whole=name == "r")
+        if not isinstance(config.get(patterns) or {}, dict):
+            raise UserError(f"{path}: {patterns} must map module names to numbers; correct it")
+        for pattern, value in (config.get(patterns) or {}).items():
+            _check_number(path, f"{patterns}[{pattern!r}]", value, whole=name == "r")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(
+                    f"{path}: {patterns} has {pattern!r}, no regular expression: {error}"
+                ) from error
+    return config
+
+
+def _check_number(path: Path, name: str, value: object, whole: bool) -> None:
+    if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool) or value <= 0:
+        raise UserError(f"{path}: {name}={value!r} must be a positive number; correct it")
+
+
+def _whole(number: float) -> float:
+    return round(number) if math.isclose(number, round(number), rel_tol=1e-9) else number

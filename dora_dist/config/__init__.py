@@ -1,0 +1,28 @@
+"""A run's configuration: one JSON file, one schema. `RunConfig.load("configs/x.json", ["--adapter.r", "8"])`."""
+
+from dora_dist.config.files import is_local
+from dora_dist.config.overrides import add_arguments, check_names
+from dora_dist.config.schema import (
+    AdapterConfig,
+    CheckpointConfig,
+    DataConfig,
+    EngineConfig,
+    LoggingConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "EngineConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "add_arguments",
+    "check_names",
+    "is_local",
+]

@@ -1,0 +1,82 @@
+"""Combinations of fields that cannot work, though each field is right by itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dora_dist.config.schema import AdapterConfig, RunConfig
+
+
+def between_fields(config: RunConfig) -> Iterator[str]:
+    """What is wrong, one line each, naming the fields and the way out."""
+    yield from _batches_and_warmup(config)
+    yield from _validation(config)
+    yield from _adapter(config.adapter)
+    flash = config.model.attn_implementation == "flash_attention_2"
+    if flash and (config.model.dtype == "fp32" or config.engine.accelerator == "cpu"):
+        yield (
+            'model.attn_implementation = "flash_attention_2": needs model.dtype = "bf16" and a GPU; '
+            'use "sdpa" otherwise'
+        )
+
+
+def _batches_and_warmup(config: RunConfig) -> Iterator[str]:
+    training = config.training
+    if training.warmup_steps is not None and training.warmup_ratio is not None:
+        yield (
+            f"training.warmup_steps = {training.warmup_steps} and training.warmup_ratio = {training.warmup_ratio}: "
+            "give one of the two and leave the other null"
+        )
+    if training.global_batch_size % training.micro_batch_size:
+        yield (
+            f"training.global_batch_size = {training.global_batch_size}: must be a multiple of "
+            f"training.micro_batch_size = {training.micro_batch_size}"
+        )
+
+
+def _validation(config: RunConfig) -> Iterator[str]:
+    data, every, save_every = config.data, config.training.eval_every, config.checkpoint.save_every
+    if data.validation is not None and data.validation_samples:
+        yield (
+            f'data.validation = "{data.validation}" and data.validation_samples = {data.validation_samples}: '
+            "give one of the two; validation_samples are held out from the training data"
+        )
+    if every and data.validation is None and not data.validation_samples:
+        yield (
+            f"training.eval_every = {every}: there is nothing to evaluate on; give data.validation, "
+            "or hold records out with data.validation_samples"
+        )
+    if every and save_every and save_every % every and config.checkpoint.keep_best:
+        yield (
+            f"checkpoint.save_every = {save_every}: with checkpoint.keep_best it must be a multiple of "
+            f"training.eval_every = {every}, so that each checkpoint has a validation loss"
+        )
+
+
+def _adapter(adapter: AdapterConfig) -> Iterator[str]:
+    targets, magnitude_only = adapter.target_modules, adapter.magnitude_only_modules
+    remedy = "set adapter.weight_decomposed to true"
+    if not adapter.weight_decomposed and magnitude_only:
+        yield f"adapter.magnitude_only_modules = {magnitude_only}: plain LoRA has no magnitudes; {remedy}, or give []"
+    if not adapter.weight_decomposed and adapter.norm_gradient == "full":
+        yield f'adapter.norm_gradient = "full": plain LoRA has no norm; {remedy}, or give "detached"'
+    if targets == [] and not magnitude_only:
+        yield "adapter.target_modules = []: nothing would be trained; name modules, or null for the family's default"
+    yield from _bad_patterns("adapter.target_modules", targets or [])
+    yield from _bad_patterns("adapter.magnitude_only_modules", magnitude_only)
+    for pattern in sorted(set(targets or []) & set(magnitude_only)):
+        yield f'adapter.magnitude_only_modules: "{pattern}" is in adapter.target_modules too; keep it in one of them'
+
+
+def _bad_patterns(field: str, patterns: Sequence[str]) -> Iterator[str]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield (
+                f'{field}: "{pattern}" is no regular expression ({error}); give the ending of module names, '
+                r'such as "q_proj", or an expression such as ".*\.q_proj"'
+            )

@@ -1,0 +1,137 @@
+"""The DeepSpeed JSON, derived from the run's configuration; the user's own engine options are merged into it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from dora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from dora_dist.config.schema import RunConfig
+
+# DeepSpeed options that other fields decide, by dotted name: the field to use instead.
+_DECIDED_BY = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
+    "gradient_clipping": "training.max_grad_norm",
+    "optimizer": "training.learning_rate, weight_decay, adam_beta1, adam_beta2 and adam_epsilon",
+    "scheduler": "training.schedule, warmup_steps and warmup_ratio",
+    "bf16.enabled": "model.dtype",
+    "bfloat16": "model.dtype",
+    "fp16": 'model.dtype, "bf16" or "fp32"',
+    "torch_autocast": "model.dtype",
+    "activation_checkpointing": "training.activation_checkpointing",
+    "zero_allow_untested_optimizer": "nothing: it is always true",
+    "zero_optimization.stage": "nothing: it is always 3",
+    "zero_optimization.offload_param.device": "engine.offload_param",
+    "zero_optimization.offload_optimizer.device": "engine.offload_optimizer",
+    "zero_optimization.cpu_offload": "engine.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "engine.offload_param",
+    "zero_optimization.zero_hpz_partition_size": "engine.hpz_partition_size",
+    "zero_optimization.reduce_bucket_size": "engine.reduce_bucket_size",
+    **{  # DeepSpeed reads these with and without their prefix
+        f"zero_optimization.{prefix}{name}": f"engine.{name}"
+        for prefix in ("stage3_", "")
+        for name in (
+            "param_persistence_threshold",
+            "prefetch_bucket_size",
+            "max_live_parameters",
+            "max_reuse_distance",
+            "allgather_sequential",
+        )
+    },
+}
+# Sections of DeepSpeed's JSON that we write into: something else in their place cannot be merged.
+_SECTIONS = (
+    "bf16",
+    "data_types",
+    "zero_optimization",
+    "zero_optimization.offload_param",
+    "zero_optimization.offload_optimizer",
+)
+
+
+def conflicts(options: dict[str, Any]) -> Iterator[str]:
+    """What in the user's raw engine options contradicts the schema's own fields."""
+    for name, value in _walk(options):
+        if name in _DECIDED_BY:
+            yield f"engine.deepspeed: {name} is decided elsewhere; use {_DECIDED_BY[name]}"
+        elif name in _SECTIONS and not isinstance(value, dict):
+            yield f"engine.deepspeed: {name} = {value!r}: must be a JSON object"
+
+
+def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """global = micro * world_size * steps, solved for steps. Raises UserError with the nearest values that fit."""
+    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
+    per_pass = micro * world_size
+    if batch % per_pass == 0:
+        return batch // per_pass
+    below, above = batch // per_pass * per_pass, -(-batch // per_pass) * per_pass
+    remedies = [f"training.global_batch_size = {' or '.join(str(size) for size in (below, above) if size)}"]
+    if batch % world_size == 0:
+        fitting = [size for size in range(1, micro) if batch // world_size % size == 0]
+        remedies.append(f"training.micro_batch_size = {fitting[-1]}")
+    ranks = [count for count in range(1, world_size) if batch % (micro * count) == 0]
+    if ranks:
+        remedies.append(f"{ranks[-1]} {'rank' if ranks[-1] == 1 else 'ranks'}")
+    raise UserError(
+        f"training.global_batch_size = {batch}: is no multiple of {per_pass} (training.micro_batch_size = {micro} on "
+        f"{world_size} ranks); use {', or '.join(remedies)}"
+    )
+
+
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` and Hugging Face's `TrainingArguments(deepspeed=...)` take. Raises UserError."""
+    training, engine = config.training, config.engine
+    if world_size % engine.hpz_partition_size:
+        raise UserError(
+            f"engine.hpz_partition_size = {engine.hpz_partition_size}: does not divide the {world_size} ranks of this "
+            "run; use the number of ranks of one node, or 1"
+        )
+    derived = {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps(config, world_size),
+        "gradient_clipping": training.max_grad_norm,
+        "bf16": {"enabled": config.model.dtype == "bf16"},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": engine.param_persistence_threshold,
+            "stage3_prefetch_bucket_size": engine.prefetch_bucket_size,
+            "stage3_max_live_parameters": engine.max_live_parameters,
+            "stage3_max_reuse_distance": engine.max_reuse_distance,
+            "stage3_allgather_sequential": engine.allgather_sequential,
+            "reduce_bucket_size": engine.reduce_bucket_size,
+            "zero_hpz_partition_size": engine.hpz_partition_size,
+            "offload_param": {"device": engine.offload_param},
+            "offload_optimizer": {"device": engine.offload_optimizer},
+        },
+        "zero_allow_untested_optimizer": True,
+        # What follows are defaults that engine.deepspeed may change. The optimizer is torch's AdamW, also when its
+        # state is offloaded: DeepSpeed's own CPU optimizer compiles C++ at run time.
+        "zero_force_ds_cpu_optimizer": False,
+        # bf16 gradients of many micro-batches add up badly, and the gradients of adapters are small: fp32.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 1_000_000_000,  # the run's own log says it
+        "wall_clock_breakdown": False,
+    }
+    return _merged(derived, engine.deepspeed)
+
+
+def _walk(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in options.items():
+        yield prefix + key, value
+        if isinstance(value, dict):
+            yield from _walk(value, f"{prefix}{key}.")
+
+
+def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in extra.items():
+        below = result.get(key)
+        merge = isinstance(below, dict) and isinstance(value, dict)
+        result[key] = _merged(below, value) if merge else copy.deepcopy(value)
+    return result

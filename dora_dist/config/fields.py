@@ -1,0 +1,77 @@
+"""The schema's fields as data: what each may hold, in words, and how its command-line text becomes a value."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+_WORDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
+_LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One field: `name` is dotted, `kinds` the JSON schemas of its alternatives, `default` may be REQUIRED."""
+
+    name: str
+    kinds: tuple[dict[str, Any], ...]
+    default: Any
+    description: str
+
+    def expected(self) -> str:
+        """What the field may hold, for people: `a whole number >= 1, or null`."""
+        return ", or ".join(map(_words, self.kinds))
+
+    def parse(self, text: str) -> Any:
+        """The value that command-line `text` stands for, or `text` itself where it stands for none.
+
+        Lists are JSON or comma separated, objects are JSON, null is None where the field may be null.
+        """
+        types = {kind.get("type") for kind in self.kinds}
+        if "null" in types and text == "null":
+            return None
+        if "array" in types and "string" not in types and not text.startswith("["):
+            return [part.strip() for part in text.split(",")] if text else []
+        if "array" in types and "," in text and not text.startswith("["):
+            return [part.strip() for part in text.split(",")]
+        if types & {"integer", "number", "boolean", "object"} or text.startswith("[") and "array" in types:
+            return _json_or_text(text)
+        return text
+
+    def shown_default(self) -> str:
+        return "required" if self.default is REQUIRED else f"default: {json.dumps(self.default)}"
+
+
+def field_specs(schema: type[BaseModel]) -> dict[str, FieldSpec]:
+    """Every field of a schema of sections by dotted name, in order."""
+    document = schema.model_json_schema()
+    specs = {}
+    for section, field in schema.model_fields.items():
+        properties = document["$defs"][field.annotation.__name__]["properties"] if field.annotation else {}
+        for key, entry in properties.items():
+            name = f"{section}.{key}"
+            kinds = tuple(entry.get("anyOf", [entry]))
+            specs[name] = FieldSpec(name, kinds, entry.get("default", REQUIRED), entry.get("description", ""))
+    return specs
+
+
+def _words(kind: dict[str, Any]) -> str:
+    if "enum" in kind:
+        return "one of " + ", ".join(json.dumps(value) for value in kind["enum"])
+    if kind.get("type") == "array":
+        return "a list of text"
+    if kind.get("type") == "object":
+        return "a JSON object"
+    if kind.get("type") == "string":
+        return "text" + (" (not empty)" if kind.get("minLength") else "")
+    limits = " and ".join(f"{sign} {kind[key]:g}" for key, sign in _LIMITS.items() if key in kind)
+    return f"{_WORDS[kind['type']]} {limits}".strip()
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

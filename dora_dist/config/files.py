@@ -1,0 +1,106 @@
+"""Are the files and folders of a run there? Asked before any process group exists, so that no rank is left waiting."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dora_dist.config.source import nearby
+from dora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from dora_dist.config.schema import RunConfig
+
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def is_local(name: str) -> bool:
+    """Whether a model or data `name` means a file or folder here, rather than a hub name such as org/model."""
+    return (
+        name.startswith((".", "/", "~"))
+        or not _HUB_NAME.fullmatch(name)
+        or name.endswith((*DATA_SUFFIXES, ".model", ".gguf", ".safetensors"))
+        or Path(name).exists()
+    )
+
+
+def check(config: RunConfig) -> None:
+    """Raise one UserError over everything that is missing. Hub names are not looked up."""
+    if problems := [*_model(config), *_data(config), *_starting_points(config), *_run_dir(config)]:
+        raise UserError("\n".join(problems))
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    name = config.model.path
+    folder = Path(name)
+    label = f'model.path = "{name}"'
+    if not is_local(name):
+        pass
+    elif folder.suffix == ".gguf":
+        yield f"{label}: convert it once with `dora-dist import-gguf {name} --output FOLDER` and give that folder"
+    elif not folder.exists():
+        yield (
+            f"{label}: no such folder in {Path.cwd()}{nearby(folder)}; give a Hugging Face model folder or a hub name "
+            "(`make demo` creates the quickstart's base; `dora-dist import-gguf` makes a folder of a GGUF file)"
+        )
+    elif not (folder / "config.json").is_file():
+        yield f"{label}: no config.json in it; give a Hugging Face model folder with config.json and .safetensors files"
+    elif not any(folder.glob("*.safetensors")):
+        yield (
+            f"{label}: no .safetensors file in it; weights in other formats are not read: save the model once more "
+            "with save_pretrained()"
+        )
+    tokenizer = config.model.tokenizer
+    if tokenizer is not None and is_local(tokenizer) and not Path(tokenizer).exists():
+        yield (
+            f'model.tokenizer = "{tokenizer}": no such file or folder{nearby(Path(tokenizer))}; give a tokenizer '
+            "folder, a hub name or a sentencepiece tokenizer.model, or null for the model's own"
+        )
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    train = config.data.train
+    named = [("data.train", name) for name in (train if isinstance(train, list) else [train])]
+    if config.data.validation is not None:
+        named.append(("data.validation", config.data.validation))
+    for field, name in named:
+        path = Path(name)
+        label = f'{field} = "{name}"'
+        if not is_local(name):
+            continue
+        if not path.exists():
+            yield f"{label}: no such file in {Path.cwd()}{nearby(path)}"
+        elif path.is_dir():
+            yield f"{label}: is a folder; give its {', '.join(DATA_SUFFIXES)} files"
+        elif path.suffix not in DATA_SUFFIXES:
+            yield f"{label}: unknown kind of file; give {', '.join(DATA_SUFFIXES)}"
+        elif path.stat().st_size == 0:
+            yield f"{label}: the file is empty"
+
+
+def _starting_points(config: RunConfig) -> Iterator[str]:
+    start = config.adapter.init_from
+    if start is not None and not (Path(start) / "adapter_config.json").is_file():
+        inside = Path(start) / "adapter" / "adapter_config.json"
+        hint = f'; did you mean "{inside.parent}"?' if inside.is_file() else nearby(Path(start))
+        yield f'adapter.init_from = "{start}": no adapter_config.json in it; give a PEFT adapter folder{hint}'
+    resume = config.checkpoint.resume
+    if resume not in (None, "auto") and not (Path(resume) / "manifest.json").is_file():
+        yield (
+            f'checkpoint.resume = "{resume}": no finished checkpoint (no manifest.json in it){nearby(Path(resume))}; '
+            'give a folder RUN_DIR/checkpoint-STEP, or "auto" for the newest'
+        )
+
+
+def _run_dir(config: RunConfig) -> Iterator[str]:
+    folder = Path(config.checkpoint.run_dir)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    label = f'checkpoint.run_dir = "{folder}"'
+    if not existing.is_dir():
+        yield f"{label}: {existing} is a file; give another folder"
+    elif not os.access(existing, os.W_OK):
+        yield f"{label}: no permission to write in {existing}; give another folder"

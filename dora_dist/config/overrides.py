@@ -1,0 +1,76 @@
+"""Dotted command-line options, generated from the schema: `--training.max_steps 10 --adapter.r=8`."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from dora_dist.config.fields import field_specs
+from dora_dist.config.problems import suggestion
+from dora_dist.errors import UserError
+
+_METAVARS = {"integer": "INT", "number": "NUM", "boolean": "true|false", "array": "LIST", "object": "JSON"}
+
+
+def apply(raw: dict[str, Any], arguments: Sequence[str], schema: type[BaseModel]) -> None:
+    """Write the values of dotted `arguments` into the nested dict `raw`; later ones win. Raises UserError."""
+    specs = field_specs(schema)
+    tokens = iter(arguments)
+    for token in tokens:
+        option, equals, text = token.partition("=")
+        name = option.removeprefix("--")
+        if not option.startswith("--"):
+            raise UserError(f"{token}: not an option; write --section.field VALUE, such as --adapter.r 16")
+        if name not in specs:
+            raise UserError(f"{option}: unknown option{suggestion(name, specs)}")
+        if not equals:
+            text = next(tokens, "--")
+            if text.startswith("--"):
+                raise UserError(f"{option}: needs a value, {specs[name].expected()}")
+        section, _, key = name.partition(".")
+        values = raw.setdefault(section, {})
+        if not isinstance(values, dict):
+            return  # the schema says what is wrong with such a section, better than we could here
+        values[key] = specs[name].parse(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser, schema: type[BaseModel]) -> None:
+    """One option per field, grouped by section. Parsing collects them, as text, in `arguments` for `RunConfig.load`."""
+    parser.set_defaults(arguments=[])
+    groups = {
+        section: parser.add_argument_group(
+            section, description=field.annotation.__doc__ if field.annotation else ""
+        )
+        for section, field in schema.model_fields.items()
+    }
+    for name, spec in field_specs(schema).items():
+        kind = spec.kinds[0]
+        metavar = "|".join(kind["enum"]) if "enum" in kind else _METAVARS.get(kind["type"], "TEXT")
+        groups[name.partition(".")[0]].add_argument(
+            f"--{name}",
+            action=_Collect,
+            dest="arguments",
+            metavar=metavar,
+            help=f"{spec.description}. {spec.expected()}; {spec.shown_default()}".replace("%", "%%"),
+        )
+
+
+def check_names(arguments: Sequence[str], schema: type[BaseModel]) -> None:
+    """Raise UserError for a dotted option that the schema does not have: argparse would not say what was meant."""
+    specs = field_specs(schema)
+    for token in arguments:
+        name = token.partition("=")[0].removeprefix("--")
+        if token.startswith("--") and "." in name and name not in specs:
+            raise UserError(f"--{name}: unknown option{suggestion(name, specs)}")
+
+
+class _Collect(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.arguments = [*namespace.arguments, f"{option_string}={values}"]

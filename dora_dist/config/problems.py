@@ -1,0 +1,103 @@
+"""pydantic's findings as text that a user can act on: field, value, what is right, and what was probably meant."""
+
+import difflib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from dora_dist.config.fields import FieldSpec, field_specs
+from dora_dist.errors import UserError
+
+# Names of the same things elsewhere, too far from ours for a comparison of letters.
+_OTHER_NAMES = {
+    "lr": "training.learning_rate",
+    "lr_scheduler_type": "training.schedule",
+    "num_train_epochs": "training.epochs",
+    "num_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "train_batch_size": "training.global_batch_size",
+    "gradient_clipping": "training.max_grad_norm",
+    "gradient_checkpointing": "training.activation_checkpointing",
+    "eval_steps": "training.eval_every",
+    "save_steps": "checkpoint.save_every",
+    "save_total_limit": "checkpoint.keep_last",
+    "output_dir": "checkpoint.run_dir",
+    "logging_steps": "logging.every",
+    "base_model": "model.path",
+    "model_name_or_path": "model.path",
+    "rank": "adapter.r",
+    "lora_r": "adapter.r",
+    "alpha": "adapter.lora_alpha",
+    "use_dora": "adapter.weight_decomposed",
+    "train_on_inputs": "data.loss_on",
+    "max_length": "data.cutoff_len",
+    "max_seq_length": "data.cutoff_len",
+    "zero_optimization": "engine.deepspeed",
+}
+
+
+def explain(error: ValidationError, schema: type[BaseModel], origin: str) -> UserError:
+    """One UserError over all findings, each on a line of its own."""
+    specs = field_specs(schema)
+    lines: dict[str, str] = {}  # a union reports each of its alternatives; one line per field is enough
+    for finding in error.errors(include_url=False):
+        path = [str(part) for part in finding["loc"]]
+        name = ".".join(path[:2])
+        if finding["type"] == "value_error":
+            lines[finding["msg"]] = finding["msg"].removeprefix("Value error, ")
+        elif finding["type"] == "extra_forbidden":
+            lines[name] = f"{name}: unknown key{suggestion(name, specs)}"
+        elif name in specs:
+            lines.setdefault(name, _wrong_value(specs[name], finding))
+        else:
+            shape = f"must be a section {{...}} with {', '.join(_keys(name, specs))}"
+            lines[name] = (
+                f"{name}: {'missing' if finding['type'] == 'missing' else _shown(finding['input'])}; {shape}"
+            )
+    found = "\n".join(lines.values()).splitlines()
+    title = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+    return UserError(f"{origin}: {title}\n" + "\n".join(f"  {line}" for line in found))
+
+
+def suggestion(name: str, specs: dict[str, FieldSpec]) -> str:
+    """`; did you mean X?` for an unknown dotted `name`, or what there is instead."""
+    section, _, key = name.rpartition(".")
+    siblings = _keys(section, specs)
+    elsewhere = {known.rpartition(".")[2]: known for known in specs}
+    if close := difflib.get_close_matches(key, siblings, 1):
+        return f"; did you mean {section}.{close[0]}?"
+    meant = elsewhere.get(key) or _OTHER_NAMES.get(key)
+    if meant is None and (close := difflib.get_close_matches(key, elsewhere, 1, 0.75)):
+        meant = elsewhere[close[0]]
+    if meant is not None:
+        return f"; did you mean {meant}?"
+    sections = list(dict.fromkeys(known.partition(".")[0] for known in specs))
+    if section in sections:
+        return f"; {section} has {', '.join(siblings)}"
+    close = difflib.get_close_matches(section or key, sections, 1)
+    return f"; did you mean the section {close[0]}?" if close else f"; the sections are {', '.join(sections)}"
+
+
+def _keys(section: str, specs: dict[str, FieldSpec]) -> list[str]:
+    return [name.partition(".")[2] for name in specs if name.startswith(f"{section}.")]
+
+
+def _wrong_value(spec: FieldSpec, finding: Any) -> str:
+    wanted = f"must be {spec.expected()} ({spec.description})"
+    if finding["type"] == "missing":
+        return f"{spec.name}: missing; {wanted}"
+    value = finding["input"]
+    meant = spec.parse(value) if isinstance(value, str) else value
+    hint = (
+        f"; write {json.dumps(meant)}, without quotes"
+        if meant != value and not isinstance(meant, list)
+        else ""
+    )
+    return f"{spec.name} = {_shown(value)}: {wanted}{hint}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

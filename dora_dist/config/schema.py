@@ -1,0 +1,300 @@
+"""The sections of a run's JSON file: every field with its unit, range, default and meaning.
+
+This is the only description of a run. The command line's options, their help, the JSON schema for editors, the error
+messages and the DeepSpeed JSON are all derived from it.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dora_dist.config import conflicts, engine, files, overrides, problems, source
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Patterns = list[Annotated[str, Field(min_length=1)]]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The frozen base model and its tokenizer."""
+
+    path: PathText = Field(description="Hugging Face model folder (with safetensors), or a hub name")
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the hub name; null: its default branch"
+    )
+    tokenizer: PathText | None = Field(
+        default=None,
+        description="Folder, hub name or sentencepiece tokenizer.model file; null: the model's own",
+    )
+    dtype: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="Number format of the base weights and the arithmetic"
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        default="sdpa", description="Attention code that transformers uses"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Let the hub repository's own Python code run here"
+    )
+
+
+class AdapterConfig(Section):
+    """What is trained: the low-rank update and the magnitudes."""
+
+    weight_decomposed: bool = Field(
+        default=True, description="true: DoRA; false: plain LoRA, the same layer with no magnitude"
+    )
+    r: int = Field(
+        default=16, ge=1, description="Adapter rank: components of the low-rank update of one layer"
+    )
+    lora_alpha: float = Field(default=32.0, gt=0, description="The update is scaled by lora_alpha / r")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Probability of dropping an input of the adapter"
+    )
+    dropout_mode: Literal["exact", "adapter"] = Field(
+        default="exact",
+        description="exact: the paper's form; adapter: drop in the low-rank branch only (one base product fewer)",
+    )
+    norm_gradient: Literal["detached", "full"] = Field(
+        default="detached",
+        description="detached: the norm is a constant in backward (paper, section 4.3); full: it is not",
+    )
+    target_modules: Patterns | None = Field(
+        default=None,
+        description="Linear layers to adapt: endings of module names, or regular expressions for whole names; "
+        "null: the model family's default",
+    )
+    magnitude_only_modules: Patterns = Field(
+        default=[],
+        description="Linear layers that train a magnitude and no low-rank update; patterns as above",
+    )
+    init_from: PathText | None = Field(
+        default=None, description="PEFT LoRA or DoRA folder to start from; null: a new adapter"
+    )
+
+
+class DataConfig(Section):
+    """What the model learns from."""
+
+    train: PathText | Annotated[list[PathText], Field(min_length=1)] = Field(
+        description="Training data: .json, .jsonl or .parquet file or a hub name, or a list of these"
+    )
+    validation: PathText | None = Field(
+        default=None, description="Validation data, as train; null: see validation_samples"
+    )
+    validation_samples: int = Field(
+        default=0,
+        ge=0,
+        description="Records held out from the training data for validation when there is no validation file",
+    )
+    format: Literal["instruction", "alpaca", "messages"] = Field(
+        default="instruction",
+        description="Form of the records: instruction (the paper's prompt), alpaca, or messages (chat template)",
+    )
+    loss_on: Literal["all", "answer"] = Field(
+        default="all",
+        description="Tokens that count in the loss: all (prompt and answer, as in the paper), or answer",
+    )
+    cutoff_len: int = Field(
+        default=256, ge=8, description="Longest record in tokens; longer ones are cut and counted"
+    )
+    num_workers: int = Field(
+        default=0, ge=0, description="Loader processes per rank; 0: load in the rank itself"
+    )
+
+
+class TrainingConfig(Section):
+    """Optimisation: AdamW over the trainable parameters."""
+
+    learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear",
+        description="Learning rate after the warm-up: linear or cosine decay to 0, or constant",
+    )
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="Optimizer steps of linear warm-up; null: see warmup_ratio"
+    )
+    warmup_ratio: float | None = Field(
+        default=None, ge=0, lt=1, description="Warm-up as a share of all optimizer steps"
+    )
+    epochs: float = Field(default=3.0, gt=0, description="Passes over the training data")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps to stop after; null: as epochs says"
+    )
+    global_batch_size: int = Field(default=16, ge=1, description="Records per optimizer step, over all ranks")
+    micro_batch_size: int = Field(
+        default=4, ge=1, description="Records per forward pass on one rank; the rest is accumulated"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Global gradient norm to clip at; 0: no clipping"
+    )
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    activation_checkpointing: bool = Field(
+        default=True,
+        description="Keep one activation per decoder layer and recompute the rest in backward: slower, smaller",
+    )
+    eval_every: int | None = Field(
+        default=None, ge=1, description="Optimizer steps between evaluations; null: none in training"
+    )
+    seed: int = Field(
+        default=42, ge=0, le=2**32 - 1, description="Seed of initial values, data order and dropout"
+    )
+
+
+class CheckpointConfig(Section):
+    """What is written, how often, and where a run goes on from."""
+
+    run_dir: PathText = Field(
+        default="runs/{config}",
+        description="Folder of the run; {config} stands for the name of the config file without .json",
+    )
+    save_every: int | None = Field(
+        default=None, ge=1, description="Optimizer steps between checkpoints; null: only at the end"
+    )
+    keep_last: int = Field(default=2, ge=1, description="Newest checkpoints to keep")
+    keep_best: bool = Field(
+        default=True, description="Also keep the checkpoint with the lowest validation loss"
+    )
+    resume: PathText | None = Field(
+        default=None,
+        description="auto: go on from the run folder's newest checkpoint, if any; or a checkpoint folder",
+    )
+
+
+class EngineConfig(Section):
+    """How DeepSpeed ZeRO-3 holds and moves the parameters."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Device; auto: a GPU where there is one"
+    )
+    offload_param: Literal["none", "cpu"] = Field(
+        default="none", description="cpu: parameter shards rest in host memory"
+    )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        default="none", description="cpu: AdamW's state and step on the host"
+    )
+    hpz_partition_size: int = Field(
+        default=1,
+        ge=1,
+        description="Ranks (of one node) that share a second copy of the shards for backward; 1: off",
+    )
+    param_persistence_threshold: int = Field(
+        default=100_000, ge=0, description="Parameters with fewer elements stay whole on every rank"
+    )
+    prefetch_bucket_size: int = Field(
+        default=50_000_000, ge=0, description="Elements to gather ahead of their use"
+    )
+    # Not DeepSpeed's 5e8: it allocates the whole bucket (1 to 2 GB), and only adapter gradients ever go through it.
+    reduce_bucket_size: int = Field(
+        default=50_000_000, ge=1, description="Gradient elements to reduce at a time"
+    )
+    max_live_parameters: int = Field(
+        default=1_000_000_000, ge=0, description="Most elements that stay gathered at a time"
+    )
+    max_reuse_distance: int = Field(
+        default=1_000_000_000,
+        ge=0,
+        description="Keep a parameter gathered if it is used again within this many elements",
+    )
+    allgather_sequential: bool = Field(
+        default=False,
+        description="Gather parameter by parameter, without a bucket: fewer copies, lower peak memory",
+    )
+    start_timeout_s: float = Field(
+        default=1800.0, gt=0, description="Longest wait for other ranks up to the first step, seconds"
+    )
+    step_timeout_s: float = Field(
+        default=600.0, gt=0, description="Longest wait for other ranks after the first step, seconds"
+    )
+    deepspeed: dict[str, Any] = Field(
+        default={}, description="Further DeepSpeed options, merged into the derived DeepSpeed JSON"
+    )
+
+
+class LoggingConfig(Section):
+    """What a run reports."""
+
+    every: int = Field(default=10, ge=1, description="Optimizer steps between log lines")
+    tensorboard: bool = Field(default=False, description="Write TensorBoard events into the run folder")
+    progress_bar: bool = Field(default=True, description="Show a progress bar on rank 0")
+    peak_flops: float | None = Field(
+        default=None,
+        gt=0,
+        description="Peak FLOP/s of one device, for the utilisation in the log; null: known GPUs looked up",
+    )
+
+
+class RunConfig(Section):
+    """One fine-tuning run. Relative paths in it are relative to the current directory."""
+
+    model: ModelConfig
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    engine: EngineConfig = EngineConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @classmethod
+    def load(
+        cls, path: str | Path, arguments: Sequence[str] = (), *, check_files: bool = False
+    ) -> "RunConfig":
+        """The run that a JSON file describes, changed by dotted command-line `arguments` (`--adapter.r 8 --a.b=1`).
+
+        `check_files` also checks that every file and folder it names is there. Raises UserError.
+        """
+        raw = source.read_json(Path(path))
+        overrides.apply(raw, arguments, cls)
+        config = cls.from_dict(raw, name=Path(path).stem, origin=str(path))
+        if check_files:
+            config.check_files()
+        return config
+
+    @classmethod
+    def from_dict(
+        cls, raw: dict[str, Any], *, name: str = "run", origin: str = "configuration"
+    ) -> "RunConfig":
+        """The run that a nested dict describes; `name` replaces {config} in checkpoint.run_dir. Raises UserError."""
+        try:
+            config = cls.model_validate(raw)
+        except ValidationError as error:
+            raise problems.explain(error, cls, origin) from None
+        run_dir = config.checkpoint.run_dir.replace("{config}", name)
+        return config.model_copy(
+            update={"checkpoint": config.checkpoint.model_copy(update={"run_dir": run_dir})}
+        )
+
+    @model_validator(mode="after")
+    def _possible_together(self) -> "RunConfig":
+        if found := [*conflicts.between_fields(self), *engine.conflicts(self.engine.deepspeed)]:
+            raise ValueError("\n".join(found))
+        return self
+
+    def check_files(self) -> None:
+        """Raise UserError unless every file and folder that the run needs is there (hub names are not looked up)."""
+        files.check(self)
+
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per optimizer step on each of `world_size` ranks. Raises UserError where none fits."""
+        return engine.gradient_accumulation_steps(self, world_size)
+
+    def deepspeed_config(self, world_size: int) -> dict[str, Any]:
+        """The DeepSpeed JSON of this run on `world_size` ranks, a new dict at every call. Raises UserError."""
+        return engine.deepspeed_config(self, world_size)
+
+    def to_json(self) -> str:
+        """The whole configuration as JSON text, defaults included; `load` gives an equal one back."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The JSON schema of a config file, for editors."""
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}

@@ -1,0 +1,20 @@
+"""From files of records to batches of token ids: formats, loading, tokenising, ordering, padding."""
+
+from dora_dist.data.collate import Collator, WithFiller
+from dora_dist.data.dataset import TokenizedData, TokenizedDataset, build_dataset
+from dora_dist.data.formats import FORMATS
+from dora_dist.data.records import load_records
+from dora_dist.data.sampler import FILLER, EpochBatches, EpochDataLoader
+
+__all__ = [
+    "FILLER",
+    "FORMATS",
+    "Collator",
+    "EpochBatches",
+    "EpochDataLoader",
+    "TokenizedData",
+    "TokenizedDataset",
+    "WithFiller",
+    "build_dataset",
+    "load_records",
+]

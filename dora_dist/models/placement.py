@@ -1,0 +1,46 @@
+"""Where a model's parameters live. Chosen once, when the model is built; nothing else asks."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.adapters.norms import NormRefresher
+
+Fill = Callable[[int, int, Tensor], None]
+"""fill(start, stop, out): write elements [start, stop) of a flattened parameter into `out`, 1-D on the CPU."""
+
+
+class Placement(Protocol):
+    """Turns parameters without memory (meta device) into real ones, and keeps their norms."""
+
+    def place(self, parameter: nn.Parameter, dtype: torch.dtype, fill: Fill) -> nn.Parameter:
+        """A real parameter of the meta parameter's shape: the elements held here are written by `fill`."""
+        ...
+
+    def norms(self, model: nn.Module) -> NormRefresher:
+        """A refresher, attached to the root `model`, that knows how its weights are held."""
+        ...
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks for all (progress bars, summaries)."""
+        ...
+
+
+class WholePlacement:
+    """Every parameter whole, on one device: a single process with no engine."""
+
+    first = True
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def place(self, parameter: nn.Parameter, dtype: torch.dtype, fill: Fill) -> nn.Parameter:
+        values = torch.empty(parameter.numel(), dtype=dtype)
+        fill(0, parameter.numel(), values)
+        return nn.Parameter(values.view(parameter.shape).to(self.device), parameter.requires_grad)
+
+    def norms(self, model: nn.Module) -> NormRefresher:
+        return NormRefresher(model)

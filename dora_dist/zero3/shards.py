@@ -1,0 +1,162 @@
+"""The only file that touches ZeRO-3's internals.
+
+Rank k of W holds elements [k·P, min((k+1)·P, numel)) of a parameter's row-major flat tensor, P = ceil(numel / W).
+The shard tensor has length P on every rank; what lies beyond the valid elements is padding, and some ranks hold
+nothing but padding. A trainable parameter exists up to three times: the optimizer's fp32 master shard, the
+low-precision shard, and, for small ("persistent") parameters, a resident whole copy.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
+from deepspeed.runtime.zero.utils import is_zero_param
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from dora_dist.adapters.norms import NormRefresher, WeightPiece
+from dora_dist.models.placement import Fill
+
+
+class ShardedPlacement:
+    """Parameters born as ZeRO-3 shards: each rank fills its own elements; nothing is broadcast or held whole.
+
+    `deepspeed_config` is the engine's final JSON (no "auto"). Needs an initialised process group.
+    """
+
+    def __init__(self, deepspeed_config: dict[str, Any]) -> None:
+        self._init = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
+        if self._init.remote_device == OffloadDeviceEnum.nvme:
+            raise ValueError("offload_param to NVMe is not supported: base shards are read in place")
+
+    @property
+    def first(self) -> bool:
+        return self._init.rank == 0
+
+    def place(self, parameter: nn.Parameter, dtype: torch.dtype, fill: Fill) -> nn.Parameter:
+        init = self._init
+        # One element of memory, expanded to the full shape, is all that the conversion looks at.
+        hollow = torch.empty(1, dtype=dtype, device=init.local_device).expand(parameter.shape)
+        sharded = nn.Parameter(hollow, parameter.requires_grad)
+        init._convert_to_deepspeed_param(sharded)
+        world, rank = sharded.ds_zero_partition_world_size, sharded.ds_zero_partition_rank
+        length = -(-sharded.ds_numel // world)
+        start = min(rank * length, sharded.ds_numel)
+        stop = min(start + length, sharded.ds_numel)
+
+        values = torch.zeros(length, dtype=dtype)
+        fill(start, stop, values[: stop - start])
+        shard = values.to(init.remote_device)
+        if init.pin_memory:
+            shard = deepspeed.accelerator.get_accelerator().pin_memory(shard)
+        shard.ds_numel = length
+        shard.status = PartitionedParamStatus.AVAILABLE
+        shard.final_location = None
+        sharded.ds_tensor = shard
+        sharded.ds_numel_aligned = length * world
+        free_param(sharded)
+        return sharded
+
+    def norms(self, model: nn.Module) -> NormRefresher:
+        from dora_dist.zero3.norms import ShardedNormRefresher
+
+        return ShardedNormRefresher(model)
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 owns this parameter."""
+    return is_zero_param(parameter)
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The whole parameter's shape, whatever is held here."""
+    return parameter.ds_shape if is_zero_param(parameter) else parameter.shape
+
+
+def full_numel(parameter: nn.Parameter) -> int:
+    """The whole parameter's number of elements."""
+    return parameter.ds_numel if is_zero_param(parameter) else parameter.numel()
+
+
+def local_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """[start, stop) of the flattened parameter held by this rank; empty on a rank that holds only padding."""
+    length = parameter.ds_tensor.ds_numel
+    start = min(parameter.ds_zero_partition_rank * length, parameter.ds_numel)
+    return start, min(start + length, parameter.ds_numel)
+
+
+def local_piece(parameter: nn.Parameter) -> WeightPiece:
+    """This rank's valid elements of a parameter, without padding: a view of the low-precision shard."""
+    start, stop = local_range(parameter)
+    return WeightPiece(parameter.ds_tensor.data[: stop - start], start)
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[int]:
+    """Read the whole data of sharded parameters inside the context (collective). Yields the bytes received.
+
+    Parameters that are resident already are left alone: gathering them "again" would end in freeing them.
+    """
+    away = [p for p in parameters if p.ds_status is not ZeroParamStatus.AVAILABLE]
+    received = 0
+    for p in away:
+        received += (p.ds_numel - (local_range(p)[1] - local_range(p)[0])) * p.element_size()
+    with deepspeed.zero.GatheredParameters(away, enabled=bool(away)):
+        yield received
+
+
+# --- what an optimizer holds of a trainable parameter -------------------------------------------------------------
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def read_state(parameter: nn.Parameter, key: str) -> Tensor:
+    """This rank's valid elements of the fp32 master (MASTER) or of an Adam moment, 1-D on the CPU or device."""
+    start, stop = local_range(parameter)
+    if key == MASTER:
+        local = safe_get_local_fp32_param(parameter)
+    else:
+        local = safe_get_local_optimizer_state(parameter, key)
+    return local.detach().flatten()[: stop - start]
+
+
+def write_state(parameter: nn.Parameter, key: str, values: Tensor) -> None:
+    """Write this rank's valid elements of the master or of a moment. The master reaches every copy of the parameter."""
+    padded = torch.zeros(parameter.ds_tensor.ds_numel, dtype=torch.float32, device=parameter.ds_tensor.device)
+    padded[: values.numel()].copy_(values)
+    if key == MASTER:
+        safe_set_local_fp32_param(parameter, padded)
+        parameter.ds_tensor.data.copy_(padded)
+        if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+            # A resident copy is now out of date; the next use gathers it again from the shards.
+            parameter.ds_active_sub_modules.clear()
+            free_param(parameter)
+    else:
+        safe_set_local_optimizer_state(parameter, padded, key)
+
+
+def optimizer_step_count(engine: Any) -> int:
+    """How many steps Adam's bias correction has counted."""
+    states = [s for s in engine.optimizer.optimizer.state.values() if "step" in s]
+    return int(states[0]["step"]) if states else 0
+
+
+def create_optimizer_state(engine: Any, step: int) -> None:
+    """Make Adam's state exist before the first step (zeros), so that it can be written, with `step` steps counted."""
+    zero3 = engine.optimizer
+    for flat in zero3.fp32_partitioned_groups_flat:
+        zero3.optimizer.state[flat] = {
+            "step": torch.tensor(float(step), dtype=torch.float32),
+            **{key: torch.zeros_like(flat.data) for key in MOMENTS},
+        }
