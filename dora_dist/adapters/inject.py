@@ -2,11 +2,13 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from dora_dist.adapters.linear import AdapterSpec, DoraLinear
+from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.errors import UserError
 
 _LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -16,38 +18,74 @@ FAMILY_TARGETS: dict[str, list[str]] = {
 """Default `target_modules` by a Hugging Face config's `model_type`: the paper's choice (section 5.1)."""
 
 
-def inject(
-    model: nn.Module, spec: AdapterSpec, target_modules: Sequence[str] | None, magnitude_only: Sequence[str] = ()
-) -> list[str]:
-    """Replace every nn.Linear that a pattern names by a DoraLinear over the SAME parameters, in place.
+AdapterPlan = Callable[[nn.Module], dict[str, AdapterSpec]]
+"""Given a model, the adapter of each linear layer that gets one, by module name."""
+
+
+def by_pattern(
+    spec: AdapterSpec, target_modules: Sequence[str] | None = None, magnitude_only: Sequence[str] = ()
+) -> AdapterPlan:
+    """Plan `spec` for every nn.Linear that a pattern names.
 
     A pattern is a module's full name, a suffix of it that starts at a dot ("q_proj", "mlp.up_proj"), or a regular
     expression that matches the full name. None means the model family's default. `magnitude_only` modules get a
-    magnitude and no low-rank factors. All other parameters are frozen. Returns the names of the adapted modules.
-
-    Raises UserError if a pattern matches nothing, if both lists match one module, or if a weight is shared with
-    another module (adapting a tied weight in one place would silently change or not change the other).
+    magnitude and no low-rank factors. The plan raises UserError if a pattern matches nothing, or if both lists
+    match one module.
     """
-    model.requires_grad_(False)
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    patterns = list(target_modules) if target_modules is not None else _family_targets(model)
-    low_rank = _match_all(patterns, linears, "adapter.target_modules")
-    magnitudes = _match_all(magnitude_only, linears, "adapter.magnitude_only_modules")
-    if both := sorted(low_rank & magnitudes):
-        raise UserError(
-            f"adapter.magnitude_only_modules and adapter.target_modules both match {both[0]!r}; "
-            "take it out of one of the two"
-        )
-    _refuse_shared(model, {name: linears[name] for name in low_rank | magnitudes})
 
-    magnitude_spec = AdapterSpec(r=None, weight_decomposed=True)
-    adapted = [name for name in linears if name in low_rank or name in magnitudes]
-    for name in adapted:
+    def plan(model: nn.Module) -> dict[str, AdapterSpec]:
+        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        patterns = list(target_modules) if target_modules is not None else _family_targets(model)
+        low_rank = _match_all(patterns, linears, "adapter.target_modules")
+        magnitudes = _match_all(magnitude_only, linears, "adapter.magnitude_only_modules")
+        if both := sorted(low_rank & magnitudes):
+            raise UserError(
+                f"adapter.magnitude_only_modules and adapter.target_modules both match {both[0]!r}; "
+                "take it out of one of the two"
+            )
+        only_magnitude = replace(spec, r=None)
+        kinds = dict.fromkeys(low_rank, spec) | dict.fromkeys(magnitudes, only_magnitude)
+        return {name: kinds[name] for name in linears if name in kinds}
+
+    return plan
+
+
+def like(adapter: PeftAdapter) -> AdapterPlan:
+    """Plan the layers that a PEFT adapter has, each with its own rank and scaling."""
+
+    def plan(model: nn.Module) -> dict[str, AdapterSpec]:
+        specs = {}
+        for name, layer in adapter.layers.items():
+            r = None if layer.lora_A is None else layer.lora_A.shape[0]
+            specs[name] = AdapterSpec(
+                r=r,
+                lora_alpha=layer.scaling * (r or 1),
+                weight_decomposed=layer.magnitude is not None,
+                dropout=adapter.dropout,
+            )
+        return specs
+
+    return plan
+
+
+def inject(model: nn.Module, plan: AdapterPlan) -> list[str]:
+    """Replace planned nn.Linear modules by DoraLinear over the SAME parameters, in place; freeze all else.
+
+    Returns the names of the adapted modules. Raises UserError if a planned module is no linear layer of the model,
+    or if its weight is shared with another module: adapting a tied weight in one place would silently change, or
+    not change, the other.
+    """
+    specs = plan(model)
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if strangers := [name for name in specs if name not in linears]:
+        raise UserError(f"the adapter has a module {strangers[0]!r} that this model does not have: another base?")
+    _refuse_shared(model, {name: linears[name] for name in specs})
+    model.requires_grad_(False)
+    for name, spec in specs.items():
         parent, _, child = name.rpartition(".")
         linear = linears[name]
-        layer = DoraLinear(linear.weight, linear.bias, spec if name in low_rank else magnitude_spec)
-        setattr(model.get_submodule(parent), child, layer)
-    return adapted
+        setattr(model.get_submodule(parent), child, DoraLinear(linear.weight, linear.bias, spec))
+    return list(specs)
 
 
 def _family_targets(model: nn.Module) -> list[str]:
@@ -60,7 +98,7 @@ def _family_targets(model: nn.Module) -> list[str]:
     return FAMILY_TARGETS[family]
 
 
-def _match_all(patterns: Sequence[str], linears: dict[str, nn.Linear], field: str) -> set[str]:
+def _match_all(patterns: Sequence[str], linears: Sequence[str], field: str) -> set[str]:
     matched: set[str] = set()
     for pattern in patterns:
         names = {name for name in linears if _matches(pattern, name, field)}
@@ -86,9 +124,9 @@ def _refuse_shared(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name, linear in targets.items():
-        shared = owners[id(linear.weight)]
-        if len(shared) > 1:
+        others = [n for n in owners[id(linear.weight)] if n != f"{name}.weight"]
+        if others:
             raise UserError(
-                f"adapter.target_modules: {name!r} shares its weight with {', '.join(n for n in shared if n != name + '.weight')}; "
-                "a tied weight cannot be adapted in one place only: leave it out of target_modules"
+                f"adapter.target_modules: {name!r} shares its weight with {', '.join(others)}; a tied weight cannot "
+                "be adapted in one place only: leave it out of target_modules"
             )

@@ -32,15 +32,37 @@ _PARTS = {
 # Fields that this module reads, or that change neither the function of the saved adapter nor its base. Any
 # other field, of today's PEFT or tomorrow's, must be empty: what is not understood is refused, not ignored.
 _UNDERSTOOD = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
-}  # fmt: skip
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+}
 # The other initialisations (pissa, olora, loftq, ...) also change the base weight that the adapter sits on.
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
-# A row whose weight and update are both zero has norm 0; PEFT computes 0/0 there. Its magnitude is 0 as well, so
-# its output is 0 whatever B is, and a small B (a power of two: exact in fp16 and bf16) keeps PEFT finite.
+# A row whose weight and update are both zero has norm 0, and PEFT computes 0/0 there. Its magnitude is 0 as
+# well, so its output is 0 whatever B is: a small B (exact in fp16 and bf16) keeps PEFT finite.
 _ZERO_ROW_B = 2.0**-10
 
 
@@ -140,11 +162,12 @@ class PeftFolder:
             part: self.tensors.read(name, dtype=torch.float32) for part, name in self.modules[module].items()
         }
         lora_A, lora_B, magnitude = parts["lora_A"], parts["lora_B"], parts.get("magnitude")
-        r, alpha = lora_A.shape[0], self._pattern("alpha_pattern", "lora_alpha", module)
+        r, in_features = lora_A.shape
+        alpha = self._pattern("alpha_pattern", "lora_alpha", module)
         scaling = alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
         if magnitude is not None and _is_placeholder(lora_A, lora_B, magnitude):
-            lora_A = lora_B = None
-        return AdapterLayer(lora_A, lora_B, magnitude, scaling, in_features=self.shape(module)[1])
+            return AdapterLayer(None, None, magnitude, scaling, in_features)
+        return AdapterLayer(lora_A, lora_B, magnitude, scaling, in_features)
 
 
 def read_peft_folder(path: Path) -> PeftAdapter:
@@ -257,7 +280,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a JSON object; save the adapter again")
     if config.get("peft_type") != "LORA":
         raise UserError(
-            f"{path}: peft_type is {config.get('peft_type')!r}; only LORA (with or without DoRA) is read"
+            f"{path}: peft_type={config.get('peft_type')!r} is not supported; LORA and its DoRA are"
         )
     for name, value in config.items():
         if name not in _UNDERSTOOD and value not in (None, False, "none", [], {}):
@@ -275,9 +298,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UserError(
-                    f"{path}: {patterns} has {pattern!r}, no regular expression: {error}"
-                ) from error
+                raise UserError(f"{path}: {patterns} has the bad pattern {pattern!r}: {error}") from error
     return config
 
 

@@ -1,7 +1,7 @@
-"""A run's configuration: one JSON file, one schema. `RunConfig.load("configs/x.json", ["--adapter.r", "8"])`."""
+"""A run's configuration, one JSON file: `RunConfig.load("configs/x.json", ["--adapter.r=8"])`."""
 
 from dora_dist.config.files import is_local
-from dora_dist.config.overrides import add_arguments, check_names
+from dora_dist.config.options import add_arguments, check_names
 from dora_dist.config.schema import (
     AdapterConfig,
     CheckpointConfig,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -26,10 +27,8 @@ def between_fields(config: RunConfig) -> Iterator[str]:
 def _batches_and_warmup(config: RunConfig) -> Iterator[str]:
     training = config.training
     if training.warmup_steps is not None and training.warmup_ratio is not None:
-        yield (
-            f"training.warmup_steps = {training.warmup_steps} and training.warmup_ratio = {training.warmup_ratio}: "
-            "give one of the two and leave the other null"
-        )
+        given = f"training.warmup_steps = {training.warmup_steps} and warmup_ratio = {training.warmup_ratio}"
+        yield f"{given}: give one of the two and leave the other null"
     if training.global_batch_size % training.micro_batch_size:
         yield (
             f"training.global_batch_size = {training.global_batch_size}: must be a multiple of "
@@ -41,8 +40,8 @@ def _validation(config: RunConfig) -> Iterator[str]:
     data, every, save_every = config.data, config.training.eval_every, config.checkpoint.save_every
     if data.validation is not None and data.validation_samples:
         yield (
-            f'data.validation = "{data.validation}" and data.validation_samples = {data.validation_samples}: '
-            "give one of the two; validation_samples are held out from the training data"
+            f"data.validation = {json.dumps(data.validation)} and data.validation_samples = "
+            f"{data.validation_samples}: give one of the two; the samples are held out from the training data"
         )
     if every and data.validation is None and not data.validation_samples:
         yield (
@@ -60,15 +59,16 @@ def _adapter(adapter: AdapterConfig) -> Iterator[str]:
     targets, magnitude_only = adapter.target_modules, adapter.magnitude_only_modules
     remedy = "set adapter.weight_decomposed to true"
     if not adapter.weight_decomposed and magnitude_only:
-        yield f"adapter.magnitude_only_modules = {magnitude_only}: plain LoRA has no magnitudes; {remedy}, or give []"
+        given = f"adapter.magnitude_only_modules = {magnitude_only}"
+        yield f"{given}: plain LoRA has no magnitudes; {remedy}, or give []"
     if not adapter.weight_decomposed and adapter.norm_gradient == "full":
         yield f'adapter.norm_gradient = "full": plain LoRA has no norm; {remedy}, or give "detached"'
     if targets == [] and not magnitude_only:
-        yield "adapter.target_modules = []: nothing would be trained; name modules, or null for the family's default"
+        yield "adapter.target_modules = []: nothing to train; name modules, or null for the family's default"
     yield from _bad_patterns("adapter.target_modules", targets or [])
     yield from _bad_patterns("adapter.magnitude_only_modules", magnitude_only)
     for pattern in sorted(set(targets or []) & set(magnitude_only)):
-        yield f'adapter.magnitude_only_modules: "{pattern}" is in adapter.target_modules too; keep it in one of them'
+        yield f'adapter.magnitude_only_modules: "{pattern}" is in adapter.target_modules too; keep one'
 
 
 def _bad_patterns(field: str, patterns: Sequence[str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON, derived from the run's configuration; the user's own engine options are merged into it."""
+"""The DeepSpeed JSON, derived from the run's configuration and the user's own engine options."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def conflicts(options: dict[str, Any]) -> Iterator[str]:
 
 
 def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
-    """global = micro * world_size * steps, solved for steps. Raises UserError with the nearest values that fit."""
+    """Micro-batches per optimizer step and rank. Raises UserError with the nearest values that fit."""
     batch, micro = config.training.global_batch_size, config.training.micro_batch_size
     per_pass = micro * world_size
     if batch % per_pass == 0:
@@ -78,18 +78,18 @@ def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
     if ranks:
         remedies.append(f"{ranks[-1]} {'rank' if ranks[-1] == 1 else 'ranks'}")
     raise UserError(
-        f"training.global_batch_size = {batch}: is no multiple of {per_pass} (training.micro_batch_size = {micro} on "
-        f"{world_size} ranks); use {', or '.join(remedies)}"
+        f"training.global_batch_size = {batch}: is no multiple of {per_pass} (training.micro_batch_size = "
+        f"{micro} on {world_size} ranks); use {', or '.join(remedies)}"
     )
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` and Hugging Face's `TrainingArguments(deepspeed=...)` take. Raises UserError."""
+    """What `deepspeed.initialize` and `TrainingArguments(deepspeed=...)` take. Raises UserError."""
     training, engine = config.training, config.engine
     if world_size % engine.hpz_partition_size:
         raise UserError(
-            f"engine.hpz_partition_size = {engine.hpz_partition_size}: does not divide the {world_size} ranks of this "
-            "run; use the number of ranks of one node, or 1"
+            f"engine.hpz_partition_size = {engine.hpz_partition_size}: does not divide {world_size} ranks; "
+            "use the number of ranks of one node, or 1"
         )
     derived = {
         "train_batch_size": training.global_batch_size,
@@ -106,12 +106,18 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
             "stage3_allgather_sequential": engine.allgather_sequential,
             "reduce_bucket_size": engine.reduce_bucket_size,
             "zero_hpz_partition_size": engine.hpz_partition_size,
-            "offload_param": {"device": engine.offload_param},
-            "offload_optimizer": {"device": engine.offload_optimizer},
+            **{
+                name: {"device": device}
+                for name, device in (
+                    ("offload_param", engine.offload_param),
+                    ("offload_optimizer", engine.offload_optimizer),
+                )
+                if device != "none"
+            },
         },
         "zero_allow_untested_optimizer": True,
-        # What follows are defaults that engine.deepspeed may change. The optimizer is torch's AdamW, also when its
-        # state is offloaded: DeepSpeed's own CPU optimizer compiles C++ at run time.
+        # The rest are defaults that engine.deepspeed may change. The optimizer is torch's AdamW, offloaded or
+        # not: DeepSpeed's own CPU optimizer compiles C++ at run time.
         "zero_force_ds_cpu_optimizer": False,
         # bf16 gradients of many micro-batches add up badly, and the gradients of adapters are small: fp32.
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -132,6 +138,8 @@ def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in extra.items():
         below = result.get(key)
-        merge = isinstance(below, dict) and isinstance(value, dict)
-        result[key] = _merged(below, value) if merge else copy.deepcopy(value)
+        if isinstance(below, dict) and isinstance(value, dict):
+            result[key] = _merged(below, value)
+        else:
+            result[key] = copy.deepcopy(value)
     return result

@@ -1,4 +1,4 @@
-"""The schema's fields as data: what each may hold, in words, and how its command-line text becomes a value."""
+"""The schema's fields as data: what each may hold, and how its command-line text becomes a value."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """One field: `name` is dotted, `kinds` the JSON schemas of its alternatives, `default` may be REQUIRED."""
+    """One field: its dotted `name`, its alternatives as JSON schemas, its default or REQUIRED."""
 
     name: str
     kinds: tuple[dict[str, Any], ...]
@@ -36,12 +36,14 @@ class FieldSpec:
             return [part.strip() for part in text.split(",")] if text else []
         if "array" in types and "," in text and not text.startswith("["):
             return [part.strip() for part in text.split(",")]
-        if types & {"integer", "number", "boolean", "object"} or text.startswith("[") and "array" in types:
+        if types & {"integer", "number", "boolean", "object"} or ("array" in types and text.startswith("[")):
             return _json_or_text(text)
         return text
 
-    def shown_default(self) -> str:
-        return "required" if self.default is REQUIRED else f"default: {json.dumps(self.default)}"
+    def help(self) -> str:
+        """The meaning, the range and the default, for `--help`."""
+        default = "required" if self.default is REQUIRED else f"default: {json.dumps(self.default)}"
+        return f"{self.description} ({'; '.join([*filter(None, map(_range, self.kinds)), default])})"
 
 
 def field_specs(schema: type[BaseModel]) -> dict[str, FieldSpec]:
@@ -66,8 +68,11 @@ def _words(kind: dict[str, Any]) -> str:
         return "a JSON object"
     if kind.get("type") == "string":
         return "text" + (" (not empty)" if kind.get("minLength") else "")
-    limits = " and ".join(f"{sign} {kind[key]:g}" for key, sign in _LIMITS.items() if key in kind)
-    return f"{_WORDS[kind['type']]} {limits}".strip()
+    return f"{_WORDS[kind['type']]} {_range(kind)}".strip()
+
+
+def _range(kind: dict[str, Any]) -> str:
+    return " and ".join(f"{sign} {kind[key]}" for key, sign in _LIMITS.items() if key in kind)
 
 
 def _json_or_text(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Are the files and folders of a run there? Asked before any process group exists, so that no rank is left waiting."""
+"""Are the files and folders of a run there? Asked before any process group exists, so no rank has to wait."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def is_local(name: str) -> bool:
-    """Whether a model or data `name` means a file or folder here, rather than a hub name such as org/model."""
+    """Whether a model or data `name` means a file or folder here rather than a hub name (org/model)."""
     return (
         name.startswith((".", "/", "~"))
         or not _HUB_NAME.fullmatch(name)
@@ -31,7 +31,8 @@ def is_local(name: str) -> bool:
 def check(config: RunConfig) -> None:
     """Raise one UserError over everything that is missing. Hub names are not looked up."""
     if problems := [*_model(config), *_data(config), *_starting_points(config), *_run_dir(config)]:
-        raise UserError("\n".join(problems))
+        title = f"{len(problems)} problems with files\n  " if len(problems) > 1 else ""
+        raise UserError(title + "\n  ".join(problems))
 
 
 def _model(config: RunConfig) -> Iterator[str]:
@@ -41,45 +42,47 @@ def _model(config: RunConfig) -> Iterator[str]:
     if not is_local(name):
         pass
     elif folder.suffix == ".gguf":
-        yield f"{label}: convert it once with `dora-dist import-gguf {name} --output FOLDER` and give that folder"
+        yield f"{label}: convert it with `dora-dist import-gguf {name} --output FOLDER` and give that folder"
     elif not folder.exists():
         yield (
-            f"{label}: no such folder in {Path.cwd()}{nearby(folder)}; give a Hugging Face model folder or a hub name "
-            "(`make demo` creates the quickstart's base; `dora-dist import-gguf` makes a folder of a GGUF file)"
+            f"{label}: no such folder in {Path.cwd()}{nearby(folder)}; give a Hugging Face model folder or "
+            "a hub name (`make demo` creates the quickstart's, `dora-dist import-gguf` one of a GGUF file)"
         )
     elif not (folder / "config.json").is_file():
-        yield f"{label}: no config.json in it; give a Hugging Face model folder with config.json and .safetensors files"
+        yield f"{label}: no config.json in it; give a folder with config.json and .safetensors files"
     elif not any(folder.glob("*.safetensors")):
         yield (
-            f"{label}: no .safetensors file in it; weights in other formats are not read: save the model once more "
-            "with save_pretrained()"
+            f"{label}: no .safetensors file in it; weights in other formats are not read: load the model "
+            "with transformers and save it with save_pretrained()"
         )
     tokenizer = config.model.tokenizer
     if tokenizer is not None and is_local(tokenizer) and not Path(tokenizer).exists():
         yield (
-            f'model.tokenizer = "{tokenizer}": no such file or folder{nearby(Path(tokenizer))}; give a tokenizer '
+            f'model.tokenizer = "{tokenizer}": no such file or folder{nearby(Path(tokenizer))}; give a '
             "folder, a hub name or a sentencepiece tokenizer.model, or null for the model's own"
         )
 
 
 def _data(config: RunConfig) -> Iterator[str]:
-    train = config.data.train
-    named = [("data.train", name) for name in (train if isinstance(train, list) else [train])]
-    if config.data.validation is not None:
-        named.append(("data.validation", config.data.validation))
+    named = [("data.train", name) for name in _listed(config.data.train)]
+    named += [("data.validation", name) for name in _listed(config.data.validation)]
     for field, name in named:
         path = Path(name)
         label = f'{field} = "{name}"'
         if not is_local(name):
             continue
         if not path.exists():
-            yield f"{label}: no such file in {Path.cwd()}{nearby(path)}"
+            yield f"{label}: no such file in {Path.cwd()}{nearby(path)}; give a data file or a hub name"
         elif path.is_dir():
             yield f"{label}: is a folder; give its {', '.join(DATA_SUFFIXES)} files"
         elif path.suffix not in DATA_SUFFIXES:
             yield f"{label}: unknown kind of file; give {', '.join(DATA_SUFFIXES)}"
         elif path.stat().st_size == 0:
             yield f"{label}: the file is empty"
+
+
+def _listed(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else names or []
 
 
 def _starting_points(config: RunConfig) -> Iterator[str]:
@@ -91,8 +94,8 @@ def _starting_points(config: RunConfig) -> Iterator[str]:
     resume = config.checkpoint.resume
     if resume not in (None, "auto") and not (Path(resume) / "manifest.json").is_file():
         yield (
-            f'checkpoint.resume = "{resume}": no finished checkpoint (no manifest.json in it){nearby(Path(resume))}; '
-            'give a folder RUN_DIR/checkpoint-STEP, or "auto" for the newest'
+            f'checkpoint.resume = "{resume}": no complete checkpoint (no manifest.json in it)'
+            f'{nearby(Path(resume))}; give a folder RUN_DIR/checkpoint-STEP, or "auto" for the newest'
         )
 
 

@@ -1,4 +1,4 @@
-"""pydantic's findings as text that a user can act on: field, value, what is right, and what was probably meant."""
+"""pydantic's findings as text that a user can act on: field, value, what is right, what was meant."""
 
 import difflib
 import json
@@ -64,20 +64,26 @@ def explain(error: ValidationError, schema: type[BaseModel], origin: str) -> Use
 def suggestion(name: str, specs: dict[str, FieldSpec]) -> str:
     """`; did you mean X?` for an unknown dotted `name`, or what there is instead."""
     section, _, key = name.rpartition(".")
-    siblings = _keys(section, specs)
-    elsewhere = {known.rpartition(".")[2]: known for known in specs}
-    if close := difflib.get_close_matches(key, siblings, 1):
-        return f"; did you mean {section}.{close[0]}?"
-    meant = elsewhere.get(key) or _OTHER_NAMES.get(key)
-    if meant is None and (close := difflib.get_close_matches(key, elsewhere, 1, 0.75)):
-        meant = elsewhere[close[0]]
-    if meant is not None:
-        return f"; did you mean {meant}?"
     sections = list(dict.fromkeys(known.partition(".")[0] for known in specs))
-    if section in sections:
-        return f"; {section} has {', '.join(siblings)}"
-    close = difflib.get_close_matches(section or key, sections, 1)
-    return f"; did you mean the section {close[0]}?" if close else f"; the sections are {', '.join(sections)}"
+    known_keys = {known.partition(".")[2]: known for known in specs}
+    if meant := known_keys.get(key) or _OTHER_NAMES.get(key):
+        return f"; did you mean {meant}?"
+    if section not in sections:
+        close = difflib.get_close_matches(section or key, sections, 1)
+        return (
+            f"; did you mean the section {close[0]}?"
+            if close
+            else f"; the sections are {', '.join(sections)}"
+        )
+
+    def likeness(known: str) -> float:
+        there, _, other = known.partition(".")
+        return difflib.SequenceMatcher(None, key, other).ratio() + (0.1 if there == section else 0)
+
+    best = max(specs, key=likeness)
+    if likeness(best) > 0.7:
+        return f"; did you mean {best}?"
+    return f"; {section} has {', '.join(_keys(section, specs))}"
 
 
 def _keys(section: str, specs: dict[str, FieldSpec]) -> list[str]:

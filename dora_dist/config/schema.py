@@ -1,6 +1,6 @@
 """The sections of a run's JSON file: every field with its unit, range, default and meaning.
 
-This is the only description of a run. The command line's options, their help, the JSON schema for editors, the error
+This is the only description of a run. Command-line options and their help, the JSON schema for editors, error
 messages and the DeepSpeed JSON are all derived from it.
 """
 
@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dora_dist.config import conflicts, engine, files, overrides, problems, source
+from dora_dist.config import conflicts, engine, files, options, problems, source
 
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+PathTexts = Annotated[list[PathText], Field(min_length=1)]
 Patterns = list[Annotated[str, Field(min_length=1)]]
 
 
@@ -58,7 +59,7 @@ class AdapterConfig(Section):
     )
     dropout_mode: Literal["exact", "adapter"] = Field(
         default="exact",
-        description="exact: the paper's form; adapter: drop in the low-rank branch only (one base product fewer)",
+        description="exact: as in the paper; adapter: in the low-rank branch only (one base product fewer)",
     )
     norm_gradient: Literal["detached", "full"] = Field(
         default="detached",
@@ -66,7 +67,7 @@ class AdapterConfig(Section):
     )
     target_modules: Patterns | None = Field(
         default=None,
-        description="Linear layers to adapt: endings of module names, or regular expressions for whole names; "
+        description="Linear layers to adapt: endings of module names, or expressions for whole names; "
         "null: the model family's default",
     )
     magnitude_only_modules: Patterns = Field(
@@ -81,10 +82,10 @@ class AdapterConfig(Section):
 class DataConfig(Section):
     """What the model learns from."""
 
-    train: PathText | Annotated[list[PathText], Field(min_length=1)] = Field(
+    train: PathText | PathTexts = Field(
         description="Training data: .json, .jsonl or .parquet file or a hub name, or a list of these"
     )
-    validation: PathText | None = Field(
+    validation: PathText | PathTexts | None = Field(
         default=None, description="Validation data, as train; null: see validation_samples"
     )
     validation_samples: int = Field(
@@ -94,7 +95,7 @@ class DataConfig(Section):
     )
     format: Literal["instruction", "alpaca", "messages"] = Field(
         default="instruction",
-        description="Form of the records: instruction (the paper's prompt), alpaca, or messages (chat template)",
+        description="Records: instruction (the paper's prompt), alpaca, or messages (the chat template)",
     )
     loss_on: Literal["all", "answer"] = Field(
         default="all",
@@ -139,7 +140,7 @@ class TrainingConfig(Section):
     adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
     activation_checkpointing: bool = Field(
         default=True,
-        description="Keep one activation per decoder layer and recompute the rest in backward: slower, smaller",
+        description="Keep one activation per decoder layer, recompute the rest in backward: slower, smaller",
     )
     eval_every: int | None = Field(
         default=None, ge=1, description="Optimizer steps between evaluations; null: none in training"
@@ -192,7 +193,7 @@ class EngineConfig(Section):
     prefetch_bucket_size: int = Field(
         default=50_000_000, ge=0, description="Elements to gather ahead of their use"
     )
-    # Not DeepSpeed's 5e8: it allocates the whole bucket (1 to 2 GB), and only adapter gradients ever go through it.
+    # Not DeepSpeed's 5e8: the bucket is allocated whole (1 to 2 GB), and only adapter gradients use it.
     reduce_bucket_size: int = Field(
         default=50_000_000, ge=1, description="Gradient elements to reduce at a time"
     )
@@ -245,14 +246,14 @@ class RunConfig(Section):
 
     @classmethod
     def load(
-        cls, path: str | Path, arguments: Sequence[str] = (), *, check_files: bool = False
+        cls, path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = False
     ) -> "RunConfig":
-        """The run that a JSON file describes, changed by dotted command-line `arguments` (`--adapter.r 8 --a.b=1`).
+        """The run that a JSON file describes, with dotted `overrides`: `["--adapter.r", "8", "--a.b=1"]`.
 
         `check_files` also checks that every file and folder it names is there. Raises UserError.
         """
         raw = source.read_json(Path(path))
-        overrides.apply(raw, arguments, cls)
+        options.apply(raw, overrides, cls)
         config = cls.from_dict(raw, name=Path(path).stem, origin=str(path))
         if check_files:
             config.check_files()
@@ -262,7 +263,7 @@ class RunConfig(Section):
     def from_dict(
         cls, raw: dict[str, Any], *, name: str = "run", origin: str = "configuration"
     ) -> "RunConfig":
-        """The run that a nested dict describes; `name` replaces {config} in checkpoint.run_dir. Raises UserError."""
+        """The run that a dict describes; `name` fills {config} in checkpoint.run_dir. Raises UserError."""
         try:
             config = cls.model_validate(raw)
         except ValidationError as error:
@@ -279,15 +280,15 @@ class RunConfig(Section):
         return self
 
     def check_files(self) -> None:
-        """Raise UserError unless every file and folder that the run needs is there (hub names are not looked up)."""
+        """Raise UserError unless every file and folder of the run is there (hub names are not looked up)."""
         files.check(self)
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per optimizer step on each of `world_size` ranks. Raises UserError where none fits."""
+        """Micro-batches per optimizer step and rank. Raises UserError where none fits."""
         return engine.gradient_accumulation_steps(self, world_size)
 
     def deepspeed_config(self, world_size: int) -> dict[str, Any]:
-        """The DeepSpeed JSON of this run on `world_size` ranks, a new dict at every call. Raises UserError."""
+        """A new dict: the DeepSpeed JSON of this run on `world_size` ranks. Raises UserError."""
         return engine.deepspeed_config(self, world_size)
 
     def to_json(self) -> str:

@@ -9,7 +9,7 @@ from dora_dist.errors import UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError with line and column; repeated keys and NaN are mistakes too."""
+    """The object in a JSON file. Raises UserError with the place; repeated keys and NaN are mistakes too."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def nearby(path: Path) -> str:
-    """`; did you mean X?` when the folder of a missing `path` holds something of a similar name, else nothing."""
+    """`; did you mean X?` when the folder of a missing `path` holds a similar name, else nothing."""
     folder = path.parent
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     close = difflib.get_close_matches(path.name, names, 1)

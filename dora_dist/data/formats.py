@@ -1,7 +1,8 @@
 """How a record becomes text: prompt strings, and which stretches of the text are answer.
 
-A format is a function from (record, tokenizer) to `Rendered`. Everything that must agree between training and
-evaluation by likelihood, the prompt and the first answer character, is decided here and nowhere else.
+A format is a function from (record, tokenizer, whether the answers' ranges are wanted) to `Rendered`. Everything
+that must agree between training and evaluation by likelihood, the prompt and where the answer starts, is decided
+here and nowhere else.
 """
 
 from __future__ import annotations
@@ -103,6 +104,8 @@ def _messages_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast,
     for turn, message in enumerate(messages):
         if not spans or message["role"] != "assistant":
             continue
+        if turn == 0:
+            raise UserError('the first message is the assistant\'s, which answers nothing; set data.loss_on to "all"')
         before = _template(tokenizer, messages[:turn], add_generation_prompt=True)
         upto = _template(tokenizer, messages[: turn + 1])
         if not (text.startswith(upto) and upto.startswith(before)):

@@ -19,7 +19,7 @@ FIELDS: dict[str, dict[str, type]] = {
     "alpaca": {"instruction": str, "output": str},
     "messages": {"messages": list},
 }
-TYPE_NAMES = {str: "a string", list: "a list"}
+TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list"}
 
 
 def load_records(sources: Sequence[str | Path], format: str) -> list[Record]:

@@ -1,0 +1,6 @@
+"""Accuracy on multiple-choice tasks, by generation as the paper does it or by the likelihood of the answers."""
+
+from dora_dist.evaluation.run import as_table, evaluate, score_task
+from dora_dist.evaluation.tasks import PAPER_TASKS, Task
+
+__all__ = ["PAPER_TASKS", "Task", "as_table", "evaluate", "score_task"]

@@ -1,5 +1,6 @@
 """A model from a Hugging Face folder or hub name, adapted and placed: the order of construction in one place."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_dist.adapters.inject import inject
+from dora_dist.adapters.inject import AdapterPlan, inject
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.norms import NormRefresher
+from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.errors import UserError
 from dora_dist.models.placement import Placement
 from dora_dist.safetensors_io import TensorFolder
-from dora_dist.zero3.loading import load_base
+from dora_dist.zero3.loading import adapted_layers, load_base
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -31,12 +33,11 @@ class AdaptedModel:
 
 def build_model(
     base: Path,
-    adapter: AdapterSpec,
+    plan: AdapterPlan,
     placement: Placement,
     *,
     dtype: str = "bf16",
-    target_modules: list[str] | None = None,
-    magnitude_only_modules: list[str] | None = None,
+    start_from: PeftAdapter | None = None,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     seed: int = 0,
@@ -44,16 +45,50 @@ def build_model(
     """Build, adapt and load a causal language model from a local folder; norms are refreshed before it returns.
 
     The skeleton is made without memory, the adapters are injected into it, and only then does each parameter get
-    its place (whole, or this rank's shard). On ZeRO-3 this is collective. Raises UserError for a folder that is no
-    model, patterns that match nothing, and missing, misshapen or truncated tensors.
+    its place (whole, or this rank's shard). Adapters start as the paper says (paper section 4.1, by `seed`), or as
+    `start_from` has them. On ZeRO-3 this is collective. Raises UserError for a folder that is no model, a plan that
+    does not fit it, and missing, misshapen or truncated tensors.
     """
     folder = TensorFolder.open(base)
     model = skeleton(base, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
-    adapted = inject(model, adapter, target_modules, magnitude_only_modules or [])
+    adapted = inject(model, plan)
     load_base(model, folder, placement, DTYPES[dtype], seed)
     norms = placement.norms(model)
     norms.refresh()
+    if start_from is not None:
+        _assign(model, start_from, placement)
+        norms.refresh()
     return AdaptedModel(model, norms, adapted, base, folder.bytes_read)
+
+
+def _assign(model: nn.Module, adapter: PeftAdapter, placement: Placement) -> None:
+    """Give the adapters of a model the values of a PEFT adapter with the same layers."""
+    layers = adapted_layers(model)
+    if differ := set(layers) ^ set(adapter.layers):
+        raise UserError(
+            f"adapter.init_from: {min(differ)!r} is adapted only {'here' if min(differ) in layers else 'there'}; "
+            "set adapter.target_modules to the adapter's"
+        )
+    for name, layer in layers.items():
+        values = adapter.layers[name]
+        theirs = AdapterSpec(
+            r=None if values.lora_A is None else values.lora_A.shape[0],
+            weight_decomposed=values.magnitude is not None,
+        )
+        if (theirs.r, theirs.weight_decomposed) != (layer.spec.r, layer.spec.weight_decomposed) or (
+            layer.spec.r is not None and not math.isclose(values.scaling, layer.spec.scaling)
+        ):
+            raise UserError(
+                f"adapter.init_from: {name!r} has r={theirs.r}, scaling={values.scaling:g}, magnitude "
+                f"{'yes' if theirs.weight_decomposed else 'no'}; adapter.r, adapter.lora_alpha / adapter.r and "
+                "adapter.weight_decomposed must be the same"
+            )
+        if layer.lora_A is not None and values.lora_A is not None:
+            placement.assign(layer.lora_A, values.lora_A.t())
+        if layer.lora_B is not None and values.lora_B is not None:
+            placement.assign(layer.lora_B, values.lora_B)
+        if layer.magnitude_offset is not None and values.magnitude is not None and layer.base_norm is not None:
+            placement.assign(layer.magnitude_offset, values.magnitude.to(layer.base_norm.device) - layer.base_norm)
 
 
 def skeleton(base: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False) -> nn.Module:

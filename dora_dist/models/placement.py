@@ -19,6 +19,10 @@ class Placement(Protocol):
         """A real parameter of the meta parameter's shape: the elements held here are written by `fill`."""
         ...
 
+    def assign(self, parameter: nn.Parameter, values: Tensor) -> None:
+        """Overwrite a placed parameter, before any optimizer exists, with whole `values` known on every rank."""
+        ...
+
     def norms(self, model: nn.Module) -> NormRefresher:
         """A refresher, attached to the root `model`, that knows how its weights are held."""
         ...
@@ -41,6 +45,9 @@ class WholePlacement:
         values = torch.empty(parameter.numel(), dtype=dtype)
         fill(0, parameter.numel(), values)
         return nn.Parameter(values.view(parameter.shape).to(self.device), parameter.requires_grad)
+
+    def assign(self, parameter: nn.Parameter, values: Tensor) -> None:
+        parameter.data.copy_(values)
 
     def norms(self, model: nn.Module) -> NormRefresher:
         return NormRefresher(model)

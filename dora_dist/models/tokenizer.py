@@ -94,9 +94,10 @@ def from_sentencepiece(file: Path, chat_template: str | None = None) -> PreTrain
 
 def _read_sentencepiece(file: Path) -> Any:
     from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2 as generated
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    schema: Any = generated  # its classes are made at import, out of a type checker's sight
+    proto = schema.ModelProto()
     try:
         proto.ParseFromString(file.read_bytes())
     except DecodeError:
@@ -138,7 +139,8 @@ def _from_repository(name: str, revision: str | None, trust_remote_code: bool) -
 
     pieces = None if find("tokenizer.json") else find(SENTENCEPIECE_FILE)
     if pieces is None:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return tokenizer
     template, settings = find("chat_template.jinja"), find("tokenizer_config.json")
     if template is not None:
         return from_sentencepiece(pieces, template.read_text(encoding="utf-8"))

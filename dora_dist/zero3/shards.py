@@ -12,10 +12,10 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
 from deepspeed.runtime.zero.utils import is_zero_param
-from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
-from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
@@ -66,6 +66,10 @@ class ShardedPlacement:
         sharded.ds_numel_aligned = length * world
         free_param(sharded)
         return sharded
+
+    def assign(self, parameter: nn.Parameter, values: Tensor) -> None:
+        start, stop = local_range(parameter)
+        parameter.ds_tensor.data[: stop - start].copy_(values.flatten()[start:stop])
 
     def norms(self, model: nn.Module) -> NormRefresher:
         from dora_dist.zero3.norms import ShardedNormRefresher

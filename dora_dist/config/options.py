@@ -36,8 +36,8 @@ def apply(raw: dict[str, Any], arguments: Sequence[str], schema: type[BaseModel]
 
 
 def add_arguments(parser: argparse.ArgumentParser, schema: type[BaseModel]) -> None:
-    """One option per field, grouped by section. Parsing collects them, as text, in `arguments` for `RunConfig.load`."""
-    parser.set_defaults(arguments=[])
+    """One option per field, grouped by section. Parsing collects `overrides` for `RunConfig.load`."""
+    parser.set_defaults(overrides=[])
     groups = {
         section: parser.add_argument_group(
             section, description=field.annotation.__doc__ if field.annotation else ""
@@ -50,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser, schema: type[BaseModel]) -> N
         groups[name.partition(".")[0]].add_argument(
             f"--{name}",
             action=_Collect,
-            dest="arguments",
+            dest="overrides",
             metavar=metavar,
-            help=f"{spec.description}. {spec.expected()}; {spec.shown_default()}".replace("%", "%%"),
+            help=spec.help().replace("%", "%%"),
         )
 
 
 def check_names(arguments: Sequence[str], schema: type[BaseModel]) -> None:
-    """Raise UserError for a dotted option that the schema does not have: argparse would not say what was meant."""
+    """Raise UserError for an unknown dotted option: argparse would not say what was meant."""
     specs = field_specs(schema)
     for token in arguments:
         name = token.partition("=")[0].removeprefix("--")
@@ -73,4 +73,4 @@ class _Collect(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        namespace.arguments = [*namespace.arguments, f"{option_string}={values}"]
+        namespace.overrides = [*namespace.overrides, f"{option_string}={values}"]

@@ -1,0 +1,46 @@
+# Everything is installed into .venv, at the versions in constraints.txt; running a target again installs nothing.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help demo test lint bench-step clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+
+demo: $(VENV)/.installed-demo  ## set up, then fine-tune a real model on two ranks, merge and evaluate it (10 minutes on 2 CPU cores)
+	$(BIN)/python launch/quickstart.py
+
+test: lint  ## set up, then lint, type-check and run every test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-step: $(VENV)/.installed-bench  ## time one training step against PEFT's LoRA and DoRA; ARGS="--help" for its flags
+	$(BIN)/python benchmarks/step.py $(ARGS)
+
+clean:  ## remove .venv and caches (runs/ stays)
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info
+
+# torch comes first and build isolation is off, so that DeepSpeed's source package is built with the pinned
+# tools and against the torch it will run with.
+$(VENV)/.installed-base: constraints.txt tools/system_packages.sh
+	bash tools/system_packages.sh $(PYTHON)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools torch
+	touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed-base pyproject.toml
+	$(PIP) --no-build-isolation --editable '.[$*]'
+	touch $@
+
+.PRECIOUS: $(VENV)/.installed-%

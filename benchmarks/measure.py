@@ -1,0 +1,185 @@
+"""What runs on each rank: build one variant, warm up, measure steps."""
+
+import json
+import logging
+import os
+import resource
+import sys
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from settings import Settings
+
+
+def rank_main(rank: int, variant: str, base: Path, settings: Settings, folder: Path, profile: bool) -> None:
+    """Measure `variant` as one of `settings.ranks` ranks; writes `folder`/<rank>.json."""
+    size = str(settings.ranks)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # never bound: the file store is the meeting point
+    _quiet()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.ranks))
+
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(rank)
+    backend = accelerator.communication_backend_name()
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=settings.ranks)
+    deepspeed.init_distributed(backend)
+    result = Run(variant, base, settings).measure(profile)
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _quiet() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # the engine's use of renamed collectives, once per call
+
+
+class Run:
+    """One variant on one rank."""
+
+    def __init__(self, variant: str, base: Path, settings: Settings) -> None:
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+        from models import build, unsharded
+
+        self.settings, self.accelerator = settings, get_accelerator()
+        model, self.norms = build(variant, base, settings)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.trainable = sum(getattr(p, "ds_numel", p.numel()) for p in trainable)
+        optimizer = torch.optim.AdamW(trainable, lr=1e-4)
+        self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings.deepspeed_config())[0]
+        if wrong := list(unsharded(model)):
+            raise RuntimeError(f"{variant}: not sharded, or not bf16: {wrong[:5]}")
+        self.losses: list[float] = []
+
+    def measure(self, profile: bool) -> dict[str, Any]:
+        """Warm-up (the engine's trace of modules must be complete), timed steps, one step with bytes counted."""
+        settings = self.settings
+        for _ in range(settings.warmup):
+            self.step()
+        if profile:
+            self._profile()
+        built_peak = peak_rss()
+        reset_peak_rss()
+        refreshed = self.norms.seconds if self.norms else 0.0
+        seconds = [self.step() for _ in range(settings.steps)]
+        refresh = (self.norms.seconds - refreshed) / settings.steps if self.norms else 0.0
+        refresh_bytes = self.norms.bytes_received if self.norms else 0
+        with ReceivedBytes() as received:
+            self.step()
+        refresh_bytes = (self.norms.bytes_received if self.norms else 0) - refresh_bytes
+        on_gpu = self.accelerator.device_name() != "cpu"
+        return {
+            "seconds": seconds,
+            "losses": self.losses,
+            "trainable": self.trainable,
+            "peak_rss_bytes": max(built_peak, peak_rss()),
+            "peak_rss_steps_bytes": peak_rss(),
+            "peak_device_bytes": self.accelerator.max_memory_allocated() if on_gpu else None,
+            "received_bytes": dict(received.bytes),
+            "collectives": dict(received.calls),
+            "norm_refresh_seconds": refresh,
+            "norm_refresh_bytes": refresh_bytes,
+            "device": self.accelerator.device_name(),
+        }
+
+    def step(self) -> float:
+        """One optimizer step on new tokens, the same in every variant; wall seconds between barriers."""
+        settings = self.settings
+        seed = len(self.losses) * settings.ranks + dist.get_rank()
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(settings.vocab, (1, settings.tokens), generator=generator).to(self.engine.device)
+        self._barrier()
+        started = time.perf_counter()
+        loss = self.engine(input_ids=tokens, labels=tokens).loss
+        self.engine.backward(loss)
+        self.engine.step()
+        self._barrier()
+        seconds = time.perf_counter() - started
+        self.losses.append(loss.item())
+        return seconds
+
+    def _barrier(self) -> None:
+        self.accelerator.synchronize()
+        dist.barrier()
+
+    def _profile(self) -> None:
+        if dist.get_rank() != 0:
+            self.step()
+            return
+        from torch.profiler import ProfilerActivity, profile
+
+        on_gpu = self.accelerator.device_name() != "cpu"
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        with profile(activities=activities) as profiler:
+            seconds = self.step()
+        key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        print(profiler.key_averages(group_by_input_shape=False).table(sort_by=key, row_limit=25))
+        print(f"one step under the profiler: {seconds:.2f} s", file=sys.stdout, flush=True)
+
+
+class ReceivedBytes:
+    """Counts the bytes that each kind of collective brings to this rank, where DeepSpeed calls its backend.
+
+    Of an all-gather's output a rank receives all but its own part; of a reduce-scatter's input, the others' parts
+    of its own output; an all-reduce is both. In each call the largest tensor is that output or input.
+    """
+
+    SHARES = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_reduce": 2}
+
+    def __init__(self) -> None:
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def __enter__(self) -> "ReceivedBytes":
+        from deepspeed.comm import comm
+
+        self.backend, world = comm.cdb, dist.get_world_size()
+        for name, times in self.SHARES.items():
+            setattr(self.backend, name, self._counting(name, times * (world - 1) / world))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.SHARES:
+            delattr(self.backend, name)  # the class's own method shows again
+
+    def _counting(self, name: str, share: float) -> Any:
+        real = getattr(self.backend, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            self.bytes[name] += int(max(t.numel() * t.element_size() for t in tensors) * share)
+            self.calls[name] += 1
+            return real(*args, **kwargs)
+
+        return counted
+
+
+def peak_rss() -> int:
+    """This process's peak resident memory in bytes, since it began or since `reset_peak_rss`."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_rss() -> None:
+    """Start the peak anew at what is resident now (Linux)."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")

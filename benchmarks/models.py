@@ -1,0 +1,112 @@
+"""The five variants: one base model on ZeRO-3 shards, each adapted in its own way."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from settings import TARGETS, Settings
+from torch import nn
+
+
+def write_base(folder: Path, settings: Settings) -> None:
+    """A LLaMA of the settings' size with random bf16 weights, as a Hugging Face folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dora_dist.safetensors_io import TensorWriter
+
+    config = LlamaConfig(
+        vocab_size=settings.vocab,
+        hidden_size=settings.hidden,
+        intermediate_size=settings.ffn,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        max_position_embeddings=max(2048, settings.tokens),
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in LlamaForCausalLM(config).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    layout = [(name, torch.bfloat16, shape) for name, shape in shapes.items()]
+    with TensorWriter(folder / "model.safetensors", layout, {"format": "pt"}) as writer:
+        for name, shape in shapes.items():
+            if len(shape) == 1:
+                values = torch.ones(shape)
+            else:
+                values = torch.empty(shape).normal_(0.0, 0.02, generator=generator)
+            writer.write(name, values.to(torch.bfloat16))
+
+
+def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]:
+    """The variant's model, and our norm refresher where it has one. Collective.
+
+    In every variant the embedding's output requires a gradient, as in the middle of a deep stack: all layers
+    compute input gradients, and "no adapter" does all of the backward but the adapters' own.
+    """
+    if variant in ("dora", "lora"):
+        model, norms = _ours(variant == "dora", base, settings)
+    else:
+        model, norms = _hugging_face(base, settings), None
+        if variant == "none":
+            model.requires_grad_(False)
+            model.model.norm.weight.requires_grad_(True)  # an engine needs something to train: 4096 numbers
+        else:
+            model = _peft(model, variant == "peft-dora", settings)
+    model.enable_input_require_grads()
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.config.use_cache = False
+    return model.train(), norms
+
+
+def _ours(weight_decomposed: bool, base: Path, settings: Settings) -> tuple[nn.Module, Any]:
+    from dora_dist.adapters.inject import by_pattern
+    from dora_dist.adapters.linear import AdapterSpec
+    from dora_dist.models.build import build_model
+    from dora_dist.zero3.shards import ShardedPlacement
+
+    spec = AdapterSpec(settings.r, settings.alpha, weight_decomposed=weight_decomposed, dropout=settings.dropout)
+    placement = ShardedPlacement(settings.deepspeed_config())
+    adapted = build_model(base, by_pattern(spec, TARGETS), placement)
+    return adapted.model, adapted.norms
+
+
+def _hugging_face(base: Path, settings: Settings) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    alive = HfDeepSpeedConfig(settings.deepspeed_config())  # from_pretrained looks for it: shards from the start
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa")
+    del alive
+    return model
+
+
+def _peft(model: nn.Module, use_dora: bool, settings: Settings) -> nn.Module:
+    """PEFT at its best: adapters in bf16 like the engine (not upcast to fp32), sharded with everything else."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)  # adapters are made on every rank alike; deepspeed.initialize shards them
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=TARGETS,
+        use_dora=use_dora,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def unsharded(model: nn.Module) -> Iterator[str]:
+    """Names of parameters that the engine does not shard, or that are not bf16: there should be none."""
+    from dora_dist.zero3.shards import is_sharded
+
+    for name, parameter in model.named_parameters():
+        if not is_sharded(parameter) or parameter.dtype is not torch.bfloat16:
+            yield f"{name} ({parameter.dtype})"

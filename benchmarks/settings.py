@@ -1,0 +1,93 @@
+"""What the step benchmark is told: one record, made from the command line's flags, the same for every variant."""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+VARIANTS = {
+    "dora": "this project, DoRA",
+    "lora": "this project, LoRA",
+    "none": "no adapter",
+    "peft-lora": "PEFT, LoRA",
+    "peft-dora": "PEFT, DoRA",
+}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes are those of two LLaMA-7B layers by default; `engine` is merged into the DeepSpeed JSON last."""
+
+    hidden: int = 4096
+    ffn: int = 11008
+    layers: int = 2
+    heads: int = 32
+    vocab: int = 1000
+    tokens: int = 512
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    checkpointing: bool = True
+    ranks: int = 2
+    rounds: int = 3
+    warmup: int = 3
+    steps: int = 5
+    reuse_distance: int = 0
+    live_parameters: int = 250_000_000
+    engine: dict[str, Any] | None = None
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """The engine's JSON, the same for all variants.
+
+        A model of two layers would stay gathered whole under DeepSpeed's defaults (10^9 elements), and its steps
+        would communicate a third of what a layer of a 70B model does. So nothing is kept for a later use
+        (reuse distance 0) and about one layer may be live: every use of a weight gathers it.
+        """
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_max_reuse_distance": self.reuse_distance,
+                "stage3_max_live_parameters": self.live_parameters,
+                "reduce_bucket_size": 50_000_000,  # allocated whole; only adapter gradients use it
+            },
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 1_000_000_000,
+        }
+        return _merged(config, self.engine or {})
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    nested = {k: _merged(base[k], v) for k, v in extra.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **extra, **nested}
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
+    """The command line: the settings, and what is not a setting (variants, output, profile)."""
+    parser = argparse.ArgumentParser(
+        description="Seconds, memory and bytes of one training step, side by side: "
+        + "; ".join(f"{name} ({text})" for name, text in VARIANTS.items())
+    )
+    numbers = {f.name: f for f in fields(Settings) if f.name not in ("checkpointing", "engine")}
+    for name, field in numbers.items():
+        kind = float if isinstance(field.default, float) else int
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help="%(default)s")
+    parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
+    parser.add_argument("--engine", type=json.loads, default={}, help="DeepSpeed JSON, merged last, for all variants")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-step"), help="folder for JSON and PNG")
+    parser.add_argument("--base", type=Path, help="keep the synthetic base model in this folder, or reuse it")
+    parser.add_argument("--profile", choices=VARIANTS, help="print one step's top operations on rank 0 instead")
+    options = parser.parse_args(arguments)
+    names = [f.name for f in fields(Settings)]
+    return Settings(**{name: getattr(options, name) for name in names}), options

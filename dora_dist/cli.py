@@ -1,0 +1,325 @@
+"""The command line `dora-dist`: each command parses its options and calls one function of the library."""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dora_dist.config import RunConfig, add_arguments, check_names
+from dora_dist.errors import UserError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_DTYPES = ("bf16", "fp16", "fp32")
+Commands = Any  # argparse's own type for this is private
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    tokens = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if tokens[:1] in (["train"], ["validate"]):
+            check_names(tokens, RunConfig)
+        options = _parser().parse_args(tokens)
+        options.handler(options)
+    except UserError as error:
+        # Every rank says it: the first that ends makes the launcher end the others, maybe unheard.
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        sys.stderr.write(f"error{' on rank ' + os.environ.get('RANK', '?') if several else ''}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dora-dist",
+        description="DoRA fine-tuning on DeepSpeed ZeRO-3: one JSON file is a run, one command starts it",
+        epilog="dora-dist COMMAND --help describes a command and gives an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"dora-dist {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _declare_train(commands)
+    _declare_validate(commands)
+    _declare_schema(commands)
+    _declare_consolidate(commands)
+    _declare_import_gguf(commands)
+    _declare_evaluate(commands)
+    return parser
+
+
+def _declare_train(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "train",
+        _train,
+        "fine-tune a model as a config file says, here or on the ranks that a launcher starts",
+        "dora-dist train --config configs/quickstart.json --training.max_steps 10\n"
+        "          deepspeed --num_accelerators 2 launch/train.py --config configs/quickstart.json",
+        "--config FILE [--resume] [--SECTION.FIELD VALUE ...]",
+    )
+    command.add_argument("--config", required=True, metavar="FILE", help="JSON file that describes the run")
+    command.add_argument("--resume", action="store_true", help="short for --checkpoint.resume auto")
+    # DeepSpeed's launcher adds it to every script; the environment says the same.
+    command.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    add_arguments(command, RunConfig)
+
+
+def _train(options: argparse.Namespace) -> None:
+    resume = ["--checkpoint.resume=auto"] if options.resume else []
+    config = RunConfig.load(options.config, [*resume, *options.overrides], check_files=True)
+    from dora_dist.training.run import train
+
+    train(config)
+
+
+def _declare_validate(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "validate",
+        _validate,
+        "check a config file, and the files that it names, without starting anything",
+        "dora-dist validate configs/llama7b_dora.json --world-size 8 --data.train mine.jsonl",
+        "CONFIG [--world-size N] [--no-files] [--SECTION.FIELD VALUE ...]",
+    )
+    command.add_argument("config", metavar="CONFIG", help="JSON file that describes the run")
+    command.add_argument(
+        "--world-size", type=_positive, metavar="N", help="check for N ranks; prints the DeepSpeed JSON"
+    )
+    command.add_argument(
+        "--no-files", action="store_true", help="do not look whether models and data are here"
+    )
+    add_arguments(command, RunConfig)
+
+
+def _validate(options: argparse.Namespace) -> None:
+    config = RunConfig.load(options.config, options.overrides, check_files=not options.no_files)
+    if options.world_size is not None:
+        print(json.dumps(config.deepspeed_config(options.world_size), indent=2))
+    adapter, training = config.adapter, config.training
+    most = training.global_batch_size // training.micro_batch_size
+    ranks = ", ".join(str(count) for count in range(1, most + 1) if most % count == 0)
+    print(
+        f"{options.config} is valid: {'DoRA' if adapter.weight_decomposed else 'LoRA'} r={adapter.r} on "
+        f"{config.model.path}, {training.global_batch_size} records a step; runs on {ranks} "
+        f"{'rank' if most == 1 else 'ranks'}; writes {config.checkpoint.run_dir}",
+        file=sys.stderr,
+    )
+
+
+def _declare_schema(commands: Commands) -> None:
+    _command(
+        commands,
+        "schema",
+        _schema,
+        "print the JSON schema of config files, for editors",
+        "dora-dist schema > dora_dist.schema.json",
+    )
+
+
+def _schema(options: argparse.Namespace) -> None:
+    print(json.dumps(RunConfig.json_schema(), indent=2))
+
+
+def _declare_consolidate(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "consolidate",
+        _consolidate,
+        "merge an adapter into its base: a plain Hugging Face model folder",
+        "dora-dist consolidate runs/quickstart/train --output merged/",
+    )
+    command.add_argument(
+        "path", type=Path, metavar="PATH", help="run folder, checkpoint, or PEFT adapter folder"
+    )
+    _add_output(command, "the merged model")
+    command.add_argument(
+        "--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)"
+    )
+    command.add_argument("--dtype", choices=_DTYPES, help="number format to write (default: the base's)")
+    command.add_argument(
+        "--max-shard-size",
+        type=_size,
+        default="5GB",
+        metavar="SIZE",
+        help="largest file (default: %(default)s)",
+    )
+
+
+def _consolidate(options: argparse.Namespace) -> None:
+    from dora_dist.consolidate import consolidate, find_adapter
+
+    adapter, found = find_adapter(options.path)
+    base = options.base or found
+    if base is None:
+        raise UserError(f"{options.path}: does not say what its base model is; give it with --base MODEL")
+    result = consolidate(
+        adapter,
+        base,
+        options.output,
+        dtype=options.dtype,
+        max_shard_bytes=options.max_shard_size,
+        overwrite=options.overwrite,
+    )
+    print(
+        f"{options.output}: {result['merged']} of {result['tensors']} tensors merged, "
+        f"{result['bytes_written'] / 1e9:.3f} GB written in {result['seconds']:.1f} s"
+    )
+
+
+def _declare_import_gguf(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "import-gguf",
+        _import_gguf,
+        "convert a GGUF file to a Hugging Face model folder, once",
+        "dora-dist import-gguf SmolLM2-135M-Instruct.gguf --output base/",
+    )
+    command.add_argument("file", type=Path, metavar="FILE", help="GGUF file")
+    _add_output(command, "the model")
+    command.add_argument(
+        "--dtype", choices=_DTYPES, default="bf16", help="number format to write (default: %(default)s)"
+    )
+
+
+def _import_gguf(options: argparse.Namespace) -> None:
+    from dora_dist.models.gguf import import_gguf
+
+    import_gguf(options.file, options.output, dtype=options.dtype, overwrite=options.overwrite)
+    print(options.output)
+
+
+def _declare_evaluate(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "measure accuracy on multiple-choice and answer-extraction tasks",
+        "dora-dist evaluate runs/quickstart/train --tasks boolq=boolq.json piqa=piqa.json",
+    )
+    command.add_argument(
+        "model", metavar="MODEL", help="model folder, hub name, PEFT folder, checkpoint or run folder"
+    )
+    command.add_argument(
+        "--tasks",
+        nargs="+",
+        type=_task,
+        required=True,
+        metavar="NAME=FILE",
+        help="records in the instruction format",
+    )
+    command.add_argument(
+        "--mode",
+        choices=("generate", "likelihood"),
+        default="generate",
+        help="generate: the paper's way, the first answer in the generated text; likelihood: the likeliest "
+        "answer (default: %(default)s)",
+    )
+    command.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="records at a time (%(default)s)"
+    )
+    command.add_argument(
+        "--num-beams", type=_positive, default=4, metavar="N", help="beams when generating (%(default)s)"
+    )
+    command.add_argument(
+        "--max-new-tokens", type=_positive, default=32, metavar="N", help="tokens to generate (%(default)s)"
+    )
+    command.add_argument(
+        "--normalise",
+        choices=("sum", "mean"),
+        default="sum",
+        help="likelihood of the whole answer or of its average token (%(default)s)",
+    )
+    command.add_argument("--limit", type=_positive, metavar="N", help="only the first N records of each task")
+    command.add_argument("--dtype", choices=_DTYPES, default="bf16", help="number format (%(default)s)")
+    command.add_argument("--output", type=Path, metavar="FILE", help="write the result there as JSON, too")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    tasks = dict(options.tasks)
+    if len(tasks) < len(options.tasks):
+        raise UserError(f"--tasks: a name is given twice in {', '.join(name for name, _ in options.tasks)}")
+    from dora_dist.evaluation.run import as_table, evaluate
+
+    result = evaluate(
+        options.model,
+        tasks,
+        mode=options.mode,
+        batch_size=options.batch_size,
+        num_beams=options.num_beams,
+        max_new_tokens=options.max_new_tokens,
+        normalise=options.normalise,
+        limit=options.limit,
+        dtype=options.dtype,
+        output=options.output,
+    )
+    print(as_table(result))
+
+
+def _command(
+    commands: Commands,
+    name: str,
+    handler: Callable[[argparse.Namespace], None],
+    summary: str,
+    example: str,
+    usage: str | None = None,
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        usage=usage and f"dora-dist {name} {usage}",
+        description=f"{summary[0].upper()}{summary[1:]}.\n\nexample:  {example}",
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+    )
+    command.set_defaults(handler=handler)
+    return command
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the examples' lines."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=44)
+
+
+def _add_output(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help=f"new folder for {what}"
+    )
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace the output folder if it is there already"
+    )
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _task(text: str) -> tuple[str, Path]:
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE, such as boolq=boolq.json")
+    return name, Path(file)
+
+
+def _version() -> str:
+    try:
+        return version("dora_dist")
+    except PackageNotFoundError:
+        return "(not installed)"

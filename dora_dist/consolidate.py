@@ -1,0 +1,279 @@
+"""Adapter + base -> one plain Hugging Face model folder, streamed: memory stays far below the model's size.
+
+W = (m / n)[:, None]·(W0 + s·B·A), n = row norms of the bracket (DoRA, section 4.1). A row needs only its own
+base row, so a tensor is merged in blocks of rows, in fp32, and written as it goes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dora_dist import run_folder
+from dora_dist.adapters.peft_format import CONFIG_NAME, AdapterLayer, PeftFolder
+from dora_dist.config import is_local
+from dora_dist.errors import UserError
+from dora_dist.models.hub import fetch
+from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, new_folder
+
+BLOCK_BYTES = 32 << 20
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# What makes a folder usable beside its weights; code and pickles are left behind on purpose.
+_CONFIGURATION = ("config.json", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*")
+_TOKENIZER = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template.*")
+
+
+@dataclass
+class Shard:
+    """One output file: its tensors, in the order in which they are read, and their size once written."""
+
+    name: str
+    entries: list[TensorEntry]
+    nbytes: int
+
+
+def consolidate(
+    adapter_folder: Path,
+    base_folder: Path | str,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: float = 5e9,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Merge a PEFT adapter folder into its base and write the folder `output`, config and tokenizer included.
+
+    `base_folder` is a folder or a hub name. `dtype` ("bf16", "fp16", "fp32") of the output is by default that
+    of the base on disk, tensor by tensor. Memory: a few blocks of BLOCK_BYTES, whatever the model's size.
+    Returns what was done: output, tensors, merged, shards, bytes_read, bytes_written, seconds.
+
+    Raises UserError, with nothing left behind, when the adapter does not fit the base, a file is damaged, a
+    result is not finite, the disk is too small, or `output` exists and `overwrite` is False.
+    """
+    started = time.monotonic()
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+    adapter = PeftFolder.open(adapter_folder)
+    base = _base_path(str(base_folder), adapter.config.get("revision"))
+    config = _read_config(base)
+    output = Path(output).resolve()
+    _check_output(output, base, Path(adapter_folder))
+    tensors = TensorFolder.open(base)
+    targets = _match(adapter, tensors, config)
+    shards = _plan(tensors, dtype, max_shard_bytes)
+    total = sum(shard.nbytes for shard in shards)
+    _check_space(output, total)
+    with (
+        new_folder(output, overwrite) as folder,
+        tqdm(total=total, unit="B", unit_scale=True, desc="consolidating", disable=not progress) as bar,
+    ):
+        _copy_companions(base, folder, config, dtype)
+        for shard in shards:
+            layout = [(entry.name, _written_as(entry, dtype), entry.shape) for entry in shard.entries]
+            with TensorWriter(folder / shard.name, layout, {"format": "pt"}) as writer:
+                for entry in shard.entries:
+                    module = targets.get(entry.name)
+                    layer = adapter.layer(module) if module else None
+                    for block in _blocks(tensors, entry, layer, _written_as(entry, dtype)):
+                        writer.write(entry.name, block)
+                        bar.update(block.nbytes)
+        if len(shards) > 1:
+            _write_index(folder, shards)
+    return {
+        "output": str(output),
+        "tensors": len(tensors.entries),
+        "merged": len(targets),
+        "shards": len(shards),
+        "bytes_read": tensors.bytes_read,
+        "bytes_written": total,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def merge_rows(weight: Tensor, layer: AdapterLayer, start: int) -> Tensor:
+    """Merge `layer` into rows [start, start + len(weight)) of the base weight, fp32 (rows, in), in place.
+
+    Row norms of 0 keep their row (factor 1), as in the layer itself.
+    """
+    rows = slice(start, start + len(weight))
+    if layer.lora_A is not None and layer.lora_B is not None:
+        weight.addmm_(layer.lora_B[rows] * layer.scaling, layer.lora_A)
+    if layer.magnitude is not None:
+        norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)  # squares could overflow in fp32
+        factor = torch.where(norm == 0, 1.0, layer.magnitude[rows] / norm)
+        weight.mul_(factor[:, None].float())
+    return weight
+
+
+def find_adapter(path: Path) -> tuple[Path, str | None]:
+    """The adapter folder that `path` means, and the base it was trained on where that is known.
+
+    `path` is a PEFT folder, a checkpoint, or a run folder: then its best checkpoint if the run kept one, else
+    the newest complete one. Raises UserError when it is none of these.
+    """
+    path = Path(path)
+    if (path / CONFIG_NAME).is_file():
+        return path, _trained_on(path)
+    if (path / run_folder.ADAPTER / CONFIG_NAME).is_file():
+        if path.name.startswith("checkpoint-") and not run_folder.is_complete(path):
+            raise UserError(f"{path}: incomplete checkpoint (saving was cut short); use another one")
+        return path / run_folder.ADAPTER, _trained_on(path / run_folder.ADAPTER, path.parent)
+    checkpoint = run_folder.best_checkpoint(path) or run_folder.newest_checkpoint(path)
+    if checkpoint is None:
+        what = (
+            "no such folder"
+            if not path.is_dir()
+            else "no adapter_config.json and no complete checkpoint-* in it"
+        )
+        raise UserError(f"{path}: {what}; give a PEFT folder, a checkpoint or a run folder")
+    return find_adapter(checkpoint)
+
+
+def _trained_on(adapter: Path, run: Path | None = None) -> str | None:
+    """The base's name: from the run's config.json, else as the adapter says."""
+    places = [(run / "config.json", ("model", "path"))] if run else []
+    for file, keys in [*places, (adapter / CONFIG_NAME, ("base_model_name_or_path",))]:
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+            for key in keys:
+                value = value[key]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(value, str) and value:
+            return value
+    return None
+
+
+def _base_path(name: str, revision: str | None) -> Path:
+    """The base's folder: a local one, or a hub name's snapshot."""
+    if not is_local(name):
+        return fetch(name, revision)
+    if not Path(name).is_dir():
+        raise UserError(
+            f"base model {name!r}: no such folder; give the base's folder or hub name with --base"
+        )
+    return Path(name)
+
+
+def _read_config(base: Path) -> dict[str, Any]:
+    path = base / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable ({error}); give a Hugging Face model folder as base") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object; give a Hugging Face model folder as base")
+    return config
+
+
+def _check_output(output: Path, base: Path, adapter: Path) -> None:
+    """Refuse to replace an input, or (when overwriting) a folder that holds something else than a model."""
+    for kind, folder in (("base", base), ("adapter", adapter)):
+        if folder.resolve().is_relative_to(output):
+            raise UserError(f"{output}: holds the {kind} that is to be merged; choose another output folder")
+    if output.is_dir() and any(output.iterdir()) and not any(output.glob("model*.safetensors")):
+        raise UserError(f"{output}: already exists and is no merged model; choose another output folder")
+
+
+def _check_space(output: Path, nbytes: int) -> None:
+    place = next(folder for folder in output.parents if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        needed = f"{nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+        raise UserError(f"{output}: disk full: {needed}; free some space or choose another place")
+
+
+def _match(adapter: PeftFolder, tensors: TensorFolder, config: dict[str, Any]) -> dict[str, str]:
+    """Base tensor name -> adapted module. UserError naming the first module that the base cannot take."""
+    targets = {}
+    for module in adapter.modules:
+        weight, who = f"{module}.weight", f"{adapter.path}: it adapts {module!r}"
+        entry = tensors.entries.get(weight)
+        if entry is None:
+            missing = f"but {tensors.path} has no tensor {weight!r}"
+            raise UserError(f"{who}, {missing}; give the base that it was trained on")
+        if entry.shape != adapter.shape(module):
+            mismatch = f"as {adapter.shape(module)}, but {tensors.path} has it as {entry.shape}"
+            raise UserError(f"{who} {mismatch}; give the base that it was trained on")
+        if entry.dtype not in _MERGEABLE:
+            raise UserError(
+                f"{who}, stored as {entry.dtype} in {tensors.path}; give the base before quantisation"
+            )
+        if config.get("tie_word_embeddings") and module.endswith(("lm_head", "embed_tokens")):
+            raise UserError(f"{who}, which shares its weight with another module; it cannot be merged alone")
+        targets[weight] = module
+    return targets
+
+
+def _written_as(entry: TensorEntry, dtype: str | None) -> torch.dtype:
+    return DTYPES[dtype] if dtype and entry.dtype in _MERGEABLE else entry.dtype
+
+
+def _plan(tensors: TensorFolder, dtype: str | None, max_shard_bytes: float) -> list[Shard]:
+    """Fill files up to `max_shard_bytes` each, in the order of the base's files: it is read sequentially."""
+    shards: list[Shard] = []
+    for entry in sorted(tensors.entries.values(), key=lambda entry: (entry.path, entry.offset)):
+        nbytes = entry.numel * _written_as(entry, dtype).itemsize
+        if not shards or shards[-1].nbytes + nbytes > max_shard_bytes:
+            shards.append(Shard("model.safetensors", [], 0))
+        shards[-1].entries.append(entry)
+        shards[-1].nbytes += nbytes
+    if len(shards) > 1:
+        for number, shard in enumerate(shards, 1):
+            shard.name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    return shards
+
+
+def _blocks(
+    tensors: TensorFolder, entry: TensorEntry, layer: AdapterLayer | None, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """The tensor as it is to be written, a block of rows at a time; UserError if a number is not finite."""
+    rows = entry.shape[0] if entry.shape else 1
+    width = entry.numel // rows if rows else 0
+    step = max(1, BLOCK_BYTES // (4 * max(width, 1)))
+    for start in range(0, rows, step):
+        span = (start * width, min(start + step, rows) * width)
+        if layer is None:
+            block = tensors.read_flat(entry.name, *span, dtype=dtype)
+        else:
+            weight = tensors.read_flat(entry.name, *span, dtype=torch.float32).view(-1, width)
+            block = merge_rows(weight, layer, start).to(dtype)
+        if block.is_floating_point() and dtype.itemsize > 1 and not bool(torch.isfinite(block).all()):
+            source = "base" if layer is None else "base, adapter or their sum"
+            cause = f"its {source} holds NaN, infinity or a value too large for {dtype}"
+            raise UserError(
+                f"tensor {entry.name!r} would not be finite: {cause}; mend it, or try another --dtype"
+            )
+        yield block
+
+
+def _copy_companions(base: Path, folder: Path, config: dict[str, Any], dtype: str | None) -> None:
+    """Configuration, tokenizer and licence files; in the config, the weights' new dtype if any."""
+    for file in sorted(base.iterdir()):
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in (*_CONFIGURATION, *_TOKENIZER)):
+            shutil.copyfile(file, folder / file.name)
+    if dtype:
+        for section in (config, *(part for part in config.values() if isinstance(part, dict))):
+            key = "dtype" if "dtype" in section else "torch_dtype"
+            if key in section or section is config:
+                section[key] = str(DTYPES[dtype]).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_index(folder: Path, shards: list[Shard]) -> None:
+    weight_map = {entry.name: shard.name for shard in shards for entry in shard.entries}
+    metadata = {"total_size": sum(shard.nbytes for shard in shards)}
+    index = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")

@@ -1,0 +1,212 @@
+"""Records to token ids and labels, held in two flat arrays; truncation and dropped samples are counted."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dora_dist.data.formats import FORMATS, Rendered
+from dora_dist.data.records import FIELDS, Record, read_records
+from dora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+IGNORED = -100  # a label that carries no loss, as in torch.nn.CrossEntropyLoss
+CHUNK = 1000  # samples tokenized at once: enough to keep the tokenizer's threads busy
+
+
+class DataSettings(Protocol):
+    """What `build_dataset` reads: the data section of RunConfig, or anything with these fields."""
+
+    train: str | list[str]
+    validation: str | list[str] | None
+    validation_samples: int
+    format: str
+    loss_on: str
+    cutoff_len: int
+
+
+@dataclass(frozen=True)
+class TokenizationStats:
+    """What became of one set's records: counts of samples and of tokens."""
+
+    samples: int  # kept
+    tokens: int
+    label_tokens: int
+    truncated: int  # kept or not
+    without_labels: int  # left out: truncation or the data itself left them nothing to learn from
+    cutoff_len: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.samples:,} samples, {self.tokens:,} tokens ({self.label_tokens:,} with loss); "
+            f"{self.truncated:,} cut at {self.cutoff_len} tokens, {self.without_labels:,} left out for want of labels"
+        )
+
+
+class TokenizedDataset(Dataset[dict[str, list[int]]]):
+    """Some of the samples of flat token and label arrays; item i is {"input_ids", "labels"}, lists of equal length."""
+
+    def __init__(self, tokens: Tensor, labels: Tensor, starts: Tensor, index: Sequence[int]):
+        """tokens, labels: (T,) int32; starts: (n + 1,) int64; index: the samples of those n that belong here."""
+        self.tokens, self.labels, self.starts, self.index = tokens, labels, starts, list(index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        start, stop = self.starts[self.index[i]], self.starts[self.index[i] + 1]
+        return {"input_ids": self.tokens[start:stop].tolist(), "labels": self.labels[start:stop].tolist()}
+
+
+@dataclass(frozen=True)
+class TokenizedData:
+    """What a run trains and validates on."""
+
+    train: TokenizedDataset
+    train_stats: TokenizationStats
+    validation: TokenizedDataset | None = None
+    validation_stats: TokenizationStats | None = None
+
+
+def build_dataset(
+    data: DataSettings, tokenizer: PreTrainedTokenizerFast, *, seed: int, progress: bool = True
+) -> TokenizedData:
+    """Load, render and tokenize the run's data; the same on every rank, and at every world size.
+
+    loss_on "all": every token is a label; "answer": only the output (the assistant's turns, for messages) and the
+    end-of-sequence token. cutoff_len counts all tokens, special ones included; a sample that is cut loses its end
+    and so its end-of-sequence token. validation_samples records, chosen by `seed`, are held out of train when
+    `data.validation` is None. Raises UserError as `load_records` does, and when nothing is left to train on.
+    """
+    train_sources = [data.train] if isinstance(data.train, str) else data.train
+    store = _tokenize(train_sources, "data.train", data, tokenizer, progress)
+    if data.validation is not None:
+        sources = [data.validation] if isinstance(data.validation, str) else data.validation
+        held_out = _tokenize(sources, "data.validation", data, tokenizer, progress)
+        validation = _select(held_out, range(len(held_out.truncated)), "data.validation", data.cutoff_len)
+        train = _select(store, range(len(store.truncated)), "data.train", data.cutoff_len)
+        return TokenizedData(*train, *validation)
+    chosen = _held_out(len(store.truncated), data.validation_samples, seed)
+    rest = [i for i in range(len(store.truncated)) if i not in chosen]
+    train = _select(store, rest, "data.train", data.cutoff_len)
+    if not chosen:
+        return TokenizedData(*train)
+    return TokenizedData(*train, *_select(store, sorted(chosen), "the validation samples", data.cutoff_len))
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, samples: Sequence[Rendered]) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of each sample and whether each token is answer; training and evaluation both count by this.
+
+    Prompt and answer are tokenized as one text, so a token may straddle their border: it is answer, because
+    predicting it takes knowing the answer's first characters.
+    """
+    complete = samples[0].complete
+    encoded = tokenizer(
+        [sample.text for sample in samples],
+        add_special_tokens=not complete,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,  # its warning about long samples: they are cut and counted by us
+    )
+    result = []
+    for sample, ids, offsets in zip(samples, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        answer = [False] * len(ids)
+        for start, stop in sample.answers:
+            for i, (first, last) in enumerate(offsets):
+                if last > start and first < stop:
+                    answer[i] = True
+        if not complete:
+            if not ids or ids[-1] != tokenizer.eos_token_id:  # some tokenizers put one there themselves
+                ids, answer = [*ids, tokenizer.eos_token_id], [*answer, True]
+            answer[-1] = True
+        result.append((ids, answer))
+    return result
+
+
+@dataclass(frozen=True)
+class _Store:
+    """All records of some sources: sample i is tokens[starts[i]:starts[i + 1]]."""
+
+    tokens: Tensor
+    labels: Tensor
+    starts: Tensor
+    truncated: list[bool]
+
+
+def _tokenize(
+    sources: Sequence[str],
+    field: str,
+    data: DataSettings,
+    tokenizer: PreTrainedTokenizerFast,
+    progress: bool,
+) -> _Store:
+    from tqdm import tqdm
+
+    rows = list(read_records(sources, FIELDS[data.format]))
+    tokens, labels, starts, truncated = array("i"), array("i"), [0], []
+    bar = tqdm(total=len(rows), desc=f"Tokenizing {field}", unit=" samples", delay=2.0, disable=not progress)
+    with bar:
+        for first in range(0, len(rows), CHUNK):
+            chunk = rows[first : first + CHUNK]
+            for ids, answer in encode(tokenizer, [_render(place, row, data, tokenizer) for place, row in chunk]):
+                truncated.append(len(ids) > data.cutoff_len)
+                ids = ids[: data.cutoff_len]
+                tokens.extend(ids)
+                everywhere = data.loss_on == "all"
+                labels.extend(t if everywhere or a else IGNORED for t, a in zip(ids, answer, strict=False))
+                starts.append(len(tokens))
+            bar.update(len(chunk))
+    as_tensor = torch.tensor
+    return _Store(
+        as_tensor(tokens, dtype=torch.int32), as_tensor(labels, dtype=torch.int32), as_tensor(starts), truncated
+    )
+
+
+def _render(place: str, row: Record, data: DataSettings, tokenizer: PreTrainedTokenizerFast) -> Rendered:
+    try:
+        return FORMATS[data.format](row, tokenizer, data.loss_on == "answer")
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def _held_out(records: int, wanted: int, seed: int) -> set[int]:
+    if wanted >= records:
+        raise UserError(
+            f"data.validation_samples is {wanted} but data.train holds {records} records; "
+            "hold out fewer, or name a file in data.validation"
+        )
+    return set(torch.randperm(records, generator=torch.Generator().manual_seed(seed))[:wanted].tolist())
+
+
+def _select(
+    store: _Store, samples: Sequence[int], field: str, cutoff_len: int
+) -> tuple[TokenizedDataset, TokenizationStats]:
+    """Those of `samples` that have a label to learn from, and what the selection did."""
+    labelled = store.labels != IGNORED
+    labelled[store.starts[:-1]] = False  # the first token of a sample is never predicted
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), labelled.cumsum(0)])
+    counts = before[store.starts[1:]] - before[store.starts[:-1]]
+    kept = [i for i in samples if counts[i] > 0]
+    if not kept:
+        raise UserError(
+            f"none of the {len(samples)} samples of {field} has a token to learn from within "
+            f"data.cutoff_len = {cutoff_len}; raise it, or look at the answers in the data"
+        )
+    lengths = store.starts.diff()
+    stats = TokenizationStats(
+        samples=len(kept),
+        tokens=int(lengths[kept].sum()),
+        label_tokens=int(counts[kept].sum()),
+        truncated=sum(store.truncated[i] for i in samples),
+        without_labels=len(samples) - len(kept),
+        cutoff_len=cutoff_len,
+    )
+    return TokenizedDataset(store.tokens, store.labels, store.starts, kept), stats

@@ -1,0 +1,91 @@
+"""Which samples each rank trains on, when: an order that does not know the world size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader
+
+from dora_dist.errors import UserError
+
+FILLER = -1  # stands where the last global batch has no sample left; `WithFiller` turns it into one masked token
+
+
+class EpochBatches(BatchSampler):
+    """One rank's micro-batches of an epoch, cut from global batches that are the same at every world size.
+
+    The epoch's order is a permutation from (seed, epoch), padded with FILLER to whole global batches. The ranks'
+    micro-batches of optimizer step t together are exactly global batch t, whatever the world size and micro-batch
+    size: a run can stop at 8 ranks and go on at 6 after the same samples. Every sample is seen once per epoch.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        world_size: int,
+        rank: int,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        """Raises UserError unless global_batch_size is a multiple of micro_batch_size x world_size."""
+        across_ranks = micro_batch_size * world_size
+        if global_batch_size % across_ranks:
+            raise UserError(
+                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} "
+                f"x {world_size} ranks = {across_ranks}"
+            )
+        self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
+        self.global_batch_size, self.batch_size = global_batch_size, micro_batch_size
+        self.world_size, self.rank = world_size, rank
+        self.drop_last = False
+        self.epoch = 0
+
+    @classmethod
+    def in_order(cls, num_samples: int, *, micro_batch_size: int, world_size: int, rank: int) -> EpochBatches:
+        """Batches for evaluation: the samples as they come, the same number of batches on every rank."""
+        return cls(
+            num_samples,
+            global_batch_size=micro_batch_size * world_size,
+            micro_batch_size=micro_batch_size,
+            world_size=world_size,
+            rank=rank,
+            shuffle=False,
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch on this rank."""
+        return self._global_batches * (self.global_batch_size // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        across_ranks = self.batch_size * self.world_size
+        for start in range(self.rank * self.batch_size, len(order), across_ranks):
+            yield order[start : start + self.batch_size]
+
+    @property
+    def _global_batches(self) -> int:
+        return -(-self.num_samples // self.global_batch_size)
+
+    def _order(self) -> list[int]:
+        order = list(range(self.num_samples))
+        if self.shuffle:
+            # One 64-bit seed from the two: adding them would make epoch 1 of seed 0 equal epoch 0 of seed 1.
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+            order = torch.randperm(self.num_samples, generator=generator).tolist()
+        return order + [FILLER] * (self._global_batches * self.global_batch_size - self.num_samples)
+
+
+class EpochDataLoader(DataLoader[Any]):
+    """A DataLoader over `EpochBatches` whose `set_epoch` reaches them, as training loops expect of a loader."""
+
+    def set_epoch(self, epoch: int) -> None:
+        assert isinstance(self.batch_sampler, EpochBatches)
+        self.batch_sampler.set_epoch(epoch)

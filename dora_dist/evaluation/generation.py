@@ -1,0 +1,62 @@
+"""The paper's way: let the model continue the evaluation prompt and read its answer from the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dora_dist.data.formats import generation_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    records: Sequence[dict[str, Any]],
+    *,
+    batch_size: int,
+    num_beams: int,
+    max_new_tokens: int,
+    advance: Callable[[int], object] = lambda records: None,
+) -> list[str]:
+    """Each record's evaluation prompt with the model's continuation, by beam search without sampling.
+
+    Prompts of similar length share a batch and are padded on the left. `advance` is called with the number of
+    records finished, as they are.
+    """
+    from transformers import GenerationConfig
+
+    # Every setting that changes beam search is set, lest the model folder's generation_config.json fill it in.
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=num_beams,
+        num_return_sequences=1,
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=1.0,
+        length_penalty=1.0,
+        no_repeat_ngram_size=0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    prompts = [generation_prompt(record) for record in records]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    device = next(model.parameters()).device
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left")
+        generate: Any = model.generate  # typed as a submodule, since any attribute of a module could be one
+        output = generate(
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+            generation_config=config,
+        )
+        for i, text in zip(chosen, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
+            texts[i] = text
+        advance(len(chosen))
+    return texts

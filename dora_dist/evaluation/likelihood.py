@@ -1,0 +1,151 @@
+"""The log-probability that a model gives each candidate answer, with the prompt's work done once per question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from dora_dist.data.dataset import encode
+from dora_dist.data.formats import answered, training_prompt
+from dora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# Families whose attention is a plain softmax over rotary positions, so that a mask and positions of our own say
+# all there is to say. Others get one row per candidate: the same numbers, more work.
+SHARED_PROMPT_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "llava"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence for the model: a prompt and the candidates that follow it, each seeing the prompt and itself.
+
+        prompt p0 p1 p2 | a0 a1 | b0 b1 b2        positions 0 1 2 | 3 4 | 3 4 5
+    """
+
+    question: int
+    first: int  # which of the question's candidates the first branch is
+    prefix: list[int]
+    branches: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.prefix) + sum(map(len, self.branches))
+
+
+def candidate_log_probs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[tuple[dict[str, Any], list[str]]],
+    *,
+    batch_size: int,
+    mean: bool = False,
+    advance: Callable[[int], object] = lambda rows: None,
+) -> list[list[float]]:
+    """For each (record, candidates): the log-probability of every candidate after the record's training prompt.
+
+    The sum over the candidate's tokens (or, with `mean`, their average) of log p(token | all before it). The end
+    of sequence is not scored. A candidate's tokens are those that answer-only training puts its loss on; where
+    candidates make the tokenizer split the end of the prompt differently, the tokens from there on, so that what
+    is compared is always the probability of whole texts. Batches are of `batch_size` sequences of similar length.
+    `advance` is called with the number of questions finished, as they are.
+    """
+    rows = [_row(tokenizer, i, record, choices) for i, (record, choices) in enumerate(questions)]
+    shared = _shares_prompts(model, max(map(len, rows), default=0))
+    if not shared:
+        rows = [Row(r.question, i, r.prefix, [branch]) for r in rows for i, branch in enumerate(r.branches)]
+    scores = [[0.0] * len(choices) for _, choices in questions]
+    left = [len(choices) for _, choices in questions]
+    rows.sort(key=len, reverse=True)  # longest first: if memory is short, it shows at once
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        for row, log_probs in zip(batch, _score(model, batch, shared), strict=True):
+            for i, (tokens, log_prob) in enumerate(zip(row.branches, log_probs, strict=True)):
+                scores[row.question][row.first + i] = log_prob / len(tokens) if mean else log_prob
+            left[row.question] -= len(row.branches)
+        advance(sum(left[row.question] == 0 for row in batch))
+    return scores
+
+
+def _row(tokenizer: PreTrainedTokenizerFast, question: int, record: dict[str, Any], choices: list[str]) -> Row:
+    prompt = training_prompt(record)
+    encoded = encode(tokenizer, [answered(prompt, choice) for choice in choices])
+    ids = [tokens[:-1] for tokens, _ in encoded]  # without the end of sequence
+    first_answer = min(answer.index(True) for _, answer in encoded)
+    common = 0
+    while common < first_answer and len({tokens[common] for tokens in ids}) == 1:
+        common += 1
+    branches = [tokens[common:] for tokens in ids]
+    if not all(branches):
+        raise UserError(f"the tokenizer makes no token of candidate {choices[branches.index([])]!r}")
+    return Row(question, 0, ids[0][:common], branches)
+
+
+def _shares_prompts(model: PreTrainedModel, longest: int) -> bool:
+    """Whether several candidates may follow one prompt in one sequence, told apart by a 4-D attention mask."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    return (
+        config.model_type in SHARED_PROMPT_FAMILIES
+        and config._attn_implementation in ("sdpa", "eager")
+        and (window is None or longest <= window)
+    )
+
+
+@torch.no_grad()
+def _score(model: PreTrainedModel, rows: Sequence[Row], shared: bool) -> list[list[float]]:
+    """Sum of log-probabilities of every branch of every row."""
+    length = max(map(len, rows))
+    # Rows end together, so the positions to predict from are the last ones, and only there are logits computed.
+    keep = 1 + max(len(row) - len(row.prefix) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    positions = torch.zeros_like(ids)
+    visible = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no empty softmax
+    for i, row in enumerate(rows):
+        _lay_out(row, ids[i], positions[i], visible[i])
+    device = next(model.parameters()).device
+    if shared:
+        blocked = torch.finfo(model.dtype).min
+        mask = torch.zeros(visible.shape, dtype=model.dtype).masked_fill(~visible, blocked)[:, None]
+    else:
+        mask = visible[:, -1].long()  # the last token sees its whole row and nothing else
+    logits = model(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=positions.to(device),
+        logits_to_keep=keep,
+        use_cache=False,
+    ).logits[:, -keep:]
+    return [_branch_log_probs(row, logits[i]) for i, row in enumerate(rows)]
+
+
+def _lay_out(row: Row, ids: Tensor, positions: Tensor, visible: Tensor) -> None:
+    """Write a row, ending at the right, into ids (L,), positions (L,) and visible (L, L)."""
+    start, length = ids.numel() - len(row), len(row.prefix)
+    prefix = slice(start, start + length)
+    at = start
+    for tokens, offset in [(row.prefix, 0), *((branch, length) for branch in row.branches)]:
+        here = slice(at, at + len(tokens))
+        ids[here] = torch.tensor(tokens)
+        positions[here] = torch.arange(offset, offset + len(tokens))
+        visible[here, prefix] = True
+        visible[here, here] = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+        at = here.stop
+
+
+def _branch_log_probs(row: Row, logits: Tensor) -> list[float]:
+    """logits (keep, vocabulary), for the last positions of the row: each branch's sum of log-probabilities."""
+    branch_tokens = len(row) - len(row.prefix)
+    logits = logits[-branch_tokens - 1 :].float()  # [0] is the prefix's last token, [1 + i] is branch token i
+    sources: list[int] = []  # which position predicts each branch token
+    for branch in row.branches:
+        at = len(sources)
+        sources += [0, *range(at + 1, at + len(branch))]
+    targets = torch.tensor([token for branch in row.branches for token in branch], device=logits.device)
+    log_probs = -cross_entropy(logits[sources], targets, reduction="none").double().cpu()
+    return [float(part.sum()) for part in log_probs.split([len(branch) for branch in row.branches])]

@@ -1,0 +1,203 @@
+"""`evaluate`: a model folder or run, some task files, a JSON result; `score_task`: the same for a model in memory."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_dist.data.formats import generation_prompt
+from dora_dist.data.records import Record, read_records
+from dora_dist.errors import UserError
+from dora_dist.evaluation.tasks import candidates, gold_label, paper_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+MODES = ("generate", "likelihood")
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How a model did on one task; predictions are in the records' order, None where no answer was found."""
+
+    correct: int
+    total: int
+    predictions: list[str | None]
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.total
+
+
+def score_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    records: Sequence[Record],
+    task: str,
+    *,
+    mode: str = "generate",
+    batch_size: int = 8,
+    num_beams: int = 4,
+    max_new_tokens: int = 32,
+    normalise: str = "sum",
+    progress: bool = True,
+) -> TaskScore:
+    """Accuracy of a model on records of the instruction format; the model is left in the mode it came in.
+
+    "generate": the paper's way, for its eight tasks. The model continues the evaluation prompt; the first label
+    after the last "### Response:" must equal "answer"; text with no label counts as wrong.
+    "likelihood": the most probable of the record's candidates (`tasks.candidates`) after the TRAINING prompt;
+    `normalise` "sum" compares the probability of whole answers, "mean" that of their average token.
+
+    Raises UserError for an unknown mode or task, and for a record that does not fit, which it names by number.
+    """
+    _check(mode, batch_size, normalise)
+    prepared = [_prepared(f"record {i}", task, record, mode) for i, record in enumerate(records, start=1)]
+    if not records:
+        raise UserError(f'task "{task}" has no records to score')
+
+    from tqdm import tqdm
+
+    from dora_dist.evaluation.generation import generate_texts
+    from dora_dist.evaluation.likelihood import candidate_log_probs
+
+    was_training = model.training
+    model.eval()
+    try:
+        with tqdm(total=len(records), desc=f"{task} ({mode})", unit=" questions", disable=not progress) as bar:
+            if mode == "generate":
+                texts = generate_texts(
+                    model,
+                    tokenizer,
+                    records,
+                    batch_size=batch_size,
+                    num_beams=num_beams,
+                    max_new_tokens=max_new_tokens,
+                    advance=bar.update,
+                )
+                predictions = [paper_task(task).find(text) for text in texts]
+            else:
+                scores = candidate_log_probs(
+                    model,
+                    tokenizer,
+                    [(record, choices) for record, (choices, _) in zip(records, prepared, strict=True)],
+                    batch_size=batch_size,
+                    mean=normalise == "mean",
+                    advance=bar.update,
+                )
+                best = (max(range(len(row)), key=row.__getitem__) for row in scores)
+                predictions = [choices[i] for i, (choices, _) in zip(best, prepared, strict=True)]
+    finally:
+        model.train(was_training)
+    gold = [choices[i] for choices, i in prepared]
+    correct = sum(p == g for p, g in zip(predictions, gold, strict=True))
+    return TaskScore(correct, len(records), predictions)
+
+
+def evaluate(
+    model_path: str | Path,
+    tasks: Mapping[str, str | Path],
+    *,
+    mode: str = "generate",
+    batch_size: int = 8,
+    num_beams: int = 4,
+    max_new_tokens: int = 32,
+    normalise: str = "sum",
+    limit: int | None = None,
+    dtype: str = "bf16",
+    output: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluate a Hugging Face folder, PEFT folder, checkpoint or run on task files, and return a JSON-ready result.
+
+    Args:
+        tasks: name -> file in the instruction format. The paper's eight names need "answer" in every record;
+            any other name needs "choices" and mode "likelihood".
+        limit: only the first so many records of each file.
+        output: where to write the result as JSON, too.
+
+    Files are read and checked before the model is loaded. Result: {"model", "mode", "settings", "tasks": {name:
+    {"file", "accuracy", "correct", "total", "without_answer", "seconds"}}, "average" (of the accuracies),
+    "load_seconds", "seconds"}. Raises UserError as `score_task` does, naming the file.
+    """
+    _check(mode, batch_size, normalise)
+    if not tasks:
+        raise UserError("no task to evaluate; give at least one, as name and file")
+    records = {name: _read(name, str(file), mode, limit) for name, file in tasks.items()}
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+
+    from dora_dist.models.inference import load_for_inference
+
+    started = time.perf_counter()
+    model, tokenizer = load_for_inference(str(model_path), dtype)
+    loaded = time.perf_counter()
+    settings: dict[str, Any] = {"batch_size": batch_size}
+    if mode == "generate":
+        settings |= {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+    else:
+        settings |= {"normalise": normalise}
+    results: dict[str, dict[str, Any]] = {}
+    for name in tasks:
+        began = time.perf_counter()
+        score = score_task(model, tokenizer, records[name], name, mode=mode, progress=progress, **settings)
+        results[name] = {
+            "file": str(tasks[name]),
+            "accuracy": score.accuracy,
+            "correct": score.correct,
+            "total": score.total,
+            "without_answer": score.predictions.count(None),
+            "seconds": round(time.perf_counter() - began, 3),
+        }
+    result = {
+        "model": str(model_path),
+        "mode": mode,
+        "settings": settings | {"dtype": dtype, "limit": limit},
+        "tasks": results,
+        "average": sum(row["accuracy"] for row in results.values()) / len(results),
+        "load_seconds": round(loaded - started, 3),
+        "seconds": round(time.perf_counter() - loaded, 3),
+    }
+    if output is not None:
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def as_table(result: Mapping[str, Any]) -> str:
+    """The result of `evaluate` as lines of text: a row per task and the average."""
+    rows = [("task", "accuracy", "correct", "total")]
+    for name, row in result["tasks"].items():
+        rows.append((name, f"{row['accuracy']:.4f}", f"{row['correct']:,}", f"{row['total']:,}"))
+    rows.append(("average", f"{result['average']:.4f}", "", ""))
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"{a:<{width}}  {b:>8}  {c:>8}  {d:>8}".rstrip() for a, b, c, d in rows)
+
+
+def _check(mode: str, batch_size: int, normalise: str) -> None:
+    if mode not in MODES:
+        raise UserError(f'mode {mode!r} is unknown; it is "generate" (the paper\'s) or "likelihood"')
+    if normalise not in ("sum", "mean"):
+        raise UserError(f'normalise {normalise!r} is unknown; it is "sum" or "mean"')
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
+
+
+def _read(task: str, file: str, mode: str, limit: int | None) -> list[Record]:
+    """The task's records, each one checked, so that nothing is wrong with them once the model is loaded."""
+    located = list(read_records([file], {"instruction": str}))[:limit]
+    for place, record in located:
+        _prepared(place, task, record, mode)
+    return [record for _, record in located]
+
+
+def _prepared(place: str, task: str, record: Record, mode: str) -> tuple[list[str], int]:
+    """The candidates and which of them is right; for generation, the right label alone."""
+    try:
+        generation_prompt(record)  # refuses what no prompt of this format can hold
+        return ([gold_label(paper_task(task), record)], 0) if mode == "generate" else candidates(task, record)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error

@@ -1,0 +1,62 @@
+"""A GGUF file as an ordinary Hugging Face folder: converted once, then every tool can read it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dora_dist.errors import UserError
+from dora_dist.safetensors_io import new_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def import_gguf(file: Path, output: Path, dtype: str = "bf16", overwrite: bool = False) -> None:
+    """Convert `file` into the folder `output`: weights dequantised to `dtype` ("bf16", "fp16" or "fp32") as
+    safetensors, config, generation config, tokenizer and chat template.
+
+    Raises UserError when `file` is no readable GGUF file or of an architecture that transformers cannot read,
+    the package `gguf` is missing, `dtype` is unknown, or `output` exists and `overwrite` is False.
+    """
+    file = Path(file)
+    _check_file(file)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{file}: reading GGUF needs the package gguf; pip install 'dora-dist[demo]'")
+    with new_folder(output, overwrite) as folder:
+        model, tokenizer = _load(file, DTYPES[dtype])
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _check_file(file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise UserError(f"{file}: not a GGUF file (it does not start with 'GGUF'); download it again")
+
+
+def _load(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """The dequantised model and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        # Without dequantize, a machine with the right kernels would keep the packed blocks as weights.
+        plain = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=dtype, quantization_config=plain
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:  # the parsers raise any
+        raise UserError(
+            f"{file}: cannot be converted: {error}; use a complete file of a LLaMA model"
+        ) from error
+    return model, tokenizer

@@ -1,0 +1,127 @@
+"""What a run leaves on disk, and where: the one place that knows the folder's layout.
+
+    RUN_DIR/
+        config.json  deepspeed.json  metrics.jsonl
+        best.json                      {"checkpoint": "checkpoint-80", "eval_loss": ...}
+        checkpoint-80/
+            manifest.json              written last: step, model fingerprint, every file's size and sha256
+            state.safetensors          fp32 masters and Adam moments, whole tensors: no trace of the world size
+            trainer_state.json
+            adapter/                   a PEFT folder
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dora_dist.errors import UserError
+
+MANIFEST, STATE, TRAINER_STATE, ADAPTER = "manifest.json", "state.safetensors", "trainer_state.json", "adapter"
+FORMAT = 1
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of an optimizer step belongs."""
+    return run_dir / f"checkpoint-{step}"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. A folder without a readable manifest is not one."""
+    found = {}
+    for folder in run_dir.glob("checkpoint-*"):
+        step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if step and is_complete(folder):
+            found[int(step[1])] = folder
+    return [found[step] for step in sorted(found)]
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint's manifest is there and every file it lists has the size it lists."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The complete checkpoint of the highest step."""
+    found = checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """The complete checkpoint with the lowest evaluation loss, if the run kept one."""
+    try:
+        best = run_dir / Path(json.loads((run_dir / "best.json").read_text())["checkpoint"]).name
+    except (OSError, ValueError, KeyError):
+        return None
+    return best if is_complete(best) else None
+
+
+def set_best(run_dir: Path, checkpoint: Path, eval_loss: float) -> None:
+    """Record the best checkpoint; atomic."""
+    write_json(run_dir / "best.json", {"checkpoint": checkpoint.name, "eval_loss": eval_loss})
+
+
+def retire(run_dir: Path, keep_last: int) -> list[Path]:
+    """Delete the oldest complete checkpoints beyond `keep_last`, never the best one. Returns what was deleted."""
+    best = best_checkpoint(run_dir)
+    old = [c for c in checkpoints(run_dir)[:-keep_last] if c != best]
+    for folder in old:
+        # The manifest goes first: a deletion cut short must not look like a checkpoint.
+        (folder / MANIFEST).unlink()
+        shutil.rmtree(folder)
+    return old
+
+
+def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
+    """Write manifest.json over everything else in the folder: sizes in bytes and sha256 of each file."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    listed = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    write_json(folder / MANIFEST, {"format": FORMAT, **fields, "files": listed})
+
+
+def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises UserError naming what is missing, damaged or of an unknown format."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"checkpoint.resume: {folder} is not a complete checkpoint (no readable {MANIFEST}: {error})"
+        ) from error
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"checkpoint.resume: {folder} has format {manifest.get('format')}, this version reads {FORMAT}")
+    for name, entry in files.items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise UserError(f"checkpoint.resume: {folder / MANIFEST} lists {name!r}, which leaves the folder")
+        if not path.is_file():
+            raise UserError(f"checkpoint.resume: {path} is missing; resume from another checkpoint")
+        if path.stat().st_size != entry["bytes"] or (verify and sha256(path) != entry["sha256"]):
+            raise UserError(f"checkpoint.resume: {path} is damaged (size or checksum); resume from another checkpoint")
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)

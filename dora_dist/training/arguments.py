@@ -1,0 +1,59 @@
+"""RunConfig in the words of Hugging Face's Trainer."""
+
+from typing import Any
+
+from transformers import TrainingArguments
+
+from dora_dist.config import RunConfig
+
+NEVER = 10**12
+"""A step that is not reached: "only at the end" for a Trainer that wants an interval."""
+
+
+def training_arguments(config: RunConfig, world_size: int, deepspeed: dict[str, Any]) -> TrainingArguments:
+    """The Trainer's settings of a run; every one follows from `config`, which stays the only source."""
+    training, checkpoint = config.training, config.checkpoint
+    warmup = training.warmup_steps if training.warmup_steps is not None else (training.warmup_ratio or 0)
+    return TrainingArguments(
+        output_dir=checkpoint.run_dir,
+        deepspeed=deepspeed,
+        use_cpu=_on_cpu(),
+        bf16=config.model.dtype == "bf16",
+        per_device_train_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps(world_size),
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.schedule if training.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=warmup,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_epsilon=training.adam_epsilon,
+        optim="adamw_torch",
+        gradient_checkpointing=training.activation_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        seed=training.seed,
+        eval_strategy="steps" if training.eval_every else "no",
+        eval_steps=training.eval_every,
+        metric_for_best_model="loss" if training.eval_every else None,
+        greater_is_better=False if training.eval_every else None,
+        save_strategy="steps",
+        save_steps=checkpoint.save_every or NEVER,
+        logging_steps=config.logging.every,
+        logging_nan_inf_filter=False,  # a loss that is not finite stops the run
+        report_to=["tensorboard"] if config.logging.tensorboard else [],
+        disable_tqdm=True,  # our own callback draws the bar
+        average_tokens_across_devices=True,
+        dataloader_num_workers=config.data.num_workers,
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="no",
+        ddp_timeout=int(config.engine.start_timeout_s),
+    )
+
+
+def _on_cpu() -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().device_name() == "cpu")

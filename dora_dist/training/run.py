@@ -1,0 +1,133 @@
+"""One run, top to bottom: check, start ranks, build, load, train, save."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dora_dist import distributed, run_folder
+from dora_dist.adapters.inject import by_pattern
+from dora_dist.adapters.linear import AdapterSpec
+from dora_dist.adapters.peft_format import read_peft_folder
+from dora_dist.config import RunConfig
+from dora_dist.distributed import World, together
+from dora_dist.errors import UserError
+from dora_dist.models.hub import local_folder
+
+
+def train(config: RunConfig) -> Path:
+    """Fine-tune as `config` says, on however many ranks the launcher started; returns the newest checkpoint.
+
+    What can be checked without ranks is checked before a process group exists. Raises UserError, on every rank, for
+    everything a user can mend.
+    """
+    config.check_files()
+    config.deepspeed_config(distributed.launched_world_size())
+    world = distributed.start(config.engine.accelerator, config.engine.start_timeout_s)
+    run_dir = Path(config.checkpoint.run_dir)
+    with together("preparing the run folder"):
+        resume = _resume_from(config, run_dir)
+        if world.first:
+            _write_run_folder(config, run_dir, world)
+    trainer = _build(config, world, run_dir)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    checkpoint = run_folder.newest_checkpoint(run_dir)
+    assert checkpoint is not None
+    if world.first:
+        print(f"done: {checkpoint} (adapter in PEFT's format: {checkpoint / run_folder.ADAPTER})")
+        print(f"merge it with: dora-dist consolidate {run_dir} --output merged/")
+    distributed.stop()
+    return checkpoint
+
+
+def _build(config: RunConfig, world: World, run_dir: Path) -> Any:
+    # Imported here: they cost seconds, and mistakes in the configuration should show at once.
+    from dora_dist.models.build import build_model
+    from dora_dist.training.arguments import training_arguments
+    from dora_dist.training.reporting import ReportCallback
+    from dora_dist.training.trainer import DoraTrainer, StepCallback
+    from dora_dist.zero3.shards import ShardedPlacement, full_numel
+
+    model, deepspeed = config.model, config.deepspeed_config(world.world_size)
+    base = local_folder(model.path, model.revision, world)
+    tokenizer, data = _data(config, base, world)
+    spec = adapter_spec(config)
+    with together("reading adapter.init_from"):
+        start_from = read_peft_folder(Path(config.adapter.init_from)) if config.adapter.init_from else None
+    args = training_arguments(config, world.world_size, deepspeed)
+    run = build_model(
+        base,
+        by_pattern(spec, config.adapter.target_modules, config.adapter.magnitude_only_modules),
+        ShardedPlacement(deepspeed),
+        dtype=model.dtype,
+        start_from=start_from,
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+        seed=config.training.seed,
+    )
+    weights = sum(full_numel(p) for p in run.model.parameters())
+    trained = sum(full_numel(p) for p in run.model.parameters() if p.requires_grad)
+    if world.first:
+        print(
+            f"{len(run.adapted)} modules adapted, {trained:,} of {weights:,} parameters trained ({trained / weights:.2%}); "
+            f"rank 0 read {run.base_bytes_read / 1e6:,.1f} MB of the base"
+        )
+    report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
+    step = StepCallback(world, config.training.seed, config.engine.step_timeout_s)
+    trainer = DoraTrainer(run, config, spec, args, data, tokenizer, world, [step, report])
+    step.trainer = report.trainer = trainer
+    return trainer
+
+
+def adapter_spec(config: RunConfig) -> AdapterSpec:
+    """The adapter section as the layer's own specification."""
+    adapter = config.adapter
+    return AdapterSpec(
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        weight_decomposed=adapter.weight_decomposed,
+        dropout=adapter.dropout,
+        dropout_mode=adapter.dropout_mode,
+        norm_gradient=adapter.norm_gradient,
+    )
+
+
+def _data(config: RunConfig, base: Path, world: World) -> tuple[Any, Any]:
+    from dora_dist.data import build_dataset
+    from dora_dist.models.tokenizer import load_tokenizer
+
+    with together("reading the data"):
+        tokenizer = load_tokenizer(
+            config.model.tokenizer or str(base), trust_remote_code=config.model.trust_remote_code
+        )
+        data = build_dataset(config.data, tokenizer, seed=config.training.seed, progress=world.first)
+        if config.training.eval_every and data.validation is None:
+            raise UserError(
+                f"training.eval_every = {config.training.eval_every}: there is nothing to evaluate on; set "
+                "data.validation or data.validation_samples"
+            )
+    if world.first:
+        print(f"training data: {data.train_stats}")
+        if data.validation_stats is not None:
+            print(f"validation data: {data.validation_stats}")
+    return tokenizer, data
+
+
+def _resume_from(config: RunConfig, run_dir: Path) -> Path | None:
+    """The checkpoint to go on from. Raises UserError if a fresh run would mix with an earlier one's files."""
+    resume = config.checkpoint.resume
+    if resume == "auto":
+        return run_folder.newest_checkpoint(run_dir)
+    if resume is not None:
+        return Path(resume)
+    if earlier := run_folder.newest_checkpoint(run_dir):
+        raise UserError(
+            f"checkpoint.run_dir: {run_dir} already holds a run ({earlier.name}); go on with it by --checkpoint.resume "
+            "auto, or give another checkpoint.run_dir"
+        )
+    return None
+
+
+def _write_run_folder(config: RunConfig, run_dir: Path, world: World) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(run_dir / "config.json", json.loads(config.to_json()))
+    run_folder.write_json(run_dir / "deepspeed.json", config.deepspeed_config(world.world_size))

@@ -1,0 +1,239 @@
+"""Hugging Face's Trainer, with our data order, evaluation, checkpoints and stop on a loss that is not finite."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from dora_dist import run_folder
+from dora_dist.adapters.linear import AdapterSpec
+from dora_dist.config import RunConfig
+from dora_dist.data import Collator, EpochBatches, EpochDataLoader, TokenizedData, WithFiller
+from dora_dist.distributed import World, shorten_timeout
+from dora_dist.errors import UserError
+from dora_dist.models.build import AdaptedModel
+from dora_dist.zero3.checkpoint import load_checkpoint, save_checkpoint
+
+
+class DoraTrainer(Trainer):
+    """Trains an AdaptedModel on the engine. What differs from the plain Trainer:
+
+    - batches come in an order that does not know the world size, every sample once per epoch;
+    - checkpoints are ours (safetensors and JSON, free of the world size) and resume from ours;
+    - evaluation is the loss per valid token over the whole set, exact at every world size;
+    - a loss or gradient norm that is not finite ends the run on every rank at once.
+    """
+
+    def __init__(
+        self,
+        run: AdaptedModel,
+        config: RunConfig,
+        spec: AdapterSpec,
+        args: TrainingArguments,
+        data: TokenizedData,
+        tokenizer: Any,
+        world: World,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.run, self.config, self.spec, self.data, self.world = run, config, spec, data, world
+        self.tokens_seen = 0
+        self._collator = Collator(pad_token_id=tokenizer.pad_token_id)
+        self._suspect: dict[str, Any] | None = None
+        super().__init__(
+            model=run.model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            data_collator=self._collator,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)  # our own callback says it, readably
+
+    # --- data ---------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> EpochDataLoader:
+        training = self.config.training
+        batches = EpochBatches(
+            len(self.data.train),
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            world_size=self.world.world_size,
+            rank=self.world.rank,
+            seed=training.seed,
+        )
+        return self._loader(self.data.train, batches)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochDataLoader:
+        dataset = eval_dataset if eval_dataset is not None else self.data.validation
+        batches = EpochBatches.in_order(
+            len(dataset),
+            micro_batch_size=self.config.training.micro_batch_size,
+            world_size=self.world.world_size,
+            rank=self.world.rank,
+        )
+        return self._loader(dataset, batches)
+
+    def _loader(self, dataset: Any, batches: EpochBatches) -> EpochDataLoader:
+        return EpochDataLoader(
+            WithFiller(dataset, self._collator.pad_token_id),
+            batch_sampler=batches,
+            collate_fn=self._collator,
+            num_workers=self.config.data.num_workers,
+        )
+
+    # --- a step -------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.tokens_seen += int(inputs["attention_mask"].sum())
+        if self._suspect is None and not math.isfinite(loss.item()):
+            self._suspect = {"rank": self.world.rank, "loss": loss.item(), "first_tokens": _first_tokens(inputs)}
+        return loss
+
+    def stop_if_not_finite(self) -> None:
+        """End the run on every rank if any rank's loss was not finite in this step (collective)."""
+        found = torch.tensor(float(self._suspect is not None), device=self.args.device)
+        dist.all_reduce(found)
+        if not found.item():
+            return
+        suspects: list[Any] = [None] * self.world.world_size
+        dist.all_gather_object(suspects, self._suspect)
+        suspect = next(s for s in suspects if s is not None)
+        step = self.state.global_step + 1
+        if self.world.first:
+            run_folder.write_json(Path(self.args.output_dir) / "not_finite.json", {"step": step, **suspect})
+        raise UserError(
+            f"the loss became {suspect['loss']} at optimizer step {step} on rank {suspect['rank']}; no checkpoint was "
+            "written for this step. Lower training.learning_rate, lengthen training.warmup_steps, or look at the batch "
+            f"recorded in {Path(self.args.output_dir) / 'not_finite.json'}"
+        )
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss per valid token over the validation set, summed over ranks (collective): {"eval_loss": ...}."""
+        model = self.model_wrapped
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in self.get_eval_dataloader(eval_dataset):
+            batch = self._prepare_inputs(batch)
+            # num_items_in_batch=1 makes the model return the SUM of its tokens' losses.
+            total[0] += model(**batch, num_items_in_batch=1).loss.double()
+            total[1] += (batch["labels"][:, 1:] != -100).sum()
+        dist.all_reduce(total)
+        metrics = {f"{metric_key_prefix}_loss": float(total[0] / total[1])}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best = bool(super()._determine_best_metric(metrics, trial))
+        if best and self.config.checkpoint.keep_best:
+            self.control.should_save = True
+        return best
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir, step = Path(self.args.output_dir), self.state.global_step
+        folder = run_folder.checkpoint_folder(run_dir, step)
+        is_best = self.config.checkpoint.keep_best and self.state.best_global_step == step
+        if is_best:
+            self.state.best_model_checkpoint = str(folder)
+        fields = {"step": step, "position": self._position(), "scheduler": _plain(self.lr_scheduler.state_dict())}
+        save_checkpoint(
+            folder,
+            self.model_wrapped,
+            self.model,
+            spec=self.spec,
+            base_model=self.config.model.path,
+            fields=fields,
+            trainer_state=_plain(asdict(self.state)),
+        )
+        if self.world.first:
+            if is_best and self.state.best_metric is not None:
+                run_folder.set_best(run_dir, folder, float(self.state.best_metric))
+            run_folder.retire(run_dir, self.config.checkpoint.keep_last)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            manifest = load_checkpoint(folder, self.model_wrapped, self.model)
+            _check_position(folder, manifest["position"], self._position())
+            self.lr_scheduler.load_state_dict(manifest["scheduler"])
+            self.run.norms.mark_stale()
+        return prepared
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to load: the random state is a function of (seed, step, rank), set at every step's start."""
+
+    def _position(self) -> dict[str, Any]:
+        """What the order of the data follows from; must be the same for a resume to go on where it stopped."""
+        return {
+            "training.seed": self.config.training.seed,
+            "training.global_batch_size": self.config.training.global_batch_size,
+            "number of training samples": len(self.data.train),
+        }
+
+
+class StepCallback(TrainerCallback):
+    """What has to happen around each optimizer step, on every rank."""
+
+    def __init__(self, world: World, seed: int, step_timeout_s: float) -> None:
+        self.trainer: DoraTrainer | None = None
+        self._world, self._seed, self._step_timeout_s = world, seed, step_timeout_s
+        self._steps = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Dropout's randomness as a function of position: a resumed run draws what an uninterrupted one would.
+        torch.manual_seed(hash((self._seed, state.global_step, self._world.rank)) % 2**63)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        self.trainer.stop_if_not_finite()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._steps += 1
+        if self._steps == 1:
+            shorten_timeout(self._step_timeout_s)
+
+
+def _check_position(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    for field, value in ours.items():
+        if theirs.get(field) != value:
+            raise UserError(
+                f"checkpoint.resume: {folder} was written with {field} = {theirs.get(field)}, this run has {value}: "
+                "the order of the data would not continue; set it back, or start anew from the adapter with "
+                f"--adapter.init_from {folder / run_folder.ADAPTER}"
+            )
+
+
+def _first_tokens(inputs: dict[str, Any], count: int = 8) -> list[list[int]]:
+    return [row[:count] for row in inputs["input_ids"].tolist()]
+
+
+def _plain(value: Any) -> Any:
+    """A JSON-able copy: what is not plain data (functions of a schedule, callbacks' objects) is left out."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if _is_plain(v)}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value if _is_plain(v)]
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return isinstance(value, dict | list | tuple)
+    return True

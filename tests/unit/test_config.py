@@ -1,0 +1,568 @@
+"""The configuration: what it accepts, what it refuses and how it says so, and what is derived from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dora_dist.config import RunConfig, is_local
+from dora_dist.config.fields import field_specs
+from dora_dist.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPES = sorted((REPOSITORY / "configs").glob("*.json"))
+MINIMAL = {"model": {"path": "org/model"}, "data": {"train": "org/data"}}
+RECORD = {
+    "instruction": "Is snow cold?",
+    "input": "",
+    "output": "the correct answer is true",
+    "answer": "true",
+}
+
+
+def with_fields(**sections: dict[str, Any]) -> dict[str, Any]:
+    """MINIMAL with further fields, by section."""
+    return {name: {**MINIMAL.get(name, {}), **sections.get(name, {})} for name in {**MINIMAL, **sections}}
+
+
+def refusal(raw: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        RunConfig.from_dict(raw, origin="run.json")
+    return str(caught.value)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with a model folder `base` and a data file `train.json`, and a config over them."""
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"weight": torch.ones(2, 2)}, base / "model.safetensors")
+    (tmp_path / "train.json").write_text(json.dumps([RECORD]))
+    raw = {"model": {"path": "base"}, "data": {"train": "train.json"}}
+    (tmp_path / "mine.json").write_text(json.dumps(raw))
+    return tmp_path
+
+
+def test_defaults_fill_in_everything_but_the_model_and_the_data() -> None:
+    config = RunConfig.from_dict(MINIMAL)
+    assert (config.adapter.r, config.adapter.lora_alpha, config.adapter.weight_decomposed) == (16, 32.0, True)
+    assert (config.training.global_batch_size, config.training.micro_batch_size) == (16, 4)
+    assert refusal({}).splitlines() == [
+        "run.json: 2 problems",
+        "  model: missing; must be a section {...} with path, revision, tokenizer, dtype, attn_implementation, "
+        "trust_remote_code",
+        "  data: missing; must be a section {...} with train, validation, validation_samples, format, loss_on, "
+        "cutoff_len, num_workers",
+    ]
+
+
+def test_configuration_cannot_be_changed_in_place() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig.from_dict(MINIMAL).adapter.r = 3  # pydantic's runtime check is what is tested
+
+
+def test_every_field_is_documented() -> None:
+    missing = [name for name, spec in field_specs(RunConfig).items() if len(spec.description) < 10]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (with_fields(adapter={"r": "3"}), 'adapter.r = "3": must be a whole number >= 1'),
+        (with_fields(adapter={"r": "3"}), "write 3, without quotes"),
+        (with_fields(adapter={"r": 3.0}), "adapter.r = 3.0: must be a whole number >= 1"),
+        (with_fields(adapter={"r": True}), "adapter.r = true: must be a whole number >= 1"),
+        (with_fields(adapter={"r": 0}), "adapter.r = 0: must be a whole number >= 1"),
+        (with_fields(adapter={"dropout": 1.0}), "adapter.dropout = 1.0: must be a number >= 0 and < 1"),
+        (
+            with_fields(adapter={"weight_decomposed": "true"}),
+            'adapter.weight_decomposed = "true": must be true or',
+        ),
+        (
+            with_fields(training={"learning_rate": float("nan")}),
+            "training.learning_rate = NaN: must be a number > 0",
+        ),
+        (with_fields(training={"learning_rate": "1e-4"}), "write 0.0001, without quotes"),
+        (with_fields(model={"dtype": "fp16"}), 'model.dtype = "fp16": must be one of "bf16", "fp32"'),
+        (with_fields(data={"train": 3}), "data.train = 3: must be text (not empty), or a list of text"),
+        (with_fields(data={"train": []}), "data.train = []: must be text (not empty), or a list of text"),
+        (
+            with_fields(adapter={"target_modules": ["q", 2]}),
+            "adapter.target_modules = 2: must be a list of text, or",
+        ),
+        (with_fields(engine={"deepspeed": [1]}), "engine.deepspeed = [1]: must be a JSON object"),
+        ({**MINIMAL, "training": 7}, "training: 7; must be a section {...} with learning_rate, schedule"),
+        (
+            {"model": {}, "data": {"train": "x"}},
+            "model.path: missing; must be text (not empty) (Hugging Face model",
+        ),
+    ],
+)
+def test_wrong_value_names_field_value_and_what_is_right(raw: dict[str, Any], message: str) -> None:
+    assert message in refusal(raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (
+            with_fields(training={"learning_rat": 1}),
+            "training.learning_rat: unknown key; did you mean training.learning_rate?",
+        ),
+        (
+            with_fields(training={"dropout": 0.1}),
+            "training.dropout: unknown key; did you mean adapter.dropout?",
+        ),
+        (with_fields(training={"savee_every": 1}), "did you mean checkpoint.save_every?"),
+        (with_fields(training={"lr": 1}), "training.lr: unknown key; did you mean training.learning_rate?"),
+        (with_fields(adapter={"use_dora": True}), "did you mean adapter.weight_decomposed?"),
+        ({**MINIMAL, "max_steps": 10}, "max_steps: unknown key; did you mean training.max_steps?"),
+        ({**MINIMAL, "trainin": {}}, "trainin: unknown key; did you mean the section training?"),
+        ({**MINIMAL, "zzz": {}}, "zzz: unknown key; the sections are model, adapter, data, training"),
+        (with_fields(logging={"qqq": 1}), "logging.qqq: unknown key; logging has every, tensorboard"),
+    ],
+)
+def test_unknown_key_says_what_was_meant(raw: dict[str, Any], message: str) -> None:
+    assert message in refusal(raw)
+
+
+def test_every_other_name_that_is_recognised_leads_to_a_field() -> None:
+    from dora_dist.config.problems import _OTHER_NAMES
+
+    assert set(_OTHER_NAMES.values()) <= set(field_specs(RunConfig))
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (with_fields(training={"warmup_steps": 5, "warmup_ratio": 0.1}), "give one of the two"),
+        (
+            with_fields(training={"global_batch_size": 10}),
+            "must be a multiple of training.micro_batch_size = 4",
+        ),
+        (with_fields(data={"validation": "v.json", "validation_samples": 3}), "give one of the two"),
+        (with_fields(training={"eval_every": 5}), "nothing to evaluate on; give data.validation"),
+        (
+            with_fields(
+                training={"eval_every": 4}, data={"validation_samples": 3}, checkpoint={"save_every": 6}
+            ),
+            "checkpoint.save_every = 6: with checkpoint.keep_best it must be a multiple of training.eval_every = 4",
+        ),
+        (
+            with_fields(adapter={"weight_decomposed": False, "norm_gradient": "full"}),
+            "plain LoRA has no norm",
+        ),
+        (
+            with_fields(adapter={"weight_decomposed": False, "magnitude_only_modules": ["o_proj"]}),
+            "plain LoRA has no magnitudes",
+        ),
+        (with_fields(adapter={"target_modules": []}), "nothing to train"),
+        (with_fields(adapter={"target_modules": ["*.q_proj"]}), '"*.q_proj" is no regular expression'),
+        (
+            with_fields(adapter={"target_modules": ["q", "v"], "magnitude_only_modules": ["v"]}),
+            'adapter.magnitude_only_modules: "v" is in adapter.target_modules too',
+        ),
+        (
+            with_fields(model={"attn_implementation": "flash_attention_2", "dtype": "fp32"}),
+            'needs model.dtype = "bf16" and a GPU',
+        ),
+    ],
+)
+def test_impossible_combination_is_refused(raw: dict[str, Any], message: str) -> None:
+    assert message in refusal(raw)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    lines = refusal(with_fields(adapter={"r": 0, "rr": 1}, training={"epochs": -1})).splitlines()
+    assert lines[0] == "run.json: 3 problems"
+    assert [line.split()[0].rstrip(":") for line in lines[1:]] == [
+        "adapter.r",
+        "adapter.rr",
+        "training.epochs",
+    ]
+
+
+def test_malformed_json_names_line_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{\n  "model": {"path": "a"},\n  "data": {"train": "b",}\n}')
+    with pytest.raises(UserError, match=r"x\.json: line 3, column 25: not valid JSON: .*\n +\"data\""):
+        RunConfig.load(path)
+    path.write_text("")
+    with pytest.raises(UserError, match="line 1, column 1"):
+        RunConfig.load(path)
+    path.write_text('{"adapter": {"r": 1, "r": 2}}')
+    with pytest.raises(UserError, match='the key "r" is given twice'):
+        RunConfig.load(path)
+    path.write_text('{"training": {"epochs": Infinity}}')
+    with pytest.raises(UserError, match="Infinity is no JSON number"):
+        RunConfig.load(path)
+    path.write_text("[1]")
+    with pytest.raises(UserError, match="must hold one JSON object"):
+        RunConfig.load(path)
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        RunConfig.load(path)
+    with pytest.raises(UserError, match=r"no such config file; did you mean .*x\.json\?"):
+        RunConfig.load(tmp_path / "xx.json")
+    with pytest.raises(UserError, match="is a folder; give one JSON file"):
+        RunConfig.load(tmp_path)
+
+
+def test_overrides_take_every_kind_of_value(workplace: Path) -> None:
+    config = RunConfig.load(
+        "mine.json",
+        [
+            *("--training.max_steps", "10"),
+            *("--training.max_steps", "12"),  # the later one wins
+            "--training.learning_rate=3e-4",
+            "--training.activation_checkpointing=false",
+            "--training.warmup_ratio=null",
+            "--adapter.target_modules=q_proj, v_proj",
+            '--adapter.magnitude_only_modules=["o_proj"]',
+            "--data.train=a.json,b.json",
+            '--engine.deepspeed={"zero_optimization": {"sub_group_size": 5}}',
+            "--model.revision=2",
+        ],
+    )
+    assert config.training.max_steps == 12
+    assert config.training.learning_rate == 3e-4
+    assert config.training.activation_checkpointing is False
+    assert config.training.warmup_ratio is None
+    assert config.adapter.target_modules == ["q_proj", "v_proj"]
+    assert config.adapter.magnitude_only_modules == ["o_proj"]
+    assert config.data.train == ["a.json", "b.json"]
+    assert config.engine.deepspeed == {"zero_optimization": {"sub_group_size": 5}}
+    assert config.model.revision == "2"  # text stays text
+    assert config.model.path == "base"  # from the file
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["--training.max_step", "1"],
+            "--training.max_step: unknown option; did you mean training.max_steps?",
+        ),
+        (["--training.max_steps"], "--training.max_steps: needs a value, a whole number >= 1, or null"),
+        (["--training.max_steps", "--adapter.r=1"], "--training.max_steps: needs a value"),
+        (["training.max_steps", "1"], "training.max_steps: not an option"),
+        (
+            ["--training.max_steps", "1e3"],
+            "training.max_steps = 1000.0: must be a whole number >= 1, or null",
+        ),
+        (["--training.epochs", "many"], 'training.epochs = "many": must be a number > 0'),
+        (["--logging.tensorboard=yes"], 'logging.tensorboard = "yes": must be true or false'),
+        (["--engine.deepspeed={"], 'engine.deepspeed = "{": must be a JSON object'),
+        (["--training.epochs=Infinity"], "training.epochs = Infinity: must be a number > 0"),
+    ],
+)
+def test_bad_override_is_refused(workplace: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        RunConfig.load("mine.json", overrides)
+    assert message in str(caught.value)
+
+
+def test_run_folder_is_named_after_the_config_file(workplace: Path) -> None:
+    assert RunConfig.load("mine.json").checkpoint.run_dir == "runs/mine"
+    assert (
+        RunConfig.load("mine.json", ["--checkpoint.run_dir=out/{config}-2"]).checkpoint.run_dir
+        == "out/mine-2"
+    )
+
+
+def test_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = RunConfig.from_dict({"model": {"path": "~/llama"}, "data": {"train": ["~/a.json", "b.json"]}})
+    assert config.model.path == "/home/ada/llama"
+    assert config.data.train == ["/home/ada/a.json", "b.json"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_json_text_round_trips(recipe: Path, tmp_path: Path) -> None:
+    config = RunConfig.load(recipe, ["--training.adam_epsilon=3e-7"])
+    saved = tmp_path / "config.json"
+    saved.write_text(config.to_json())
+    assert RunConfig.load(saved) == config
+    assert (
+        json.loads(saved.read_text())["checkpoint"]["run_dir"] == config.checkpoint.run_dir != "runs/config"
+    )
+
+
+def test_schema_for_editors_agrees_with_the_fields() -> None:
+    schema = RunConfig.json_schema()
+    assert schema["required"] == ["model", "data"]
+    adapter = schema["$defs"]["AdapterConfig"]
+    assert adapter["additionalProperties"] is False
+    assert adapter["properties"]["r"]["minimum"] == 1
+    assert adapter["properties"]["dropout_mode"]["enum"] == ["exact", "adapter"]
+    assert "default" not in schema["$defs"]["ModelConfig"]["properties"]["path"]
+
+
+def test_local_names_are_told_from_hub_names(workplace: Path) -> None:
+    assert not is_local("meta-llama/Llama-2-7b-hf")
+    assert not is_local("gpt2")
+    for name in (
+        "base",
+        "./x",
+        "../x",
+        "/x",
+        "~/x",
+        "runs/quickstart/base",
+        "a/b.jsonl",
+        "data.json",
+        "m/tokenizer.model",
+    ):
+        assert is_local(name), name
+
+
+def test_files_that_are_there_pass(workplace: Path) -> None:
+    config = RunConfig.load("mine.json", check_files=True)
+    assert config.model.path == "base"
+    RunConfig.from_dict(MINIMAL).check_files()  # hub names are not looked up
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--model.path=./bse"], 'model.path = "./bse": no such folder in'),
+        (["--model.path=./bse"], "did you mean base?"),
+        (["--model.path=runs/quickstart/base"], "`make demo` creates the quickstart's"),
+        (["--model.path=x.gguf"], "convert it with `dora-dist import-gguf x.gguf --output FOLDER`"),
+        (["--model.path=empty"], 'model.path = "empty": no config.json in it'),
+        (["--model.path=pickled"], 'model.path = "pickled": no .safetensors file in it'),
+        (
+            ["--model.tokenizer=./tokenizer.model"],
+            'model.tokenizer = "./tokenizer.model": no such file or folder',
+        ),
+        (["--data.train=tain.json"], 'data.train = "tain.json": no such file in'),
+        (["--data.train=tain.json"], "did you mean train.json?"),
+        (["--data.train=train.json,void.jsonl"], 'data.train = "void.jsonl": the file is empty'),
+        (["--data.train=base"], 'data.train = "base": is a folder; give its .json, .jsonl, .parquet files'),
+        (["--data.validation=./table.csv"], 'data.validation = "./table.csv": unknown kind of file'),
+        (["--adapter.init_from=base"], 'adapter.init_from = "base": no adapter_config.json in it'),
+        (["--adapter.init_from=step"], 'did you mean "step/adapter"?'),
+        (["--checkpoint.resume=step"], 'checkpoint.resume = "step": no complete checkpoint'),
+        (["--checkpoint.run_dir=train.json/run"], "train.json is a file; give another folder"),
+    ],
+)
+def test_missing_file_names_field_path_and_remedy(
+    workplace: Path, overrides: list[str], message: str
+) -> None:
+    for folder in ("empty", "pickled", "step/adapter"):
+        (workplace / folder).mkdir(parents=True)
+    (workplace / "pickled/config.json").write_text("{}")
+    (workplace / "step/adapter/adapter_config.json").write_text("{}")
+    (workplace / "void.jsonl").touch()
+    (workplace / "table.csv").write_text("a,b\n")
+    with pytest.raises(UserError) as caught:
+        RunConfig.load("mine.json", overrides, check_files=True)
+    assert message in str(caught.value)
+    RunConfig.load("mine.json", overrides)  # only asked for, never a surprise
+
+
+def test_several_missing_files_are_told_at_once(workplace: Path) -> None:
+    with pytest.raises(UserError, match=r"^2 problems with files\n  model\.path = .*\n  data\.train = "):
+        RunConfig.load("mine.json", ["--model.path=./no", "--data.train=no.json"], check_files=True)
+
+
+def test_accumulation_fills_the_global_batch() -> None:
+    config = RunConfig.from_dict(with_fields(training={"global_batch_size": 48, "micro_batch_size": 4}))
+    assert [config.gradient_accumulation_steps(ranks) for ranks in (1, 2, 3, 4, 6, 12)] == [12, 6, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "remedy"),
+    [
+        (16, 4, 8, "training.global_batch_size = 32, or training.micro_batch_size = 2, or 4 ranks"),
+        (16, 2, 3, "training.global_batch_size = 12 or 18, or 2 ranks"),
+        (4, 4, 2, "training.global_batch_size = 8, or training.micro_batch_size = 2, or 1 rank"),
+    ],
+)
+def test_batch_that_cannot_be_split_names_the_nearest_that_can(
+    batch: int, micro: int, ranks: int, remedy: str
+) -> None:
+    training = {"global_batch_size": batch, "micro_batch_size": micro}
+    config = RunConfig.from_dict(with_fields(training=training))
+    with pytest.raises(UserError, match=f"is no multiple of {micro * ranks} .*; use {remedy}$"):
+        config.deepspeed_config(ranks)
+
+
+def test_deepspeed_json_follows_the_fields() -> None:
+    config = RunConfig.from_dict(
+        with_fields(
+            model={"dtype": "fp32"},
+            training={"max_grad_norm": 0.5, "global_batch_size": 24, "micro_batch_size": 3},
+            engine={
+                "offload_param": "cpu",
+                "offload_optimizer": "cpu",
+                "hpz_partition_size": 2,
+                "param_persistence_threshold": 1,
+                "prefetch_bucket_size": 2,
+                "reduce_bucket_size": 3,
+                "max_live_parameters": 4,
+                "max_reuse_distance": 5,
+                "allgather_sequential": True,
+                "deepspeed": {
+                    "zero_optimization": {"sub_group_size": 6, "offload_param": {"pin_memory": False}},
+                    "wall_clock_breakdown": True,
+                    "comms_logger": {"enabled": True},
+                },
+            },
+        )
+    )
+    assert config.deepspeed_config(4) == {
+        "train_batch_size": 24,
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": False},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 1,
+            "stage3_prefetch_bucket_size": 2,
+            "reduce_bucket_size": 3,
+            "stage3_max_live_parameters": 4,
+            "stage3_max_reuse_distance": 5,
+            "stage3_allgather_sequential": True,
+            "zero_hpz_partition_size": 2,
+            "offload_param": {"device": "cpu", "pin_memory": False},
+            "offload_optimizer": {"device": "cpu"},
+            "sub_group_size": 6,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": True,
+        "comms_logger": {"enabled": True},
+    }
+    with pytest.raises(UserError, match="engine.hpz_partition_size = 2: does not divide 1 ranks"):
+        config.deepspeed_config(1)
+
+
+def test_derived_json_is_a_copy() -> None:
+    raw = with_fields(engine={"deepspeed": {"comms_logger": {"enabled": True}}})
+    config = RunConfig.from_dict(raw)
+    config.deepspeed_config(1)["comms_logger"]["enabled"] = False
+    assert config.deepspeed_config(1)["comms_logger"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_batch_size": 8}, "train_batch_size is decided elsewhere; use training.global_batch_size"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled is decided elsewhere; use model.dtype"),
+        ({"bf16": True}, "bf16 = True: must be a JSON object"),
+        ({"fp16": {"enabled": True}}, "fp16 is decided elsewhere; use model.dtype"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer is decided elsewhere; use training.learning_rate"),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is decided elsewhere"),
+        (
+            {"zero_optimization": {"stage3_max_live_parameters": 1}},
+            "zero_optimization.stage3_max_live_parameters is decided elsewhere; use engine.max_live_parameters",
+        ),
+        ({"zero_optimization": {"max_live_parameters": 1}}, "use engine.max_live_parameters"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "use engine.offload_param"),
+        ({"zero_optimization": {"offload_param": "cpu"}}, "must be a JSON object"),
+    ],
+)
+def test_engine_option_with_a_field_of_its_own_names_that_field(
+    options: dict[str, Any], message: str
+) -> None:
+    assert message in refusal(with_fields(engine={"deepspeed": options}))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_deepspeed_reads_the_derived_json_of_every_recipe(recipe: Path, dtype: str) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = RunConfig.load(
+        recipe, [f"--model.dtype={dtype}", "--engine.offload_param=cpu", "--engine.offload_optimizer=cpu"]
+    )
+    derived = config.deepspeed_config(1)
+    read = DeepSpeedConfig(derived)
+    zero = read.zero_config
+    assert (read.train_batch_size, read.train_micro_batch_size_per_gpu, read.gradient_accumulation_steps) == (
+        config.training.global_batch_size,
+        config.training.micro_batch_size,
+        config.gradient_accumulation_steps(1),
+    )
+    assert read.bfloat16_config.enabled is (dtype == "bf16")
+    assert read.gradient_clipping == config.training.max_grad_norm
+    assert (zero.stage, zero.offload_param.device, zero.offload_optimizer.device) == (3, "cpu", "cpu")
+    assert zero.param_persistence_threshold == config.engine.param_persistence_threshold
+    assert zero.prefetch_bucket_size == config.engine.prefetch_bucket_size
+    assert zero.max_live_parameters == config.engine.max_live_parameters
+    assert zero.max_reuse_distance == config.engine.max_reuse_distance
+    assert zero.allgather_sequential is config.engine.allgather_sequential
+    assert read.zero_force_ds_cpu_optimizer is False
+
+
+def test_hugging_face_finds_no_mismatch_with_the_derived_json(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    config = RunConfig.from_dict(with_fields(training={"max_grad_norm": 0.7, "learning_rate": 3e-4}))
+    training = config.training
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=True,
+        per_device_train_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps(1),
+        max_grad_norm=training.max_grad_norm,
+        learning_rate=training.learning_rate,
+    )
+    engine = HfTrainerDeepSpeedConfig(config.deepspeed_config(1))
+    engine.trainer_config_process(arguments)
+    assert engine.mismatches == []
+    assert engine.is_zero3()
+    assert engine.dtype() == torch.bfloat16
+
+
+PAPER = {  # base model, learning rate at r = 32
+    "llama7b_dora": ("yahma/llama-7b-hf", 1e-4),
+    "llama13b_dora": ("yahma/llama-13b-hf", 2e-4),
+    "llama2_7b_dora": ("meta-llama/Llama-2-7b-hf", 2e-4),
+    "llama3_8b_dora": ("meta-llama/Meta-Llama-3-8B", 1e-4),
+}
+
+
+def test_every_recipe_is_here() -> None:
+    assert {path.stem for path in RECIPES} >= {"quickstart", *PAPER}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_recipe_validates_and_has_the_papers_numbers(name: str, workplace: Path) -> None:
+    overrides = ["--data.train=train.json"]
+    config = RunConfig.load(REPOSITORY / "configs" / f"{name}.json", overrides, check_files=True)
+    adapter, data, training = config.adapter, config.data, config.training
+    assert (config.model.path, training.learning_rate) == PAPER[name]
+    assert (adapter.weight_decomposed, adapter.r, adapter.lora_alpha, adapter.dropout) == (True, 32, 64, 0.05)
+    assert (adapter.dropout_mode, adapter.norm_gradient) == ("exact", "detached")
+    assert adapter.target_modules == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    assert (data.cutoff_len, data.validation_samples, data.loss_on, data.format) == (
+        256,
+        120,
+        "all",
+        "instruction",
+    )
+    assert (training.schedule, training.warmup_steps, training.epochs) == ("linear", 100, 3)
+    assert (training.global_batch_size, training.weight_decay, training.eval_every) == (16, 0, 80)
+    assert (config.checkpoint.save_every, config.checkpoint.keep_best) == (80, True)
+    assert [config.gradient_accumulation_steps(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+
+
+def test_quickstart_trains_every_projection_with_dora() -> None:
+    config = RunConfig.load(REPOSITORY / "configs/quickstart.json")
+    assert config.adapter.weight_decomposed
+    assert len(config.adapter.target_modules or []) == 7
+    assert (config.data.loss_on, config.model.dtype) == ("answer", "bf16")
+    assert config.checkpoint.run_dir == "runs/quickstart/train"
+    assert config.gradient_accumulation_steps(2) >= 1
