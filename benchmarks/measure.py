@@ -76,7 +76,7 @@ class Run:
         built_peak = peak_rss()
         reset_peak_rss()
         refreshed = self.norms.seconds if self.norms else 0.0
-        seconds = [self.step() for _ in range(settings.steps)]
+        measured = [self.step() for _ in range(settings.steps)]
         refresh = (self.norms.seconds - refreshed) / settings.steps if self.norms else 0.0
         refresh_bytes = self.norms.bytes_received if self.norms else 0
         with ReceivedBytes() as received:
@@ -84,7 +84,8 @@ class Run:
         refresh_bytes = (self.norms.bytes_received if self.norms else 0) - refresh_bytes
         on_gpu = self.accelerator.device_name() != "cpu"
         return {
-            "seconds": seconds,
+            "seconds": [wall for wall, _ in measured],
+            "cpu_seconds": [cpu for _, cpu in measured],
             "losses": self.losses,
             "trainable": self.trainable,
             "peak_rss_bytes": max(built_peak, peak_rss()),
@@ -97,19 +98,23 @@ class Run:
             "device": self.accelerator.device_name(),
         }
 
-    def step(self) -> float:
-        """One optimizer step on new tokens, the same in every variant; wall seconds between barriers."""
+    def step(self) -> tuple[float, float]:
+        """One optimizer step on new tokens, the same in every variant.
+
+        Returns wall seconds between barriers, and this process's CPU seconds: those hardly change when something
+        else shares the machine.
+        """
         settings = self.settings
         seed = len(self.losses) * settings.ranks + dist.get_rank()
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(settings.vocab, (1, settings.tokens), generator=generator).to(self.engine.device)
         self._barrier()
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         loss = self.engine(input_ids=tokens, labels=tokens).loss
         self.engine.backward(loss)
         self.engine.step()
         self._barrier()
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started, time.process_time() - cpu_started
         self.losses.append(loss.item())
         return seconds
 
@@ -126,7 +131,7 @@ class Run:
         on_gpu = self.accelerator.device_name() != "cpu"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         with profile(activities=activities) as profiler:
-            seconds = self.step()
+            seconds, _ = self.step()
         key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         print(profiler.key_averages(group_by_input_shape=False).table(sort_by=key, row_limit=25))
         print(f"one step under the profiler: {seconds:.2f} s", file=sys.stdout, flush=True)

@@ -44,6 +44,7 @@ def _variant(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
         "min_seconds": min(seconds),
         "iqr_seconds": quartiles[2] - quartiles[0],
         "round_median_seconds": [statistics.median(ranks[0]["seconds"]) for ranks in rounds],
+        "median_cpu_seconds": statistics.median(s for rank in every for s in rank["cpu_seconds"]),
         "peak_rss_bytes": max(rank["peak_rss_bytes"] for rank in every),
         "peak_rss_steps_bytes": max(rank["peak_rss_steps_bytes"] for rank in every),
         "peak_device_bytes": max(device) if device else None,
@@ -74,7 +75,7 @@ def _device(name: str) -> str:
 def table(report: dict[str, Any]) -> str:
     """Plain text, one line a variant."""
     head = (
-        f"{'variant':20s}{'median s':>9s}{'min':>8s}{'IQR':>7s}{'/ PEFT LoRA':>12s}{'/ PEFT DoRA':>12s}"
+        f"{'variant':20s}{'median s':>9s}{'min':>8s}{'IQR':>7s}{'CPU s':>8s}{'/ PEFT LoRA':>12s}{'/ PEFT DoRA':>12s}"
         f"{'peak MB':>9s}{'received MB':>12s}{'norm MB':>9s}{'norm %':>8s}"
     )
     lines = [head]
@@ -82,7 +83,7 @@ def table(report: dict[str, Any]) -> str:
         ratios = "".join(f"{e['ratios'][n]:12.3f}" if n in e["ratios"] else f"{'':12s}" for n in REFERENCES)
         peak = e["peak_device_bytes"] or e["peak_rss_bytes"]
         lines.append(
-            f"{VARIANTS[variant]:20s}{e['median_seconds']:9.3f}{e['min_seconds']:8.3f}{e['iqr_seconds']:7.3f}{ratios}"
+            f"{VARIANTS[variant]:20s}{e['median_seconds']:9.3f}{e['min_seconds']:8.3f}{e['iqr_seconds']:7.3f}{e['median_cpu_seconds']:8.3f}{ratios}"
             f"{peak / 1e6:9.0f}{e['received_bytes'] / 1e6:12.1f}{e['norm_refresh_bytes'] / 1e6:9.2f}"
             f"{100 * e['norm_refresh_share']:8.2f}"
         )

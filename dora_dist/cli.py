@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if tokens[:1] in (["train"], ["validate"]):
             check_names(tokens, RunConfig)
-        options = _parser().parse_args(tokens)
+        options = build_parser().parse_args(tokens)
         options.handler(options)
     except UserError as error:
         # Every rank says it: the first that ends makes the launcher end the others, maybe unheard.
@@ -37,14 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; parsed options carry the `handler` of their command."""
     parser = argparse.ArgumentParser(
         prog="dora-dist",
         description="DoRA fine-tuning on DeepSpeed ZeRO-3: one JSON file is a run, one command starts it",
         epilog="dora-dist COMMAND --help describes a command and gives an example.",
     )
     parser.add_argument("--version", action="version", version=f"dora-dist {_version()}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     _declare_train(commands)
     _declare_validate(commands)
     _declare_schema(commands)
@@ -71,12 +72,19 @@ def _declare_train(commands: Commands) -> None:
     add_arguments(command, RunConfig)
 
 
-def _train(options: argparse.Namespace) -> None:
+def load_config(options: argparse.Namespace, *, check_files: bool) -> RunConfig:
+    """The run that the options of `train` describe. Raises UserError."""
     resume = ["--checkpoint.resume=auto"] if options.resume else []
-    config = RunConfig.load(options.config, [*resume, *options.overrides], check_files=True)
+    return RunConfig.load(options.config, [*resume, *options.overrides], check_files=check_files)
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = load_config(options, check_files=True)
+    from dora_dist import distributed
     from dora_dist.training.run import train
 
     train(config)
+    distributed.stop()
 
 
 def _declare_validate(commands: Commands) -> None:
@@ -100,6 +108,8 @@ def _declare_validate(commands: Commands) -> None:
 
 def _validate(options: argparse.Namespace) -> None:
     config = RunConfig.load(options.config, options.overrides, check_files=not options.no_files)
+    if config.engine.deepspeed:
+        config.check_engine_options()
     if options.world_size is not None:
         print(json.dumps(config.deepspeed_config(options.world_size), indent=2))
     adapter, training = config.adapter, config.training

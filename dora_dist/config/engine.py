@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from dora_dist.errors import UserError
 
@@ -125,6 +128,25 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "wall_clock_breakdown": False,
     }
     return _merged(derived, engine.deepspeed)
+
+
+def check_options(config: RunConfig) -> None:
+    """Raise UserError for ZeRO options of the user's that DeepSpeed refuses; imports deepspeed."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = [*fields, *(field.alias for field in fields.values() if field.alias)]
+    lines = []
+    try:
+        DeepSpeedZeroConfig(**_merged({"stage": 3}, config.engine.deepspeed.get("zero_optimization", {})))
+    except ValidationError as error:
+        for finding in error.errors(include_url=False):
+            name = ".".join(str(part) for part in finding["loc"])
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]}?" if close and name not in known else ""
+            lines.append(f"zero_optimization.{name} = {finding['input']!r}: {finding['msg']}{hint}")
+    if lines:
+        raise UserError("engine.deepspeed: DeepSpeed refuses it\n  " + "\n  ".join(lines))
 
 
 def _walk(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ from dora_dist.config.fields import FieldSpec, field_specs
 from dora_dist.errors import UserError
 
 # Names of the same things elsewhere, too far from ours for a comparison of letters.
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "lr": "training.learning_rate",
     "lr_scheduler_type": "training.schedule",
     "num_train_epochs": "training.epochs",
@@ -66,7 +66,7 @@ def suggestion(name: str, specs: dict[str, FieldSpec]) -> str:
     section, _, key = name.rpartition(".")
     sections = list(dict.fromkeys(known.partition(".")[0] for known in specs))
     known_keys = {known.partition(".")[2]: known for known in specs}
-    if meant := known_keys.get(key) or _OTHER_NAMES.get(key):
+    if meant := known_keys.get(key) or OTHER_NAMES.get(key):
         return f"; did you mean {meant}?"
     if section not in sections:
         close = difflib.get_close_matches(section or key, sections, 1)

@@ -291,6 +291,13 @@ class RunConfig(Section):
         """A new dict: the DeepSpeed JSON of this run on `world_size` ranks. Raises UserError."""
         return engine.deepspeed_config(self, world_size)
 
+    def check_engine_options(self) -> None:
+        """Raise UserError for ZeRO options in engine.deepspeed that DeepSpeed would refuse.
+
+        Imports deepspeed, which settles on an accelerator then: choose it (DS_ACCELERATOR) before.
+        """
+        engine.check_options(self)
+
     def to_json(self) -> str:
         """The whole configuration as JSON text, defaults included; `load` gives an equal one back."""
         return self.model_dump_json(indent=2) + "\n"

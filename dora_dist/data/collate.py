@@ -16,7 +16,7 @@ Sample = dict[str, list[int]]
 
 
 class WithFiller(Dataset[Sample]):
-    """A data set that also answers index FILLER: one padding token without a label, so no loss and no gradient."""
+    """A data set with one more index, FILLER: a padding token without a label, so without loss."""
 
     def __init__(self, dataset: Any, pad_token_id: int):
         self.dataset, self.pad_token_id = dataset, pad_token_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,19 +18,10 @@ from dora_dist.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from dora_dist.config import DataConfig
+
 IGNORED = -100  # a label that carries no loss, as in torch.nn.CrossEntropyLoss
 CHUNK = 1000  # samples tokenized at once: enough to keep the tokenizer's threads busy
-
-
-class DataSettings(Protocol):
-    """What `build_dataset` reads: the data section of RunConfig, or anything with these fields."""
-
-    train: str | list[str]
-    validation: str | list[str] | None
-    validation_samples: int
-    format: str
-    loss_on: str
-    cutoff_len: int
 
 
 @dataclass(frozen=True)
@@ -47,15 +38,16 @@ class TokenizationStats:
     def __str__(self) -> str:
         return (
             f"{self.samples:,} samples, {self.tokens:,} tokens ({self.label_tokens:,} with loss); "
-            f"{self.truncated:,} cut at {self.cutoff_len} tokens, {self.without_labels:,} left out for want of labels"
+            f"{self.truncated:,} cut at {self.cutoff_len} tokens, "
+            f"{self.without_labels:,} left out for want of labels"
         )
 
 
 class TokenizedDataset(Dataset[dict[str, list[int]]]):
-    """Some of the samples of flat token and label arrays; item i is {"input_ids", "labels"}, lists of equal length."""
+    """Some of the samples in flat arrays; item i is {"input_ids", "labels"}, two lists of one length."""
 
     def __init__(self, tokens: Tensor, labels: Tensor, starts: Tensor, index: Sequence[int]):
-        """tokens, labels: (T,) int32; starts: (n + 1,) int64; index: the samples of those n that belong here."""
+        """tokens, labels: (T,) int32; starts: (n + 1,) int64; index: which of those n are here."""
         self.tokens, self.labels, self.starts, self.index = tokens, labels, starts, list(index)
 
     def __len__(self) -> int:
@@ -77,14 +69,15 @@ class TokenizedData:
 
 
 def build_dataset(
-    data: DataSettings, tokenizer: PreTrainedTokenizerFast, *, seed: int, progress: bool = True
+    data: DataConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int, progress: bool = True
 ) -> TokenizedData:
     """Load, render and tokenize the run's data; the same on every rank, and at every world size.
 
-    loss_on "all": every token is a label; "answer": only the output (the assistant's turns, for messages) and the
-    end-of-sequence token. cutoff_len counts all tokens, special ones included; a sample that is cut loses its end
-    and so its end-of-sequence token. validation_samples records, chosen by `seed`, are held out of train when
-    `data.validation` is None. Raises UserError as `load_records` does, and when nothing is left to train on.
+    loss_on "all": every token is a label; "answer": only the output (the assistant's turns, for messages) and
+    the end-of-sequence token. cutoff_len counts all tokens, special ones included; a sample that is cut loses
+    its end and so its end-of-sequence token. validation_samples records, chosen by `seed`, are held out of
+    train when `data.validation` is None. Raises UserError as `load_records` does, and when nothing is left to
+    train on.
     """
     train_sources = [data.train] if isinstance(data.train, str) else data.train
     store = _tokenize(train_sources, "data.train", data, tokenizer, progress)
@@ -102,7 +95,9 @@ def build_dataset(
     return TokenizedData(*train, *_select(store, sorted(chosen), "the validation samples", data.cutoff_len))
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, samples: Sequence[Rendered]) -> list[tuple[list[int], list[bool]]]:
+def encode(
+    tokenizer: PreTrainedTokenizerFast, samples: Sequence[Rendered]
+) -> list[tuple[list[int], list[bool]]]:
     """Token ids of each sample and whether each token is answer; training and evaluation both count by this.
 
     Prompt and answer are tokenized as one text, so a token may straddle their border: it is answer, because
@@ -144,7 +139,7 @@ class _Store:
 def _tokenize(
     sources: Sequence[str],
     field: str,
-    data: DataSettings,
+    data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
     progress: bool,
 ) -> _Store:
@@ -152,25 +147,24 @@ def _tokenize(
 
     rows = list(read_records(sources, FIELDS[data.format]))
     tokens, labels, starts, truncated = array("i"), array("i"), [0], []
+    everywhere = data.loss_on == "all"
     bar = tqdm(total=len(rows), desc=f"Tokenizing {field}", unit=" samples", delay=2.0, disable=not progress)
     with bar:
         for first in range(0, len(rows), CHUNK):
             chunk = rows[first : first + CHUNK]
-            for ids, answer in encode(tokenizer, [_render(place, row, data, tokenizer) for place, row in chunk]):
+            samples = [_render(place, row, data, tokenizer) for place, row in chunk]
+            for ids, answer in encode(tokenizer, samples):
                 truncated.append(len(ids) > data.cutoff_len)
                 ids = ids[: data.cutoff_len]
                 tokens.extend(ids)
-                everywhere = data.loss_on == "all"
                 labels.extend(t if everywhere or a else IGNORED for t, a in zip(ids, answer, strict=False))
                 starts.append(len(tokens))
             bar.update(len(chunk))
-    as_tensor = torch.tensor
-    return _Store(
-        as_tensor(tokens, dtype=torch.int32), as_tensor(labels, dtype=torch.int32), as_tensor(starts), truncated
-    )
+    flat_tokens, flat_labels = (torch.frombuffer(flat, dtype=torch.int32) for flat in (tokens, labels))
+    return _Store(flat_tokens, flat_labels, torch.tensor(starts), truncated)
 
 
-def _render(place: str, row: Record, data: DataSettings, tokenizer: PreTrainedTokenizerFast) -> Rendered:
+def _render(place: str, row: Record, data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Rendered:
     try:
         return FORMATS[data.format](row, tokenizer, data.loss_on == "answer")
     except UserError as error:

@@ -1,8 +1,8 @@
 """How a record becomes text: prompt strings, and which stretches of the text are answer.
 
-A format is a function from (record, tokenizer, whether the answers' ranges are wanted) to `Rendered`. Everything
-that must agree between training and evaluation by likelihood, the prompt and where the answer starts, is decided
-here and nowhere else.
+A format is a function from (record, tokenizer, whether the answers' ranges are wanted) to `Rendered`.
+Everything that must agree between training and evaluation by likelihood, the prompt and where the answer
+starts, is decided here and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from dora_dist.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# The commonsense recipe of Liu et al. (arXiv 2402.09353). The indents and the spaces before line ends are part
-# of it, and the two prompts differ by one space after "request." and by the blank line: so it was published.
+# The commonsense recipe of Liu et al. (arXiv 2402.09353). The indents and the spaces before line ends belong
+# to it; its two prompts differ by one space after "request." and by the blank line.
 TRAIN_PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n\n"
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.  \n\n"
     "                ### Instruction:\n"
     "                {instruction}\n"
     "                \n"
@@ -27,7 +28,8 @@ TRAIN_PROMPT = (
     "                "
 )
 GENERATION_PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request. \n\n"
     "                ### Instruction:\n"
     "                {instruction}\n"
     "\n"
@@ -94,8 +96,8 @@ def _alpaca_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, s
 def _messages_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
     """The conversation under the tokenizer's chat template; assistant turns are the answers.
 
-    A turn's range is found by templating the messages before it (with the generation prompt) and up to it: both
-    must be beginnings of the whole text, else the template rewrites earlier turns and no range can be trusted.
+    A turn's range is found by templating the messages before it (with the generation prompt) and up to it:
+    both must begin the whole text, else the template rewrites earlier turns and no range can be trusted.
     """
     messages = record["messages"]
     _check_messages(messages)
@@ -105,14 +107,16 @@ def _messages_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast,
         if not spans or message["role"] != "assistant":
             continue
         if turn == 0:
-            raise UserError('the first message is the assistant\'s, which answers nothing; set data.loss_on to "all"')
+            raise UserError(
+                'the first message is the assistant\'s, which answers nothing; set data.loss_on to "all"'
+            )
         before = _template(tokenizer, messages[:turn], add_generation_prompt=True)
         upto = _template(tokenizer, messages[: turn + 1])
         if not (text.startswith(upto) and upto.startswith(before)):
             raise UserError(
-                f"the tokenizer's chat template changes the text around message {turn + 1} when later messages "
-                'follow, so the assistant\'s turns cannot be told apart; set data.loss_on to "all", or give a '
-                "tokenizer whose template leaves earlier messages as they are"
+                f"the tokenizer's chat template writes message {turn + 1} differently when later messages "
+                "follow or when it asks for an answer, so the assistant's turns cannot be told apart; set "
+                'data.loss_on to "all", or give a tokenizer whose template keeps earlier text as it is'
             )
         answers.append((len(before), len(upto)))
     return Rendered(text, tuple(answers), complete=True)
@@ -122,7 +126,8 @@ def _check_messages(messages: list[Any]) -> None:
     if not messages:
         raise UserError('"messages" is empty')
     for turn, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+        fields = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None,)
+        if not all(isinstance(field, str) for field in fields):
             raise UserError(f'message {turn} must be an object with the strings "role" and "content"')
 
 
@@ -137,7 +142,9 @@ def _template(
             'give the tokenizer of an instruction-tuned model, or use format "alpaca"'
         )
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except TemplateError as error:
         raise UserError(f"the tokenizer's chat template refuses these messages: {error}") from error
     return str(text)

@@ -26,12 +26,12 @@ def load_records(sources: Sequence[str | Path], format: str) -> list[Record]:
     """The records of all sources, one after the other, each with the fields that `format` needs.
 
     Args:
-        sources: .json (one list of objects), .jsonl (one object a line; blank lines are passed over), .parquet,
-            or a hub data set's name, of which the split "train" is taken.
+        sources: .json (one list of objects), .jsonl (one object a line, blank lines passed over),
+            .parquet, or a hub data set's name, of which the split "train" is taken.
         format: "instruction", "alpaca" or "messages".
 
-    Raises UserError, naming the source and the line or the record (both counted from 1), for a missing or empty
-    file, malformed JSON, something that is not a record, or a record that lacks a needed field.
+    Raises UserError, naming the source and the line or the record (both counted from 1), for a missing or
+    empty file, malformed JSON, something that is not a record, or a record that lacks a needed field.
     """
     return [record for _, record in read_records(sources, FIELDS[format])]
 
@@ -128,7 +128,9 @@ def _hub_rows(name: str) -> Sequence[Any]:
     try:
         return datasets.load_dataset(name, split="train")
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} is neither a file here nor a hub data set that can be loaded: {error}") from error
+        raise UserError(
+            f"{name} is neither a file here nor a hub data set that can be loaded: {error}"
+        ) from error
 
 
 def _near(path: Path) -> str:

@@ -10,15 +10,16 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from dora_dist.errors import UserError
 
-FILLER = -1  # stands where the last global batch has no sample left; `WithFiller` turns it into one masked token
+FILLER = -1  # where the last global batch has no sample left; `WithFiller` turns it into one masked token
 
 
 class EpochBatches(BatchSampler):
     """One rank's micro-batches of an epoch, cut from global batches that are the same at every world size.
 
-    The epoch's order is a permutation from (seed, epoch), padded with FILLER to whole global batches. The ranks'
-    micro-batches of optimizer step t together are exactly global batch t, whatever the world size and micro-batch
-    size: a run can stop at 8 ranks and go on at 6 after the same samples. Every sample is seen once per epoch.
+    The epoch's order is a permutation from (seed, epoch), padded with FILLER to whole global batches. The
+    ranks' micro-batches of optimizer step t together are exactly global batch t, whatever the world size and
+    micro-batch size: a run can stop at 8 ranks and go on at 6 after the same samples. Every sample is seen
+    once per epoch.
     """
 
     def __init__(
@@ -36,8 +37,8 @@ class EpochBatches(BatchSampler):
         across_ranks = micro_batch_size * world_size
         if global_batch_size % across_ranks:
             raise UserError(
-                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} "
-                f"x {world_size} ranks = {across_ranks}"
+                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size "
+                f"{micro_batch_size} x {world_size} ranks = {across_ranks}"
             )
         self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
         self.global_batch_size, self.batch_size = global_batch_size, micro_batch_size
@@ -84,7 +85,7 @@ class EpochBatches(BatchSampler):
 
 
 class EpochDataLoader(DataLoader[Any]):
-    """A DataLoader over `EpochBatches` whose `set_epoch` reaches them, as training loops expect of a loader."""
+    """A DataLoader over `EpochBatches` whose `set_epoch` reaches them, as training loops expect."""
 
     def set_epoch(self, epoch: int) -> None:
         assert isinstance(self.batch_sampler, EpochBatches)

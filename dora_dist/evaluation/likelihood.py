@@ -1,4 +1,4 @@
-"""The log-probability that a model gives each candidate answer, with the prompt's work done once per question."""
+"""The log-probability of each candidate answer, the prompt's work done once per question."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from dora_dist.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# Families whose attention is a plain softmax over rotary positions, so that a mask and positions of our own say
-# all there is to say. Others get one row per candidate: the same numbers, more work.
-SHARED_PROMPT_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "llava"}
+# Families whose attention is a plain softmax over rotary positions, so that a mask and positions of our own
+# say all there is to say. Others get one row per candidate: the same numbers, more work.
+SHARED_PROMPT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence for the model: a prompt and the candidates that follow it, each seeing the prompt and itself.
+    """A prompt and the candidates after it, in one sequence; each candidate sees the prompt and itself.
 
-        prompt p0 p1 p2 | a0 a1 | b0 b1 b2        positions 0 1 2 | 3 4 | 3 4 5
+    prompt p0 p1 p2 | a0 a1 | b0 b1 b2        positions 0 1 2 | 3 4 | 3 4 5
     """
 
     question: int
@@ -47,13 +47,13 @@ def candidate_log_probs(
     mean: bool = False,
     advance: Callable[[int], object] = lambda rows: None,
 ) -> list[list[float]]:
-    """For each (record, candidates): the log-probability of every candidate after the record's training prompt.
+    """For each (record, candidates): the log-probability of every candidate after the training prompt.
 
-    The sum over the candidate's tokens (or, with `mean`, their average) of log p(token | all before it). The end
-    of sequence is not scored. A candidate's tokens are those that answer-only training puts its loss on; where
-    candidates make the tokenizer split the end of the prompt differently, the tokens from there on, so that what
-    is compared is always the probability of whole texts. Batches are of `batch_size` sequences of similar length.
-    `advance` is called with the number of questions finished, as they are.
+    The sum over the candidate's tokens (or, with `mean`, their average) of log p(token | all before it). The
+    end of sequence is not scored. A candidate's tokens are those that answer-only training puts its loss on;
+    where candidates make the tokenizer split the end of the prompt differently, the tokens from there on, so
+    that what is compared is always the probability of whole texts. Batches are of `batch_size` sequences of
+    similar length. `advance` is called with the number of questions finished, as they are.
     """
     rows = [_row(tokenizer, i, record, choices) for i, (record, choices) in enumerate(questions)]
     shared = _shares_prompts(model, max(map(len, rows), default=0))
@@ -68,11 +68,14 @@ def candidate_log_probs(
             for i, (tokens, log_prob) in enumerate(zip(row.branches, log_probs, strict=True)):
                 scores[row.question][row.first + i] = log_prob / len(tokens) if mean else log_prob
             left[row.question] -= len(row.branches)
-        advance(sum(left[row.question] == 0 for row in batch))
+            if left[row.question] == 0:
+                advance(1)
     return scores
 
 
-def _row(tokenizer: PreTrainedTokenizerFast, question: int, record: dict[str, Any], choices: list[str]) -> Row:
+def _row(
+    tokenizer: PreTrainedTokenizerFast, question: int, record: dict[str, Any], choices: list[str]
+) -> Row:
     prompt = training_prompt(record)
     encoded = encode(tokenizer, [answered(prompt, choice) for choice in choices])
     ids = [tokens[:-1] for tokens, _ in encoded]  # without the end of sequence
@@ -87,7 +90,7 @@ def _row(tokenizer: PreTrainedTokenizerFast, question: int, record: dict[str, An
 
 
 def _shares_prompts(model: PreTrainedModel, longest: int) -> bool:
-    """Whether several candidates may follow one prompt in one sequence, told apart by a 4-D attention mask."""
+    """Whether several candidates may follow one prompt in one sequence, kept apart by a 4-D mask."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     return (
@@ -101,11 +104,12 @@ def _shares_prompts(model: PreTrainedModel, longest: int) -> bool:
 def _score(model: PreTrainedModel, rows: Sequence[Row], shared: bool) -> list[list[float]]:
     """Sum of log-probabilities of every branch of every row."""
     length = max(map(len, rows))
-    # Rows end together, so the positions to predict from are the last ones, and only there are logits computed.
+    # Rows end together: the positions to predict from are the last ones, and only they get logits.
     keep = 1 + max(len(row) - len(row.prefix) for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     positions = torch.zeros_like(ids)
-    visible = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no empty softmax
+    # Padding sees itself, since a softmax over nothing is NaN.
+    visible = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
     for i, row in enumerate(rows):
         _lay_out(row, ids[i], positions[i], visible[i])
     device = next(model.parameters()).device
@@ -139,7 +143,7 @@ def _lay_out(row: Row, ids: Tensor, positions: Tensor, visible: Tensor) -> None:
 
 
 def _branch_log_probs(row: Row, logits: Tensor) -> list[float]:
-    """logits (keep, vocabulary), for the last positions of the row: each branch's sum of log-probabilities."""
+    """Each branch's sum of log-probabilities; logits: (keep, vocabulary), of the last positions."""
     branch_tokens = len(row) - len(row.prefix)
     logits = logits[-branch_tokens - 1 :].float()  # [0] is the prefix's last token, [1 + i] is branch token i
     sources: list[int] = []  # which position predicts each branch token

@@ -1,4 +1,4 @@
-"""`evaluate`: a model folder or run, some task files, a JSON result; `score_task`: the same for a model in memory."""
+"""`evaluate`: a model's path and task files to a JSON result; `score_task`: one task, a model in memory."""
 
 from __future__ import annotations
 
@@ -48,15 +48,17 @@ def score_task(
 ) -> TaskScore:
     """Accuracy of a model on records of the instruction format; the model is left in the mode it came in.
 
-    "generate": the paper's way, for its eight tasks. The model continues the evaluation prompt; the first label
-    after the last "### Response:" must equal "answer"; text with no label counts as wrong.
+    "generate": the paper's way, for its eight tasks. The model continues the evaluation prompt; the first
+    label after the last "### Response:" must equal "answer"; text with no label counts as wrong.
     "likelihood": the most probable of the record's candidates (`tasks.candidates`) after the TRAINING prompt;
     `normalise` "sum" compares the probability of whole answers, "mean" that of their average token.
 
-    Raises UserError for an unknown mode or task, and for a record that does not fit, which it names by number.
+    Raises UserError for an unknown mode or task, and for a record that does not fit, which it names by
+    number.
     """
     _check(mode, batch_size, normalise)
     prepared = [_prepared(f"record {i}", task, record, mode) for i, record in enumerate(records, start=1)]
+    choices, gold = [texts for texts, _ in prepared], [texts[right] for texts, right in prepared]
     if not records:
         raise UserError(f'task "{task}" has no records to score')
 
@@ -65,35 +67,24 @@ def score_task(
     from dora_dist.evaluation.generation import generate_texts
     from dora_dist.evaluation.likelihood import candidate_log_probs
 
+    bar = tqdm(total=len(records), desc=f"{task} ({mode})", unit=" questions", disable=not progress)
     was_training = model.training
     model.eval()
+    predictions: list[str | None]
     try:
-        with tqdm(total=len(records), desc=f"{task} ({mode})", unit=" questions", disable=not progress) as bar:
+        with bar:
+            work: dict[str, Any] = {"batch_size": batch_size, "advance": bar.update}
             if mode == "generate":
-                texts = generate_texts(
-                    model,
-                    tokenizer,
-                    records,
-                    batch_size=batch_size,
-                    num_beams=num_beams,
-                    max_new_tokens=max_new_tokens,
-                    advance=bar.update,
-                )
-                predictions = [paper_task(task).find(text) for text in texts]
+                work |= {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+                outputs = generate_texts(model, tokenizer, records, **work)
+                predictions = [paper_task(task).find(text) for text in outputs]
             else:
-                scores = candidate_log_probs(
-                    model,
-                    tokenizer,
-                    [(record, choices) for record, (choices, _) in zip(records, prepared, strict=True)],
-                    batch_size=batch_size,
-                    mean=normalise == "mean",
-                    advance=bar.update,
-                )
-                best = (max(range(len(row)), key=row.__getitem__) for row in scores)
-                predictions = [choices[i] for i, (choices, _) in zip(best, prepared, strict=True)]
+                questions = list(zip(records, choices, strict=True))
+                mean = normalise == "mean"
+                scores = candidate_log_probs(model, tokenizer, questions, mean=mean, **work)
+                predictions = [texts[_argmax(row)] for texts, row in zip(choices, scores, strict=True)]
     finally:
         model.train(was_training)
-    gold = [choices[i] for choices, i in prepared]
     correct = sum(p == g for p, g in zip(predictions, gold, strict=True))
     return TaskScore(correct, len(records), predictions)
 
@@ -112,7 +103,8 @@ def evaluate(
     output: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate a Hugging Face folder, PEFT folder, checkpoint or run on task files, and return a JSON-ready result.
+    """Evaluate a Hugging Face folder, PEFT folder, checkpoint or run on task files, and return a JSON-ready
+    result.
 
     Args:
         tasks: name -> file in the instruction format. The paper's eight names need "answer" in every record;
@@ -120,9 +112,9 @@ def evaluate(
         limit: only the first so many records of each file.
         output: where to write the result as JSON, too.
 
-    Files are read and checked before the model is loaded. Result: {"model", "mode", "settings", "tasks": {name:
-    {"file", "accuracy", "correct", "total", "without_answer", "seconds"}}, "average" (of the accuracies),
-    "load_seconds", "seconds"}. Raises UserError as `score_task` does, naming the file.
+    Files are read and checked before the model is loaded. Result: {"model", "mode", "settings", "tasks":
+    {name: {"file", "accuracy", "correct", "total", "without_answer", "seconds"}}, "average" (of the
+    accuracies), "load_seconds", "seconds"}. Raises UserError as `score_task` does, naming the file.
     """
     _check(mode, batch_size, normalise)
     if not tasks:
@@ -201,3 +193,7 @@ def _prepared(place: str, task: str, record: Record, mode: str) -> tuple[list[st
         return ([gold_label(paper_task(task), record)], 0) if mode == "generate" else candidates(task, record)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
+
+
+def _argmax(scores: Sequence[float]) -> int:
+    return max(range(len(scores)), key=scores.__getitem__)

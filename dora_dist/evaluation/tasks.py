@@ -21,7 +21,7 @@ class Task:
     labels: tuple[str, ...]
 
     def find(self, text: str) -> str | None:
-        """The answer in a model's full output (prompt included): the first label after the last "### Response:"."""
+        """The answer in a model's full output: the first label after the last "### Response:"."""
         match = re.search("|".join(self.labels), text.rpartition(RESPONSE)[2])
         return match[0] if match else None
 
@@ -46,14 +46,15 @@ PAPER_TASKS: dict[str, Task] = {
 
 
 def paper_task(name: str) -> Task:
-    """The paper's task of that name. Raises UserError, with what a custom task needs, if it is none of the eight."""
+    """The paper's task of that name; UserError, with what a custom task needs, if there is none."""
     if name in PAPER_TASKS:
         return PAPER_TASKS[name]
-    near = difflib.get_close_matches(name.lower(), {known.lower() for known in PAPER_TASKS}, n=1)
-    hint = next((f'; did you mean "{known}"?' for known in PAPER_TASKS if near == [known.lower()]), "")
+    lower = {known.lower(): known for known in PAPER_TASKS}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    hint = f'; did you mean "{lower[near[0]]}"?' if near else "."
     raise UserError(
-        f'task "{name}" is none of the paper\'s ({", ".join(PAPER_TASKS)}){hint} A task of your own needs records '
-        'with "choices", a list of candidate answers, and mode "likelihood"'
+        f'task "{name}" is none of the paper\'s ({", ".join(PAPER_TASKS)}){hint} A task of your own needs '
+        'records with "choices", a list of candidate answers, and mode "likelihood"'
     )
 
 
@@ -71,9 +72,10 @@ def gold_label(task: Task, record: dict[str, Any]) -> str:
 def candidates(name: str, record: dict[str, Any]) -> tuple[list[str], int]:
     """The completions to compare for one record, and the position of the right one.
 
-    These are the record's "choices", the right one being equal to "output" or else to "answer"; without choices,
-    "the correct answer is X" for each of the paper's labels, of which only those that the instruction's
-    "Answer format: X/Y/Z" names where there is one. Raises UserError if that gives no right candidate.
+    These are the record's "choices", the right one being equal to "output" or else to "answer"; without
+    choices, "the correct answer is X" for each of the paper's labels, of which only those that the
+    instruction's "Answer format: X/Y/Z" names where there is one. Raises UserError if that gives no right
+    candidate.
     """
     choices = record.get("choices")
     if choices is None:

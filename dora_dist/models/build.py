@@ -17,7 +17,7 @@ from dora_dist.models.placement import Placement
 from dora_dist.safetensors_io import TensorFolder
 from dora_dist.zero3.loading import adapted_layers, load_base
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,15 +49,16 @@ def _load(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     """The dequantised model and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    options: dict[str, Any] = {"gguf_file": file.name, "dtype": dtype, "output_loading_info": True}
+    # Left to itself, a machine with the right kernels would keep the packed blocks as weights.
+    options["quantization_config"] = GgufConfig(dequantize=True)
+    advice = "use a complete file of a LLaMA model"
     try:
-        # Without dequantize, a machine with the right kernels would keep the packed blocks as weights.
-        plain = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=dtype, quantization_config=plain
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, **options)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:  # the parsers raise any
-        raise UserError(
-            f"{file}: cannot be converted: {error}; use a complete file of a LLaMA model"
-        ) from error
+    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:  # the parsers raise any
+        raise UserError(f"{file}: cannot be converted: {error}; {advice}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{file}: holds no weights for {missing[0]!r}; {advice}")
     return model, tokenizer

@@ -22,12 +22,12 @@ def load_tokenizer(
     """A fast tokenizer that has an end-of-sequence and a padding token.
 
     Args:
-        path_or_name: a Hugging Face folder, a hub name, or a sentencepiece file such as LLaMA's `tokenizer.model`.
-            A folder with `tokenizer.model` and no `tokenizer.json` is read as that file.
+        path_or_name: a Hugging Face folder, a hub name, or a sentencepiece file such as LLaMA's
+            `tokenizer.model`. A folder with `tokenizer.model` and no `tokenizer.json` is read as that file.
 
-    A missing padding token becomes the unknown token (LLaMA's recipe) or else the end-of-sequence token; padding
-    is never a label, so neither is unlearned by it. Raises UserError when there is no such tokenizer or it cannot
-    serve: character offsets (fast tokenizers) and an end-of-sequence token are needed.
+    A missing padding token becomes the unknown token (LLaMA's recipe) or else the end-of-sequence token;
+    padding is never a label, so neither is unlearned by it. Raises UserError when there is no such tokenizer
+    or it cannot serve: character offsets (fast tokenizers) and an end-of-sequence token are needed.
     """
     name = str(path_or_name)
     try:
@@ -38,13 +38,16 @@ def load_tokenizer(
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        what = "holds no tokenizer that loads" if Path(name).exists() else "is neither a folder here nor a hub name"
+        found = Path(name).exists()
+        what = "holds no tokenizer that loads" if found else "is neither a folder here nor a hub name"
         raise UserError(
-            f"tokenizer {name} {what}; give a folder with tokenizer.json, a tokenizer.model file or a hub name "
-            f"({str(error).splitlines()[0]})"
+            f"tokenizer {name} {what}; give a folder with tokenizer.json, a tokenizer.model file or a hub "
+            f"name ({str(error).splitlines()[0]})"
         ) from error
     if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer {name} gives no character offsets; a fast one (tokenizer.json) is needed")
+        raise UserError(
+            f"the tokenizer {name} gives no character offsets; a fast one (tokenizer.json) is needed"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name} has no end-of-sequence token; set eos_token in its config")
     if tokenizer.pad_token_id is None:
@@ -55,10 +58,10 @@ def load_tokenizer(
 def from_sentencepiece(file: Path, chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """The fast tokenizer that splits text exactly as sentencepiece does with `file`, with bos in front.
 
-    Merges are ranked by piece SCORE. LLaMA gives its runs of spaces the lowest score although their ids are low,
-    so ranking by id, as transformers 5 does for a bare `tokenizer.model`, splits every indented prompt in another
-    way than the pre-trained model has seen. Raises UserError unless `file` is a sentencepiece BPE model without
-    text normalisation, as LLaMA 1 and 2, CodeLlama and Mistral have.
+    Merges are ranked by piece SCORE. LLaMA gives its runs of spaces the lowest score although their ids are
+    low, so ranking by id, as transformers 5 does for a bare `tokenizer.model`, splits every indented prompt
+    in another way than the pre-trained model has seen. Raises UserError unless `file` is a sentencepiece BPE
+    model without text normalisation, as LLaMA 1 and 2, CodeLlama and Mistral have.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
@@ -103,11 +106,13 @@ def _read_sentencepiece(file: Path) -> Any:
     except DecodeError:
         proto.Clear()
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    plain = not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
-    if not proto.pieces or trainer.model_type != BPE_MODEL or not plain or min(trainer.bos_id, trainer.eos_id) < 0:
+    rewrites = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
+    usable = proto.pieces and trainer.model_type == BPE_MODEL and min(trainer.bos_id, trainer.eos_id) >= 0
+    if rewrites or not usable:
         raise UserError(
-            f"{file} is not a sentencepiece model of LLaMA's kind (BPE, no text normalisation, bos and eos); LLaMA 3's "
-            "file of that name is a tiktoken table: give the Hugging Face folder that has tokenizer.json instead"
+            f"{file} is not a sentencepiece model of LLaMA's kind (BPE, no text normalisation, bos and eos); "
+            "LLaMA 3's file of that name is a tiktoken table: give the Hugging Face folder that has "
+            "tokenizer.json instead"
         )
     return proto
 
@@ -134,12 +139,16 @@ def _from_repository(name: str, revision: str | None, trust_remote_code: bool) -
     from transformers.utils.hub import cached_file, has_file
 
     def find(file: str) -> Path | None:
-        found = cached_file(name, file, revision=revision) if has_file(name, file, revision=revision) else None
+        found = (
+            cached_file(name, file, revision=revision) if has_file(name, file, revision=revision) else None
+        )
         return Path(found) if found else None
 
     pieces = None if find("tokenizer.json") else find(SENTENCEPIECE_FILE)
     if pieces is None:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
         return tokenizer
     template, settings = find("chat_template.jinja"), find("tokenizer_config.json")
     if template is not None:

@@ -35,7 +35,6 @@ def train(config: RunConfig) -> Path:
     if world.first:
         print(f"done: {checkpoint} (adapter in PEFT's format: {checkpoint / run_folder.ADAPTER})")
         print(f"merge it with: dora-dist consolidate {run_dir} --output merged/")
-    distributed.stop()
     return checkpoint
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,11 +26,16 @@ def save_base(
     path: Path, dtype: torch.dtype = torch.float32, tied: bool = False, zero_rows: bool = False
 ) -> Path:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "vocab_size": 61}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **heads, **sizes))
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "vocab_size": 61,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model: Any = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **heads, **sizes))
     if zero_rows:
-        model.get_submodule(O_PROJ).weight.data[3:7] = 0
+        model.get_parameter(f"{O_PROJ}.weight").data[3:7] = 0
     model.to(dtype).save_pretrained(path)
     for name, text in {
         "tokenizer.json": "{}",
@@ -41,14 +47,14 @@ def save_base(
     return path
 
 
-def save_adapter(path: Path, base: Path, **options) -> Path:
-    settings = {
+def save_adapter(path: Path, base: Path, **options: Any) -> Path:
+    settings: dict[str, Any] = {
         "r": 4,
         "lora_alpha": 8,
         "use_dora": True,
         "target_modules": ["q_proj", "o_proj", "down_proj"],
     }
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(**(settings | options)))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -57,12 +63,12 @@ def save_adapter(path: Path, base: Path, **options) -> Path:
                 parameter.mul_(torch.rand(parameter.shape, generator=generator) + 0.5)
             elif "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    model.save_pretrained(path)
+    model.save_pretrained(str(path))
     return path
 
 
 def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():
@@ -148,16 +154,16 @@ def test_small_shards_and_blocks_give_the_same_weights(
 
 def test_zero_rows_keep_a_factor_of_one(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", zero_rows=True)
-    norm = load_file(base / "model.safetensors")[f"{O_PROJ}.weight"].norm(dim=1)
-    torch.manual_seed(2)
-    lora_A, lora_B = torch.randn(2, 32), torch.randn(32, 2)
-    lora_B[3:5] = 0  # rows 3 and 4: weight and update both zero; rows 5 and 6: only the weight
-    layers = {O_PROJ: AdapterLayer(lora_A, lora_B, norm + 0.5 * (norm > 0), 1.0)}
-    write_peft_folder(tmp_path / "adapter", PeftAdapter("", 2, 2, 0.0, use_dora=True, layers=layers))
-    consolidate(tmp_path / "adapter", base, tmp_path / "out", progress=False)
+    adapter = save_adapter(tmp_path / "adapter", base)  # by PEFT: magnitude 0 where the row is 0
+    stored = load_file(adapter / "adapter_model.safetensors")
+    key = f"base_model.model.{O_PROJ}"
+    stored[f"{key}.lora_B.weight"][3:5] = 0  # rows 3 and 4: weight and update are 0; rows 5 and 6: the weight
+    stored[f"{key}.lora_magnitude_vector"][4] = 0.7
+    save_file(stored, adapter / "adapter_model.safetensors")
+    consolidate(adapter, base, tmp_path / "out", progress=False)
     merged = load_file(tmp_path / "out/model.safetensors")[f"{O_PROJ}.weight"]
-    assert torch.isfinite(merged).all() and torch.equal(merged[3:7], torch.zeros(4, 32))  # m is 0 there
-    torch.testing.assert_close(merged.norm(dim=1)[7:], norm[7:] + 0.5)
+    assert torch.equal(merged[3:7], torch.zeros(4, 32))
+    torch.testing.assert_close(merged.norm(dim=1)[7:], stored[f"{key}.lora_magnitude_vector"][7:])
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 3e38])
@@ -227,7 +233,7 @@ def test_bad_bases_and_options_are_user_errors(tmp_path: Path, monkeypatch: pyte
     base = save_base(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", base)
 
-    def failure(base: Path | str = base, **options) -> str:
+    def failure(base: Path | str = base, **options: Any) -> str:
         with pytest.raises(UserError) as caught:
             consolidate(adapter, base, tmp_path / "out", progress=False, **options)
         assert not (tmp_path / "out").exists()
@@ -332,8 +338,6 @@ def test_memory_is_a_few_blocks_whatever_the_size_of_base_and_tensor(tmp_path: P
     extra, read, written = map(int, done.stdout.split())
     assert read == written == 4 * weight.nbytes
     assert extra < 4 * 2 * weight.nbytes + 300e6  # what is asked for
-    assert (
-        extra < 250e6
-    )  # what streaming in blocks gives: less than half of the base, about one tensor in fp32
+    assert extra < 190e6  # what streaming gives: below one tensor in fp32 (201 MB), below half of the base
     merged = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(tensor, torch.full_like(weight, 0.25)) for tensor in merged.values())

@@ -17,9 +17,10 @@ def make_wheel(folder: Path, text: str = "one line") -> Path:
     path = folder / WHEEL
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr("tiny_data/items.jsonl", text)
-        wheel.writestr("tiny_data-1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.2\n")
-        wheel.writestr("tiny_data-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr("tiny_data-1.2.dist-info/RECORD", "")
+        info = "tiny_data-1.2.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
     return path
 
 
@@ -64,7 +65,7 @@ def test_a_wrong_checksum_names_both(index: Path, tmp_path: Path) -> None:
 
 
 def test_a_package_that_is_not_there_shows_pips_words(index: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"(?s)absent-data==9 could not be downloaded.*No matching distribution"):
+    with pytest.raises(UserError, match=r"(?s)absent-data==9 could not be downl.*No matching distribution"):
         fetch_package("absent-data==9", "0" * 64, tmp_path / "cache")
 
 
@@ -76,7 +77,7 @@ def test_an_unreachable_index_shows_pips_words(tmp_path: Path, monkeypatch: pyte
         fetch_package("tiny-data==1.2", "0" * 64, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("requirement", ["tiny-data", "tiny-data>=1", "tiny-data==1 --index-url=x", "-r other==1"])
+@pytest.mark.parametrize("requirement", ["tiny-data", "tiny-data>=1", "tiny-data==1 --pre", "-r other==1"])
 def test_only_exact_versions_are_accepted(requirement: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="name==version"):
         fetch_package(requirement, "0" * 64, tmp_path)

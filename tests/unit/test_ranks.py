@@ -37,7 +37,8 @@ def sum_of_ranks(folder: Path, scale: float) -> dict[str, object]:
     total = torch.tensor([scale * dist.get_rank()])
     dist.all_reduce(total)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "DS_ACCELERATOR", "OMP_NUM_THREADS")
-    return {"rank": dist.get_rank(), "total": total, "environment": {name: os.environ[name] for name in names}}
+    environment = {name: os.environ[name] for name in names}
+    return {"rank": dist.get_rank(), "total": total, "environment": environment}
 
 
 def raise_on_rank_1(folder: Path) -> None:
@@ -88,14 +89,15 @@ def test_results_come_back_in_rank_order(tmp_path: Path, world_size: int) -> Non
 
 
 def test_an_exception_names_its_rank(tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"(?s)rank 1 of 2: Traceback.*raise_on_rank_1.*KeyError: 'a lost key'"):
+    with pytest.raises(RankError, match=r"(?s)rank 1 of 2: Traceback.*raise_on_rank_1.*KeyError: 'a lost"):
         run_ranks(raise_on_rank_1, 2, tmp_path)
     assert_all_gone(tmp_path, 2)
 
 
 def test_a_hang_ends_and_says_where(tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"(?s)1 of 2 ranks failed\n--- rank 0 of 2: not done after 15 s.*hang_on_rank_0"):
-        run_ranks(hang_on_rank_0, 2, tmp_path, timeout=15.0)
+    message = r"(?s)1 of 2 ranks failed\n--- rank 0 of 2: not done after 20 s.*hang_on_rank_0"
+    with pytest.raises(RankError, match=message):
+        run_ranks(hang_on_rank_0, 2, tmp_path, timeout=20.0)
     assert_all_gone(tmp_path, 2)
 
 
@@ -122,7 +124,9 @@ def test_an_unimportable_function_is_a_failure() -> None:
 
 def test_ranks_die_with_their_parent(tmp_path: Path) -> None:
     script = (
-        "from pathlib import Path; from tests.ranks import run_ranks; from tests.unit.test_ranks import hang_on_rank_0;"
+        "from pathlib import Path\n"
+        "from tests.ranks import run_ranks\n"
+        "from tests.unit.test_ranks import hang_on_rank_0\n"
         f"run_ranks(hang_on_rank_0, 1, Path({str(tmp_path)!r}))"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])

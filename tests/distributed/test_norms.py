@@ -1,0 +1,143 @@
+"""Row norms from ZeRO-3 shards: exact at every world size, refreshed once per optimizer step, blind to padding."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.ranks import run_ranks
+
+SHAPES = [(11, 6), (6, 11), (1, 2), (3, 1), (64, 129)]  # cut rows, and ranks that hold nothing but padding
+R, ALPHA = 3, 5.0
+
+
+class Chain(nn.Module):
+    """Linear layers of odd shapes; the activations between them are cut or padded to fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(i, o, bias=False) for o, i in SHAPES)
+
+    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        for layer in self.layers:
+            x = nn.functional.pad(x, (0, max(0, layer.in_features - x.shape[1])))[:, : layer.in_features]
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        return x
+
+
+def engine_json(persistence: int, accumulation: int, world_size: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": accumulation * world_size,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": persistence},
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def place_everything(model: nn.Module, placement: Any, weights: dict[str, Tensor]) -> None:
+    """Move a model's parameters into their place, base weights from `weights`, adapters with random values."""
+    for name, parameter in list(model.named_parameters()):
+        whole = weights.get(name)
+        if whole is None:
+            whole = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.2
+
+        def fill(start: int, stop: int, out: Tensor, whole: Tensor = whole) -> None:
+            out.copy_(whole.flatten()[start:stop])
+
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, placement.place(parameter, torch.float32, fill))
+
+
+def exact_norm(layer: Any) -> Tensor:
+    """The definition, in fp64, from gathered parameters."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([layer.weight, layer.lora_A, layer.lora_B]):
+        v = layer.weight.double() + layer.spec.scaling * layer.lora_B.double() @ layer.lora_A.double().T
+        return v.norm(dim=1)
+
+
+def run(persistence: int) -> dict[str, Any]:
+    """Train a chain for three steps on this rank; returns what the tests look at."""
+    import deepspeed
+    import torch.distributed as dist
+
+    from dora_dist.adapters.inject import by_pattern, inject
+    from dora_dist.adapters.linear import AdapterSpec
+    from dora_dist.zero3.shards import ShardedPlacement
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    world_size = dist.get_world_size()
+    torch.manual_seed(0)
+    model = Chain()
+    with torch.no_grad():
+        model.layers[0].weight[2] = 0  # a zero row, and B is zero there too
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    inject(model, by_pattern(AdapterSpec(R, ALPHA), [r"layers\.\d+"]))
+    config = engine_json(persistence, 2, world_size)
+    placement = ShardedPlacement(config)
+    place_everything(model, placement, weights)
+    for parameter in model.parameters():  # padding is uninitialised memory in general: make it poison
+        valid = max(0, min(parameter.ds_numel - dist.get_rank() * parameter.ds_tensor.numel(), parameter.ds_tensor.numel()))
+        parameter.ds_tensor[valid:] = float("nan")
+    norms = placement.norms(model)
+    norms.refresh()
+    start = {"refreshes": norms.refreshes, "errors": errors(model)}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    steps = []
+    for _ in range(3):
+        received, before = norms.bytes_received, norms.refreshes
+        for _ in range(2):
+            engine.backward(engine(torch.ones(4, 6), True).square().sum())
+            engine.step()
+        engine(torch.ones(4, 6))  # evaluation after the step sees the new norms
+        steps.append(
+            {
+                "refreshes": norms.refreshes - before,
+                "errors": errors(model),
+                "bytes": norms.bytes_received - received,
+            }
+        )
+    return {"start": start, "steps": steps, "norms": [layer.norm for layer in model.layers]}
+
+
+def errors(model: Any) -> float:
+    """Largest relative error of any row norm."""
+    found = [(layer.norm.double() - exact) / exact for layer in model.layers for exact in [exact_norm(layer)]]
+    return float(torch.cat([f.abs() for f in found]).max())
+
+
+@pytest.fixture(scope="module", params=[(1, 0), (2, 0), (3, 0), (3, 100)], ids=lambda p: f"world{p[0]}-persist{p[1]}")
+def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    world_size, persistence = request.param
+    return run_ranks(run, world_size, persistence)
+
+
+def test_norms_are_exact_at_the_start(ranks: list[dict[str, Any]]) -> None:
+    assert all(rank["start"]["errors"] <= 1e-6 for rank in ranks)
+    assert all(rank["start"]["refreshes"] == 1 for rank in ranks)
+
+
+def test_one_refresh_per_optimizer_step_whatever_accumulates_or_recomputes(ranks: list[dict[str, Any]]) -> None:
+    assert all([step["refreshes"] for step in rank["steps"]] == [1, 1, 1] for rank in ranks)
+
+
+def test_norms_are_never_stale(ranks: list[dict[str, Any]]) -> None:
+    assert all(step["errors"] <= 1e-6 for rank in ranks for step in rank["steps"])
+
+
+def test_norms_are_the_same_bits_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(rank["norms"], ranks[0]["norms"], strict=True))
+
+
+def test_communication_is_one_number_per_row_plus_the_factors(ranks: list[dict[str, Any]]) -> None:
+    rows, factors = sum(o for o, _ in SHAPES), sum(R * (o + i) for o, i in SHAPES)
+    for rank in ranks:
+        for step in rank["steps"]:
+            assert 4 * rows <= step["bytes"] <= 4 * (rows + factors)

@@ -1,0 +1,227 @@
+"""Whole runs on real ranks: the losses do not know how many ranks there are, nor whether a run was interrupted."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import toy
+from tests.distributed.training_runs import config, run
+from tests.ranks import RankError, run_ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    toy.base_model(folder / "base")
+    toy.write_records(folder / "data.json", 25)  # 20 to train on: the fourth global batch of an epoch has 2
+    return folder
+
+
+def toy_config(folder: Path, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
+    return config(folder / "base", folder / "data.json", folder / name, **changes)
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, Any]:
+    """The same six steps in many ways; every entry is rank 0's metrics."""
+    with_eval = {"eval_every": 3}
+    one = run_ranks(
+        run,
+        1,
+        toy_config(folder, "one", training=with_eval),
+        toy_config(folder, "checkpointed", training={"activation_checkpointing": True}),
+        toy_config(folder, "micro6", training={"micro_batch_size": 6}),
+        toy_config(folder, "dropout", adapter={"dropout": 0.3}),
+        toy_config(folder, "lora", adapter={"weight_decomposed": False}),
+    )[0]
+    two = run_ranks(
+        run,
+        2,
+        toy_config(folder, "two", training=with_eval),
+        toy_config(folder, "two-micro3", training={"micro_batch_size": 3, "activation_checkpointing": True}),
+        toy_config(folder, "two-again", checkpoint={"resume": str(folder / "two" / "checkpoint-3")}),
+        toy_config(folder, "two-from-one", checkpoint={"resume": str(folder / "one" / "checkpoint-3")}),
+        toy_config(folder, "dropout-again", adapter={"dropout": 0.3}),
+        toy_config(
+            folder,
+            "dropout-resumed",
+            adapter={"dropout": 0.3},
+            checkpoint={"resume": str(folder / "dropout-again" / "checkpoint-3")},
+        ),
+        toy_config(folder, "magnitude-bf16", model={"dtype": "bf16"}, training={"learning_rate": 1e-4}),
+    )[0]
+    three = run_ranks(
+        run,
+        3,
+        toy_config(folder, "three", training={"micro_batch_size": 2}),
+        toy_config(folder, "three-from-two", checkpoint={"resume": str(folder / "two" / "checkpoint-3")}),
+    )[0]
+    names = ["one", "checkpointed", "micro6", "dropout", "lora"]
+    names += ["two", "two-micro3", "two-again", "two-from-one", "dropout-again", "dropout-resumed", "magnitude-bf16"]
+    names += ["three", "three-from-two"]
+    return dict(zip(names, [*one, *two, *three], strict=True))
+
+
+def losses(runs: dict[str, Any], name: str, first: int = 1) -> list[float]:
+    return [runs[name]["losses"][step] for step in range(first, 7)]
+
+
+def test_the_model_learns(runs: dict[str, Any]) -> None:
+    assert losses(runs, "one")[-1] < losses(runs, "one")[0] - 0.05
+
+
+@pytest.mark.parametrize("other", ["checkpointed", "micro6", "two", "two-micro3", "three"])
+def test_same_losses_whatever_the_ranks_accumulation_or_checkpointing(runs: dict[str, Any], other: str) -> None:
+    assert losses(runs, other) == pytest.approx(losses(runs, "one"), abs=1e-5)
+
+
+def test_evaluation_does_not_know_the_world_size(runs: dict[str, Any]) -> None:
+    assert set(runs["one"]["eval"]) == {3, 6}
+    assert runs["two"]["eval"] == pytest.approx(runs["one"]["eval"], abs=1e-5)
+
+
+def test_a_resumed_run_has_exactly_the_losses_of_an_uninterrupted_one(runs: dict[str, Any]) -> None:
+    assert losses(runs, "two-again", 4) == losses(runs, "two", 4)
+    assert losses(runs, "dropout-resumed", 4) == losses(runs, "dropout-again", 4)
+    assert min(runs["two-again"]["losses"]) == 4
+
+
+@pytest.mark.parametrize("other", ["two-from-one", "three-from-two"])
+def test_a_run_goes_on_at_another_world_size(runs: dict[str, Any], other: str) -> None:
+    assert losses(runs, other, 4) == pytest.approx(losses(runs, "one", 4), abs=1e-5)
+
+
+def test_dropout_and_the_magnitude_make_a_difference(runs: dict[str, Any]) -> None:
+    assert losses(runs, "dropout") != pytest.approx(losses(runs, "one"), abs=1e-4)
+    assert losses(runs, "lora") != pytest.approx(losses(runs, "one"), abs=1e-4)
+
+
+def test_the_magnitude_moves_in_bf16(runs: dict[str, Any], folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    state = load_file(folder / "magnitude-bf16" / "checkpoint-6" / "state.safetensors")
+    offsets = [t for name, t in state.items() if name.endswith("magnitude_offset.master")]
+    assert len(offsets) == 8
+    assert all((o != 0).float().mean() > 0.9 for o in offsets)
+
+
+def test_a_checkpoint_holds_what_trains_and_nothing_of_the_base(runs: dict[str, Any], folder: Path) -> None:
+    from safetensors import safe_open
+
+    checkpoint = folder / "two" / "checkpoint-6"
+    with safe_open(checkpoint / "state.safetensors", "pt") as state:
+        parts = {name.rpartition(".")[0].rpartition(".")[2] for name in state.keys()}
+        assert parts == {"lora_A", "lora_B", "magnitude_offset"}
+        assert {name.rpartition(".")[2] for name in state.keys()} == {"master", "exp_avg", "exp_avg_sq"}
+    assert not list(checkpoint.rglob("*.pt")) + list(checkpoint.rglob("*.bin")) + list(checkpoint.rglob("*.pth"))
+
+
+def test_merged_unmerged_and_peft_give_the_same_logits(runs: dict[str, Any], folder: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from dora_dist.consolidate import consolidate
+    from dora_dist.models.inference import load_for_inference
+
+    adapter = folder / "two" / "checkpoint-6" / "adapter"
+    consolidate(adapter, folder / "base", folder / "merged", progress=False)
+    ids = toy.tokens()
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)(ids).logits
+    unmerged = load_for_inference(str(folder / "two"), dtype="fp32")[0](ids).logits
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    plain = base(ids).logits
+    peft = PeftModel.from_pretrained(base, str(adapter))(ids).logits
+    assert (merged - unmerged).abs().max() <= 1e-4
+    assert (peft - unmerged).abs().max() <= 1e-4
+    assert (plain - unmerged).abs().max() > 1e-2
+
+
+def test_a_run_can_start_from_a_peft_folder(runs: dict[str, Any], folder: Path) -> None:
+    start = {"init_from": str(folder / "one" / "checkpoint-6" / "adapter")}
+    [continued] = run_ranks(run, 1, toy_config(folder, "continued", adapter=start, training={"max_steps": 1}))[0]
+    # Step 7 of the first run would see the same batch as step 3 (20 samples make 4 batches): well below the start.
+    assert continued["losses"][1] < losses(runs, "one")[0] - 0.05
+
+
+def test_no_checkpoint_beyond_keep_last_stays(runs: dict[str, Any], folder: Path) -> None:
+    from dora_dist import run_folder
+
+    assert [c.name for c in run_folder.checkpoints(folder / "two")] == ["checkpoint-3", "checkpoint-6"]
+    run_folder.retire(folder / "two-micro3", keep_last=1)
+    assert [c.name for c in run_folder.checkpoints(folder / "two-micro3")] == ["checkpoint-6"]
+
+
+# --- what goes wrong must go wrong on every rank ------------------------------------------------------------------
+
+
+def fails(raw: dict[str, Any]) -> str:
+    """Run on a rank, expecting a UserError; returns its message."""
+    from dora_dist.errors import UserError
+
+    try:
+        run(raw)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("the run should have been refused")
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank(folder: Path) -> None:
+    raw = toy_config(folder, "nan", training={"learning_rate": 1e30, "warmup_steps": 0, "max_grad_norm": 0.0})
+    messages = run_ranks(fails, 2, raw)
+    assert all("the loss became" in m and "learning_rate" in m for m in messages)
+    assert json.loads((folder / "nan" / "not_finite.json").read_text())["step"] >= 1
+    assert not list((folder / "nan").glob("checkpoint-*"))
+
+
+def test_a_checkpoint_of_another_model_or_position_is_refused(runs: dict[str, Any], folder: Path) -> None:
+    resume = {"resume": str(folder / "two" / "checkpoint-3")}
+    other_adapter = toy_config(folder, "x1", checkpoint=resume, adapter={"r": 5})
+    assert all("another model or adapter" in m for m in run_ranks(fails, 2, other_adapter))
+    toy.base_model(folder / "base2", initializer_range=0.05)
+    other_base = toy_config(folder, "x2", checkpoint=resume, model={"path": str(folder / "base2")})
+    other_batch = toy_config(folder, "x3", checkpoint=resume, training={"global_batch_size": 4})
+    damaged = folder / "damaged" / "checkpoint-3"
+    shutil.copytree(folder / "two" / "checkpoint-3", damaged)
+    with (damaged / "state.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    broken = toy_config(folder, "x4", checkpoint={"resume": str(damaged)})
+    [(base, batch, checksum)] = run_ranks(fail_all, 1, [other_base, other_batch, broken])
+    assert "another base" in base
+    assert "training.global_batch_size = 6, this run has 4" in batch
+    assert "state.safetensors is damaged" in checksum
+
+
+def fail_all(raws: list[dict[str, Any]]) -> tuple[str, ...]:
+    return tuple(fails(raw) for raw in raws)
+
+
+def test_a_run_folder_that_is_in_use_is_refused(runs: dict[str, Any], folder: Path) -> None:
+    messages = run_ranks(fails, 2, toy_config(folder, "two"))
+    assert all("already holds a run" in m and "--checkpoint.resume auto" in m for m in messages)
+
+
+def test_a_disk_that_is_full_stops_every_rank_and_leaves_nothing_half_written(folder: Path) -> None:
+    raw = toy_config(folder, "full")
+    messages = run_ranks(fails_with_small_files, 2, raw)
+    assert all("cannot be written" in m for m in messages)
+    assert [p.name for p in (folder / "full").glob("*checkpoint*")] == []
+
+
+def fails_with_small_files(raw: dict[str, Any]) -> str:
+    """As `fails`, with files limited to 20 kB: the kernel refuses the rest, as it does on a full disk."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then the write itself fails, with EFBIG
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    return fails(raw)
+
+
+def test_a_rank_that_raises_is_reported(folder: Path) -> None:
+    with pytest.raises(RankError, match="no such"):
+        run_ranks(run, 1, toy_config(folder, "absent", model={"path": str(folder / "nowhere")}))

@@ -1,0 +1,54 @@
+"""What ranks do in the training tests: whole runs through `train`, several in one process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dora_dist.config import RunConfig
+
+
+def config(base: Path, data: Path, run_dir: Path, **changes: dict[str, Any]) -> dict[str, Any]:
+    """A toy run's configuration as a dict; `changes` are merged section by section."""
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"path": str(base), "dtype": "fp32"},
+        "adapter": {"r": 4, "lora_alpha": 8.0, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]},
+        "data": {"train": str(data), "validation_samples": 5, "cutoff_len": 192},
+        "training": {
+            "learning_rate": 0.01,
+            "max_steps": 6,
+            "global_batch_size": 6,
+            "micro_batch_size": 1,
+            "warmup_steps": 2,
+            "activation_checkpointing": False,
+        },
+        "checkpoint": {"run_dir": str(run_dir), "save_every": 3, "keep_best": False},
+        "engine": {"param_persistence_threshold": 40},
+        "logging": {"every": 1, "progress_bar": False},
+    }
+    for section, fields in changes.items():
+        sections[section] = {**sections[section], **fields}
+    return sections
+
+
+def run(*configurations: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train each configuration on this rank, one after the other; returns losses and the last evaluation."""
+    from accelerate.state import AcceleratorState
+
+    from dora_dist.training.run import train
+
+    results = []
+    for raw in configurations:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        settings = RunConfig.from_dict(raw)
+        train(settings)
+        results.append(metrics(Path(settings.checkpoint.run_dir)))
+    return results
+
+
+def metrics(run_dir: Path) -> dict[str, Any]:
+    """Losses by step, as metrics.jsonl has them."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "losses": {line["step"]: line["loss"] for line in lines if "loss" in line},
+        "eval": {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line},
+    }

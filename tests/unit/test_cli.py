@@ -1,0 +1,336 @@
+"""The command line: its options, its exit codes, and what it prints when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dora_dist import cli
+from dora_dist.config import RunConfig
+from dora_dist.config.fields import field_specs
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPE = str(REPOSITORY / "configs/llama7b_dora.json")
+COMMANDS = ["train", "validate", "schema", "consolidate", "import-gguf", "evaluate"]
+
+# Users' scripts depend on these: whoever changes one changes the interface.
+CONFIG_OPTIONS = {
+    "model": "path revision tokenizer dtype attn_implementation trust_remote_code",
+    "adapter": (
+        "weight_decomposed r lora_alpha dropout dropout_mode norm_gradient target_modules "
+        "magnitude_only_modules init_from"
+    ),
+    "data": "train validation validation_samples format loss_on cutoff_len num_workers",
+    "training": (
+        "learning_rate schedule warmup_steps warmup_ratio epochs max_steps global_batch_size "
+        "micro_batch_size weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon "
+        "activation_checkpointing eval_every seed"
+    ),
+    "checkpoint": "run_dir save_every keep_last keep_best resume",
+    "engine": (
+        "accelerator offload_param offload_optimizer hpz_partition_size param_persistence_threshold "
+        "prefetch_bucket_size reduce_bucket_size max_live_parameters max_reuse_distance "
+        "allgather_sequential start_timeout_s step_timeout_s deepspeed"
+    ),
+    "logging": "every tensorboard progress_bar peak_flops",
+}
+OWN_OPTIONS: dict[str, list[str]] = {
+    "train": ["--config", "--resume", "--local_rank", "--local-rank"],
+    "validate": ["--world-size", "--no-files"],
+    "schema": [],
+    "consolidate": ["--output", "--overwrite", "--base", "--dtype", "--max-shard-size"],
+    "import-gguf": ["--output", "--overwrite", "--dtype"],
+    "evaluate": [
+        "--tasks",
+        "--mode",
+        "--batch-size",
+        "--num-beams",
+        "--max-new-tokens",
+        "--normalise",
+        "--limit",
+        "--dtype",
+        "--output",
+    ],
+}
+
+
+def declared_options() -> dict[str, list[str]]:
+    commands = next(action for action in cli.build_parser()._actions if action.dest == "command").choices
+    assert isinstance(commands, dict)
+    return {
+        name: [
+            option
+            for action in parser._actions
+            for option in action.option_strings
+            if option not in ("-h", "--help")
+        ]
+        for name, parser in commands.items()
+    }
+
+
+def test_options_of_every_command_are_pinned() -> None:
+    fields = [f"--{section}.{key}" for section, keys in CONFIG_OPTIONS.items() for key in keys.split()]
+    wanted = {
+        name: own + (fields if name in ("train", "validate") else []) for name, own in OWN_OPTIONS.items()
+    }
+    assert declared_options() == wanted
+
+
+def test_config_options_are_the_schemas_fields_with_their_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", "--help"])
+    assert left.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, spec in field_specs(RunConfig).items():
+        assert f"--{name} " in text
+        assert spec.help() in text
+    assert "(>= 1; default: 16)" in text
+    assert "linear|cosine|constant" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    assert left.value.code == 0
+    assert f"example:  dora-dist {command}" in capsys.readouterr().out
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--help"])
+    assert left.value.code == 0
+    overview = capsys.readouterr().out
+    assert all(f"    {command}" in overview for command in COMMANDS)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("dora-dist ")
+
+
+def test_parsing_loads_nothing_heavy() -> None:
+    program = (
+        "import sys; from dora_dist.cli import main; code = main(['schema']); "
+        "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == RunConfig.json_schema()
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((REPOSITORY / "configs").glob("*.json")), ids=lambda path: path.stem
+)
+def test_every_recipe_validates(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["validate", str(recipe), "--no-files"]) == 0
+    assert f"{recipe} is valid: DoRA r=" in capsys.readouterr().err
+
+
+def test_validate_prints_the_deepspeed_json(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["--training.micro_batch_size", "1", "--engine.hpz_partition_size=2"]
+    assert cli.main(["validate", "--world-size", "4", RECIPE, "--no-files", *overrides]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == RunConfig.load(RECIPE, overrides).deepspeed_config(4)
+    assert "DoRA r=32 on yahma/llama-7b-hf, 16 records a step; runs on 1, 2, 4, 8, 16 ranks" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["validate", "nowhere.json"], "error: nowhere.json: no such config file"),
+        (["validate", RECIPE], 'error: data.train = "data/commonsense_170k.json": no such file'),
+        (["validate", RECIPE, "--no-files", "--world-size", "32"], "is no multiple of 64"),
+        (
+            ["validate", RECIPE, "--adapter.rank", "3"],
+            "--adapter.rank: unknown option; did you mean adapter.r?",
+        ),
+        (["validate", RECIPE, "--adapter.r", "none"], 'adapter.r = "none": must be a whole number >= 1'),
+        (
+            ["validate", RECIPE, "--no-files", '--engine.deepspeed={"zero_optimization": {"x": 1}}'],
+            "x = 1: Extra",
+        ),
+        (["train", "--config", RECIPE, "--local_rank=1"], 'error: data.train = "data/commonsense_170k.json"'),
+        (["train", "--config", RECIPE, "--data.trian", "a.json"], "did you mean data.train?"),
+        (["import-gguf", "nowhere.gguf", "--output", "out"], "nowhere.gguf"),
+        (["consolidate", "nowhere", "--output", "out"], "nowhere: no such folder"),
+        (["evaluate", "m", "--tasks", "boolq=nowhere.json"], "nowhere.json"),
+        (
+            ["evaluate", "m", "--tasks", "boolq=a.json", "boolq=b.json"],
+            "a name is given twice in boolq, boolq",
+        ),
+    ],
+)
+def test_user_error_is_one_message_and_status_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert message in text
+    assert "Traceback" not in text
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["train"], "required: --config"),
+        (["train", "--config", RECIPE, "--adapter", "3"], "unrecognized arguments: --adapter 3"),
+        (["validate", RECIPE, "--world-size", "0"], "'0' is not a whole number above 0"),
+        (["consolidate", "x", "--output", "y", "--max-shard-size", "5 apples"], "'5 apples' is not a size"),
+        (["evaluate", "m", "--tasks", "boolq.json"], "'boolq.json' is not NAME=FILE"),
+    ],
+)
+def test_misuse_is_explained_by_the_parser(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5_000_000_000), ("1.5 mb", 1_500_000), ("2GiB", 2 << 30), ("700", 700)]
+)
+def test_sizes(text: str, size: int) -> None:
+    options = cli.build_parser().parse_args(["consolidate", "x", "--output", "y", "--max-shard-size", text])
+    assert options.max_shard_size == size
+
+
+def test_overrides_reach_the_config_in_order() -> None:
+    options = cli.build_parser().parse_args(
+        [
+            "train",
+            "--adapter.r=4",
+            "--local-rank",
+            "0",
+            "--config",
+            RECIPE,
+            "--training.learning_rate",
+            "1e-3",
+            "--adapter.r",
+            "8",
+        ]
+    )
+    config = RunConfig.load(options.config, options.overrides)
+    assert (config.adapter.r, config.training.learning_rate) == (8, 1e-3)
+
+
+def test_resume_is_short_for_auto_and_an_explicit_folder_wins() -> None:
+    def resumed(*arguments: str) -> str | None:
+        options = cli.build_parser().parse_args(["train", "--config", RECIPE, *arguments])
+        return cli.load_config(options, check_files=False).checkpoint.resume
+
+    assert resumed() is None
+    assert resumed("--resume") == "auto"
+    assert resumed("--checkpoint.resume", "a/checkpoint-2", "--resume") == "a/checkpoint-2"
+
+
+def test_error_names_the_rank_when_there_are_several(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["train", "--config", "nowhere.json"]) == 2
+    assert capsys.readouterr().err.startswith("error on rank 1: nowhere.json: no such config file")
+
+
+def test_interrupt_ends_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunConfig, "load", interrupted)
+    assert cli.main(["validate", RECIPE]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.fixture
+def adapted(tmp_path: Path) -> Path:
+    """A folder with a small real LLaMA in `base`, and in `adapter` a PEFT DoRA of it that does not say so."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    targets = LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(base, targets).save_pretrained(str(tmp_path / "adapter"))
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = None
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+def test_consolidate_merges_as_its_options_say(adapted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    merged = adapted / "merged"
+    arguments = ["consolidate", str(adapted / "adapter"), "--output", str(merged), "--max-shard-size", "20KB"]
+    assert cli.main(arguments) == 2
+    assert "does not say what its base model is; give it with --base MODEL" in capsys.readouterr().err
+    arguments += ["--base", str(adapted / "base")]
+    assert cli.main(arguments) == 0
+    assert f"{merged}: 4 of " in capsys.readouterr().out
+    assert len(list(merged.glob("*.safetensors"))) > 1
+
+    tokens = torch.arange(16)[None]
+    peft = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(adapted / "base"), adapted / "adapter")
+    plain = LlamaForCausalLM.from_pretrained(merged)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(tokens).logits, peft(tokens).logits, atol=1e-5, rtol=0)
+
+    assert cli.main(arguments) == 2  # it is there already
+    assert cli.main([*arguments, "--overwrite", "--dtype", "bf16"]) == 0
+    assert {w.dtype for file in merged.glob("*.safetensors") for w in load_file(file).values()} == {
+        torch.bfloat16
+    }
+
+
+def launched(
+    *arguments: str, flags: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *flags, *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_launch_script_is_the_train_command() -> None:
+    done = launched(
+        "launch/train.py", "--local_rank=0", "--config", "nowhere.json", PYTHONPATH=str(REPOSITORY)
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: nowhere.json: no such config file")
+    done = launched("-m", "dora_dist", "validate", "nowhere.json")
+    assert (done.returncode, done.stderr[:21]) == (2, "error: nowhere.json: ")
+
+
+def test_launch_script_without_the_package_says_how_to_install_it() -> None:
+    done = launched(
+        "launch/train.py", "--config", RECIPE, flags=("-E", "-S")
+    )  # no site-packages, no PYTHONPATH
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: dora_dist is not installed here; run `pip install -e .`")

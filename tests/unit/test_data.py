@@ -1,0 +1,314 @@
+"""Records to labels: prompts to the letter, who gets the loss, what is cut, and what bad files are told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from dora_dist.config import DataConfig
+from dora_dist.data import FORMATS, TokenizedDataset, build_dataset, load_records
+from dora_dist.data.dataset import encode
+from dora_dist.data.formats import answered, generation_prompt, training_prompt
+from dora_dist.errors import UserError
+from tests import toy
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Yes, one."},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "No."},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    loaded = toy.tokenizer()
+    loaded.chat_template = CHATML
+    return loaded
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def build(tokenizer: Any, train: str | list[str], **fields: Any) -> Any:
+    data = DataConfig(train=train, **{"cutoff_len": 512, **fields})
+    return build_dataset(data, tokenizer, seed=1, progress=False)
+
+
+def texts(tokenizer: Any, dataset: TokenizedDataset) -> list[tuple[str, str]]:
+    """Each sample's text, and the part of it that carries loss."""
+    samples = [dataset[i] for i in range(len(dataset))]
+    for sample in samples:
+        pairs = zip(sample["input_ids"], sample["labels"], strict=True)
+        assert all(label in (-100, token) for token, label in pairs)
+    learnt = [[label for label in sample["labels"] if label != -100] for sample in samples]
+    return [
+        (tokenizer.decode(sample["input_ids"]), tokenizer.decode(labels))
+        for sample, labels in zip(samples, learnt, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- formats
+
+
+def test_the_papers_prompts_are_letter_for_letter() -> None:
+    record = {"instruction": "Is {this} it?", "input": "", "output": "yes"}
+    start = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    )
+    tab = " " * 16
+    asked, answered_here = f"{tab}### Instruction:\n{tab}Is {{this}} it?\n", f"{tab}### Response:\n{tab}"
+    assert training_prompt(record) == f"{start}request.  \n\n{asked}{tab}\n{answered_here}"
+    assert generation_prompt(record) == f"{start}request. \n\n{asked}\n{answered_here}"
+
+
+def test_alpaca_prompts_with_and_without_input(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Sing.", "input": "", "output": "La"},
+        {"instruction": "Hum.", "output": "Hm"},
+    ]
+    data = build(tokenizer, write(tmp_path / "a.jsonl", rows), format="alpaca", loss_on="answer")
+    (first, first_answer), (second, second_answer), (third, _) = texts(tokenizer, data.train)
+    assert first == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"
+        "### Input:\n1 and 2\n\n### Response:\n3</s>"
+    )
+    assert first_answer == "3</s>"
+    assert second == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n\n### Instruction:\nSing.\n\n### Response:\nLa</s>"
+    )
+    assert second_answer == "La</s>"
+    assert third.endswith("### Instruction:\nHum.\n\n### Response:\nHm</s>")
+
+
+def test_an_input_that_the_instruction_format_would_drop_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [*toy.records(1), {"instruction": "Add.", "input": "1 and 2", "output": "3"}]
+    file = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match='a.jsonl, line 2: .* no place for a non-empty "input".* "alpaca"'):
+        build(tokenizer, file)
+
+
+def test_in_a_conversation_only_the_assistants_turns_carry_loss(tokenizer: Any, tmp_path: Path) -> None:
+    file = write(tmp_path / "m.jsonl", [{"messages": MESSAGES}])
+    (text, answers), *_ = texts(tokenizer, build(tokenizer, file, format="messages", loss_on="answer").train)
+    whole = (
+        "<|system|>Be brief.</s>\n<|user|>One?</s>\n<|assistant|>Yes, one.</s>\n"
+        "<|user|>Two?</s>\n<|assistant|>No.</s>\n"
+    )
+    assert text == whole
+    assert answers == "Yes, one.</s>\nNo.</s>\n"
+    assert texts(tokenizer, build(tokenizer, file, format="messages").train) == [(whole, whole)]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "complaint"),
+    [
+        (None, MESSAGES, "needs a tokenizer with a chat template"),
+        ("{% for m in messages[-2:] %}{{ m.content }}{% endfor %}", MESSAGES, "writes message 3 differently"),
+        (CHATML.replace("<|assistant|>", "<|assistant|><think>"), MESSAGES, "writes message 3 differently"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            MESSAGES,
+            "refuses these messages: roles must alternate",
+        ),
+        (CHATML, MESSAGES[2:], "the first message is the assistant's"),
+        (CHATML, [], '"messages" is empty'),
+        (CHATML, [{"role": "user"}], 'message 1 must be an object with the strings "role" and "content"'),
+    ],
+)
+def test_conversations_that_cannot_be_told_apart_are_refused(
+    template: str | None, messages: list[Any], complaint: str, tmp_path: Path
+) -> None:
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = template
+    file = write(tmp_path / "m.jsonl", [{"messages": messages}])
+    with pytest.raises(UserError, match=f"m.jsonl, line 1: .*{complaint}"):
+        build(tokenizer, file, format="messages", loss_on="answer")
+
+
+# -------------------------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize("loss_on", ["all", "answer"])
+def test_the_instruction_format_ends_with_eos_and_masks_the_prompt_on_request(
+    loss_on: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    file = toy.write_records(tmp_path / "train.json", 5)
+    for record, (text, learnt) in zip(
+        toy.records(5), texts(tokenizer, build(tokenizer, str(file), loss_on=loss_on).train), strict=True
+    ):
+        assert text == training_prompt(record) + record["output"] + "</s>"
+        assert learnt == (text if loss_on == "all" else record["output"] + "</s>")
+
+
+def test_a_token_across_the_border_belongs_to_the_answer(tokenizer: Any) -> None:
+    text = tokenizer("is true")["input_ids"]
+    assert tokenizer.decode(text[-1:]) == " true"  # it starts with the prompt's last character
+    [(ids, answer)] = encode(tokenizer, [answered("is ", "true")])
+    assert ids == [*text, tokenizer.eos_token_id]
+    assert answer == [False] * (len(ids) - 2) + [True, True]
+
+
+def test_bos_is_kept_and_a_tokenizers_own_eos_is_not_doubled() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = toy.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>",
+        special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)],
+    )
+    [(ids, answer)] = encode(tokenizer, [answered("", "true")])
+    assert tokenizer.decode(ids) == "<s>true</s>"
+    assert answer == [False] + [True] * (len(ids) - 1)
+
+
+def test_what_is_cut_is_counted_and_what_has_no_label_left_is_left_out(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [
+        {"instruction": "a", "output": "b"},
+        {"instruction": "a", "output": "b " * 200},
+        {"instruction": "a " * 300, "output": "b"},
+    ]
+    file = write(tmp_path / "a.jsonl", rows)
+    length = len(tokenizer(training_prompt(rows[0]))["input_ids"])
+    answer = build(tokenizer, file, loss_on="answer", cutoff_len=length + 3)
+    assert (len(answer.train), answer.train_stats.samples) == (2, 2)
+    assert (answer.train_stats.truncated, answer.train_stats.without_labels) == (2, 1)
+    cut = answer.train[1]
+    assert len(cut["input_ids"]) == length + 3
+    assert tokenizer.eos_token_id not in cut["input_ids"]
+    assert answer.train_stats.tokens == sum(len(answer.train[i]["input_ids"]) for i in range(2))
+    assert answer.train_stats.label_tokens == sum(
+        label != -100 for i in range(2) for label in answer.train[i]["labels"]
+    )
+    assert "2 cut at" in str(answer.train_stats)
+    assert "1 left out for want of labels" in str(answer.train_stats)
+
+    everything = build(tokenizer, file, cutoff_len=length + 3).train_stats
+    assert (everything.samples, everything.truncated, everything.without_labels) == (3, 2, 0)
+    with pytest.raises(UserError, match="none of the 3 samples of data.train .* data.cutoff_len = 8"):
+        build(tokenizer, file, loss_on="answer", cutoff_len=8)
+
+
+def test_held_out_samples_are_chosen_by_the_seed_and_not_trained_on(tokenizer: Any, tmp_path: Path) -> None:
+    file = str(toy.write_records(tmp_path / "train.json", 40))
+    whole = [text for text, _ in texts(tokenizer, build(tokenizer, file).train)]
+    data = build(tokenizer, file, validation_samples=7)
+    train, held_out = ([text for text, _ in texts(tokenizer, part)] for part in (data.train, data.validation))
+    assert (len(train), len(held_out)) == (33, 7)
+    assert sorted(train + held_out) == sorted(whole)
+    assert held_out not in (whole[:7], whole[-7:])
+    again = build(tokenizer, file, validation_samples=7)
+    assert [text for text, _ in texts(tokenizer, again.validation)] == held_out
+    other = build_dataset(DataConfig(train=file, validation_samples=7), tokenizer, seed=2, progress=False)
+    assert other.validation is not None
+    assert [text for text, _ in texts(tokenizer, other.validation)] != held_out
+    with pytest.raises(UserError, match="data.validation_samples is 40 but data.train holds 40 records"):
+        build(tokenizer, file, validation_samples=40)
+
+
+def test_a_validation_file_and_several_training_files(tokenizer: Any, tmp_path: Path) -> None:
+    train = [str(toy.write_records(tmp_path / "a.json", 3)), str(toy.write_records(tmp_path / "b.json", 2))]
+    validation = str(toy.write_records(tmp_path / "c.json", 4))
+    data = build(tokenizer, train, validation=validation)
+    assert (len(data.train), len(data.validation)) == (5, 4)
+    assert data.train[3] == data.train[0]
+    assert (data.train_stats.samples, data.validation_stats.samples) == (5, 4)
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def test_json_jsonl_and_parquet_hold_the_same_records(tmp_path: Path) -> None:
+    rows = toy.records(4)
+    sources = [str(toy.write_records(tmp_path / "a.json", 4)), write(tmp_path / "b.jsonl", rows)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    for source in [*sources, str(tmp_path / "c.parquet")]:
+        assert load_records([source], "instruction") == rows
+    assert load_records(sources, "instruction") == rows + rows
+
+
+def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path: Path) -> None:
+    row = json.dumps(toy.records(1)[0])
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{row}\n\n  \n{row}".encode())
+    assert load_records([tmp_path / "a.jsonl"], "instruction") == toy.records(1) * 2
+
+
+GOOD = json.dumps(toy.records(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.jsonl", f"{GOOD}\n\n{GOOD[:-5]}\n", "a.jsonl, line 3 is not JSON"),
+        ("a.jsonl", f'{GOOD}\n"text"\n', 'a.jsonl, line 2: expected an object with "instruction", "output"'),
+        (
+            "a.jsonl",
+            f'{GOOD}\n{{"instruction": "x"}}\n',
+            'a.jsonl, line 2 has no "output"; .* "instruction", "output"',
+        ),
+        (
+            "a.jsonl",
+            '{"instructions": "x", "output": "y"}',
+            'no "instruction".*did you mean to rename "instructions"',
+        ),
+        ("a.jsonl", '{"instruction": "x", "output": 3}', 'line 1: "output" must be a string, found 3'),
+        ("a.jsonl", "\n\n", "a.jsonl holds no records"),
+        ("a.json", f"[{GOOD},\n{GOOD},\n{{oops}}]", "a.json, line 3 is not JSON"),
+        (
+            "a.json",
+            f"{GOOD}\n{GOOD}\n",
+            "a.json, line 2 is not JSON.* one record a line belongs in a file named .jsonl",
+        ),
+        ("a.json", f'[{GOOD}, {{"instruction": "x"}}]', 'a.json, record 2 has no "output"'),
+        ("a.json", '{"data": []}', "a.json: expected one list of records"),
+        ("a.json", "", "a.json is empty"),
+        ("a.json", "[]", "a.json holds no records"),
+        ("a.parquet", "not parquet", "a.parquet cannot be read as Parquet"),
+        ("a.csv", "a,b", "a.csv: unknown kind of data file; give .json, .jsonl, .parquet"),
+    ],
+)
+def test_bad_files_are_named_to_the_line(name: str, content: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        load_records([tmp_path / name], "instruction")
+
+
+def test_bytes_that_are_not_text_are_named_to_the_line(tmp_path: Path) -> None:
+    for name, start in (("a.json", b"[\n"), ("a.jsonl", GOOD.encode() + b"\n")):
+        (tmp_path / name).write_bytes(start + b'{"instruction": "\xff"}')
+        with pytest.raises(UserError, match=f"{name}, line 2 is not"):
+            load_records([tmp_path / name], "instruction")
+
+
+def test_missing_files_folders_and_unknown_names(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", toy.records(1))
+    with pytest.raises(UserError, match=r"trian.jsonl does not exist; did you mean .*train.jsonl\?"):
+        load_records([tmp_path / "trian.jsonl"], "instruction")
+    with pytest.raises(UserError, match="is a folder; name the data files in it"):
+        load_records([tmp_path], "instruction")
+    with pytest.raises(UserError, match="nobody/nothing is neither a file here nor a hub data set"):
+        load_records(["nobody/nothing"], "instruction")
+
+
+def test_every_format_names_its_fields(tmp_path: Path) -> None:
+    needed = {"instruction": '"instruction"', "alpaca": '"instruction"', "messages": '"messages"'}
+    assert set(needed) == set(FORMATS)
+    file = write(tmp_path / "a.jsonl", [{"text": "x"}])
+    for name, field in needed.items():
+        with pytest.raises(UserError, match=f"line 1 has no {field}"):
+            load_records([file], name)

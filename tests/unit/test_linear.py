@@ -1,0 +1,196 @@
+"""DoraLinear against the paper's formula in fp64, and against PEFT."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_dist.adapters.linear import AdapterSpec, DoraLinear
+from dora_dist.adapters.norms import NormRefresher
+from tests.toy import relative_error
+
+IN, OUT, R, ALPHA = 37, 53, 5, 7.0
+
+
+def formula(
+    x: Tensor, dropped: Tensor, layer: DoraLinear, a: Tensor, b: Tensor, offset: Tensor | None
+) -> Tensor:
+    """The plain definition, everything built: methods.md part 1, in whatever dtype it is given."""
+    w = layer.weight.to(x.dtype)
+    s = layer.spec.scaling
+    y = x @ w.T
+    if offset is None:
+        y = y + s * (dropped @ a @ b.T)
+    else:
+        norm = (w + s * b @ a.T).norm(dim=1)
+        if layer.spec.norm_gradient == "detached":
+            norm = norm.detach()
+        g = (w.norm(dim=1) + offset) / norm
+        scaled = dropped if layer.spec.dropout_mode == "exact" else x
+        y = y + (g - 1) * (scaled @ w.T) + s * g * (dropped @ a @ b.T)
+    return y if layer.bias is None else y + layer.bias.to(x.dtype)
+
+
+def random_layer(spec: AdapterSpec, bias: bool, dtype: torch.dtype = torch.float32) -> DoraLinear:
+    torch.manual_seed(0)
+    layer = DoraLinear.from_linear(nn.Linear(IN, OUT, bias=bias, dtype=dtype), spec)
+    with torch.no_grad():
+        for parameter in (layer.lora_B, layer.magnitude_offset):
+            if parameter is not None:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    NormRefresher(layer).refresh()
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("mode", "norm_gradient", "dropout", "bias", "weight_decomposed"),
+    list(itertools.product(["exact", "adapter"], ["detached", "full"], [0.0, 0.3], [True, False], [True, False])),
+)
+def test_output_and_gradients_are_the_formulas(
+    mode: str, norm_gradient: str, dropout: float, bias: bool, weight_decomposed: bool
+) -> None:
+    spec = AdapterSpec(R, ALPHA, weight_decomposed, dropout, mode, norm_gradient)
+    layer = random_layer(spec, bias)
+    x = torch.randn(3, 11, IN, requires_grad=True)
+    torch.manual_seed(5)
+    y = layer(x)
+    cotangent = torch.randn_like(y)
+    y.backward(cotangent)
+
+    torch.manual_seed(5)  # the same mask
+    mask = F.dropout(torch.ones_like(x), dropout).double() if dropout else 1.0
+    leaves = [x, layer.lora_A, layer.lora_B, layer.magnitude_offset]
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
+    expected = formula(exact[0], exact[0] * mask, layer, exact[1], exact[2], exact[3])
+    expected.backward(cotangent.double())
+
+    assert relative_error(y, expected) <= 1e-5
+    for leaf, reference in zip(leaves, exact, strict=True):
+        if leaf is not None and reference is not None:
+            assert relative_error(leaf.grad, reference.grad) <= 1e-5
+    assert layer.weight.grad is None
+    assert layer.bias is None or layer.bias.grad is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_magnitude_only_trains_a_scale_per_row(bias: bool) -> None:
+    layer = random_layer(AdapterSpec(r=None), bias)
+    x = torch.randn(4, IN, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    w = layer.weight.double()
+    offset = layer.magnitude_offset.detach().double().requires_grad_()
+    g = (w.norm(dim=1) + offset) / w.norm(dim=1)
+    expected = g * (x.detach().double() @ w.T) + (layer.bias.double() if bias else 0)
+    expected.sum().backward()
+    assert layer.lora_A is None and layer.lora_B is None
+    assert relative_error(y, expected) <= 1e-5
+    assert relative_error(layer.magnitude_offset.grad, offset.grad) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("spec", [AdapterSpec(R, ALPHA), AdapterSpec(R, ALPHA, dropout=0.5), AdapterSpec(r=None)])
+def test_at_the_start_the_output_is_the_bases_bit_for_bit(dtype: torch.dtype, bias: bool, spec: AdapterSpec) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(IN, OUT, bias=bias, dtype=dtype)
+    layer = DoraLinear.from_linear(linear, spec)
+    NormRefresher(layer)
+    x = torch.randn(7, IN, dtype=dtype)
+    assert torch.equal(layer(x), linear(x))
+
+
+def test_zero_rows_keep_their_output_and_have_finite_gradients() -> None:
+    linear = nn.Linear(IN, OUT, bias=False)
+    with torch.no_grad():
+        linear.weight[[0, 7]] = 0
+    layer = DoraLinear.from_linear(linear, AdapterSpec(R, ALPHA))
+    NormRefresher(layer)
+    layer(torch.randn(3, IN)).square().sum().backward()
+    assert layer.magnitude_excess()[[0, 7]].tolist() == [0, 0]  # g = 1
+    assert layer.norm[[0, 7]].tolist() == [0, 0]
+    for parameter in (layer.lora_A, layer.lora_B, layer.magnitude_offset):
+        assert torch.isfinite(parameter.grad).all()
+
+
+def test_the_magnitude_is_not_rounded_to_bf16() -> None:
+    """g = 1.0137 is 1.015625 in bf16, which would be a bias of every row; g − 1 is precise."""
+    layer = random_layer(AdapterSpec(R, ALPHA), bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.lora_B.zero_()
+        layer.magnitude_offset.copy_(0.0137 * layer.base_norm)
+    layer.norm = layer.base_norm
+    x = torch.randn(4096, IN, dtype=torch.bfloat16)
+    base = (x.double() @ layer.weight.double().T).abs().mean()
+    ratio = (layer(x).double().abs().mean() / base).item()
+    assert ratio == pytest.approx(1.0137, abs=5e-4)
+
+
+def test_the_magnitude_moves_in_bf16_training() -> None:
+    layer = DoraLinear.from_linear(nn.Linear(IN, OUT, dtype=torch.bfloat16), AdapterSpec(R, ALPHA))
+    NormRefresher(layer)
+    before = layer.magnitude_offset.detach().clone()
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-4)
+    layer.weight.requires_grad_(False)
+    for _ in range(3):
+        layer(torch.randn(8, IN, dtype=torch.bfloat16)).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (layer.magnitude_offset != before).float().mean() > 0.9
+
+
+def test_a_layer_without_norms_says_so() -> None:
+    layer = DoraLinear.from_linear(nn.Linear(IN, OUT), AdapterSpec(R, ALPHA))
+    with pytest.raises(RuntimeError, match="NormRefresher"):
+        layer(torch.randn(2, IN))
+
+
+def test_norms_stay_fp32_when_the_module_changes_dtype() -> None:
+    layer = random_layer(AdapterSpec(R, ALPHA), bias=True).to(torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.norm.dtype == layer.base_norm.dtype == torch.float32
+
+
+@pytest.mark.parametrize("weight_decomposed", [True, False])
+def test_twenty_steps_follow_peft(weight_decomposed: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(IN, OUT), nn.Linear(OUT, IN, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.silu(self.up(x)))
+
+    ours, theirs = Model(), Model()
+    theirs.load_state_dict(ours.state_dict())
+    config = LoraConfig(r=R, lora_alpha=ALPHA, use_dora=weight_decomposed, target_modules=["up", "down"])
+    theirs = get_peft_model(theirs, config)
+    for name in ("up", "down"):
+        layer = DoraLinear.from_linear(getattr(ours, name), AdapterSpec(R, ALPHA, weight_decomposed))
+        with torch.no_grad():
+            layer.lora_A.copy_(theirs.get_submodule(f"base_model.model.{name}").lora_A["default"].weight.T)
+        for parameter in (layer.weight, layer.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        setattr(ours, name, layer)
+    NormRefresher(ours)
+
+    x, target = torch.randn(16, IN), torch.randn(16, IN)
+    losses: list[list[float]] = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+        losses.append([])
+        for _ in range(20):
+            loss = F.mse_loss(model(x), target)
+            losses[-1].append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][-1] < 0.8 * losses[0][0]
