@@ -141,10 +141,11 @@ class ReceivedBytes:
     """Counts the bytes that each kind of collective brings to this rank, where DeepSpeed calls its backend.
 
     Of an all-gather's output a rank receives all but its own part; of a reduce-scatter's input, the others' parts
-    of its own output; an all-reduce is both. In each call the largest tensor is that output or input.
+    of its own output; an all-reduce is both. A broadcast counts for each rank but its source, which is a share of
+    all broadcasts. In each call the largest tensor is that output or input.
     """
 
-    SHARES = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_reduce": 2}
+    TIMES = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_reduce": 2, "broadcast": 1}
 
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
@@ -154,12 +155,12 @@ class ReceivedBytes:
         from deepspeed.comm import comm
 
         self.backend, world = comm.cdb, dist.get_world_size()
-        for name, times in self.SHARES.items():
+        for name, times in self.TIMES.items():
             setattr(self.backend, name, self._counting(name, times * (world - 1) / world))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in self.SHARES:
+        for name in self.TIMES:
             delattr(self.backend, name)  # the class's own method shows again
 
     def _counting(self, name: str, share: float) -> Any:

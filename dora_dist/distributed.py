@@ -35,14 +35,24 @@ def launched_world_size() -> int:
     return 1
 
 
-def start(accelerator: str = "auto", timeout_s: float = 1800.0) -> World:
+def choose_accelerator(name: str) -> None:
+    """Settle the device, before DeepSpeed is imported: "cpu", "cuda", or "auto" for a GPU where there is one.
+
+    DS_ACCELERATOR in the environment wins. With "auto", DeepSpeed alone would take a machine that has a CUDA build
+    of torch but no GPU for a GPU machine.
+    """
+    if name == "auto":
+        if torch.accelerator.is_available():
+            return
+        name = "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", name)
+
+
+def start(timeout_s: float = 1800.0) -> World:
     """Initialise the process group as the launcher set it up (deepspeed, torchrun, mpirun), or one process alone.
 
-    `accelerator`: "auto", "cpu" or "cuda", as DeepSpeed names them. `timeout_s`: how long a collective may take
-    before this rank gives up on the others.
+    `timeout_s`: how long a collective may take before this rank gives up on the others.
     """
-    if accelerator != "auto":
-        os.environ.setdefault("DS_ACCELERATOR", accelerator)
     if launched_world_size() == 1 and "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:
         os.environ.update({key: os.environ.get(key, value) for key, value in _ALONE.items()})
         os.environ.setdefault("MASTER_PORT", str(_free_port()))

@@ -127,7 +127,7 @@ def write_jsonl(path: Path, records: list[Record]) -> None:
 def train() -> None:
     """As a user starts it: two ranks, on GPUs if there are two, else on the CPU's cores."""
     shutil.rmtree(TRAINED, ignore_errors=True)
-    launcher: list[str] = ["deepspeed", "--num_accelerators", "2"]
+    launcher = ["deepspeed", "--log_level", "error", "--num_accelerators", "2"]
     if os.environ["DS_ACCELERATOR"] == "cpu" and shutil.which("numactl"):
         launcher.append("--bind_cores_to_rank")
     run(*launcher, "launch/train.py", "--config", "configs/quickstart.json")
@@ -187,6 +187,7 @@ def set_environment() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one GPU cannot serve two ranks
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning"  # libraries talking to each other
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 

@@ -5,6 +5,7 @@ Ranks that cannot start, fail, die or hang are an error here, never a skip.
 """
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -100,6 +101,7 @@ def _rank_main(
                 timeout=timedelta(seconds=timeout),
             )
             outcome = pickle.dumps((True, function(*args)))
+            gc.collect()  # engines hold groups in reference cycles; a group left to the interpreter's end can abort it
             dist.destroy_process_group()
         except BaseException:  # SystemExit of a command line under test counts as well
             outcome = pickle.dumps((False, traceback.format_exc()))

@@ -22,13 +22,16 @@ def train(config: RunConfig) -> Path:
     """
     config.check_files()
     config.deepspeed_config(distributed.launched_world_size())
-    world = distributed.start(config.engine.accelerator, config.engine.start_timeout_s)
+    distributed.choose_accelerator(config.engine.accelerator)
+    config.check_engine_options()
+    world = distributed.start(config.engine.start_timeout_s)
     run_dir = Path(config.checkpoint.run_dir)
-    with together("preparing the run folder"):
+    with together("looking for earlier checkpoints"):
         resume = _resume_from(config, run_dir)
+    trainer = _build(config, world, run_dir)
+    with together("writing the run folder"):  # only now: a run that cannot start leaves nothing behind
         if world.first:
             _write_run_folder(config, run_dir, world)
-    trainer = _build(config, world, run_dir)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     checkpoint = run_folder.newest_checkpoint(run_dir)
     assert checkpoint is not None

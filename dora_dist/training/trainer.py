@@ -171,6 +171,9 @@ class DoraTrainer(Trainer):
             manifest = load_checkpoint(folder, self.model_wrapped, self.model)
             _check_position(folder, manifest["position"], self._position())
             self.lr_scheduler.load_state_dict(manifest["scheduler"])
+            # The schedule writes a rate only when it steps; until then the new optimizer would use its first.
+            for group, rate in zip(self.optimizer.param_groups, manifest["scheduler"]["_last_lr"], strict=True):
+                group["lr"] = rate
             self.run.norms.mark_stale()
         return prepared
 

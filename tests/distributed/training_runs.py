@@ -7,7 +7,7 @@ from typing import Any
 from dora_dist.config import RunConfig
 
 
-def config(base: Path, data: Path, run_dir: Path, **changes: dict[str, Any]) -> dict[str, Any]:
+def config(base: Path, data: Path, run_dir: Path, /, **changes: dict[str, Any]) -> dict[str, Any]:
     """A toy run's configuration as a dict; `changes` are merged section by section."""
     sections: dict[str, dict[str, Any]] = {
         "model": {"path": str(base), "dtype": "fp32"},

@@ -204,6 +204,14 @@ def test_what_is_cut_is_counted_and_what_has_no_label_left_is_left_out(
         build(tokenizer, file, loss_on="answer", cutoff_len=8)
 
 
+def test_a_first_token_teaches_nothing_since_nothing_predicts_it(tmp_path: Path) -> None:
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("a", "ab")]
+    stats = build(tokenizer, write(tmp_path / "m.jsonl", rows), format="messages").train_stats
+    assert (stats.samples, stats.without_labels, stats.label_tokens) == (1, 1, 1)
+
+
 def test_held_out_samples_are_chosen_by_the_seed_and_not_trained_on(tokenizer: Any, tmp_path: Path) -> None:
     file = str(toy.write_records(tmp_path / "train.json", 40))
     whole = [text for text, _ in texts(tokenizer, build(tokenizer, file).train)]

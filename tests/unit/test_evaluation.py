@@ -138,15 +138,15 @@ def test_the_likeliest_candidate_is_the_prediction(tokenizer: Any) -> None:
     assert score.accuracy == expected / 6
 
 
-def test_scoring_leaves_a_training_model_as_it_was(tokenizer: Any) -> None:
-    model = llama(attention_dropout=0.5).train()
-    records = [{**record, "choices": choices} for record, choices in QUESTIONS]
-    first, second = (
-        score_task(model, tokenizer, records, "mine", mode="likelihood", progress=False) for _ in range(2)
-    )
-    assert first == second  # no dropout while scoring
+@pytest.mark.parametrize("mode", ["likelihood", "generate"])
+def test_scoring_is_without_dropout_and_leaves_the_model_in_training(mode: str, tokenizer: Any) -> None:
+    model, modes = llama().train(), set()
+    model.model.layers[0].register_forward_pre_hook(lambda module, inputs: modes.add(module.training))
+    score_task(model, tokenizer, toy.records(2), "boolq", mode=mode, max_new_tokens=2, progress=False)
+    assert modes == {False}
     assert model.training
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(UserError, match="has no records"):
+        score_task(model, tokenizer, [], "boolq", progress=False)
 
 
 # ---------------------------------------------------------------------------------------------- generation
