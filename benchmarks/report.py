@@ -35,7 +35,10 @@ def _variant(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
     seconds = [s for ranks in rounds for s in ranks[0]["seconds"]]
     quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
     every = [rank for ranks in rounds for rank in ranks]
-    first, device = rounds[0], [rank["peak_device_bytes"] for rank in every if rank["peak_device_bytes"] is not None]
+    first, device = (
+        rounds[0],
+        [rank["peak_device_bytes"] for rank in every if rank["peak_device_bytes"] is not None],
+    )
     received = first[0]["received_bytes"]
     median = statistics.median(seconds)
     return {

@@ -47,7 +47,10 @@ def measure_all(variants: list[str], base: Path, settings: Settings) -> dict[str
             for variant in variants[first:] + variants[:first]:
                 bar.set_description(f"round {turn + 1}: {VARIANTS[variant]}")
                 results[variant].append(launch(variant, base, settings))
-                bar.write(f"{variant:10s} {statistics.median(results[variant][-1][0]['seconds']):8.3f} s", sys.stderr)
+                bar.write(
+                    f"{variant:10s} {statistics.median(results[variant][-1][0]['seconds']):8.3f} s",
+                    sys.stderr,
+                )
                 bar.update()
     return results
 

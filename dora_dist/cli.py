@@ -100,9 +100,7 @@ def _declare_validate(commands: Commands) -> None:
     command.add_argument(
         "--world-size", type=_positive, metavar="N", help="check for N ranks; prints the DeepSpeed JSON"
     )
-    command.add_argument(
-        "--no-files", action="store_true", help="do not look whether models and data are here"
-    )
+    command.add_argument("--no-files", action="store_true", help="do not look whether models and data are here")
     add_arguments(command, RunConfig)
 
 
@@ -145,13 +143,9 @@ def _declare_consolidate(commands: Commands) -> None:
         "merge an adapter into its base: a plain Hugging Face model folder",
         "dora-dist consolidate runs/quickstart/train --output merged/",
     )
-    command.add_argument(
-        "path", type=Path, metavar="PATH", help="run folder, checkpoint, or PEFT adapter folder"
-    )
+    command.add_argument("path", type=Path, metavar="PATH", help="run folder, checkpoint, or PEFT adapter folder")
     _add_output(command, "the merged model")
-    command.add_argument(
-        "--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)"
-    )
+    command.add_argument("--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)")
     command.add_argument("--dtype", choices=_DTYPES, help="number format to write (default: the base's)")
     command.add_argument(
         "--max-shard-size",
@@ -213,9 +207,7 @@ def _declare_evaluate(commands: Commands) -> None:
         "measure accuracy on multiple-choice and answer-extraction tasks",
         "dora-dist evaluate runs/quickstart/train --tasks boolq=boolq.json piqa=piqa.json",
     )
-    command.add_argument(
-        "model", metavar="MODEL", help="model folder, hub name, PEFT folder, checkpoint or run folder"
-    )
+    command.add_argument("model", metavar="MODEL", help="model folder, hub name, PEFT folder, checkpoint or run folder")
     command.add_argument(
         "--tasks",
         nargs="+",
@@ -231,9 +223,7 @@ def _declare_evaluate(commands: Commands) -> None:
         help="generate: the paper's way, the first answer in the generated text; likelihood: the likeliest "
         "answer (default: %(default)s)",
     )
-    command.add_argument(
-        "--batch-size", type=_positive, default=8, metavar="N", help="records at a time (%(default)s)"
-    )
+    command.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="records at a time (%(default)s)")
     command.add_argument(
         "--num-beams", type=_positive, default=4, metavar="N", help="beams when generating (%(default)s)"
     )
@@ -300,12 +290,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _add_output(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help=f"new folder for {what}"
-    )
-    command.add_argument(
-        "--overwrite", action="store_true", help="replace the output folder if it is there already"
-    )
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help=f"new folder for {what}")
+    command.add_argument("--overwrite", action="store_true", help="replace the output folder if it is there already")
 
 
 def _positive(text: str) -> int:

@@ -140,11 +140,7 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
         return path / run_folder.ADAPTER, _trained_on(path / run_folder.ADAPTER, path.parent)
     checkpoint = run_folder.best_checkpoint(path) or run_folder.newest_checkpoint(path)
     if checkpoint is None:
-        what = (
-            "no such folder"
-            if not path.is_dir()
-            else "no adapter_config.json and no complete checkpoint-* in it"
-        )
+        what = "no such folder" if not path.is_dir() else "no adapter_config.json and no complete checkpoint-* in it"
         raise UserError(f"{path}: {what}; give a PEFT folder, a checkpoint or a run folder")
     return find_adapter(checkpoint)
 
@@ -169,9 +165,7 @@ def _base_path(name: str, revision: str | None) -> Path:
     if not is_local(name):
         return fetch(name, revision)
     if not Path(name).is_dir():
-        raise UserError(
-            f"base model {name!r}: no such folder; give the base's folder or hub name with --base"
-        )
+        raise UserError(f"base model {name!r}: no such folder; give the base's folder or hub name with --base")
     return Path(name)
 
 
@@ -216,9 +210,7 @@ def _match(adapter: PeftFolder, tensors: TensorFolder, config: dict[str, Any]) -
             mismatch = f"as {adapter.shape(module)}, but {tensors.path} has it as {entry.shape}"
             raise UserError(f"{who} {mismatch}; give the base that it was trained on")
         if entry.dtype not in _MERGEABLE:
-            raise UserError(
-                f"{who}, stored as {entry.dtype} in {tensors.path}; give the base before quantisation"
-            )
+            raise UserError(f"{who}, stored as {entry.dtype} in {tensors.path}; give the base before quantisation")
         if config.get("tie_word_embeddings") and module.endswith(("lm_head", "embed_tokens")):
             raise UserError(f"{who}, which shares its weight with another module; it cannot be merged alone")
         targets[weight] = module
@@ -261,9 +253,7 @@ def _blocks(
         if block.is_floating_point() and dtype.itemsize > 1 and not bool(torch.isfinite(block).all()):
             source = "base" if layer is None else "base, adapter or their sum"
             cause = f"its {source} holds NaN, infinity or a value too large for {dtype}"
-            raise UserError(
-                f"tensor {entry.name!r} would not be finite: {cause}; mend it, or try another --dtype"
-            )
+            raise UserError(f"tensor {entry.name!r} would not be finite: {cause}; mend it, or try another --dtype")
         yield block
 
 

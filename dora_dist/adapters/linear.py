@@ -12,7 +12,7 @@ low-precision rounding is relative to the CHANGE of the magnitude, not to the ma
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,11 @@ class DoraLinear(nn.Module):
     """
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, spec: AdapterSpec, storage: WeightStorage = PLAIN
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        spec: AdapterSpec,
+        storage: WeightStorage = PLAIN,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -67,8 +71,10 @@ class DoraLinear(nn.Module):
         self.storage = storage
         self.base_norm: Tensor | None = None
         self.norm: Tensor | None = None
-        self.weight = weight.requires_grad_(False)
-        self.bias = bias if bias is None else bias.requires_grad_(False)
+        self.weight, self.bias = weight, bias
+        weight.requires_grad_(False)
+        if bias is not None:
+            bias.requires_grad_(False)
 
         def trainable(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
@@ -78,12 +84,17 @@ class DoraLinear(nn.Module):
         self.magnitude_offset = trainable(self.out_features) if spec.weight_decomposed else None
 
     @classmethod
+    def over(cls, linear: nn.Linear, spec: AdapterSpec) -> "DoraLinear":
+        """A layer over a plain one's own parameters, on whatever device; the adapter's are uninitialised memory."""
+        return cls(cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias), spec)
+
+    @classmethod
     def from_linear(cls, linear: nn.Linear, spec: AdapterSpec) -> "DoraLinear":
         """Adapt a plain layer on real memory, initialised as the paper says: y equals the base's output."""
-        layer = cls(linear.weight, linear.bias, spec)
+        layer = cls.over(linear, spec)
         with torch.no_grad():
             if layer.lora_A is not None and layer.lora_B is not None:
-                nn.init.uniform_(layer.lora_A, -layer.in_features**-0.5, layer.in_features**-0.5)
+                nn.init.uniform_(layer.lora_A, -(layer.in_features**-0.5), layer.in_features**-0.5)
                 layer.lora_B.zero_()
             if layer.magnitude_offset is not None:
                 layer.magnitude_offset.zero_()
@@ -167,14 +178,15 @@ class _DoraFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layer: DoraLinear = ctx.layer
+        lora_A, lora_B = layer.lora_A, layer.lora_B
         xd_ti, hidden_tr, u_to, excess_o = ctx.saved_tensors
         g_to = grads[0].reshape(-1, layer.out_features)
         need_x, need_dropped = ctx.needs_input_grad[:2]
 
         grad_offset, gu_to, du_to, q_o = None, None, g_to, None
-        if u_to is not None:
+        if u_to is not None and layer.norm is not None:
             q_o = _column_dot(g_to, u_to)
-            grad_offset = _safe_divide(q_o, layer.norm).to(layer.magnitude_offset.dtype)
+            grad_offset = _safe_divide(q_o, layer.norm).to(u_to.dtype)
             gu_to = g_to * excess_o.to(g_to.dtype) if ctx.two_base_products else None
             du_to = g_to + gu_to if gu_to is not None else torch.addcmul(g_to, g_to, excess_o.to(g_to.dtype))
 
@@ -185,17 +197,17 @@ class _DoraFunction(torch.autograd.Function):
             grad_dropped = layer.storage.project_back(gu_to, layer.weight)
 
         grad_A = grad_B = None
-        if hidden_tr is not None:
-            dh_tr = (du_to @ layer.lora_B).mul_(layer.spec.scaling)
+        if hidden_tr is not None and lora_A is not None and lora_B is not None:
+            dh_tr = (du_to @ lora_B).mul_(layer.spec.scaling)
             grad_B = (du_to.t() @ hidden_tr).mul_(layer.spec.scaling)
             grad_A = xd_ti.t() @ dh_tr
             if layer.spec.norm_gradient == "full" and q_o is not None:
                 _add_norm_gradient(layer, q_o, grad_A, grad_B)
             if need_dropped:
-                low_rank = dh_tr @ layer.lora_A.t()
+                low_rank = dh_tr @ lora_A.t()
                 grad_dropped = low_rank if grad_dropped is None else grad_dropped.add_(low_rank)
             elif grad_x is not None:
-                grad_x.addmm_(dh_tr, layer.lora_A.t())
+                grad_x.addmm_(dh_tr, lora_A.t())
 
         shaped = [None if g is None else g.view(ctx.x_shape) for g in (grad_x, grad_dropped)]
         return (*shaped, grad_A, grad_B, grad_offset, None)

@@ -158,9 +158,7 @@ class PeftFolder:
 
     def layer(self, module: str) -> AdapterLayer:
         """Read one module's parameters."""
-        parts = {
-            part: self.tensors.read(name, dtype=torch.float32) for part, name in self.modules[module].items()
-        }
+        parts = {part: self.tensors.read(name, dtype=torch.float32) for part, name in self.modules[module].items()}
         lora_A, lora_B, magnitude = parts["lora_A"], parts["lora_B"], parts.get("magnitude")
         r, in_features = lora_A.shape
         alpha = self._pattern("alpha_pattern", "lora_alpha", module)
@@ -279,9 +277,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON object; save the adapter again")
     if config.get("peft_type") != "LORA":
-        raise UserError(
-            f"{path}: peft_type={config.get('peft_type')!r} is not supported; LORA and its DoRA are"
-        )
+        raise UserError(f"{path}: peft_type={config.get('peft_type')!r} is not supported; LORA and its DoRA are")
     for name, value in config.items():
         if name not in _UNDERSTOOD and value not in (None, False, "none", [], {}):
             raise UserError(f"{path}: {name}={value!r} is not supported; train the adapter without it")

@@ -39,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, schema: type[BaseModel]) -> N
     """One option per field, grouped by section. Parsing collects `overrides` for `RunConfig.load`."""
     parser.set_defaults(overrides=[])
     groups = {
-        section: parser.add_argument_group(
-            section, description=field.annotation.__doc__ if field.annotation else ""
-        )
+        section: parser.add_argument_group(section, description=field.annotation.__doc__ if field.annotation else "")
         for section, field in schema.model_fields.items()
     }
     for name, spec in field_specs(schema).items():

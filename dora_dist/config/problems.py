@@ -53,9 +53,7 @@ def explain(error: ValidationError, schema: type[BaseModel], origin: str) -> Use
             lines.setdefault(name, _wrong_value(specs[name], finding))
         else:
             shape = f"must be a section {{...}} with {', '.join(_keys(name, specs))}"
-            lines[name] = (
-                f"{name}: {'missing' if finding['type'] == 'missing' else _shown(finding['input'])}; {shape}"
-            )
+            lines[name] = f"{name}: {'missing' if finding['type'] == 'missing' else _shown(finding['input'])}; {shape}"
     found = "\n".join(lines.values()).splitlines()
     title = "1 problem" if len(found) == 1 else f"{len(found)} problems"
     return UserError(f"{origin}: {title}\n" + "\n".join(f"  {line}" for line in found))
@@ -70,11 +68,7 @@ def suggestion(name: str, specs: dict[str, FieldSpec]) -> str:
         return f"; did you mean {meant}?"
     if section not in sections:
         close = difflib.get_close_matches(section or key, sections, 1)
-        return (
-            f"; did you mean the section {close[0]}?"
-            if close
-            else f"; the sections are {', '.join(sections)}"
-        )
+        return f"; did you mean the section {close[0]}?" if close else f"; the sections are {', '.join(sections)}"
 
     def likeness(known: str) -> float:
         there, _, other = known.partition(".")
@@ -96,11 +90,7 @@ def _wrong_value(spec: FieldSpec, finding: Any) -> str:
         return f"{spec.name}: missing; {wanted}"
     value = finding["input"]
     meant = spec.parse(value) if isinstance(value, str) else value
-    hint = (
-        f"; write {json.dumps(meant)}, without quotes"
-        if meant != value and not isinstance(meant, list)
-        else ""
-    )
+    hint = f"; write {json.dumps(meant)}, without quotes" if meant != value and not isinstance(meant, list) else ""
     return f"{spec.name} = {_shown(value)}: {wanted}{hint}"
 
 

@@ -39,9 +39,7 @@ class ModelConfig(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         default="sdpa", description="Attention code that transformers uses"
     )
-    trust_remote_code: bool = Field(
-        default=False, description="Let the hub repository's own Python code run here"
-    )
+    trust_remote_code: bool = Field(default=False, description="Let the hub repository's own Python code run here")
 
 
 class AdapterConfig(Section):
@@ -50,13 +48,9 @@ class AdapterConfig(Section):
     weight_decomposed: bool = Field(
         default=True, description="true: DoRA; false: plain LoRA, the same layer with no magnitude"
     )
-    r: int = Field(
-        default=16, ge=1, description="Adapter rank: components of the low-rank update of one layer"
-    )
+    r: int = Field(default=16, ge=1, description="Adapter rank: components of the low-rank update of one layer")
     lora_alpha: float = Field(default=32.0, gt=0, description="The update is scaled by lora_alpha / r")
-    dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Probability of dropping an input of the adapter"
-    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Probability of dropping an input of the adapter")
     dropout_mode: Literal["exact", "adapter"] = Field(
         default="exact",
         description="exact: as in the paper; adapter: in the low-rank branch only (one base product fewer)",
@@ -101,12 +95,8 @@ class DataConfig(Section):
         default="all",
         description="Tokens that count in the loss: all (prompt and answer, as in the paper), or answer",
     )
-    cutoff_len: int = Field(
-        default=256, ge=8, description="Longest record in tokens; longer ones are cut and counted"
-    )
-    num_workers: int = Field(
-        default=0, ge=0, description="Loader processes per rank; 0: load in the rank itself"
-    )
+    cutoff_len: int = Field(default=256, ge=8, description="Longest record in tokens; longer ones are cut and counted")
+    num_workers: int = Field(default=0, ge=0, description="Loader processes per rank; 0: load in the rank itself")
 
 
 class TrainingConfig(Section):
@@ -124,17 +114,13 @@ class TrainingConfig(Section):
         default=None, ge=0, lt=1, description="Warm-up as a share of all optimizer steps"
     )
     epochs: float = Field(default=3.0, gt=0, description="Passes over the training data")
-    max_steps: int | None = Field(
-        default=None, ge=1, description="Optimizer steps to stop after; null: as epochs says"
-    )
+    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps to stop after; null: as epochs says")
     global_batch_size: int = Field(default=16, ge=1, description="Records per optimizer step, over all ranks")
     micro_batch_size: int = Field(
         default=4, ge=1, description="Records per forward pass on one rank; the rest is accumulated"
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
-    max_grad_norm: float = Field(
-        default=1.0, ge=0, description="Global gradient norm to clip at; 0: no clipping"
-    )
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Global gradient norm to clip at; 0: no clipping")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
     adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
     adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
@@ -145,9 +131,7 @@ class TrainingConfig(Section):
     eval_every: int | None = Field(
         default=None, ge=1, description="Optimizer steps between evaluations; null: none in training"
     )
-    seed: int = Field(
-        default=42, ge=0, le=2**32 - 1, description="Seed of initial values, data order and dropout"
-    )
+    seed: int = Field(default=42, ge=0, le=2**32 - 1, description="Seed of initial values, data order and dropout")
 
 
 class CheckpointConfig(Section):
@@ -161,9 +145,7 @@ class CheckpointConfig(Section):
         default=None, ge=1, description="Optimizer steps between checkpoints; null: only at the end"
     )
     keep_last: int = Field(default=2, ge=1, description="Newest checkpoints to keep")
-    keep_best: bool = Field(
-        default=True, description="Also keep the checkpoint with the lowest validation loss"
-    )
+    keep_best: bool = Field(default=True, description="Also keep the checkpoint with the lowest validation loss")
     resume: PathText | None = Field(
         default=None,
         description="auto: go on from the run folder's newest checkpoint, if any; or a checkpoint folder",
@@ -190,13 +172,9 @@ class EngineConfig(Section):
     param_persistence_threshold: int = Field(
         default=100_000, ge=0, description="Parameters with fewer elements stay whole on every rank"
     )
-    prefetch_bucket_size: int = Field(
-        default=50_000_000, ge=0, description="Elements to gather ahead of their use"
-    )
+    prefetch_bucket_size: int = Field(default=50_000_000, ge=0, description="Elements to gather ahead of their use")
     # Not DeepSpeed's 5e8: the bucket is allocated whole (1 to 2 GB), and only adapter gradients use it.
-    reduce_bucket_size: int = Field(
-        default=50_000_000, ge=1, description="Gradient elements to reduce at a time"
-    )
+    reduce_bucket_size: int = Field(default=50_000_000, ge=1, description="Gradient elements to reduce at a time")
     max_live_parameters: int = Field(
         default=1_000_000_000, ge=0, description="Most elements that stay gathered at a time"
     )
@@ -245,9 +223,7 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @classmethod
-    def load(
-        cls, path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = False
-    ) -> "RunConfig":
+    def load(cls, path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = False) -> "RunConfig":
         """The run that a JSON file describes, with dotted `overrides`: `["--adapter.r", "8", "--a.b=1"]`.
 
         `check_files` also checks that every file and folder it names is there. Raises UserError.
@@ -260,18 +236,14 @@ class RunConfig(Section):
         return config
 
     @classmethod
-    def from_dict(
-        cls, raw: dict[str, Any], *, name: str = "run", origin: str = "configuration"
-    ) -> "RunConfig":
+    def from_dict(cls, raw: dict[str, Any], *, name: str = "run", origin: str = "configuration") -> "RunConfig":
         """The run that a dict describes; `name` fills {config} in checkpoint.run_dir. Raises UserError."""
         try:
             config = cls.model_validate(raw)
         except ValidationError as error:
             raise problems.explain(error, cls, origin) from None
         run_dir = config.checkpoint.run_dir.replace("{config}", name)
-        return config.model_copy(
-            update={"checkpoint": config.checkpoint.model_copy(update={"run_dir": run_dir})}
-        )
+        return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"run_dir": run_dir})})
 
     @model_validator(mode="after")
     def _possible_together(self) -> "RunConfig":

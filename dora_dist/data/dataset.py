@@ -95,9 +95,7 @@ def build_dataset(
     return TokenizedData(*train, *_select(store, sorted(chosen), "the validation samples", data.cutoff_len))
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, samples: Sequence[Rendered]
-) -> list[tuple[list[int], list[bool]]]:
+def encode(tokenizer: PreTrainedTokenizerFast, samples: Sequence[Rendered]) -> list[tuple[list[int], list[bool]]]:
     """Token ids of each sample and whether each token is answer; training and evaluation both count by this.
 
     Prompt and answer are tokenized as one text, so a token may straddle their border: it is answer, because

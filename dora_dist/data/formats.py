@@ -107,9 +107,7 @@ def _messages_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast,
         if not spans or message["role"] != "assistant":
             continue
         if turn == 0:
-            raise UserError(
-                'the first message is the assistant\'s, which answers nothing; set data.loss_on to "all"'
-            )
+            raise UserError('the first message is the assistant\'s, which answers nothing; set data.loss_on to "all"')
         before = _template(tokenizer, messages[:turn], add_generation_prompt=True)
         upto = _template(tokenizer, messages[: turn + 1])
         if not (text.startswith(upto) and upto.startswith(before)):
@@ -142,9 +140,7 @@ def _template(
             'give the tokenizer of an instruction-tuned model, or use format "alpaca"'
         )
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise UserError(f"the tokenizer's chat template refuses these messages: {error}") from error
     return str(text)

@@ -128,9 +128,7 @@ def _hub_rows(name: str) -> Sequence[Any]:
     try:
         return datasets.load_dataset(name, split="train")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{name} is neither a file here nor a hub data set that can be loaded: {error}"
-        ) from error
+        raise UserError(f"{name} is neither a file here nor a hub data set that can be loaded: {error}") from error
 
 
 def _near(path: Path) -> str:

@@ -50,9 +50,7 @@ def generate_texts(
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = tokenizer(
-            [prompts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left"
-        )
+        batch = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left")
         generate: Any = model.generate  # typed as a submodule, since any attribute of a module could be one
         output = generate(
             input_ids=batch["input_ids"].to(device),

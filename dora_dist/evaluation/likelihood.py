@@ -73,9 +73,7 @@ def candidate_log_probs(
     return scores
 
 
-def _row(
-    tokenizer: PreTrainedTokenizerFast, question: int, record: dict[str, Any], choices: list[str]
-) -> Row:
+def _row(tokenizer: PreTrainedTokenizerFast, question: int, record: dict[str, Any], choices: list[str]) -> Row:
     prompt = training_prompt(record)
     encoded = encode(tokenizer, [answered(prompt, choice) for choice in choices])
     ids = [tokens[:-1] for tokens, _ in encoded]  # without the end of sequence

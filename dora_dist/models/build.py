@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -91,7 +91,7 @@ def _assign(model: nn.Module, adapter: PeftAdapter, placement: Placement) -> Non
             placement.assign(layer.magnitude_offset, values.magnitude.to(layer.base_norm.device) - layer.base_norm)
 
 
-def skeleton(base: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False) -> nn.Module:
+def skeleton(base: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False) -> Any:
     """The model's modules with parameters on the meta device and real buffers (rotary frequencies and the like)."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, GenerationConfig
@@ -105,7 +105,7 @@ def skeleton(base: Path, *, attn_implementation: str = "sdpa", trust_remote_code
     config.use_cache = False
     model_class = _model_class(config, trust_remote_code)
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = model_class(config)
+        model: Any = model_class(config)
     model.tie_weights()
     if (base / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(base)
@@ -117,7 +117,7 @@ def _model_class(config: Any, trust_remote_code: bool) -> type[nn.Module]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return cast(type[nn.Module], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     if trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 

@@ -45,9 +45,7 @@ def load_tokenizer(
             f"name ({str(error).splitlines()[0]})"
         ) from error
     if not tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer {name} gives no character offsets; a fast one (tokenizer.json) is needed"
-        )
+        raise UserError(f"the tokenizer {name} gives no character offsets; a fast one (tokenizer.json) is needed")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name} has no end-of-sequence token; set eos_token in its config")
     if tokenizer.pad_token_id is None:
@@ -77,9 +75,7 @@ def from_sentencepiece(file: Path, chat_template: str | None = None) -> PreTrain
     prefix = [normalizers.Prepend("▁")] if proto.normalizer_spec.add_dummy_prefix else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(content=" ", left=1)] if prefix else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     backend.add_special_tokens([unk, *(p.piece for p in pieces if p.type == CONTROL)])
     backend.add_tokens([AddedToken(p.piece, normalized=False) for p in pieces if p.type == USER_DEFINED])
     backend.post_processor = TemplateProcessing(
@@ -139,16 +135,12 @@ def _from_repository(name: str, revision: str | None, trust_remote_code: bool) -
     from transformers.utils.hub import cached_file, has_file
 
     def find(file: str) -> Path | None:
-        found = (
-            cached_file(name, file, revision=revision) if has_file(name, file, revision=revision) else None
-        )
+        found = cached_file(name, file, revision=revision) if has_file(name, file, revision=revision) else None
         return Path(found) if found else None
 
     pieces = None if find("tokenizer.json") else find(SENTENCEPIECE_FILE)
     if pieces is None:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         return tokenizer
     template, settings = find("chat_template.jinja"), find("tokenizer_config.json")
     if template is not None:

@@ -70,8 +70,8 @@ def _build(config: RunConfig, world: World, run_dir: Path) -> Any:
     trained = sum(full_numel(p) for p in run.model.parameters() if p.requires_grad)
     if world.first:
         print(
-            f"{len(run.adapted)} modules adapted, {trained:,} of {weights:,} parameters trained ({trained / weights:.2%}); "
-            f"rank 0 read {run.base_bytes_read / 1e6:,.1f} MB of the base"
+            f"{len(run.adapted)} modules adapted, {trained:,} of {weights:,} parameters trained "
+            f"({trained / weights:.2%}); rank 0 read {run.base_bytes_read / 1e6:,.1f} MB of the base"
         )
     report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
     step = StepCallback(world, config.training.seed, config.engine.step_timeout_s)

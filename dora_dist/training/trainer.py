@@ -42,6 +42,7 @@ class DoraTrainer(Trainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         self.run, self.config, self.spec, self.data, self.world = run, config, spec, data, world
+        self.run_dir = Path(config.checkpoint.run_dir)
         self.tokens_seen = 0
         self._collator = Collator(pad_token_id=tokenizer.pad_token_id)
         self._suspect: dict[str, Any] | None = None
@@ -71,6 +72,7 @@ class DoraTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochDataLoader:
         dataset = eval_dataset if eval_dataset is not None else self.data.validation
+        assert dataset is not None  # the configuration is refused before: eval_every needs validation data
         batches = EpochBatches.in_order(
             len(dataset),
             micro_batch_size=self.config.training.micro_batch_size,
@@ -93,7 +95,11 @@ class DoraTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.tokens_seen += int(inputs["attention_mask"].sum())
         if self._suspect is None and not math.isfinite(loss.item()):
-            self._suspect = {"rank": self.world.rank, "loss": loss.item(), "first_tokens": _first_tokens(inputs)}
+            self._suspect = {
+                "rank": self.world.rank,
+                "loss": loss.item(),
+                "first_tokens": _first_tokens(inputs),
+            }
         return loss
 
     def stop_if_not_finite(self) -> None:
@@ -107,11 +113,11 @@ class DoraTrainer(Trainer):
         suspect = next(s for s in suspects if s is not None)
         step = self.state.global_step + 1
         if self.world.first:
-            run_folder.write_json(Path(self.args.output_dir) / "not_finite.json", {"step": step, **suspect})
+            run_folder.write_json(self.run_dir / "not_finite.json", {"step": step, **suspect})
         raise UserError(
             f"the loss became {suspect['loss']} at optimizer step {step} on rank {suspect['rank']}; no checkpoint was "
             "written for this step. Lower training.learning_rate, lengthen training.warmup_steps, or look at the batch "
-            f"recorded in {Path(self.args.output_dir) / 'not_finite.json'}"
+            f"recorded in {self.run_dir / 'not_finite.json'}"
         )
 
     # --- evaluation ---------------------------------------------------------------------------------------------
@@ -144,16 +150,21 @@ class DoraTrainer(Trainer):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_dir, step = Path(self.args.output_dir), self.state.global_step
+        run_dir, step = self.run_dir, self.state.global_step
+        assert self.lr_scheduler is not None
         folder = run_folder.checkpoint_folder(run_dir, step)
         is_best = self.config.checkpoint.keep_best and self.state.best_global_step == step
         if is_best:
             self.state.best_model_checkpoint = str(folder)
-        fields = {"step": step, "position": self._position(), "scheduler": _plain(self.lr_scheduler.state_dict())}
+        fields = {
+            "step": step,
+            "position": self._position(),
+            "scheduler": _plain(self.lr_scheduler.state_dict()),
+        }
         save_checkpoint(
             folder,
             self.model_wrapped,
-            self.model,
+            self.run.model,
             spec=self.spec,
             base_model=self.config.model.path,
             fields=fields,
@@ -168,8 +179,9 @@ class DoraTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
-            manifest = load_checkpoint(folder, self.model_wrapped, self.model)
+            manifest = load_checkpoint(folder, self.model_wrapped, self.run.model)
             _check_position(folder, manifest["position"], self._position())
+            assert self.lr_scheduler is not None and self.optimizer is not None
             self.lr_scheduler.load_state_dict(manifest["scheduler"])
             # The schedule writes a rate only when it steps; until then the new optimizer would use its first.
             for group, rate in zip(self.optimizer.param_groups, manifest["scheduler"]["_last_lr"], strict=True):

@@ -122,9 +122,7 @@ def _write_state(path: Path, model: nn.Module, state: Iterator[tuple[str, str, T
     return masters
 
 
-def _peft_adapter(
-    model: nn.Module, masters: dict[str, Tensor], spec: AdapterSpec, base_model: str
-) -> PeftAdapter:
+def _peft_adapter(model: nn.Module, masters: dict[str, Tensor], spec: AdapterSpec, base_model: str) -> PeftAdapter:
     layers = {name: _peft_layer(name, layer, masters) for name, layer in adapted_layers(model).items()}
     return PeftAdapter(
         base_model=base_model,

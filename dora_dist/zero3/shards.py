@@ -92,14 +92,14 @@ def full_numel(parameter: nn.Parameter) -> int:
     return parameter.ds_numel if is_zero_param(parameter) else parameter.numel()
 
 
-def local_range(parameter: nn.Parameter) -> tuple[int, int]:
+def local_range(parameter: Tensor) -> tuple[int, int]:
     """[start, stop) of the flattened parameter held by this rank; empty on a rank that holds only padding."""
     length = parameter.ds_tensor.ds_numel
     start = min(parameter.ds_zero_partition_rank * length, parameter.ds_numel)
     return start, min(start + length, parameter.ds_numel)
 
 
-def local_piece(parameter: nn.Parameter) -> WeightPiece:
+def local_piece(parameter: Tensor) -> WeightPiece:
     """This rank's valid elements of a parameter, without padding: a view of the low-precision shard."""
     start, stop = local_range(parameter)
     return WeightPiece(parameter.ds_tensor.data[: stop - start], start)
@@ -128,10 +128,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def read_state(parameter: nn.Parameter, key: str) -> Tensor:
     """This rank's valid elements of the fp32 master (MASTER) or of an Adam moment, 1-D on the CPU or device."""
     start, stop = local_range(parameter)
-    if key == MASTER:
-        local = safe_get_local_fp32_param(parameter)
-    else:
-        local = safe_get_local_optimizer_state(parameter, key)
+    master = key == MASTER
+    local = safe_get_local_fp32_param(parameter) if master else safe_get_local_optimizer_state(parameter, key)
     return local.detach().flatten()[: stop - start]
 
 

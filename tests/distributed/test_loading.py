@@ -95,7 +95,12 @@ def load_and_measure(base: str) -> dict[str, float]:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_rank_reads_and_holds_its_share(world_size: int, tmp_path: Path) -> None:
     toy.base_model(tmp_path / "small")
-    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+    sizes = {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
     base = toy.base_model(tmp_path / "big", torch.float32, vocab_size=32000, **sizes)
     size = (base / "model.safetensors").stat().st_size
     assert size > 500e6
@@ -134,7 +139,7 @@ def test_a_broken_base_is_refused_on_every_rank(tmp_path: Path) -> None:
     save_file(tensors, misshapen / "model.safetensors")
     nowhere = toy.base_model(tmp_path / "nowhere")
     (nowhere / "model.safetensors").rename(nowhere / "other.safetensors")
-    weight_map = {name: "model-00001-of-00001.safetensors" for name in tensors}
+    weight_map = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
     (nowhere / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
     ranks = run_ranks(refusals, 2, [str(b) for b in (truncated, missing, misshapen, nowhere)])

@@ -82,7 +82,13 @@ def run(persistence: int) -> dict[str, Any]:
     placement = ShardedPlacement(config)
     place_everything(model, placement, weights)
     for parameter in model.parameters():  # padding is uninitialised memory in general: make it poison
-        valid = max(0, min(parameter.ds_numel - dist.get_rank() * parameter.ds_tensor.numel(), parameter.ds_tensor.numel()))
+        valid = max(
+            0,
+            min(
+                parameter.ds_numel - dist.get_rank() * parameter.ds_tensor.numel(),
+                parameter.ds_tensor.numel(),
+            ),
+        )
         parameter.ds_tensor[valid:] = float("nan")
     norms = placement.norms(model)
     norms.refresh()
@@ -123,7 +129,9 @@ def test_norms_are_exact_at_the_start(ranks: list[dict[str, Any]]) -> None:
     assert all(rank["start"]["refreshes"] == 1 for rank in ranks)
 
 
-def test_one_refresh_per_optimizer_step_whatever_accumulates_or_recomputes(ranks: list[dict[str, Any]]) -> None:
+def test_one_refresh_per_optimizer_step_whatever_accumulates_or_recomputes(
+    ranks: list[dict[str, Any]],
+) -> None:
     assert all([step["refreshes"] for step in rank["steps"]] == [1, 1, 1] for rank in ranks)
 
 

@@ -50,7 +50,13 @@ def test_from_launcher_to_merged_model_and_its_score(folder: Path) -> None:
     assert json.loads((folder / "main" / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 3
 
     more = type_in(
-        sys.executable, "launch/train.py", "--config", folder / "main.json", "--resume", "--training.max_steps", 6
+        sys.executable,
+        "launch/train.py",
+        "--config",
+        folder / "main.json",
+        "--resume",
+        "--training.max_steps",
+        6,
     )
     assert more.returncode == 0, more.stdout + more.stderr
     assert list(metrics(folder / "main")["losses"]) == [1, 2, 3, 4, 5, 6]
@@ -101,7 +107,11 @@ NO_OUTPUT = json.dumps([{"instruction": "a", "input": ""}])
 @pytest.mark.parametrize(
     ("changes", "file", "says"),
     [
-        ({"training": {"learning_rat": 1.0}}, None, ["training.learning_rat", "did you mean", "learning_rate"]),
+        (
+            {"training": {"learning_rat": 1.0}},
+            None,
+            ["training.learning_rat", "did you mean", "learning_rate"],
+        ),
         ({"adapter": {"r": "many"}}, None, ["adapter.r", "many", "whole number"]),
         ({"model": {"path": "./nowhere"}}, None, ["model.path", "./nowhere", "no such folder"]),
         ({"data": {"train": "./nowhere.json"}}, None, ["data.train", "nowhere.json"]),

@@ -64,10 +64,7 @@ def declared_options() -> dict[str, list[str]]:
     assert isinstance(commands, dict)
     return {
         name: [
-            option
-            for action in parser._actions
-            for option in action.option_strings
-            if option not in ("-h", "--help")
+            option for action in parser._actions for option in action.option_strings if option not in ("-h", "--help")
         ]
         for name, parser in commands.items()
     }
@@ -75,9 +72,7 @@ def declared_options() -> dict[str, list[str]]:
 
 def test_options_of_every_command_are_pinned() -> None:
     fields = [f"--{section}.{key}" for section, keys in CONFIG_OPTIONS.items() for key in keys.split()]
-    wanted = {
-        name: own + (fields if name in ("train", "validate") else []) for name, own in OWN_OPTIONS.items()
-    }
+    wanted = {name: own + (fields if name in ("train", "validate") else []) for name, own in OWN_OPTIONS.items()}
     assert declared_options() == wanted
 
 
@@ -119,16 +114,12 @@ def test_parsing_loads_nothing_heavy() -> None:
         "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & set(sys.modules); "
         "sys.exit(str(heavy) if heavy else code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == RunConfig.json_schema()
 
 
-@pytest.mark.parametrize(
-    "recipe", sorted((REPOSITORY / "configs").glob("*.json")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("recipe", sorted((REPOSITORY / "configs").glob("*.json")), ids=lambda path: path.stem)
 def test_every_recipe_validates(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["validate", str(recipe), "--no-files"]) == 0
     assert f"{recipe} is valid: DoRA r=" in capsys.readouterr().err
@@ -300,14 +291,10 @@ def test_consolidate_merges_as_its_options_say(adapted: Path, capsys: pytest.Cap
 
     assert cli.main(arguments) == 2  # it is there already
     assert cli.main([*arguments, "--overwrite", "--dtype", "bf16"]) == 0
-    assert {w.dtype for file in merged.glob("*.safetensors") for w in load_file(file).values()} == {
-        torch.bfloat16
-    }
+    assert {w.dtype for file in merged.glob("*.safetensors") for w in load_file(file).values()} == {torch.bfloat16}
 
 
-def launched(
-    *arguments: str, flags: tuple[str, ...] = (), **environment: str
-) -> subprocess.CompletedProcess[str]:
+def launched(*arguments: str, flags: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *flags, *arguments],
         cwd=REPOSITORY,
@@ -319,9 +306,7 @@ def launched(
 
 
 def test_launch_script_is_the_train_command() -> None:
-    done = launched(
-        "launch/train.py", "--local_rank=0", "--config", "nowhere.json", PYTHONPATH=str(REPOSITORY)
-    )
+    done = launched("launch/train.py", "--local_rank=0", "--config", "nowhere.json", PYTHONPATH=str(REPOSITORY))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: nowhere.json: no such config file")
     done = launched("-m", "dora_dist", "validate", "nowhere.json")
@@ -329,8 +314,6 @@ def test_launch_script_is_the_train_command() -> None:
 
 
 def test_launch_script_without_the_package_says_how_to_install_it() -> None:
-    done = launched(
-        "launch/train.py", "--config", RECIPE, flags=("-E", "-S")
-    )  # no site-packages, no PYTHONPATH
+    done = launched("launch/train.py", "--config", RECIPE, flags=("-E", "-S"))  # no site-packages, no PYTHONPATH
     assert done.returncode == 1
     assert done.stderr.startswith("error: dora_dist is not installed here; run `pip install -e .`")

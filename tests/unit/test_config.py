@@ -51,9 +51,7 @@ def test_defaults_fill_in_everything_but_the_model_and_the_data() -> None:
     title, model, data = refusal({}).splitlines()
     assert title == "run.json: 2 problems"
     assert model.startswith("  model: missing; must be a section {...} with path, revision, tokenizer, dtype")
-    assert data.startswith(
-        "  data: missing; must be a section {...} with train, validation, validation_samples"
-    )
+    assert data.startswith("  data: missing; must be a section {...} with train, validation, validation_samples")
 
 
 def test_configuration_cannot_be_changed_in_place() -> None:
@@ -142,9 +140,7 @@ def test_every_other_name_that_is_recognised_leads_to_a_field() -> None:
         (with_fields(data={"validation": "v.json", "validation_samples": 3}), "give one of the two"),
         (with_fields(training={"eval_every": 5}), "nothing to evaluate on; give data.validation"),
         (
-            with_fields(
-                training={"eval_every": 4}, data={"validation_samples": 3}, checkpoint={"save_every": 6}
-            ),
+            with_fields(training={"eval_every": 4}, data={"validation_samples": 3}, checkpoint={"save_every": 6}),
             "checkpoint.save_every = 6: with checkpoint.keep_best it must be a multiple of training",
         ),
         (
@@ -263,10 +259,7 @@ def test_bad_override_is_refused(workplace: Path, overrides: list[str], message:
 
 def test_run_folder_is_named_after_the_config_file(workplace: Path) -> None:
     assert RunConfig.load("mine.json").checkpoint.run_dir == "runs/mine"
-    assert (
-        RunConfig.load("mine.json", ["--checkpoint.run_dir=out/{config}-2"]).checkpoint.run_dir
-        == "out/mine-2"
-    )
+    assert RunConfig.load("mine.json", ["--checkpoint.run_dir=out/{config}-2"]).checkpoint.run_dir == "out/mine-2"
 
 
 def test_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,9 +275,7 @@ def test_json_text_round_trips(recipe: Path, tmp_path: Path) -> None:
     saved = tmp_path / "config.json"
     saved.write_text(config.to_json())
     assert RunConfig.load(saved) == config
-    assert (
-        json.loads(saved.read_text())["checkpoint"]["run_dir"] == config.checkpoint.run_dir != "runs/config"
-    )
+    assert json.loads(saved.read_text())["checkpoint"]["run_dir"] == config.checkpoint.run_dir != "runs/config"
 
 
 def test_schema_for_editors_agrees_with_the_fields() -> None:
@@ -344,9 +335,7 @@ def test_files_that_are_there_pass(workplace: Path) -> None:
         (["--checkpoint.run_dir=train.json/run"], "train.json is a file; give another folder"),
     ],
 )
-def test_missing_file_names_field_path_and_remedy(
-    workplace: Path, overrides: list[str], message: str
-) -> None:
+def test_missing_file_names_field_path_and_remedy(workplace: Path, overrides: list[str], message: str) -> None:
     for folder in ("empty", "pickled", "step/adapter"):
         (workplace / folder).mkdir(parents=True)
     (workplace / "pickled/config.json").write_text("{}")

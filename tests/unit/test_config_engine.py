@@ -24,9 +24,7 @@ def test_accumulation_fills_the_global_batch() -> None:
         (4, 4, 2, "training.global_batch_size = 8, or training.micro_batch_size = 2, or 1 rank"),
     ],
 )
-def test_batch_that_cannot_be_split_names_the_nearest_that_can(
-    batch: int, micro: int, ranks: int, remedy: str
-) -> None:
+def test_batch_that_cannot_be_split_names_the_nearest_that_can(batch: int, micro: int, ranks: int, remedy: str) -> None:
     training = {"global_batch_size": batch, "micro_batch_size": micro}
     config = RunConfig.from_dict(with_fields(training=training))
     with pytest.raises(UserError, match=f"is no multiple of {micro * ranks} .*; use {remedy}$"):
@@ -111,9 +109,7 @@ def test_derived_json_is_a_copy() -> None:
         ({"zero_optimization": {"offload_param": "cpu"}}, "must be a JSON object"),
     ],
 )
-def test_engine_option_with_a_field_of_its_own_names_that_field(
-    options: dict[str, Any], message: str
-) -> None:
+def test_engine_option_with_a_field_of_its_own_names_that_field(options: dict[str, Any], message: str) -> None:
     assert message in refusal(with_fields(engine={"deepspeed": options}))
 
 

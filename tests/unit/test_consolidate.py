@@ -22,9 +22,7 @@ TOKENS = torch.arange(24).view(2, 12) % 61
 O_PROJ = "model.layers.0.self_attn.o_proj"
 
 
-def save_base(
-    path: Path, dtype: torch.dtype = torch.float32, tied: bool = False, zero_rows: bool = False
-) -> Path:
+def save_base(path: Path, dtype: torch.dtype = torch.float32, tied: bool = False, zero_rows: bool = False) -> Path:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "hidden_size": 32,
@@ -93,9 +91,7 @@ def test_merged_logits_equal_pefts(tmp_path: Path, options: dict, stored: torch.
     assert difference < 1e-4
     assert (logits(base) - logits(base, adapter)).abs().max() > 0.05  # the adapter does something
     assert (report["merged"], report["shards"], report["tensors"]) == (6, 1, 21)
-    assert report["bytes_written"] == sum(
-        t.nbytes for t in load_file(tmp_path / "out/model.safetensors").values()
-    )
+    assert report["bytes_written"] == sum(t.nbytes for t in load_file(tmp_path / "out/model.safetensors").values())
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
 
 
@@ -124,31 +120,21 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     assert (logits(tmp_path / "out") - logits(base, adapter)).abs().max() < 1e-4
 
 
-def test_small_shards_and_blocks_give_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_shards_and_blocks_give_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_base(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", base)
     consolidate(adapter, base, tmp_path / "one", progress=False)
-    monkeypatch.setattr(
-        "dora_dist.consolidate.BLOCK_BYTES", 1000
-    )  # 7 rows of width 32: cut rows, short last block
+    monkeypatch.setattr("dora_dist.consolidate.BLOCK_BYTES", 1000)  # 7 rows of width 32: cut rows, short last block
     report = consolidate(adapter, base, tmp_path / "many", max_shard_bytes=20_000, progress=False)
     index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "many").glob("*.safetensors"))
-    assert (
-        len(files) == report["shards"] > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
-    )
+    assert len(files) == report["shards"] > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     shards = [load_file(file) for file in files]
     assert all(sum(t.nbytes for t in shard.values()) <= 20_000 for shard in shards)
     assert index["metadata"]["total_size"] == report["bytes_written"]
-    assert {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard} == index[
-        "weight_map"
-    ]
+    assert {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard} == index["weight_map"]
     torch.testing.assert_close(logits(tmp_path / "many"), logits(tmp_path / "one"), atol=1e-6, rtol=0)
-    again = consolidate(
-        adapter, tmp_path / "many", tmp_path / "twice", progress=False
-    )  # a sharded base is read, too
+    again = consolidate(adapter, tmp_path / "many", tmp_path / "twice", progress=False)  # a sharded base is read, too
     assert again["merged"] == 6
 
 
@@ -196,14 +182,10 @@ def test_an_adapter_of_another_model_names_the_module(tmp_path: Path) -> None:
             consolidate(adapter_of(module, out, width), base, tmp_path / "out", progress=False)
     save_base(base, tied=True)
     tensors = load_file(base / "model.safetensors")
-    save_file(
-        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / "model.safetensors"
-    )
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
     with pytest.raises(UserError, match="'lm_head', which shares its weight"):
         consolidate(adapter_of("lm_head", 61, 32), base, tmp_path / "out", progress=False)
-    save_file(
-        tensors | {f"{O_PROJ}.weight": torch.ones(32, 32, dtype=torch.int8)}, base / "model.safetensors"
-    )
+    save_file(tensors | {f"{O_PROJ}.weight": torch.ones(32, 32, dtype=torch.int8)}, base / "model.safetensors")
     with pytest.raises(UserError, match="o_proj', stored as torch.int8"):
         consolidate(adapter_of(O_PROJ, 32, 32), base, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

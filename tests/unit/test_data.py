@@ -63,9 +63,7 @@ def texts(tokenizer: Any, dataset: TokenizedDataset) -> list[tuple[str, str]]:
 
 def test_the_papers_prompts_are_letter_for_letter() -> None:
     record = {"instruction": "Is {this} it?", "input": "", "output": "yes"}
-    start = (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the "
-    )
+    start = "Below is an instruction that describes a task. Write a response that appropriately completes the "
     tab = " " * 16
     asked, answered_here = f"{tab}### Instruction:\n{tab}Is {{this}} it?\n", f"{tab}### Response:\n{tab}"
     assert training_prompt(record) == f"{start}request.  \n\n{asked}{tab}\n{answered_here}"
@@ -175,9 +173,7 @@ def test_bos_is_kept_and_a_tokenizers_own_eos_is_not_doubled() -> None:
     assert answer == [False] + [True] * (len(ids) - 1)
 
 
-def test_what_is_cut_is_counted_and_what_has_no_label_left_is_left_out(
-    tokenizer: Any, tmp_path: Path
-) -> None:
+def test_what_is_cut_is_counted_and_what_has_no_label_left_is_left_out(tokenizer: Any, tmp_path: Path) -> None:
     rows = [
         {"instruction": "a", "output": "b"},
         {"instruction": "a", "output": "b " * 200},

@@ -63,9 +63,7 @@ def one_by_one(model: Any, tokenizer: Any, questions: Any) -> list[list[float]]:
     for record, choices in questions:
         texts = [tokenizer(training_prompt(record) + choice)["input_ids"] for choice in choices]
         prompt = tokenizer(training_prompt(record))["input_ids"]
-        shared = next(
-            i for i in range(len(prompt) + 1) if i == len(prompt) or any(t[i] != prompt[i] for t in texts)
-        )
+        shared = next(i for i in range(len(prompt) + 1) if i == len(prompt) or any(t[i] != prompt[i] for t in texts))
         row = []
         for text in texts:
             with torch.no_grad():
@@ -166,9 +164,7 @@ def test_generation_in_batches_equals_one_prompt_at_a_time() -> None:
     model: Any = LlamaForCausalLM(config).eval()
     model.lm_head.weight.data[300:] *= 1.6  # the labels: a random model favours long rows
     model.generation_config.repetition_penalty = 5.0  # must not leak into the evaluation
-    records = [
-        {"instruction": "which? " * (1 + i % 4) + str(i), "answer": f"answer{1 + i % 5}"} for i in range(10)
-    ]
+    records = [{"instruction": "which? " * (1 + i % 4) + str(i), "answer": f"answer{1 + i % 5}"} for i in range(10)]
     predictions: list[str | None] = []
     for record in records:
         prompt = tokenizer(generation_prompt(record), return_tensors="pt")
@@ -180,9 +176,7 @@ def test_generation_in_batches_equals_one_prompt_at_a_time() -> None:
         predictions.append(found[0][1] if found else None)
     assert None in predictions
     assert len(set(predictions)) > 2
-    score = score_task(
-        model, tokenizer, records, "openbookqa", batch_size=4, max_new_tokens=6, progress=False
-    )
+    score = score_task(model, tokenizer, records, "openbookqa", batch_size=4, max_new_tokens=6, progress=False)
     assert score.predictions == predictions
     assert score.correct == sum(p == r["answer"] for p, r in zip(predictions, records, strict=True))
 

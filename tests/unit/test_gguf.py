@@ -125,9 +125,7 @@ def test_tokenizer_chat_template_and_end_of_text_come_along(tmp_path: Path) -> N
     assert {entry.dtype for entry in TensorFolder.open(tmp_path / "out").entries.values()} == {torch.bfloat16}
 
 
-def test_what_cannot_be_converted_is_named_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_converted_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = write_gguf(tmp_path / "tiny.gguf", tiny_llama(True))
     files = sorted(tmp_path.iterdir())
 

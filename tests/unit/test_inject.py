@@ -23,7 +23,13 @@ def llama(tied: bool = False) -> nn.Module:
 def test_the_familys_default_is_the_papers_choice() -> None:
     model = llama()
     names = inject(model, by_pattern(SPEC))
-    assert sorted({n.rpartition(".")[2] for n in names}) == ["down_proj", "k_proj", "q_proj", "up_proj", "v_proj"]
+    assert sorted({n.rpartition(".")[2] for n in names}) == [
+        "down_proj",
+        "k_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]
     assert len(names) == 10
     assert all(isinstance(model.get_submodule(n), DoraLinear) for n in names)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}

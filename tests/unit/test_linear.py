@@ -14,9 +14,7 @@ from tests.toy import relative_error
 IN, OUT, R, ALPHA = 37, 53, 5, 7.0
 
 
-def formula(
-    x: Tensor, dropped: Tensor, layer: DoraLinear, a: Tensor, b: Tensor, offset: Tensor | None
-) -> Tensor:
+def formula(x: Tensor, dropped: Tensor, layer: DoraLinear, a: Tensor, b: Tensor, offset: Tensor | None) -> Tensor:
     """The plain definition, everything built: methods.md part 1, in whatever dtype it is given."""
     w = layer.weight.to(x.dtype)
     s = layer.spec.scaling
@@ -170,11 +168,11 @@ def test_twenty_steps_follow_peft(weight_decomposed: bool) -> None:
     ours, theirs = Model(), Model()
     theirs.load_state_dict(ours.state_dict())
     config = LoraConfig(r=R, lora_alpha=ALPHA, use_dora=weight_decomposed, target_modules=["up", "down"])
-    theirs = get_peft_model(theirs, config)
+    peft_model = get_peft_model(theirs, config)
     for name in ("up", "down"):
         layer = DoraLinear.from_linear(getattr(ours, name), AdapterSpec(R, ALPHA, weight_decomposed))
         with torch.no_grad():
-            layer.lora_A.copy_(theirs.get_submodule(f"base_model.model.{name}").lora_A["default"].weight.T)
+            layer.lora_A.copy_(peft_model.get_submodule(f"base_model.model.{name}").lora_A["default"].weight.T)
         for parameter in (layer.weight, layer.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
@@ -183,7 +181,7 @@ def test_twenty_steps_follow_peft(weight_decomposed: bool) -> None:
 
     x, target = torch.randn(16, IN), torch.randn(16, IN)
     losses: list[list[float]] = []
-    for model in (ours, theirs):
+    for model in (ours, peft_model):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
         losses.append([])
         for _ in range(20):

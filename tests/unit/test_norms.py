@@ -8,7 +8,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dora_dist.adapters.linear import AdapterSpec, DoraLinear
-from dora_dist.adapters.norms import NormRefresher, WeightPiece, add_adapter_squares, add_base_squares, rectangles
+from dora_dist.adapters.norms import (
+    NormRefresher,
+    WeightPiece,
+    add_adapter_squares,
+    add_base_squares,
+    rectangles,
+)
 
 
 @given(

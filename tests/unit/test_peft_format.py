@@ -108,9 +108,7 @@ def test_peft_adapter_reads_and_writes_with_the_same_logits(tmp_path: Path, opti
 
 
 def test_defaults_are_read_from_the_config(tmp_path: Path) -> None:
-    peft_folder(
-        tmp_path / "peft", use_dora=True, lora_dropout=0.05, rank_pattern={"q_proj": 2}, revision="v1"
-    )
+    peft_folder(tmp_path / "peft", use_dora=True, lora_dropout=0.05, rank_pattern={"q_proj": 2}, revision="v1")
     adapter = read_peft_folder(tmp_path / "peft")
     assert (adapter.r, adapter.lora_alpha, adapter.dropout, adapter.use_dora) == (4, 8, 0.05, True)
     assert (adapter.base_model, adapter.task_type, adapter.revision) == ("", "CAUSAL_LM", "v1")
@@ -122,9 +120,7 @@ def test_defaults_are_read_from_the_config(tmp_path: Path) -> None:
 
 def test_layers_that_differ_from_the_defaults_get_patterns(tmp_path: Path) -> None:
     def layer(r: int, alpha: float, size: tuple[int, int] = (32, 32)) -> AdapterLayer:
-        return AdapterLayer(
-            torch.randn(r, size[1]) / 5, torch.randn(size[0], r) / 5, torch.rand(size[0]), alpha / r
-        )
+        return AdapterLayer(torch.randn(r, size[1]) / 5, torch.randn(size[0], r) / 5, torch.rand(size[0]), alpha / r)
 
     torch.manual_seed(3)
     names = [
@@ -145,9 +141,7 @@ def test_magnitude_only_modules_survive_peft_and_a_round_trip(tmp_path: Path) ->
     torch.manual_seed(4)
     name = "model.layers.0.self_attn.o_proj"
     magnitude = torch.rand(32) + 0.1
-    fresh = AdapterLayer(
-        torch.randn(4, 32), torch.zeros(32, 4), torch.rand(32), 2.0
-    )  # B = 0 is no placeholder
+    fresh = AdapterLayer(torch.randn(4, 32), torch.zeros(32, 4), torch.rand(32), 2.0)  # B = 0 is no placeholder
     layers = {name: AdapterLayer(None, None, magnitude, 2.0, in_features=32), name.replace("o_", "q_"): fresh}
     adapter = PeftAdapter("", lora_alpha=8, r=4, dropout=0.0, use_dora=True, layers=layers)
     write_peft_folder(tmp_path / "out", adapter)
@@ -191,9 +185,7 @@ def test_bf16_adapter_keeps_magnitudes_in_fp32(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "out/adapter_model.safetensors")
     assert {str(t.dtype) for n, t in stored.items() if "magnitude" in n} == {"torch.float32"}
     assert {str(t.dtype) for n, t in stored.items() if "lora_A" in n} == {"torch.bfloat16"}
-    torch.testing.assert_close(
-        peft_logits(tmp_path / "out"), merged_logits(read_peft_folder(tmp_path / "out"))
-    )
+    torch.testing.assert_close(peft_logits(tmp_path / "out"), merged_logits(read_peft_folder(tmp_path / "out")))
 
 
 def test_write_refuses_an_existing_folder_and_mixed_layers(tmp_path: Path) -> None:

@@ -70,9 +70,7 @@ def test_conversion_goes_through_small_staging(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("dora_dist.safetensors_io._STAGING_BYTES", 64)
     tensor = torch.randn(1000).to(torch.bfloat16)
     save_file({"w": tensor}, tmp_path / "model.safetensors")
-    assert torch.equal(
-        TensorFolder.open(tmp_path).read_flat("w", 7, 999, dtype=torch.float32), tensor[7:999].float()
-    )
+    assert torch.equal(TensorFolder.open(tmp_path).read_flat("w", 7, 999, dtype=torch.float32), tensor[7:999].float())
 
 
 def test_opens_shards_single_files_and_other_stems(tmp_path: Path) -> None:
@@ -98,9 +96,7 @@ def test_hub_caches_of_links_are_followed(tmp_path: Path) -> None:
     assert torch.equal(TensorFolder.open(tmp_path / "snapshot").read("a"), torch.ones(2))
 
 
-@pytest.mark.parametrize(
-    "shard", ["../one.safetensors", "/etc/one.safetensors", "sub/one.safetensors", "..", "", "."]
-)
+@pytest.mark.parametrize("shard", ["../one.safetensors", "/etc/one.safetensors", "sub/one.safetensors", "..", "", "."])
 def test_an_index_may_not_leave_its_folder(tmp_path: Path, shard: str) -> None:
     (tmp_path / "model").mkdir()
     save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")

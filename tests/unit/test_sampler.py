@@ -24,9 +24,7 @@ def batches(num_samples: int, world_size: int, micro: int, rank: int, **options:
     )
 
 
-def global_batches(
-    num_samples: int, world_size: int, micro: int, epoch: int = 0, **options: Any
-) -> list[list[int]]:
+def global_batches(num_samples: int, world_size: int, micro: int, epoch: int = 0, **options: Any) -> list[list[int]]:
     """What all ranks together train on in each optimizer step."""
     steps: list[list[int]] = []
     accumulation = options.get("global_batch_size", 24) // (world_size * micro)
@@ -81,9 +79,7 @@ def test_evaluation_goes_in_order_with_equal_batches_on_every_rank() -> None:
 
 
 def loader(num_samples: int, workers: int = 0) -> EpochDataLoader:
-    samples = [
-        {"input_ids": [i + 1] * (i % 3 + 1), "labels": [i + 1] * (i % 3 + 1)} for i in range(num_samples)
-    ]
+    samples = [{"input_ids": [i + 1] * (i % 3 + 1), "labels": [i + 1] * (i % 3 + 1)} for i in range(num_samples)]
     return EpochDataLoader(
         WithFiller(samples, pad_token_id=0),
         batch_sampler=batches(num_samples, 2, 4, 1, seed=5),

@@ -61,13 +61,9 @@ def test_a_bare_sentencepiece_file_splits_text_as_sentencepiece_does(llama_file:
     assert len(tokenizer) == oracle.vocab_size()
 
 
-def test_a_folder_with_only_the_sentencepiece_file_keeps_its_chat_template(
-    llama_file: Path, tmp_path: Path
-) -> None:
+def test_a_folder_with_only_the_sentencepiece_file_keeps_its_chat_template(llama_file: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(llama_file.read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"chat_template": "{{ messages[0].content }}"})
-    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
     tokenizer = load_tokenizer(tmp_path)
     indented = "a\n                ### Response:\n                the"
     assert tokenizer(indented)["input_ids"] == load_tokenizer(llama_file)(indented)["input_ids"]
