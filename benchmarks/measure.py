@@ -9,7 +9,7 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -145,7 +145,12 @@ class ReceivedBytes:
     all broadcasts. In each call the largest tensor is that output or input.
     """
 
-    TIMES = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_reduce": 2, "broadcast": 1}
+    TIMES: ClassVar[dict[str, int]] = {
+        "all_gather_into_tensor": 1,
+        "reduce_scatter_tensor": 1,
+        "all_reduce": 2,
+        "broadcast": 1,
+    }
 
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()

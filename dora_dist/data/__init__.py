@@ -1,7 +1,7 @@
 """From files of records to batches of token ids: formats, loading, tokenising, ordering, padding."""
 
 from dora_dist.data.collate import Collator, WithFiller
-from dora_dist.data.dataset import TokenizedData, TokenizedDataset, build_dataset
+from dora_dist.data.dataset import IGNORED, TokenizedData, TokenizedDataset, build_dataset
 from dora_dist.data.formats import FORMATS
 from dora_dist.data.records import load_records
 from dora_dist.data.sampler import FILLER, EpochBatches, EpochDataLoader
@@ -9,6 +9,7 @@ from dora_dist.data.sampler import FILLER, EpochBatches, EpochDataLoader
 __all__ = [
     "FILLER",
     "FORMATS",
+    "IGNORED",
     "Collator",
     "EpochBatches",
     "EpochDataLoader",

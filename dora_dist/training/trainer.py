@@ -14,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from dora_dist import run_folder
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.config import RunConfig
-from dora_dist.data import Collator, EpochBatches, EpochDataLoader, TokenizedData, WithFiller
+from dora_dist.data import IGNORED, Collator, EpochBatches, EpochDataLoader, TokenizedData, WithFiller
 from dora_dist.distributed import World, shorten_timeout
 from dora_dist.errors import UserError
 from dora_dist.models.build import AdaptedModel
@@ -92,7 +92,7 @@ class DoraTrainer(Trainer):
     # --- a step -------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, labelled_positions(inputs), num_items_in_batch)
         self.tokens_seen += int(inputs["attention_mask"].sum())
         if self._suspect is None and not math.isfinite(loss.item()):
             self._suspect = {
@@ -131,10 +131,10 @@ class DoraTrainer(Trainer):
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in self.get_eval_dataloader(eval_dataset):
-            batch = self._prepare_inputs(batch)
+            batch = labelled_positions(self._prepare_inputs(batch))
             # num_items_in_batch=1 makes the model return the SUM of its tokens' losses.
             total[0] += model(**batch, num_items_in_batch=1).loss.double()
-            total[1] += (batch["labels"][:, 1:] != -100).sum()
+            total[1] += (batch["shift_labels"] != IGNORED).sum()
         dist.all_reduce(total)
         metrics = {f"{metric_key_prefix}_loss": float(total[0] / total[1])}
         self.log(dict(metrics))
@@ -167,6 +167,7 @@ class DoraTrainer(Trainer):
             self.run.model,
             spec=self.spec,
             base_model=self.config.model.path,
+            revision=self.config.model.revision,
             fields=fields,
             trainer_state=_plain(asdict(self.state)),
         )
@@ -199,6 +200,20 @@ class DoraTrainer(Trainer):
             "training.global_batch_size": self.config.training.global_batch_size,
             "number of training samples": len(self.data.train),
         }
+
+
+def labelled_positions(batch: dict[str, Any]) -> dict[str, Any]:
+    """Have the model compute logits only at positions where some row has a label.
+
+    With a loss on answers alone that is a quarter of them or less, and logits are the largest activation. Labels are
+    (batch, length) token ids, IGNORED where nothing is predicted; "shift_labels" are those of the next token at the
+    positions kept (batch, kept), which "logits_to_keep" lists.
+    """
+    following = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    kept = (following != IGNORED).any(0).nonzero()[:, 0]
+    if not len(kept):  # a batch of fillers: one position without a label, so that every rank runs every module
+        kept = kept.new_zeros(1)
+    return {**batch, "shift_labels": following[:, kept], "logits_to_keep": kept}
 
 
 class StepCallback(TrainerCallback):

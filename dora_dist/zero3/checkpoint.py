@@ -34,6 +34,7 @@ def save_checkpoint(
     *,
     spec: AdapterSpec,
     base_model: str,
+    revision: str | None = None,
     fields: dict[str, Any],
     trainer_state: dict[str, Any],
 ) -> None:
@@ -49,7 +50,7 @@ def save_checkpoint(
         try:
             with new_folder(folder, overwrite=True) as partial:
                 masters = _write_state(partial / run_folder.STATE, model, state)
-                adapter = _peft_adapter(model, masters, spec, base_model)
+                adapter = _peft_adapter(model, masters, spec, base_model, revision)
                 write_peft_folder(partial / run_folder.ADAPTER, adapter)
                 (partial / run_folder.TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
                 identity = {"optimizer_steps": count, "model": _identity(model), "adapter": asdict(spec)}
@@ -122,7 +123,9 @@ def _write_state(path: Path, model: nn.Module, state: Iterator[tuple[str, str, T
     return masters
 
 
-def _peft_adapter(model: nn.Module, masters: dict[str, Tensor], spec: AdapterSpec, base_model: str) -> PeftAdapter:
+def _peft_adapter(
+    model: nn.Module, masters: dict[str, Tensor], spec: AdapterSpec, base_model: str, revision: str | None
+) -> PeftAdapter:
     layers = {name: _peft_layer(name, layer, masters) for name, layer in adapted_layers(model).items()}
     return PeftAdapter(
         base_model=base_model,
@@ -131,6 +134,7 @@ def _peft_adapter(model: nn.Module, masters: dict[str, Tensor], spec: AdapterSpe
         dropout=spec.dropout,
         use_dora=spec.weight_decomposed,
         layers=layers,
+        revision=revision,
     )
 
 

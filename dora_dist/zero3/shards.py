@@ -6,15 +6,16 @@ nothing but padding. A trainable parameter exists up to three times: the optimiz
 low-precision shard, and, for small ("persistent") parameters, a resident whole copy.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import comm as dist
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
+from deepspeed.runtime.zero.partition_parameters import MultipleAllGatherHandles, ZeroParamStatus, free_param
 from deepspeed.runtime.zero.utils import is_zero_param
 from deepspeed.utils import (
     safe_get_local_fp32_param,
@@ -65,6 +66,8 @@ class ShardedPlacement:
         sharded.ds_tensor = shard
         sharded.ds_numel_aligned = length * world
         free_param(sharded)
+        if world > 1 and torch.distributed.get_backend(sharded.ds_process_group) == "gloo":
+            sharded.all_gather_coalesced = _in_place(sharded.all_gather_coalesced)
         return sharded
 
     def assign(self, parameter: nn.Parameter, values: Tensor) -> None:
@@ -117,6 +120,64 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[int]:
         received += (p.ds_numel - (local_range(p)[1] - local_range(p)[0])) * p.element_size()
     with deepspeed.zero.GatheredParameters(away, enabled=bool(away)):
         yield received
+
+
+# --- gathering on gloo --------------------------------------------------------------------------------------------
+
+IN_PLACE_BYTES = 2**20
+"""Smaller parameters stay in the engine's bucket: one collective for all of them."""
+
+
+def _in_place(coalesced: Callable[..., Any]) -> Callable[..., Any]:
+    """The engine's coalesced gather, with large parameters received where they will be used.
+
+    Over gloo the engine fills a bucket, gloo another one inside, and torch.cat copies every parameter out of it: on
+    a CPU the page faults of these buffers cost more than the transfer. NCCL gathers in place already.
+    """
+
+    def gather(params: Iterable[nn.Parameter], safe_mode: bool = False, quantize: bool = False) -> Any:
+        ordered = sorted(params, key=lambda p: p.ds_id)
+        large = [p for p in ordered if _is_large(p)]
+        if quantize or not large:
+            return coalesced(ordered, safe_mode=safe_mode, quantize=quantize)
+        handles = [_InPlaceGather(large)]
+        if small := [p for p in ordered if not _is_large(p)]:
+            handles.append(coalesced(small, safe_mode=safe_mode))
+        return MultipleAllGatherHandles(handles)
+
+    return gather
+
+
+def _is_large(parameter: nn.Parameter) -> bool:
+    size = parameter.ds_numel * parameter.ds_tensor.element_size()
+    return parameter.ds_secondary_tensor is None and size >= IN_PLACE_BYTES
+
+
+class _InPlaceGather:
+    """A gather in flight, in the engine's own form: every rank broadcasts its shard into place."""
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        self._wholes: list[tuple[nn.Parameter, Tensor]] = []
+        self._works = []
+        for p in params:
+            assert p.ds_status is ZeroParamStatus.NOT_AVAILABLE
+            p.ds_status = ZeroParamStatus.INFLIGHT
+            whole = p.ds_tensor.new_empty(p.ds_tensor.ds_numel * p.ds_zero_partition_world_size)
+            for rank, part in enumerate(whole.split(p.ds_tensor.ds_numel)):
+                if rank == p.ds_zero_partition_rank:
+                    part.copy_(p.ds_tensor)
+                source = dist.get_global_rank(p.ds_process_group, rank)
+                self._works.append(dist.broadcast(part, source, group=p.ds_process_group, async_op=True))
+            self._wholes.append((p, whole))
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        """Make the parameters available; called by the engine, more than once."""
+        for work in self._works:
+            work.wait()
+        for p, whole in self._wholes:
+            p.data = whole[: p.ds_numel].view(p.ds_shape)
+            p.ds_status = ZeroParamStatus.AVAILABLE
+        self._works, self._wholes = [], []
 
 
 # --- what an optimizer holds of a trainable parameter -------------------------------------------------------------
