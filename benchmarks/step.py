@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import rank_main
-from models import write_base
-from report import summary, table, write_plot
-from settings import VARIANTS, Settings, parse
+from stepbench.measure import rank_main
+from stepbench.models import write_base
+from stepbench.report import summary, table, write_plot
+from stepbench.settings import VARIANTS, Settings, parse
 from tqdm import tqdm
 
 

@@ -40,7 +40,7 @@ def archive(tmp_path: Path) -> Path:
 def folder(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(quickstart, "HELD_OUT", 100)
     monkeypatch.setattr(quickstart, "TRAIN", {"socialiqa": 200, "sarcasm": 150})
-    quickstart.build_data(archive, tmp_path / "data")
+    quickstart.build_data(archive, tmp_path / "data", ["socialiqa", "sarcasm"])
     return tmp_path / "data"
 
 
@@ -69,7 +69,7 @@ def test_held_out_questions_are_never_trained_on(folder: Path) -> None:
 
 def test_the_data_are_the_same_every_time(folder: Path, archive: Path) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    quickstart.build_data(archive, folder)
+    quickstart.build_data(archive, folder, ["socialiqa", "sarcasm"])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from settings import VARIANTS, Settings
+from stepbench.settings import VARIANTS, Settings
 
 REFERENCES = ("peft-lora", "peft-dora")
 
@@ -21,7 +21,7 @@ def summary(results: dict[str, list[list[dict[str, Any]]]], settings: Settings) 
     return {
         "settings": settings.as_dict(),
         "deepspeed_config": settings.deepspeed_config(),
-        "device": _device(next(iter(results.values()))[0][0]["device"]),
+        "device": next(iter(results.values()))[0][0]["device"],
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
@@ -60,19 +60,6 @@ def _variant(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
         "first_loss": statistics.mean(rank["losses"][0] for rank in first),
         "losses": [statistics.mean(step) for step in zip(*(rank["losses"] for rank in first), strict=True)],
     }
-
-
-def _device(name: str) -> str:
-    if name != "cpu":
-        from deepspeed.accelerator import get_accelerator
-
-        return get_accelerator().get_device_name(0) if hasattr(get_accelerator(), "get_device_name") else name
-    cpu = Path("/proc/cpuinfo")
-    if cpu.exists():
-        models = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if "model name" in line]
-        if models:
-            return f"{len(models)} x {models[0]}"
-    return platform.processor() or platform.machine()
 
 
 def table(report: dict[str, Any]) -> str:

@@ -5,19 +5,24 @@ import logging
 import os
 import resource
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from settings import Settings
+
+from stepbench.settings import Settings
 
 
 def rank_main(rank: int, variant: str, base: Path, settings: Settings, folder: Path, profile: bool) -> None:
     """Measure `variant` as one of `settings.ranks` ranks; writes `folder`/<rank>.json."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     size = str(settings.ranks)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # never bound: the file store is the meeting point
@@ -40,6 +45,14 @@ def rank_main(rank: int, variant: str, base: Path, settings: Settings, folder: P
     dist.destroy_process_group()
 
 
+def _end_with_parent() -> None:
+    """A benchmark that is ended leaves no rank behind that would go on computing."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
@@ -54,7 +67,8 @@ class Run:
     def __init__(self, variant: str, base: Path, settings: Settings) -> None:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
-        from models import build, unsharded
+
+        from stepbench.models import build, unsharded
 
         self.settings, self.accelerator = settings, get_accelerator()
         model, self.norms = build(variant, base, settings)
@@ -84,6 +98,7 @@ class Run:
         refresh_bytes = (self.norms.bytes_received if self.norms else 0) - refresh_bytes
         on_gpu = self.accelerator.device_name() != "cpu"
         return {
+            "device": device_description(),
             "seconds": [wall for wall, _ in measured],
             "cpu_seconds": [cpu for _, cpu in measured],
             "losses": self.losses,
@@ -95,7 +110,6 @@ class Run:
             "collectives": dict(received.calls),
             "norm_refresh_seconds": refresh,
             "norm_refresh_bytes": refresh_bytes,
-            "device": self.accelerator.device_name(),
         }
 
     def step(self) -> tuple[float, float]:
@@ -191,6 +205,18 @@ def peak_rss() -> int:
 
 def reset_peak_rss() -> None:
     """Start the peak anew at what is resident now (Linux)."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def device_description() -> str:
+    """The accelerator's name, or how many cores of which processor."""
+    from deepspeed.accelerator import get_accelerator
+
+    name = get_accelerator().device_name()
+    if name != "cpu":
+        return torch.get_device_module(name).get_device_name()
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "processor")
+    return f"{os.cpu_count()} cores of {model}"

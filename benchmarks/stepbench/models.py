@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from settings import TARGETS, Settings
 from torch import nn
+
+from stepbench.settings import TARGETS, Settings
 
 
 def write_base(folder: Path, settings: Settings) -> None:

@@ -1,0 +1,110 @@
+"""benchmarks/step.py as a user types it, scaled down. Nothing about time is asserted."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HIDDEN, FFN, LAYERS, R = 64, 96, 2, 4
+SIZES = f"--hidden {HIDDEN} --ffn {FFN} --heads 4 --layers {LAYERS} --tokens 32 --r {R} --vocab 50"
+# Adapters and norms stay resident, weights are sharded: at this width the engine's own threshold keeps all.
+SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 1000}}
+SHAPES = [(HIDDEN, HIDDEN)] * 4 + [(FFN, HIDDEN)] * 2 + [(HIDDEN, FFN)]
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "step.py"), *SIZES.split(), "--engine", json.dumps(SHARDED), *flags],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("benchmark")
+    done = run("--rounds", "1", "--warmup", "2", "--steps", "2", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    assert "this project, DoRA" in done.stdout
+    assert (output / "step.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((output / "step.json").read_text())
+
+
+def test_all_variants_train_the_same_model(report: dict[str, Any]) -> None:
+    variants = report["variants"]
+    assert list(variants) == ["dora", "lora", "none", "peft-lora", "peft-dora"]
+    for entry in variants.values():
+        assert len(entry["seconds"]) == 2
+        assert len(entry["losses"]) == 2 + 2 + 1  # warm-up, measured, the one with bytes counted
+        assert all(math.isfinite(loss) for loss in entry["losses"])
+        assert entry["first_loss"] == pytest.approx(variants["none"]["first_loss"], rel=2**-8)
+        assert entry["peak_rss_bytes"] >= entry["peak_rss_steps_bytes"] > 0
+
+
+def test_our_adapters_have_the_sizes_of_pefts(report: dict[str, Any]) -> None:
+    trainable = {name: entry["trainable"] for name, entry in report["variants"].items()}
+    factors = LAYERS * sum(R * (out + into) for out, into in SHAPES)
+    magnitudes = LAYERS * sum(out for out, _ in SHAPES)
+    assert trainable["lora"] == trainable["peft-lora"] == factors
+    assert trainable["dora"] == trainable["peft-dora"] == factors + magnitudes
+    assert trainable["none"] == HIDDEN
+
+
+def test_bytes_are_counted(report: dict[str, Any]) -> None:
+    """With recompute each weight is gathered two or three times a step; a rank of two receives half of it."""
+    weights = LAYERS * sum(out * into for out, into in SHAPES)
+    for entry in report["variants"].values():
+        gathered = entry["received_bytes_by_kind"]["all_gather_into_tensor"]
+        assert 2 * weights <= gathered <= 3.5 * weights  # bf16: a weight's half is as many bytes as its elements
+    rows = LAYERS * sum(out for out, _ in SHAPES)
+    norm_bytes = {name: entry["norm_refresh_bytes"] for name, entry in report["variants"].items()}
+    assert norm_bytes == {"dora": 4 * rows, "lora": 0, "none": 0, "peft-lora": 0, "peft-dora": 0}
+
+
+def test_variants_of_different_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from step import check_first_losses
+
+    check_first_losses({"variants": {"dora": {"first_loss": 7.0}, "lora": {"first_loss": 7.01}}})
+    with pytest.raises(SystemExit, match="do not compute the same model"):
+        check_first_losses({"variants": {"dora": {"first_loss": 7.0}, "lora": {"first_loss": 7.1}}})
+
+
+def test_summary_takes_medians_over_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from stepbench.report import summary
+    from stepbench.settings import Settings
+
+    def ranks(seconds: list[float], peak: int) -> list[dict[str, Any]]:
+        common = {"device": "test", "losses": [1.0], "trainable": 1, "received_bytes": {"all_reduce": 3}}
+        peaks = {"peak_rss_bytes": peak, "peak_rss_steps_bytes": peak, "peak_device_bytes": None}
+        refresh = {"norm_refresh_seconds": 0.5, "norm_refresh_bytes": 7, "collectives": {"all_reduce": 1}}
+        return [{**common, **peaks, **refresh, "seconds": seconds, "cpu_seconds": seconds}]
+
+    results = {
+        "dora": [ranks([2.0, 4.0], 10), ranks([6.0], 30)],
+        "peft-lora": [ranks([5.0, 5.0], 20), ranks([50.0], 20)],
+    }
+    variants = summary(results, Settings())["variants"]
+    assert variants["dora"]["median_seconds"] == 4.0
+    assert variants["dora"]["min_seconds"] == 2.0
+    assert variants["dora"]["ratios"] == {"peft-lora": 0.8}
+    assert variants["dora"]["peak_rss_bytes"] == 30
+    assert variants["dora"]["norm_refresh_share"] == 0.125
+
+
+def test_profile_prints_the_operations() -> None:
+    done = run("--profile", "dora", "--warmup", "1")
+    assert done.returncode == 0, done.stderr
+    assert "aten::mm" in done.stdout
+    assert "_DoraFunction" in done.stdout
