@@ -44,7 +44,7 @@ class DoraTrainer(Trainer):
         self.run, self.config, self.spec, self.data, self.world = run, config, spec, data, world
         self.run_dir = Path(config.checkpoint.run_dir)
         self.tokens_seen = 0
-        self._collator = Collator(pad_token_id=tokenizer.pad_token_id)
+        self._collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of=8)  # few shapes: fewer kernels to build
         self._suspect: dict[str, Any] | None = None
         super().__init__(
             model=run.model,
