@@ -1,7 +1,9 @@
 """Sharded loading: every rank reads its own bytes, holds its own share, and all ranks refuse a broken base alike."""
 
 import json
+import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,17 @@ def logits(bases: list[tuple[str, str]]) -> list[torch.Tensor]:
     return found
 
 
+@pytest.fixture
+def threads_of_a_rank(world_size: int) -> Iterator[None]:
+    """As many threads here as a rank has: the bits of an fp32 product depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.usefixtures("threads_of_a_rank")
 def test_step_0_logits_are_the_base_models_bit_for_bit(world_size: int, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -103,7 +115,7 @@ def test_a_rank_reads_and_holds_its_share(world_size: int, tmp_path: Path) -> No
     }
     base = toy.base_model(tmp_path / "big", torch.float32, vocab_size=32000, **sizes)
     size = (base / "model.safetensors").stat().st_size
-    assert size > 500e6
+    assert size > 450e6  # large beside what is allowed on top of a share
     for rank in run_ranks(load_and_measure, world_size, str(base)):
         assert rank["read"] <= size / world_size + MIB
         assert rank["grown"] <= size / world_size + 300e6
