@@ -67,10 +67,13 @@ class Run:
     def __init__(self, variant: str, base: Path, settings: Settings) -> None:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
+        from transformers.integrations import HfDeepSpeedConfig
 
         from stepbench.models import build, unsharded
 
         self.settings, self.accelerator = settings, get_accelerator()
+        # As under HF Trainer: while it lives, from_pretrained makes shards and PEFT gathers what it reads.
+        self.zero3_enabled = HfDeepSpeedConfig(settings.deepspeed_config())
         model, self.norms = build(variant, base, settings)
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.trainable = sum(getattr(p, "ds_numel", p.numel()) for p in trainable)

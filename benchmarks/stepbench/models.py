@@ -49,7 +49,7 @@ def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
     if variant in ("dora", "lora"):
         model, norms = _ours(variant == "dora", base, settings)
     else:
-        model, norms = _hugging_face(base, settings), None
+        model, norms = _hugging_face(base), None
         if variant == "none":
             model.requires_grad_(False)
             model.model.norm.weight.requires_grad_(True)  # an engine needs something to train: 4096 numbers
@@ -74,14 +74,10 @@ def _ours(weight_decomposed: bool, base: Path, settings: Settings) -> tuple[nn.M
     return adapted.model, adapted.norms
 
 
-def _hugging_face(base: Path, settings: Settings) -> nn.Module:
+def _hugging_face(base: Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
 
-    alive = HfDeepSpeedConfig(settings.deepspeed_config())  # from_pretrained looks for it: shards from the start
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa")
-    del alive
-    return model
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa")
 
 
 def _peft(model: nn.Module, use_dora: bool, settings: Settings) -> nn.Module:
