@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HIDDEN, FFN, LAYERS, R = 64, 96, 2, 4
 SIZES = f"--hidden {HIDDEN} --ffn {FFN} --heads 4 --layers {LAYERS} --tokens 32 --r {R} --vocab 50"
-# Adapters and norms stay resident, weights are sharded: at this width the engine's own threshold keeps all.
-SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 1000}}
+# At this width the engine would keep every weight resident, or fetch the whole model ahead of its first use.
+SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 1000, "stage3_prefetch_bucket_size": 0}}
 SHAPES = [(HIDDEN, HIDDEN)] * 4 + [(FFN, HIDDEN)] * 2 + [(HIDDEN, FFN)]
 
 
