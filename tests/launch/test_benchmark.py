@@ -61,11 +61,15 @@ def test_our_adapters_have_the_sizes_of_pefts(report: dict[str, Any]) -> None:
 
 
 def test_bytes_are_counted(report: dict[str, Any]) -> None:
-    """With recompute each weight is gathered two or three times a step; a rank of two receives half of it."""
+    """A weight is gathered three times a step with recompute, PEFT's DoRA does it twice more for its norms.
+
+    A rank of two receives half of each: in bf16 as many bytes as the weight has elements.
+    """
     weights = LAYERS * sum(out * into for out, into in SHAPES)
-    for entry in report["variants"].values():
-        gathered = entry["received_bytes_by_kind"]["all_gather_into_tensor"]
-        assert 2 * weights <= gathered <= 3.5 * weights  # bf16: a weight's half is as many bytes as its elements
+    for name, entry in report["variants"].items():
+        times = entry["received_bytes_by_kind"]["all_gather_into_tensor"] / weights
+        expected = 5 if name == "peft-dora" else 3
+        assert expected <= times <= expected + 0.5, name  # the rest: adapters, embedding, head
     rows = LAYERS * sum(out for out, _ in SHAPES)
     norm_bytes = {name: entry["norm_refresh_bytes"] for name, entry in report["variants"].items()}
     assert norm_bytes == {"dora": 4 * rows, "lora": 0, "none": 0, "peft-lora": 0, "peft-dora": 0}
