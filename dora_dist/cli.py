@@ -214,7 +214,13 @@ def _declare_evaluate(commands: Commands) -> None:
         type=_task,
         required=True,
         metavar="NAME=FILE",
-        help="records in the instruction format",
+        help="records in the format that --format names",
+    )
+    command.add_argument(
+        "--format",
+        choices=("instruction", "alpaca", "completion"),
+        default="instruction",
+        help="how the records become prompts, as data.format says in training (%(default)s)",
     )
     command.add_argument(
         "--mode",
@@ -251,6 +257,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.model,
         tasks,
         mode=options.mode,
+        format=options.format,
         batch_size=options.batch_size,
         num_beams=options.num_beams,
         max_new_tokens=options.max_new_tokens,

@@ -1,4 +1,4 @@
-"""The quickstart (`make demo`): a real language model learns Social IQa with DoRA on two ZeRO-3 ranks.
+"""The quickstart (`make demo`): a real language model learns a task with DoRA on two ZeRO-3 ranks.
 
 Everything it fetches and makes is under runs/quickstart/. Archives and the converted base model are kept for
 the next time; training and what follows from it are done anew.
@@ -38,8 +38,8 @@ MEMBERS = {
 HELD_OUT = 400  # questions of each task that training never sees
 TRAIN = {
     "socialiqa": 1600,
-    "sarcasm": 3600,
-}  # samples of one epoch; the first task alone takes seven minutes on 2 cores
+    "sarcasm": 2800,
+}  # samples of one epoch: about five minutes of training each on 2 cores
 CHANCE = {"socialiqa": 1 / 3, "sarcasm": 1 / 2}
 SEED = 0
 
@@ -86,7 +86,7 @@ def import_base(archive: Path) -> None:
 
 
 def build_data(archive: Path, folder: Path, tasks: list[str]) -> None:
-    """Write folder / train.jsonl and one file of held-out questions per task, in the instruction format."""
+    """Write folder / train.jsonl and one file of held-out questions per task, as prompt and completion."""
     train: list[Record] = []
     for task in tasks:
         lines = extract_member(archive, MEMBERS[task], folder.parent / "cache").read_text().splitlines()
@@ -100,7 +100,7 @@ def build_data(archive: Path, folder: Path, tasks: list[str]) -> None:
 
 
 def parse(task: str, samples: Iterator[dict[str, Any]]) -> Iterator[Record]:
-    """Chat samples as instruction records with "choices"; each question once, so none is on both sides."""
+    """Chat samples as prompt and completion with "choices"; each question once, so none is on both sides."""
     seen: set[str] = set()
     for sample in samples:
         text, ideal = sample["input"][-1]["content"].strip(), sample["ideal"]
@@ -108,20 +108,14 @@ def parse(task: str, samples: Iterator[dict[str, Any]]) -> Iterator[Record]:
             # "Story. Question? A: one; B: two; C: three."
             match = re.fullmatch(r"(?s)(.+?) A: (.+); B: (.+); C: (.+?)\.?", text)
             assert match is not None, text
-            instruction, *choices = match.groups()
-            answer = choices["ABC".index(ideal)]
+            question, *choices = (f" {part}" for part in match.groups())
+            prompt, answer = f"Question: {text}\nAnswer:", choices["ABC".index(ideal)]
         else:
-            instruction, choices = f"Is this headline sarcastic? {text}", ["no", "yes"]
-            answer = choices[int(ideal)]
-        if instruction.lower() not in seen and len(set(choices)) == len(choices):
-            seen.add(instruction.lower())
-            yield {
-                "task": task,
-                "instruction": instruction,
-                "input": "",
-                "output": answer,
-                "choices": choices,
-            }
+            question, choices = text, [" no", " yes"]
+            prompt, answer = f"Headline: {text}\nSarcastic?", choices[int(ideal)]
+        if question.lower() not in seen and len(set(choices)) == len(choices):
+            seen.add(question.lower())
+            yield {"task": task, "prompt": prompt, "completion": answer, "choices": choices}
 
 
 def write_jsonl(path: Path, records: list[Record]) -> None:
@@ -147,7 +141,19 @@ def evaluate(name: str, path: Path, tasks: list[str]) -> dict[str, float]:
     """Accuracy by answer likelihood on the held-out questions of each task."""
     output = FOLDER / "evaluation" / f"{name.replace(' ', '-')}.json"
     files = [f"{task}={FOLDER / 'data' / task}.jsonl" for task in tasks]
-    run("dora-dist", "evaluate", path, "--tasks", *files, "--mode", "likelihood", "--output", output)
+    run(
+        "dora-dist",
+        "evaluate",
+        path,
+        "--tasks",
+        *files,
+        "--mode",
+        "likelihood",
+        "--format",
+        "completion",
+        "--output",
+        output,
+    )
     return {task: result["accuracy"] for task, result in json.loads(output.read_text())["tasks"].items()}
 
 
@@ -204,8 +210,8 @@ if __name__ == "__main__":
         "--tasks",
         nargs="+",
         choices=list(MEMBERS),
-        default=["socialiqa"],
-        help="what to learn and to measure (default: socialiqa; sarcasm takes fifteen minutes more on 2 cores)",
+        default=["sarcasm"],
+        help="what to learn and to measure (default: sarcasm)",
     )
     options = parser.parse_args()
     set_environment()

@@ -87,9 +87,10 @@ class DataConfig(Section):
         ge=0,
         description="Records held out from the training data for validation when there is no validation file",
     )
-    format: Literal["instruction", "alpaca", "messages"] = Field(
+    format: Literal["instruction", "alpaca", "completion", "messages"] = Field(
         default="instruction",
-        description="Records: instruction (the paper's prompt), alpaca, or messages (the chat template)",
+        description="Records: instruction (the paper's prompt), alpaca, completion (prompt and completion as they "
+        "are), or messages (the chat template)",
     )
     loss_on: Literal["all", "answer"] = Field(
         default="all",

@@ -93,6 +93,10 @@ def _alpaca_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, s
     return answered(template.format(instruction=record["instruction"], input=text), record["output"])
 
 
+def _completion_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
+    return answered(record["prompt"], record["completion"])
+
+
 def _messages_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
     """The conversation under the tokenizer's chat template; assistant turns are the answers.
 
@@ -150,5 +154,13 @@ Format = Callable[[dict[str, Any], "PreTrainedTokenizerFast", bool], Rendered]
 FORMATS: dict[str, Format] = {
     "instruction": _instruction_format,
     "alpaca": _alpaca_format,
+    "completion": _completion_format,
     "messages": _messages_format,
 }
+ANSWER_FIELDS = {"instruction": "output", "alpaca": "output", "completion": "completion"}
+"""Where a record of each single-answer format holds its answer."""
+
+
+def candidate(record: dict[str, Any], format: str, answer: str, tokenizer: PreTrainedTokenizerFast) -> Rendered:
+    """The record as training would see it, had it this answer."""
+    return FORMATS[format]({**record, ANSWER_FIELDS[format]: answer}, tokenizer, True)

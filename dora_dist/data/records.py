@@ -17,6 +17,7 @@ SUFFIXES = (".json", ".jsonl", ".parquet")
 FIELDS: dict[str, dict[str, type]] = {
     "instruction": {"instruction": str, "output": str},
     "alpaca": {"instruction": str, "output": str},
+    "completion": {"prompt": str, "completion": str},
     "messages": {"messages": list},
 }
 TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list"}
@@ -28,7 +29,7 @@ def load_records(sources: Sequence[str | Path], format: str) -> list[Record]:
     Args:
         sources: .json (one list of objects), .jsonl (one object a line, blank lines passed over),
             .parquet, or a hub data set's name, of which the split "train" is taken.
-        format: "instruction", "alpaca" or "messages".
+        format: a name in FIELDS.
 
     Raises UserError, naming the source and the line or the record (both counted from 1), for a missing or
     empty file, malformed JSON, something that is not a record, or a record that lacks a needed field.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dora_dist.data.dataset import encode
-from dora_dist.data.formats import answered, training_prompt
+from dora_dist.data.formats import Rendered
 from dora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ class Row:
 def candidate_log_probs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    questions: Sequence[tuple[dict[str, Any], list[str]]],
+    questions: Sequence[Sequence[Rendered]],
     *,
     batch_size: int,
     mean: bool = False,
     advance: Callable[[int], object] = lambda rows: None,
 ) -> list[list[float]]:
-    """For each (record, candidates): the log-probability of every candidate after the training prompt.
+    """For each question, the log-probability of every candidate after the prompt that they share.
 
     The sum over the candidate's tokens (or, with `mean`, their average) of log p(token | all before it). The
     end of sequence is not scored. A candidate's tokens are those that answer-only training puts its loss on;
@@ -55,12 +55,12 @@ def candidate_log_probs(
     that what is compared is always the probability of whole texts. Batches are of `batch_size` sequences of
     similar length. `advance` is called with the number of questions finished, as they are.
     """
-    rows = [_row(tokenizer, i, record, choices) for i, (record, choices) in enumerate(questions)]
+    rows = [_row(tokenizer, i, candidates) for i, candidates in enumerate(questions)]
     shared = _shares_prompts(model, max(map(len, rows), default=0))
     if not shared:
         rows = [Row(r.question, i, r.prefix, [branch]) for r in rows for i, branch in enumerate(r.branches)]
-    scores = [[0.0] * len(choices) for _, choices in questions]
-    left = [len(choices) for _, choices in questions]
+    scores = [[0.0] * len(candidates) for candidates in questions]
+    left = [len(candidates) for candidates in questions]
     rows.sort(key=len, reverse=True)  # longest first: if memory is short, it shows at once
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
@@ -73,9 +73,8 @@ def candidate_log_probs(
     return scores
 
 
-def _row(tokenizer: PreTrainedTokenizerFast, question: int, record: dict[str, Any], choices: list[str]) -> Row:
-    prompt = training_prompt(record)
-    encoded = encode(tokenizer, [answered(prompt, choice) for choice in choices])
+def _row(tokenizer: PreTrainedTokenizerFast, question: int, candidates: Sequence[Rendered]) -> Row:
+    encoded = encode(tokenizer, candidates)
     ids = [tokens[:-1] for tokens, _ in encoded]  # without the end of sequence
     first_answer = min(answer.index(True) for _, answer in encoded)
     common = 0
@@ -83,7 +82,8 @@ def _row(tokenizer: PreTrainedTokenizerFast, question: int, record: dict[str, An
         common += 1
     branches = [tokens[common:] for tokens in ids]
     if not all(branches):
-        raise UserError(f"the tokenizer makes no token of candidate {choices[branches.index([])]!r}")
+        empty = candidates[branches.index([])]
+        raise UserError(f"the tokenizer makes no token of candidate {empty.text[empty.answers[0][0] :]!r}")
     return Row(question, 0, ids[0][:common], branches)
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.data.formats import generation_prompt
-from dora_dist.data.records import Record, read_records
+from dora_dist.data.formats import ANSWER_FIELDS, candidate, generation_prompt
+from dora_dist.data.records import FIELDS, Record, read_records
 from dora_dist.errors import UserError
 from dora_dist.evaluation.tasks import candidates, gold_label, paper_task
 
@@ -40,24 +40,26 @@ def score_task(
     task: str,
     *,
     mode: str = "generate",
+    format: str = "instruction",
     batch_size: int = 8,
     num_beams: int = 4,
     max_new_tokens: int = 32,
     normalise: str = "sum",
     progress: bool = True,
 ) -> TaskScore:
-    """Accuracy of a model on records of the instruction format; the model is left in the mode it came in.
+    """Accuracy of a model on the records of a task; the model is left in the mode it came in.
 
     "generate": the paper's way, for its eight tasks. The model continues the evaluation prompt; the first
     label after the last "### Response:" must equal "answer"; text with no label counts as wrong.
-    "likelihood": the most probable of the record's candidates (`tasks.candidates`) after the TRAINING prompt;
+    "likelihood": the most probable of the record's candidates (`tasks.candidates`) after the TRAINING prompt of
+    `format` ("instruction", "alpaca" or "completion");
     `normalise` "sum" compares the probability of whole answers, "mean" that of their average token.
 
     Raises UserError for an unknown mode or task, and for a record that does not fit, which it names by
     number.
     """
-    _check(mode, batch_size, normalise)
-    prepared = [_prepared(f"record {i}", task, record, mode) for i, record in enumerate(records, start=1)]
+    _check(mode, format, batch_size, normalise)
+    prepared = [_prepared(f"record {i}", task, record, mode, format) for i, record in enumerate(records, start=1)]
     choices, gold = [texts for texts, _ in prepared], [texts[right] for texts, right in prepared]
     if not records:
         raise UserError(f'task "{task}" has no records to score')
@@ -79,7 +81,10 @@ def score_task(
                 outputs = generate_texts(model, tokenizer, records, **work)
                 predictions = [paper_task(task).find(text) for text in outputs]
             else:
-                questions = list(zip(records, choices, strict=True))
+                questions = [
+                    [candidate(record, format, text, tokenizer) for text in texts]
+                    for record, texts in zip(records, choices, strict=True)
+                ]
                 mean = normalise == "mean"
                 scores = candidate_log_probs(model, tokenizer, questions, mean=mean, **work)
                 predictions = [texts[_argmax(row)] for texts, row in zip(choices, scores, strict=True)]
@@ -94,6 +99,7 @@ def evaluate(
     tasks: Mapping[str, str | Path],
     *,
     mode: str = "generate",
+    format: str = "instruction",
     batch_size: int = 8,
     num_beams: int = 4,
     max_new_tokens: int = 32,
@@ -107,7 +113,7 @@ def evaluate(
     result.
 
     Args:
-        tasks: name -> file in the instruction format. The paper's eight names need "answer" in every record;
+        tasks: name -> file with records of `format`. The paper's eight names need "answer" in every record;
             any other name needs "choices" and mode "likelihood".
         limit: only the first so many records of each file.
         output: where to write the result as JSON, too.
@@ -116,10 +122,10 @@ def evaluate(
     {name: {"file", "accuracy", "correct", "total", "without_answer", "seconds"}}, "average" (of the
     accuracies), "load_seconds", "seconds"}. Raises UserError as `score_task` does, naming the file.
     """
-    _check(mode, batch_size, normalise)
+    _check(mode, format, batch_size, normalise)
     if not tasks:
         raise UserError("no task to evaluate; give at least one, as name and file")
-    records = {name: _read(name, str(file), mode, limit) for name, file in tasks.items()}
+    records = {name: _read(name, str(file), mode, format, limit) for name, file in tasks.items()}
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
 
@@ -132,7 +138,7 @@ def evaluate(
     if mode == "generate":
         settings |= {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
     else:
-        settings |= {"normalise": normalise}
+        settings |= {"format": format, "normalise": normalise}
     results: dict[str, dict[str, Any]] = {}
     for name in tasks:
         began = time.perf_counter()
@@ -169,27 +175,33 @@ def as_table(result: Mapping[str, Any]) -> str:
     return "\n".join(f"{a:<{width}}  {b:>8}  {c:>8}  {d:>8}".rstrip() for a, b, c, d in rows)
 
 
-def _check(mode: str, batch_size: int, normalise: str) -> None:
+def _check(mode: str, format: str, batch_size: int, normalise: str) -> None:
     if mode not in MODES:
         raise UserError(f'mode {mode!r} is unknown; it is "generate" (the paper\'s) or "likelihood"')
+    if format not in ANSWER_FIELDS:
+        raise UserError(f"format {format!r} has no candidates to compare; give one of {', '.join(ANSWER_FIELDS)}")
+    if mode == "generate" and format != "instruction":
+        raise UserError(f'format {format!r}: the paper\'s way, mode "generate", is for "instruction" records only')
     if normalise not in ("sum", "mean"):
         raise UserError(f'normalise {normalise!r} is unknown; it is "sum" or "mean"')
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
 
 
-def _read(task: str, file: str, mode: str, limit: int | None) -> list[Record]:
+def _read(task: str, file: str, mode: str, format: str, limit: int | None) -> list[Record]:
     """The task's records, each one checked, so that nothing is wrong with them once the model is loaded."""
-    located = list(read_records([file], {"instruction": str}))[:limit]
+    needed = {field: kind for field, kind in FIELDS[format].items() if field != ANSWER_FIELDS[format]}
+    located = list(read_records([file], needed))[:limit]
     for place, record in located:
-        _prepared(place, task, record, mode)
+        _prepared(place, task, record, mode, format)
     return [record for _, record in located]
 
 
-def _prepared(place: str, task: str, record: Record, mode: str) -> tuple[list[str], int]:
+def _prepared(place: str, task: str, record: Record, mode: str, format: str) -> tuple[list[str], int]:
     """The candidates and which of them is right; for generation, the right label alone."""
     try:
-        generation_prompt(record)  # refuses what no prompt of this format can hold
+        if format == "instruction":
+            generation_prompt(record)  # refuses what no prompt of this format can hold
         return ([gold_label(paper_task(task), record)], 0) if mode == "generate" else candidates(task, record)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error

@@ -72,7 +72,7 @@ def gold_label(task: Task, record: dict[str, Any]) -> str:
 def candidates(name: str, record: dict[str, Any]) -> tuple[list[str], int]:
     """The completions to compare for one record, and the position of the right one.
 
-    These are the record's "choices", the right one being equal to "output" or else to "answer"; without
+    These are the record's "choices", the right one being equal to "output", "completion" or "answer"; without
     choices, "the correct answer is X" for each of the paper's labels, of which only those that the
     instruction's "Answer format: X/Y/Z" names where there is one. Raises UserError if that gives no right
     candidate.
@@ -81,17 +81,17 @@ def candidates(name: str, record: dict[str, Any]) -> tuple[list[str], int]:
     if choices is None:
         task = paper_task(name)
         gold = gold_label(task, record)
-        offered = re.search(r"Answer format:\s*(\S+)", record["instruction"])
+        offered = re.search(r"Answer format:\s*(\S+)", record.get("instruction", ""))
         named = offered[1].split("/") if offered else []
         labels = [label for label in task.labels if label in named] or list(task.labels)
         if gold not in labels:
             raise UserError(f'"answer" is {gold!r}, but the instruction offers {"/".join(labels)}')
         return [ANSWER + label for label in labels], labels.index(gold)
     _check_choices(choices)
-    for field in ("output", "answer"):
+    for field in ("output", "completion", "answer"):
         if record.get(field) in choices:
             return choices, choices.index(record[field])
-    raise UserError(f'none of the "choices" {choices} is the record\'s "output" or "answer"')
+    raise UserError(f'none of the "choices" {choices} is the record\'s "output", "completion" or "answer"')
 
 
 def _check_choices(choices: Any) -> None:

@@ -66,8 +66,8 @@ class ShardedPlacement:
         sharded.ds_tensor = shard
         sharded.ds_numel_aligned = length * world
         free_param(sharded)
-        if world > 1 and torch.distributed.get_backend(sharded.ds_process_group) == "gloo":
-            sharded.all_gather_coalesced = _in_place(sharded.all_gather_coalesced)
+        if world > 1:
+            _replace_gathers(sharded)
         return sharded
 
     def assign(self, parameter: nn.Parameter, values: Tensor) -> None:
@@ -122,7 +122,70 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[int]:
         yield received
 
 
-# --- gathering on gloo --------------------------------------------------------------------------------------------
+# --- gathering ----------------------------------------------------------------------------------------------------
+
+
+def _replace_gathers(parameter: nn.Parameter) -> None:
+    """Give a sharded parameter gathers that communicate less often; results and order are the engine's."""
+    engine_gather = parameter.all_gather
+    coalesced = parameter.all_gather_coalesced
+    if torch.distributed.get_backend(parameter.ds_process_group) == "gloo":
+        coalesced = _in_place(coalesced)
+    coalesced = _frozen_once(coalesced)
+
+    def all_gather(param_list: Iterable[nn.Parameter] | None = None, *args: Any, **options: Any) -> None:
+        # The engine's own launches one collective per parameter, also for the hundreds of small ones that it gathers
+        # after every optimizer step.
+        wanted = [parameter] if param_list is None else list(param_list)
+        if not all(_is_plain(p) for p in wanted):
+            engine_gather(wanted, *args, **options)
+        elif away := [p for p in wanted if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]:
+            coalesced(away).wait()
+
+    parameter.all_gather_coalesced, parameter.all_gather = coalesced, all_gather
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Neither quantized for the gather (ZeRO++ qwZ) nor held twice (hpZ)."""
+    return parameter.ds_secondary_tensor is None and not hasattr(parameter.ds_tensor, "ds_quant_scale")
+
+
+def _frozen_once(coalesced: Callable[..., Any]) -> Callable[..., Any]:
+    """A coalesced gather that communicates a persistent frozen parameter once in its life.
+
+    At every optimizer step the engine drops what all parameters hold, and gathers the persistent ones anew, because
+    the step may have changed them. It cannot have changed a frozen one: what came the first time is kept.
+    """
+
+    def gather(params: Iterable[nn.Parameter], **options: Any) -> Any:
+        wanted = list(params)
+        kept = [p for p in wanted if hasattr(p, "kept_whole")]
+        missing = [p for p in wanted if not hasattr(p, "kept_whole")]
+        return _FrozenOnce(coalesced(missing, **options) if missing else None, missing, kept)
+
+    return gather
+
+
+class _FrozenOnce:
+    """A gather in flight, in the engine's own form."""
+
+    def __init__(self, inner: Any, missing: Sequence[nn.Parameter], kept: Sequence[nn.Parameter]) -> None:
+        self._inner, self._missing, self._kept = inner, missing, kept
+        for p in kept:
+            p.ds_status = ZeroParamStatus.INFLIGHT
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        """Make the parameters available; called by the engine, more than once."""
+        if self._inner is not None:
+            self._inner.wait(handle_dependency=handle_dependency)
+        for p in self._missing:
+            if p.ds_persist and not p.requires_grad:
+                p.kept_whole = p.data
+        for p in self._kept:
+            p.data = p.kept_whole
+            p.ds_status = ZeroParamStatus.AVAILABLE
+        self._missing, self._kept = [], []
+
 
 IN_PLACE_BYTES = 2**20
 """Smaller parameters stay in the engine's bucket: one collective for all of them."""
@@ -150,7 +213,7 @@ def _in_place(coalesced: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_large(parameter: nn.Parameter) -> bool:
     size = parameter.ds_numel * parameter.ds_tensor.element_size()
-    return parameter.ds_secondary_tensor is None and size >= IN_PLACE_BYTES
+    return _is_plain(parameter) and size >= IN_PLACE_BYTES
 
 
 class _InPlaceGather:

@@ -152,6 +152,12 @@ def test_the_instruction_format_ends_with_eos_and_masks_the_prompt_on_request(
         assert learnt == (text if loss_on == "all" else record["output"] + "</s>")
 
 
+def test_prompt_and_completion_are_trained_on_as_they_are(tokenizer: Any, tmp_path: Path) -> None:
+    file = write(tmp_path / "train.jsonl", [{"prompt": "is 3 even?", "completion": " false"}])
+    [(text, learnt)] = texts(tokenizer, build(tokenizer, str(file), format="completion", loss_on="answer").train)
+    assert (text, learnt) == ("is 3 even? false</s>", " false</s>")
+
+
 def test_a_token_across_the_border_belongs_to_the_answer(tokenizer: Any) -> None:
     text = tokenizer("is true")["input_ids"]
     assert tokenizer.decode(text[-1:]) == " true"  # it starts with the prompt's last character
@@ -310,7 +316,8 @@ def test_missing_files_folders_and_unknown_names(tmp_path: Path) -> None:
 
 
 def test_every_format_names_its_fields(tmp_path: Path) -> None:
-    needed = {"instruction": '"instruction"', "alpaca": '"instruction"', "messages": '"messages"'}
+    needed = {name: f'"{name}"' for name in ("instruction", "messages")}
+    needed |= {"alpaca": '"instruction"', "completion": '"prompt"'}
     assert set(needed) == set(FORMATS)
     file = write(tmp_path / "a.jsonl", [{"text": "x"}])
     for name, field in needed.items():

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dora_dist.data.formats import generation_prompt, training_prompt
+from dora_dist.data.formats import Rendered, candidate, generation_prompt, training_prompt
 from dora_dist.errors import UserError
 from dora_dist.evaluation import PAPER_TASKS, as_table, evaluate, score_task
 from dora_dist.evaluation.likelihood import candidate_log_probs
@@ -57,6 +57,10 @@ def llama(**options: Any) -> Any:
 # ---------------------------------------------------------------------------------------------- likelihood
 
 
+def rendered(questions: Any) -> list[list[Rendered]]:
+    return [[candidate(record, "instruction", choice, None) for choice in choices] for record, choices in questions]
+
+
 def one_by_one(model: Any, tokenizer: Any, questions: Any) -> list[list[float]]:
     """Each candidate's log p(whole text), less that of the tokens that all the texts begin with."""
     scores = []
@@ -92,7 +96,7 @@ def test_likelihoods_equal_one_candidate_at_a_time(
     model = kind(config(**SIZES, **options)).eval()
     expected = one_by_one(model, tokenizer, QUESTIONS)
     assert len({round(score, 3) for row in expected for score in row}) > 6
-    scores = candidate_log_probs(model, tokenizer, QUESTIONS, batch_size=batch_size)
+    scores = candidate_log_probs(model, tokenizer, rendered(QUESTIONS), batch_size=batch_size)
     for row, wanted in zip(scores, expected, strict=True):
         torch.testing.assert_close(torch.tensor(row), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
 
@@ -103,7 +107,7 @@ def test_families_without_a_shared_prompt_are_scored_alike(tokenizer: Any) -> No
     config = OPTConfig(**sizes, num_attention_heads=4, word_embed_proj_dim=32, init_std=0.3)
     model = OPTForCausalLM(config).eval()
     finished: list[int] = []
-    scores = candidate_log_probs(model, tokenizer, QUESTIONS, batch_size=4, advance=finished.append)
+    scores = candidate_log_probs(model, tokenizer, rendered(QUESTIONS), batch_size=4, advance=finished.append)
     for row, wanted in zip(scores, one_by_one(model, tokenizer, QUESTIONS), strict=True):
         torch.testing.assert_close(torch.tensor(row), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
     assert sum(finished) == len(QUESTIONS)
@@ -112,15 +116,16 @@ def test_families_without_a_shared_prompt_are_scored_alike(tokenizer: Any) -> No
 def test_the_mean_divides_by_the_number_of_scored_tokens(tokenizer: Any) -> None:
     record, choices = {"instruction": "is it?", "output": "true"}, ["true", "true, true"]
     model = llama()
-    [sums] = candidate_log_probs(model, tokenizer, [(record, choices)], batch_size=1)
-    [means] = candidate_log_probs(model, tokenizer, [(record, choices)], batch_size=1, mean=True)
+    [sums] = candidate_log_probs(model, tokenizer, rendered([(record, choices)]), batch_size=1)
+    [means] = candidate_log_probs(model, tokenizer, rendered([(record, choices)]), batch_size=1, mean=True)
     assert means == pytest.approx([sums[0], sums[1] / 3])  # " true" | " true" "," " true"
 
 
 def test_logits_are_asked_for_where_candidates_are_and_nowhere_else(tokenizer: Any) -> None:
     model, sizes = llama(), []
     model.lm_head.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[:2]))
-    candidate_log_probs(model, tokenizer, [({"instruction": "x " * 300}, ["true", "false"])], batch_size=1)
+    questions = rendered([({"instruction": "x " * 300}, ["true", "false"])])
+    candidate_log_probs(model, tokenizer, questions, batch_size=1)
     assert sizes == [(1, 3)]  # the prompt's last token and two candidates of one token each
 
 
@@ -134,6 +139,22 @@ def test_the_likeliest_candidate_is_the_prediction(tokenizer: Any) -> None:
     assert (score.predictions, score.correct, score.total) == (best, expected, 6)
     assert 0 < expected < 6
     assert score.accuracy == expected / 6
+
+
+def test_prompt_and_completion_are_scored_as_they_are(tokenizer: Any) -> None:
+    model = llama()
+    records = [{"prompt": "is 3 even?", "completion": " false", "choices": [" true", " false"]}]
+    [texts] = [[tokenizer("is 3 even?" + choice)["input_ids"] for choice in records[0]["choices"]]]
+    with torch.no_grad():
+        log_probs = model(torch.tensor([texts[0]])).logits[0, -2].log_softmax(-1)
+    best = max(texts, key=lambda ids: float(log_probs[ids[-1]]))
+    options = {"mode": "likelihood", "format": "completion", "progress": False}
+    score = score_task(model, tokenizer, records, "mine", **options)
+    assert score.predictions == [records[0]["choices"][texts.index(best)]]
+    with pytest.raises(UserError, match=r'mode "generate", is for "instruction" records only'):
+        score_task(model, tokenizer, records, "mine", format="completion", progress=False)
+    with pytest.raises(UserError, match="'messages' has no candidates to compare; give one of instruction"):
+        score_task(model, tokenizer, records, "mine", mode="likelihood", format="messages", progress=False)
 
 
 @pytest.mark.parametrize("mode", ["likelihood", "generate"])
@@ -264,7 +285,13 @@ def test_evaluate_reads_a_folder_and_writes_its_result(tmp_path: Path) -> None:
     assert [rows[name]["total"] for name in ("boolq", "own")] == [4, 4]
     assert all(row["accuracy"] == row["correct"] / 4 for row in rows.values())
     assert result["average"] == (rows["boolq"]["accuracy"] + rows["own"]["accuracy"]) / 2
-    assert result["settings"] == {"batch_size": 8, "normalise": "sum", "dtype": "fp32", "limit": 4}
+    assert result["settings"] == {
+        "batch_size": 8,
+        "format": "instruction",
+        "normalise": "sum",
+        "dtype": "fp32",
+        "limit": 4,
+    }
     lines = as_table(result).splitlines()
     assert [line.split()[0] for line in lines] == ["task", "boolq", "own", "average"]
     assert lines[1].split()[1:] == [f"{rows['boolq']['accuracy']:.4f}", str(rows["boolq"]["correct"]), "4"]

@@ -1,4 +1,4 @@
-"""The quickstart's data: questions become instruction records, and none is on both sides of the split."""
+"""The quickstart's data: questions become records, and none is on both sides of the split."""
 
 import json
 import zipfile
@@ -46,25 +46,24 @@ def folder(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def test_a_story_and_a_headline_become_records(folder: Path) -> None:
     files = [folder / f"{name}.jsonl" for name in ("train", "socialiqa", "sarcasm")]
-    records = {record["instruction"]: record for record in load_records(files, "instruction")}
-    story = records["Story 7; it ends. What will Remy want to do next?"]
-    assert story["choices"] == ["go: home 7", "stay", "sing a song"]
-    assert story["output"] == "stay"
+    records = {record["prompt"]: record for record in load_records(files, "completion")}
+    story = records[f"Question: {SOCIAL.format(i=7, dot='.')}\nAnswer:"]
+    assert story["choices"] == [" go: home 7", " stay", " sing a song"]
+    assert story["completion"] == " stay"
     assert candidates("socialiqa", story) == (story["choices"], 1)
-    question = "Is this headline sarcastic? area man counts to "
-    headlines = [text for text in records if text.startswith(question)]
+    headlines = [text for text in records if text.startswith("Headline: area man counts to ")]
     assert len(headlines) == 250
     for text in headlines:
-        assert records[text]["output"] == ("no", "yes")[int(text.split()[-1]) % 2]
+        assert records[text]["completion"] == (" no", " yes")[int(text.split()[-2]) % 2]
 
 
 def test_held_out_questions_are_never_trained_on(folder: Path) -> None:
-    train = [record["instruction"] for record in load_records([folder / "train.jsonl"], "instruction")]
+    train = [record["prompt"] for record in load_records([folder / "train.jsonl"], "completion")]
     assert len(train) == len(set(train)) == 350
     for task in quickstart.MEMBERS:
-        held_out = load_records([folder / f"{task}.jsonl"], "instruction")
+        held_out = load_records([folder / f"{task}.jsonl"], "completion")
         assert len(held_out) == 100
-        assert {record["instruction"] for record in held_out}.isdisjoint(train)
+        assert {record["prompt"] for record in held_out}.isdisjoint(train)
 
 
 def test_the_data_are_the_same_every_time(folder: Path, archive: Path) -> None:
@@ -78,7 +77,7 @@ def test_the_shipped_config_names_the_quickstarts_folders() -> None:
     assert Path(config.model.path) == quickstart.BASE
     assert config.data.train == str(quickstart.FOLDER / "data" / "train.jsonl")
     assert Path(config.checkpoint.run_dir) == quickstart.TRAINED
-    assert config.data.format == "instruction"
+    assert config.data.format == "completion"
     assert config.adapter.weight_decomposed
 
 

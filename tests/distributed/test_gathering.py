@@ -1,0 +1,59 @@
+"""What an optimizer step communicates when parameters are small enough to stay resident."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.distributed.test_norms import Chain, engine_json, place_everything
+from tests.ranks import run_ranks
+
+
+def run() -> dict[str, Any]:
+    """Train a chain whose parameters are all persistent; the gathers of its last step, and what is resident then."""
+    import deepspeed
+    import torch.distributed as dist
+    from torch.profiler import ProfilerActivity, profile
+
+    from dora_dist.adapters.inject import by_pattern, inject
+    from dora_dist.adapters.linear import AdapterSpec
+    from dora_dist.zero3.shards import ShardedPlacement
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    torch.manual_seed(0)
+    model = Chain()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    inject(model, by_pattern(AdapterSpec(3, 5.0), [r"layers\.\d+"]))
+    config = engine_json(10**6, 1, dist.get_world_size())
+    placement = ShardedPlacement(config)
+    place_everything(model, placement, weights)
+    placement.norms(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    def step() -> None:
+        engine.backward(engine(torch.ones(4, 6)).square().sum())
+        engine.step()
+
+    step()
+    step()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        step()
+    kinds = ("c10d::_allgather_base_", "c10d::allgather_", "c10d::broadcast_")
+    gathers = [event.input_shapes[0] for event in profiler.events() if event.name in kinds]
+    trained = sum(p.ds_numel_aligned for p in model.parameters() if p.requires_grad)
+    resident = {name: p.data.clone() for name, p in model.named_parameters()}
+    masters = {name: deepspeed.utils.safe_get_full_fp32_param(p) for name, p in model.named_parameters()}
+    return {"gathers": gathers, "trained": trained, "resident": resident, "masters": masters, "weights": weights}
+
+
+def check(rank: dict[str, Any]) -> None:
+    assert rank["gathers"] == [[rank["trained"]]]  # one for all that the step changed; nothing of the base
+    for name, resident in rank["resident"].items():
+        expected: Tensor = rank["weights"].get(name, rank["masters"][name])
+        assert torch.equal(resident, expected), name
+
+
+def test_a_step_gathers_the_adapters_once_and_the_base_never() -> None:
+    for rank in run_ranks(run, 2):
+        check(rank)
