@@ -69,7 +69,7 @@ class Run:
         from deepspeed.accelerator import get_accelerator
         from transformers.integrations import HfDeepSpeedConfig
 
-        from stepbench.models import build, unsharded
+        from stepbench.models import build, dynamic, unsharded
 
         self.settings, self.accelerator = settings, get_accelerator()
         # As under HF Trainer: while it lives, from_pretrained makes shards and PEFT gathers what it reads.
@@ -81,6 +81,7 @@ class Run:
         self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings.deepspeed_config())[0]
         if wrong := list(unsharded(model)):
             raise RuntimeError(f"{variant}: not sharded, or not bf16: {wrong[:5]}")
+        self.pruner = dynamic(model, self.engine, settings) if variant == "dynamic" else None
         self.losses: list[float] = []
 
     def measure(self, profile: bool) -> dict[str, Any]:
@@ -93,7 +94,9 @@ class Run:
         built_peak = peak_rss()
         reset_peak_rss()
         refreshed = self.norms.seconds if self.norms else 0.0
+        scored = self.pruner.seconds if self.pruner else 0.0
         measured = [self.step() for _ in range(settings.steps)]
+        scoring = (self.pruner.seconds - scored) / settings.steps if self.pruner else 0.0
         refresh = (self.norms.seconds - refreshed) / settings.steps if self.norms else 0.0
         refresh_bytes = self.norms.bytes_received if self.norms else 0
         with ReceivedBytes() as received:
@@ -113,6 +116,7 @@ class Run:
             "collectives": dict(received.calls),
             "norm_refresh_seconds": refresh,
             "norm_refresh_bytes": refresh_bytes,
+            "scoring_seconds": scoring,
         }
 
     def step(self) -> tuple[float, float]:

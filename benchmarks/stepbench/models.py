@@ -46,8 +46,8 @@ def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
     In every variant the embedding's output requires a gradient, as in the middle of a deep stack: all layers
     compute input gradients, and "no adapter" does all of the backward but the adapters' own.
     """
-    if variant in ("dora", "lora"):
-        model, norms = _ours(variant == "dora", base, settings)
+    if variant in ("dora", "lora", "gated", "dynamic"):
+        model, norms = _ours(variant, base, settings)
     else:
         model, norms = _hugging_face(base), None
         if variant == "none":
@@ -62,13 +62,20 @@ def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
     return model.train(), norms
 
 
-def _ours(weight_decomposed: bool, base: Path, settings: Settings) -> tuple[nn.Module, Any]:
+def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]:
     from dora_dist.adapters.inject import by_pattern
     from dora_dist.adapters.linear import AdapterSpec
     from dora_dist.models.build import build_model
     from dora_dist.zero3.shards import ShardedPlacement
 
-    spec = AdapterSpec(settings.r, settings.alpha, weight_decomposed=weight_decomposed, dropout=settings.dropout)
+    gated = variant in ("gated", "dynamic")
+    spec = AdapterSpec(
+        start_rank(settings) if gated else settings.r,
+        settings.alpha,
+        weight_decomposed=variant != "lora",
+        dropout=settings.dropout,
+        gated=gated,
+    )
     placement = ShardedPlacement(settings.deepspeed_config())
     adapted = build_model(base, by_pattern(spec, TARGETS), placement)
     return adapted.model, adapted.norms
@@ -98,6 +105,21 @@ def _peft(model: nn.Module, use_dora: bool, settings: Settings) -> nn.Module:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def start_rank(settings: Settings) -> int:
+    """Components of a layer at the start of a dynamic-rank run: half as many again as it ends with."""
+    return -(-3 * settings.r // 2)
+
+
+def dynamic(model: nn.Module, engine: Any, settings: Settings) -> Any:
+    """A pruner that scores after every step, and prunes after every one too: more than any run does. Collective."""
+    from dora_dist.adapters.components import Budget
+    from dora_dist.zero3.components import ShardedComponentPruner
+    from dora_dist.zero3.shards import inner_optimizer
+
+    budget = Budget(settings.r, start_rank(settings), first=1, last=1000, every=1)
+    return ShardedComponentPruner(model, inner_optimizer(engine), budget, dem=0.3)
 
 
 def unsharded(model: nn.Module) -> Iterator[str]:

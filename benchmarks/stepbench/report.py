@@ -56,6 +56,7 @@ def _variant(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
         "collectives": first[0]["collectives"],
         "norm_refresh_bytes": first[0]["norm_refresh_bytes"],
         "norm_refresh_share": statistics.median(ranks[0]["norm_refresh_seconds"] for ranks in rounds) / median,
+        "scoring_share": statistics.median(ranks[0]["scoring_seconds"] for ranks in rounds) / median,
         "trainable": first[0]["trainable"],
         "first_loss": statistics.mean(rank["losses"][0] for rank in first),
         "losses": [statistics.mean(step) for step in zip(*(rank["losses"] for rank in first), strict=True)],
@@ -65,17 +66,17 @@ def _variant(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """Plain text, one line a variant."""
     head = (
-        f"{'variant':20s}{'median s':>9s}{'min':>8s}{'IQR':>7s}{'CPU s':>8s}{'/ PEFT LoRA':>12s}{'/ PEFT DoRA':>12s}"
-        f"{'peak MB':>9s}{'received MB':>12s}{'norm MB':>9s}{'norm %':>8s}"
+        f"{'variant':25s}{'median s':>9s}{'min':>8s}{'IQR':>7s}{'CPU s':>8s}{'/ PEFT LoRA':>12s}{'/ PEFT DoRA':>12s}"
+        f"{'peak MB':>9s}{'received MB':>12s}{'norm MB':>9s}{'norm %':>8s}{'score %':>8s}"
     )
     lines = [head]
     for variant, e in report["variants"].items():
         ratios = "".join(f"{e['ratios'][n]:12.3f}" if n in e["ratios"] else f"{'':12s}" for n in REFERENCES)
         peak = e["peak_device_bytes"] or e["peak_rss_bytes"]
         lines.append(
-            f"{VARIANTS[variant]:20s}{e['median_seconds']:9.3f}{e['min_seconds']:8.3f}{e['iqr_seconds']:7.3f}{e['median_cpu_seconds']:8.3f}{ratios}"
+            f"{VARIANTS[variant]:25s}{e['median_seconds']:9.3f}{e['min_seconds']:8.3f}{e['iqr_seconds']:7.3f}{e['median_cpu_seconds']:8.3f}{ratios}"
             f"{peak / 1e6:9.0f}{e['received_bytes'] / 1e6:12.1f}{e['norm_refresh_bytes'] / 1e6:9.2f}"
-            f"{100 * e['norm_refresh_share']:8.2f}"
+            f"{100 * e['norm_refresh_share']:8.2f}{100 * e['scoring_share']:8.2f}"
         )
     return "\n".join(lines)
 

@@ -12,7 +12,10 @@ VARIANTS = {
     "none": "no adapter",
     "peft-lora": "PEFT, LoRA",
     "peft-dora": "PEFT, DoRA",
+    "gated": "this project, gated DoRA",
+    "dynamic": "  with scoring, DEM",
 }
+DEFAULT_VARIANTS = ["dora", "lora", "none", "peft-lora", "peft-dora"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -84,7 +87,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, argparse.Namesp
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help="%(default)s")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument("--engine", type=json.loads, default={}, help="DeepSpeed JSON, merged last, for all variants")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULT_VARIANTS)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-step"), help="folder for JSON and PNG")
     parser.add_argument("--base", type=Path, help="keep the synthetic base model in this folder, or reuse it")
     parser.add_argument("--profile", choices=VARIANTS, help="print one step's top operations on rank 0 instead")

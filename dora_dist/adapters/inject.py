@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -45,10 +45,31 @@ def by_pattern(
             )
         kinds = dict.fromkeys(low_rank, spec)
         if magnitudes:
-            kinds |= dict.fromkeys(magnitudes, replace(spec, r=None))
+            kinds |= dict.fromkeys(magnitudes, replace(spec, r=None, gated=False))
         return {name: kinds[name] for name in linears if name in kinds}
 
     return plan
+
+
+def with_ranks(plan: AdapterPlan, ranks: Mapping[str, int]) -> AdapterPlan:
+    """`plan` for a model whose pruned components are gone: gated layers have `ranks` components, or none if absent.
+
+    A layer without components keeps its magnitude if it has one, else it is not adapted any more.
+    """
+
+    def resized(model: nn.Module) -> dict[str, AdapterSpec]:
+        specs = {}
+        for name, spec in plan(model).items():
+            r = ranks.get(name, 0)
+            if not spec.gated:
+                specs[name] = spec
+            elif r:
+                specs[name] = replace(spec, r=r, lora_alpha=spec.scaling * r)
+            elif spec.weight_decomposed:
+                specs[name] = replace(spec, r=None, gated=False)
+        return specs
+
+    return resized
 
 
 def like(adapter: PeftAdapter) -> AdapterPlan:

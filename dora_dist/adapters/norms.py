@@ -1,5 +1,7 @@
 """Row norms of V' = W0 + s·B·Aᵀ in factored form: no (out, in) temporary is ever built.
 
+Where a layer has gates c, B stands for B·diag(c).
+
     n² = rowsum(W0²) + 2s·rowsum((W0·A)⊙B) + s²·rowsum((B·(AᵀA))⊙B)          (A is (in, r), B is (out, r))
 
 Each term is a sum over elements of W0 (the last is charged to a row's first element), so partial sums over any
@@ -62,13 +64,16 @@ def add_base_squares(layer: DoraLinear, piece: WeightPiece, sums: Tensor) -> Non
         sums[block.row : block.row + block.rows] += w.square().sum(1)
 
 
-def add_adapter_squares(layer: DoraLinear, piece: WeightPiece, lora_A: Tensor, lora_B: Tensor, sums: Tensor) -> None:
+def add_adapter_squares(layer: DoraLinear, piece: WeightPiece, sums: Tensor) -> None:
     """Add the piece's share of n² − rowsum(W0²) to `sums` (out,), fp32, in place.
 
-    lora_A (in, r) and lora_B (out, r) are whole. The term in B alone is charged to whoever owns a row's first element.
+    The layer's low-rank factors must be whole; without any, nothing is added. The term in B alone is charged to
+    whoever owns a row's first element.
     """
-    s = layer.spec.scaling
-    a, b = lora_A.float(), lora_B.float()
+    s, b = layer.spec.scaling, layer.gated_B()
+    if layer.lora_A is None or b is None:
+        return
+    a = layer.lora_A.float()
     gram = a.t() @ a
     for block, w in _blocks(layer, piece, sums.device):
         rows = slice(block.row, block.row + block.rows)
@@ -139,9 +144,7 @@ class NormRefresher:
         """n² − rowsum(W0²) of each layer, (out,) fp32; 0 for magnitude-only modules."""
         for name, layer in self.layers.items():
             sums = _zeros(layer, layer.weight.device)
-            if layer.lora_A is not None and layer.lora_B is not None:
-                piece = WeightPiece(layer.weight.data.reshape(-1), 0)
-                add_adapter_squares(layer, piece, layer.lora_A, layer.lora_B, sums)
+            add_adapter_squares(layer, WeightPiece(layer.weight.data.reshape(-1), 0), sums)
             yield name, sums
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:

@@ -58,12 +58,34 @@ def _adapter(adapter: AdapterConfig) -> Iterator[str]:
         yield f"{given}: plain LoRA has no magnitudes; {remedy}, or give []"
     if not adapter.weight_decomposed and adapter.norm_gradient == "full":
         yield f'adapter.norm_gradient = "full": plain LoRA has no norm; {remedy}, or give "detached"'
+    yield from _dynamic_rank(adapter)
     if targets == [] and not magnitude_only:
         yield "adapter.target_modules = []: nothing to train; name modules, or null for the family's default"
     yield from _bad_patterns("adapter.target_modules", targets or [])
     yield from _bad_patterns("adapter.magnitude_only_modules", magnitude_only)
     for pattern in sorted(set(targets or []) & set(magnitude_only)):
         yield f'adapter.magnitude_only_modules: "{pattern}" is in adapter.target_modules too; keep one'
+
+
+def _dynamic_rank(adapter: AdapterConfig) -> Iterator[str]:
+    if not adapter.dynamic_rank:
+        return
+    if adapter.prune_start >= adapter.prune_stop:
+        yield (
+            f"adapter.prune_start = {adapter.prune_start}: must be before adapter.prune_stop = {adapter.prune_stop}, "
+            "both as shares of all optimizer steps"
+        )
+    if adapter.start_rank <= adapter.r:
+        yield (
+            f"adapter.start_rank_factor = {adapter.start_rank_factor}: layers start with {adapter.start_rank} "
+            f"components and adapter.r = {adapter.r} is to be left, so there is nothing to prune; raise the factor "
+            "(the paper's is 1.5), or set adapter.dynamic_rank to false"
+        )
+    if adapter.init_from is not None:
+        yield (
+            f'adapter.init_from = "{adapter.init_from}": its components have no gates; set adapter.dynamic_rank to '
+            "false to train it on"
+        )
 
 
 def _bad_patterns(field: str, patterns: Sequence[str]) -> Iterator[str]:

@@ -4,6 +4,7 @@ This is the only description of a run. Command-line options and their help, the 
 messages and the DeepSpeed JSON are all derived from it.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    """What is trained: the low-rank update and the magnitudes."""
+    """What is trained: the low-rank update, its components' gates, and the magnitudes."""
 
     weight_decomposed: bool = Field(
         default=True, description="true: DoRA; false: plain LoRA, the same layer with no magnitude"
@@ -71,6 +72,45 @@ class AdapterConfig(Section):
     init_from: PathText | None = Field(
         default=None, description="PEFT LoRA or DoRA folder to start from; null: a new adapter"
     )
+    dynamic_rank: bool = Field(
+        default=False,
+        description="Start with more components than r in each layer, and prune the least important ones over all "
+        "layers while training (Mao et al.); r is then the average rank at the end",
+    )
+    start_rank_factor: float = Field(
+        default=1.5, ge=1, description="Dynamic rank: layers start with this times r components, rounded up"
+    )
+    prune_start: float = Field(
+        default=0.15, ge=0, lt=1, description="Dynamic rank: pruning begins at this share of all optimizer steps"
+    )
+    prune_stop: float = Field(
+        default=0.5, gt=0, le=1, description="Dynamic rank: the mask is final from this share of all steps on"
+    )
+    prune_every: int = Field(default=10, ge=1, description="Dynamic rank: optimizer steps between prunings")
+    prune_schedule: Literal["dora", "adalora"] = Field(
+        default="dora", description="Dynamic rank: dora prunes slowly first and fast last, adalora the other way round"
+    )
+    importance_beta: float = Field(
+        default=0.9, ge=0, lt=1, description="Dynamic rank: share of the old score in the smoothed importance"
+    )
+    dem_weight: float = Field(
+        default=0.3, ge=0, description="Dynamic rank: weight of the penalty on the variance of components; 0: none"
+    )
+    dem_form: Literal["paper", "code"] = Field(
+        default="paper", description="Dynamic rank: the penalty as the paper has it, or half of it, as its code does"
+    )
+    pruned_moments: Literal["keep", "clear"] = Field(
+        default="keep", description="Dynamic rank: what pruning does to Adam's moments of the gates"
+    )
+
+    compact: bool = Field(
+        default=True, description="Dynamic rank: once the mask is final, train on without the pruned components"
+    )
+
+    @property
+    def start_rank(self) -> int:
+        """Components of a layer when training starts: r, or ceil(start_rank_factor · r) with dynamic rank."""
+        return math.ceil(self.start_rank_factor * self.r) if self.dynamic_rank else self.r
 
 
 class DataConfig(Section):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from dora_dist.adapters.norms import NormRefresher
+from dora_dist.analysis.rank_map import rank_table, write_rank_map
 from dora_dist.distributed import World
 
 PEAK_BF16_FLOPS = {
@@ -43,7 +44,7 @@ class ReportCallback(TrainerCallback):
         self._peak = options.peak_flops or _known_peak()
         self._show_bar = options.progress_bar and world.first
         self._bar: Any = None
-        self._since = (time.perf_counter(), 0, 0, 0.0, 0)
+        self._since = (time.perf_counter(), 0, 0, 0.0, 0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._show_bar:
@@ -57,6 +58,10 @@ class ReportCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.close()
+        pruner = self.trainer.pruner
+        if pruner is not None and pruner.events and self._world.first:
+            print(f"adapter ranks after step {pruner.events[-1].step}:\n{rank_table(pruner.events[-1])}")
+            write_rank_map(pruner.events, pruner.budget, self._file.with_name("rank_map.png"))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = dict(logs or {})
@@ -65,19 +70,23 @@ class ReportCallback(TrainerCallback):
         for unwanted in ("total_flos", "train_samples_per_second", "train_steps_per_second"):
             logs.pop(unwanted, None)
         if self._world.first:
-            record = {"step": state.global_step, **logs}
+            record: dict[str, Any] = {"step": state.global_step, **logs}
+            if "components_kept" in logs:
+                record["components_by_layer"] = self.trainer.pruner.events[-1].by_layer
             with self._file.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             tqdm.write(_line(record, state.max_steps))
 
-    def _counters(self, state: Any) -> tuple[float, int, int, float, int]:
+    def _counters(self, state: Any) -> tuple[float, int, int, float, int, float]:
         tokens = self.trainer.tokens_seen if self.trainer is not None else 0
         received = getattr(self._norms, "bytes_received", 0)
-        return time.perf_counter(), state.global_step, tokens, self._norms.seconds, received
+        pruner = self.trainer.pruner if self.trainer is not None else None
+        scoring = pruner.seconds if pruner is not None else 0.0
+        return time.perf_counter(), state.global_step, tokens, self._norms.seconds, received, scoring
 
     def _throughput(self, state: Any) -> dict[str, float]:
         now = self._counters(state)
-        seconds, steps, tokens, refreshing, received = (b - a for a, b in zip(self._since, now, strict=True))
+        seconds, steps, tokens, refreshing, received, scoring = (b - a for a, b in zip(self._since, now, strict=True))
         self._since = now
         device = self.trainer.args.device
         total = torch.tensor(float(tokens), device=device)
@@ -91,11 +100,17 @@ class ReportCallback(TrainerCallback):
         result["peak_memory_gb"] = float(peak) / 1e9
         result["norm_refresh_share"] = refreshing / seconds
         result["norm_refresh_bytes_per_step"] = received / max(steps, 1)
+        if scoring:
+            result["scoring_share"] = scoring / seconds
         return result
 
 
 def _line(record: dict[str, Any], max_steps: int) -> str:
     shown = {
+        "components_kept": ("components kept", "{:,}"),
+        "components": ("of", "{:,}"),
+        "components_budget": ("budget", "{:,}"),
+        "dem_penalty": ("DEM penalty", "{:.4g}"),
         "loss": ("loss", "{:.4f}"),
         "eval_loss": ("eval loss", "{:.4f}"),
         "train_loss": ("mean training loss", "{:.4f}"),

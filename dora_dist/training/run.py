@@ -1,11 +1,12 @@
 """One run, top to bottom: check, start ranks, build, load, train, save."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
 from dora_dist import distributed, run_folder
-from dora_dist.adapters.inject import by_pattern
+from dora_dist.adapters.inject import by_pattern, with_ranks
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.peft_format import read_peft_folder
 from dora_dist.config import RunConfig
@@ -28,11 +29,10 @@ def train(config: RunConfig) -> Path:
     run_dir = Path(config.checkpoint.run_dir)
     with together("looking for earlier checkpoints"):
         resume = _resume_from(config, run_dir)
-    trainer = _build(config, world, run_dir)
-    with together("writing the run folder"):  # only now: a run that cannot start leaves nothing behind
-        if world.first:
-            _write_run_folder(config, run_dir, world)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    compacting = _fine_tune(config, world, run_dir, resume)
+    if compacting:
+        gc.collect()  # engine, trainer and callbacks refer to one another
+        _fine_tune(config, world, run_dir, run_folder.newest_checkpoint(run_dir))
     checkpoint = run_folder.newest_checkpoint(run_dir)
     assert checkpoint is not None
     if world.first:
@@ -41,7 +41,26 @@ def train(config: RunConfig) -> Path:
     return checkpoint
 
 
-def _build(config: RunConfig, world: World, run_dir: Path) -> Any:
+def _fine_tune(config: RunConfig, world: World, run_dir: Path, resume: Path | None) -> bool:
+    """Build and train. True if the run stopped early, to go on from its newest checkpoint with smaller adapters."""
+    from accelerate.state import AcceleratorState
+
+    trainer = _build(config, world, run_dir, resume)
+    with together("writing the run folder"):  # only now: a run that cannot start leaves nothing behind
+        if world.first:
+            _write_run_folder(config, run_dir, world)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if not trainer.compacting or trainer.state.global_step >= trainer.state.max_steps:
+        return False
+    if world.first:
+        print(f"the mask is final: going on without the {trainer.pruner.events[-1].pruned:,} pruned components")
+    trainer.run.norms.close()
+    trainer.model_wrapped.destroy()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return True
+
+
+def _build(config: RunConfig, world: World, run_dir: Path, resume: Path | None) -> Any:
     # Imported here: they cost seconds, and mistakes in the configuration should show at once.
     from dora_dist.models.build import build_model
     from dora_dist.training.arguments import training_arguments
@@ -55,10 +74,16 @@ def _build(config: RunConfig, world: World, run_dir: Path) -> Any:
     spec = adapter_spec(config)
     with together("reading adapter.init_from"):
         start_from = read_peft_folder(Path(config.adapter.init_from)) if config.adapter.init_from else None
+    plan = by_pattern(spec, config.adapter.target_modules, config.adapter.magnitude_only_modules)
+    if resume is not None and spec.gated:
+        with together(f"reading {resume}"):
+            manifest = run_folder.read_manifest(resume, verify=False)
+        if manifest.get("compacted"):
+            plan = with_ranks(plan, manifest["adapter_ranks"])
     args = training_arguments(config, world.world_size, deepspeed)
     run = build_model(
         base,
-        by_pattern(spec, config.adapter.target_modules, config.adapter.magnitude_only_modules),
+        plan,
         ShardedPlacement(deepspeed),
         dtype=model.dtype,
         start_from=start_from,
@@ -84,12 +109,13 @@ def adapter_spec(config: RunConfig) -> AdapterSpec:
     """The adapter section as the layer's own specification."""
     adapter = config.adapter
     return AdapterSpec(
-        r=adapter.r,
+        r=adapter.start_rank,
         lora_alpha=adapter.lora_alpha,
         weight_decomposed=adapter.weight_decomposed,
         dropout=adapter.dropout,
         dropout_mode=adapter.dropout_mode,
         norm_gradient=adapter.norm_gradient,
+        gated=adapter.dynamic_rank,
     )
 
 

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from dora_dist import run_folder
+from dora_dist.adapters.components import Budget, ComponentPruner
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.config import RunConfig
 from dora_dist.data import IGNORED, Collator, EpochBatches, EpochDataLoader, TokenizedData, WithFiller
 from dora_dist.distributed import World, shorten_timeout
 from dora_dist.errors import UserError
 from dora_dist.models.build import AdaptedModel
-from dora_dist.zero3.checkpoint import load_checkpoint, save_checkpoint
+from dora_dist.zero3.checkpoint import check_budget, load_checkpoint, load_pruner, pruner_state, save_checkpoint
+from dora_dist.zero3.components import ShardedComponentPruner
+from dora_dist.zero3.shards import inner_optimizer
 
 
 class DoraTrainer(Trainer):
@@ -46,6 +49,8 @@ class DoraTrainer(Trainer):
         self.tokens_seen = 0
         self._collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of=8)  # few shapes: fewer kernels to build
         self._suspect: dict[str, Any] | None = None
+        self.pruner: ComponentPruner | None = None
+        self._components: dict[str, Any] | None = None  # what pruning found, once it is over and forgotten
         super().__init__(
             model=run.model,
             args=args,
@@ -161,6 +166,10 @@ class DoraTrainer(Trainer):
             "position": self._position(),
             "scheduler": _plain(self.lr_scheduler.state_dict()),
         }
+        if self.pruner is not None:
+            self._components = pruner_state(self.pruner)
+        if self._components is not None:
+            fields |= {"components": self._components, "compacted": self.pruner is None or self.compacting}
         save_checkpoint(
             folder,
             self.model_wrapped,
@@ -170,6 +179,7 @@ class DoraTrainer(Trainer):
             revision=self.config.model.revision,
             fields=fields,
             trainer_state=_plain(asdict(self.state)),
+            survivors=self.pruner.survivors() if self.pruner is not None and self.compacting else None,
         )
         if self.world.first:
             if is_best and self.state.best_metric is not None:
@@ -178,6 +188,7 @@ class DoraTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        budget = self._budget(max_steps) if self.spec.gated else None
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             manifest = load_checkpoint(folder, self.model_wrapped, self.run.model)
@@ -188,7 +199,67 @@ class DoraTrainer(Trainer):
             for group, rate in zip(self.optimizer.param_groups, manifest["scheduler"]["_last_lr"], strict=True):
                 group["lr"] = rate
             self.run.norms.mark_stale()
+            if budget is not None:
+                check_budget(folder, manifest, budget)
+            if manifest.get("compacted"):
+                self._components, budget = manifest["components"], None
+        if budget is not None:
+            self.pruner = self._component_pruner(budget)
+            if resume_from_checkpoint is not None:
+                load_pruner(manifest, self.pruner)
         return prepared
+
+    def _budget(self, steps: int) -> Budget:
+        adapter = self.config.adapter
+        try:
+            return Budget.of_run(
+                adapter.r,
+                adapter.start_rank,
+                steps,
+                start=adapter.prune_start,
+                stop=adapter.prune_stop,
+                every=adapter.prune_every,
+                schedule=adapter.prune_schedule,
+            )
+        except ValueError as error:
+            raise UserError(
+                f"adapter.prune_every = {adapter.prune_every}: {error}; lower it, widen adapter.prune_start and "
+                "adapter.prune_stop, or train for more steps"
+            ) from error
+
+    def _component_pruner(self, budget: Budget) -> ComponentPruner:
+        adapter = self.config.adapter
+        return ShardedComponentPruner(
+            self.run.model,
+            inner_optimizer(self.model_wrapped),
+            budget,
+            beta=adapter.importance_beta,
+            dem=adapter.dem_weight / (2 if adapter.dem_form == "code" else 1),
+            backwards=self.config.gradient_accumulation_steps(self.world.world_size),
+            clear_moments=adapter.pruned_moments == "clear",
+        )
+
+    @property
+    def compacting(self) -> bool:
+        """Whether the mask is final and the run is to go on without the pruned components."""
+        return self.pruner is not None and self.pruner.finished and self.config.adapter.compact
+
+    def settle_components(self) -> None:
+        """Score and prune after this optimizer step, and log what was pruned (collective)."""
+        if self.pruner is None:
+            return
+        events, should_log = len(self.pruner.events), self.control.should_log
+        self.pruner.settle()
+        for event in self.pruner.events[events:]:
+            self.log(
+                {
+                    "components_kept": event.kept,
+                    "components": event.components,
+                    "components_budget": event.components - event.pruned,
+                    "dem_penalty": self.pruner.penalty,
+                }
+            )
+        self.control.should_log = should_log  # our line is not the loss's, which is still to come
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to load: the random state is a function of (seed, step, rank), set at every step's start."""
@@ -233,6 +304,10 @@ class StepCallback(TrainerCallback):
         self.trainer.stop_if_not_finite()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        self.trainer.settle_components()
+        if self.trainer.compacting:  # `run.train` goes on from the checkpoint that this writes
+            control.should_save = control.should_training_stop = True
         self._steps += 1
         if self._steps == 1:
             shorten_timeout(self._step_timeout_s)

@@ -6,7 +6,7 @@ loading a base model does.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from dora_dist import run_folder
+from dora_dist.adapters.components import Budget, ComponentPruner, PruningEvent
 from dora_dist.adapters.linear import AdapterSpec, DoraLinear
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
 from dora_dist.distributed import together
@@ -24,7 +25,18 @@ from dora_dist.safetensors_io import TensorFolder, TensorWriter, new_folder
 from dora_dist.zero3 import shards
 from dora_dist.zero3.loading import adapted_layers
 
+Survivors = Mapping[str, Tensor]
+"""Gated layers' names with the indices of the components that are left."""
+
 KEYS = (shards.MASTER, *shards.MOMENTS)
+_BUDGET_FIELDS = {
+    "r": "adapter.r",
+    "start_r": "adapter.start_rank_factor",
+    "first": "adapter.prune_start (or the number of steps)",
+    "last": "adapter.prune_stop (or the number of steps)",
+    "every": "adapter.prune_every",
+    "schedule": "adapter.prune_schedule",
+}
 
 
 def save_checkpoint(
@@ -37,23 +49,31 @@ def save_checkpoint(
     revision: str | None = None,
     fields: dict[str, Any],
     trainer_state: dict[str, Any],
+    survivors: Survivors | None = None,
 ) -> None:
     """Write a checkpoint folder and the adapter in PEFT's format inside it (collective).
 
-    `fields` join the manifest (step, position in the data, evaluation loss; plain JSON). The folder appears under
-    its name only when complete. Raises UserError on every rank if rank 0 cannot write it.
+    `fields` join the manifest (step, position in the data, evaluation loss; plain JSON). With `survivors`, only those
+    components of the gated layers they name are written, as of a model that never had the others. The folder appears
+    under its name only when complete. Raises UserError on every rank if rank 0 cannot write it.
     """
+    survivors = survivors or {}
     state = _gather_state(model)
     count = shards.optimizer_step_count(engine)
     failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
             with new_folder(folder, overwrite=True) as partial:
-                masters = _write_state(partial / run_folder.STATE, model, state)
+                masters = _write_state(partial / run_folder.STATE, model, state, survivors)
                 adapter = _peft_adapter(model, masters, spec, base_model, revision)
                 write_peft_folder(partial / run_folder.ADAPTER, adapter)
                 (partial / run_folder.TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
-                identity = {"optimizer_steps": count, "model": _identity(model), "adapter": asdict(spec)}
+                identity = {
+                    "optimizer_steps": count,
+                    "model": _identity(model, survivors),
+                    "adapter": asdict(spec),
+                    "adapter_ranks": _ranks(model, survivors),
+                }
                 run_folder.write_manifest(partial, {**fields, **identity})
         except Exception as error:  # raised on every rank below
             failure = error
@@ -92,6 +112,39 @@ def load_weights(folder: Path, model: nn.Module) -> None:
             shards.write_state(parameter, shards.MASTER, source.read_flat(f"{name}.{shards.MASTER}", start, stop))
 
 
+def pruner_state(pruner: ComponentPruner) -> dict[str, Any]:
+    """What a pruner has found out, for the manifest; plain JSON, and fp64 survives it bit for bit."""
+    return {
+        "budget": asdict(pruner.budget),
+        "step": pruner.step,
+        "scores": {name: scores.tolist() for name, scores in pruner.scores.items()},
+        "pruned": {name: pruned.tolist() for name, pruned in pruner.pruned.items()},
+        "events": [asdict(event) for event in pruner.events],
+    }
+
+
+def check_budget(folder: Path, manifest: dict[str, Any], budget: Budget) -> None:
+    """Raise UserError, on every rank, unless a checkpoint was pruned, or is to be pruned, by this budget."""
+    theirs = manifest["components"]["budget"]
+    for field, value in asdict(budget).items():
+        if theirs[field] != value:
+            raise UserError(
+                f"checkpoint.resume: {folder} was pruned by another budget: {_BUDGET_FIELDS[field]} gives {field} = "
+                f"{theirs[field]} there and {value} here; set it back, or start a new run"
+            )
+
+
+def load_pruner(manifest: dict[str, Any], pruner: ComponentPruner) -> None:
+    """Go on as `pruner_state` says."""
+    state = manifest["components"]
+    pruner.load(
+        state["step"],
+        {name: torch.tensor(scores, dtype=torch.float64) for name, scores in state["scores"].items()},
+        {name: torch.tensor(pruned) for name, pruned in state["pruned"].items()},
+    )
+    pruner.events = [PruningEvent(**event) for event in state["events"]]
+
+
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
@@ -109,14 +162,20 @@ def _gather_state(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
             yield name, key, whole[: shards.full_numel(parameter)].view(shards.full_shape(parameter))
 
 
-def _write_state(path: Path, model: nn.Module, state: Iterator[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
+def _write_state(
+    path: Path, model: nn.Module, state: Iterator[tuple[str, str, Tensor]], survivors: Survivors
+) -> dict[str, Tensor]:
     """Stream the state to a safetensors file; returns the masters by parameter name, on the CPU."""
-    layout = [
-        (f"{name}.{key}", torch.float32, tuple(shards.full_shape(p))) for name, p in _trainable(model) for key in KEYS
-    ]
+    shapes = _shapes(model, survivors)
+    layout = [(f"{name}.{key}", torch.float32, shape) for name, shape in shapes.items() for key in KEYS]
     masters = {}
     with TensorWriter(path, layout, metadata={"format": "pt"}) as writer:
         for name, key, whole in state:
+            if name not in shapes:
+                continue
+            kept = survivors.get(_gated_layer(name))
+            if kept is not None:
+                whole = whole[..., kept.to(whole.device)].contiguous()
             writer.write(f"{name}.{key}", whole)
             if key == shards.MASTER:
                 masters[name] = whole.cpu()
@@ -133,14 +192,21 @@ def _peft_adapter(
         r=spec.r or 1,
         dropout=spec.dropout,
         use_dora=spec.weight_decomposed,
-        layers=layers,
+        layers={name: layer for name, layer in layers.items() if layer is not None},
         revision=revision,
     )
 
 
-def _peft_layer(name: str, layer: DoraLinear, masters: dict[str, Tensor]) -> AdapterLayer:
+def _peft_layer(name: str, layer: DoraLinear, masters: dict[str, Tensor]) -> AdapterLayer | None:
+    """A layer as PEFT knows it: gates folded into B, without the pruned components. None if nothing is left."""
     lora_A, lora_B = masters.get(f"{name}.lora_A"), masters.get(f"{name}.lora_B")
+    gates = masters.get(f"{name}.lora_gates")
+    if gates is not None and lora_A is not None and lora_B is not None:
+        kept = gates.nonzero()[:, 0]
+        lora_A, lora_B = (lora_A[:, kept], lora_B[:, kept] * gates[kept]) if len(kept) else (None, None)
     magnitude = None
+    if layer.base_norm is None and lora_A is None:
+        return None
     if layer.base_norm is not None:
         magnitude = layer.base_norm.cpu() + masters[f"{name}.magnitude_offset"]
     return AdapterLayer(
@@ -152,14 +218,39 @@ def _peft_layer(name: str, layer: DoraLinear, masters: dict[str, Tensor]) -> Ada
     )
 
 
-def _identity(model: nn.Module) -> dict[str, Any]:
+def _gated_layer(name: str) -> str:
+    """The layer whose components a parameter belongs to: their number is its last dimension. "" for any other."""
+    layer, _, kind = name.rpartition(".")
+    return layer if kind in ("lora_A", "lora_B", "lora_gates") else ""
+
+
+def _shapes(model: nn.Module, survivors: Survivors) -> dict[str, tuple[int, ...]]:
+    """Shapes of what is written of each trainable parameter; a layer without survivors has no factors."""
+    shapes = {}
+    for name, parameter in _trainable(model):
+        shape, kept = tuple(shards.full_shape(parameter)), survivors.get(_gated_layer(name))
+        if kept is None:
+            shapes[name] = shape
+        elif len(kept):
+            shapes[name] = (*shape[:-1], len(kept))
+    return shapes
+
+
+def _ranks(model: nn.Module, survivors: Survivors) -> dict[str, int]:
+    return {
+        name: len(survivors[name]) if name in survivors else layer.spec.r or 0
+        for name, layer in adapted_layers(model).items()
+    }
+
+
+def _identity(model: nn.Module, survivors: Survivors) -> dict[str, Any]:
     """What must agree for a checkpoint to belong to a model: trainable shapes, and the base's mean row norms."""
     norms = {n: float(m.base_norm.mean()) for n, m in adapted_layers(model).items() if m.base_norm is not None}
-    return {"trainable": {n: list(shards.full_shape(p)) for n, p in _trainable(model)}, "base_norms": norms}
+    return {"trainable": {n: list(shape) for n, shape in _shapes(model, survivors).items()}, "base_norms": norms}
 
 
 def _check_identity(folder: Path, manifest: dict[str, Any], model: nn.Module) -> None:
-    theirs, ours = manifest["model"], _identity(model)
+    theirs, ours = manifest["model"], _identity(model, {})
     if theirs["trainable"] != ours["trainable"]:
         names = set(theirs["trainable"]) ^ set(ours["trainable"]) or {
             n for n, shape in ours["trainable"].items() if theirs["trainable"][n] != shape

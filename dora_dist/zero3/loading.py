@@ -11,13 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dora_dist.adapters.linear import DoraLinear
+from dora_dist.adapters.linear import ADAPTER_PARAMETERS, DoraLinear, initial_bound
 from dora_dist.errors import UserError
 from dora_dist.models.placement import Fill, Placement
 from dora_dist.safetensors_io import TensorFolder
-
-TRAINABLE = ("lora_A", "lora_B", "magnitude_offset")
-"""DoraLinear's own parameters: initialised, not read from the base."""
 
 
 def load_base(model: nn.Module, folder: TensorFolder, placement: Placement, dtype: torch.dtype, seed: int) -> None:
@@ -33,7 +30,7 @@ def load_base(model: nn.Module, folder: TensorFolder, placement: Placement, dtyp
     with tqdm(total=total, unit="weight", unit_scale=True, desc="loading base", disable=not placement.first) as bar:
         for parameter, names in owners.values():
             source = sources[id(parameter)]
-            fill = _read(folder, source) if source else initial_values(names[0], parameter.shape, seed)
+            fill = _read(folder, source) if source else _initial(model, names[0], parameter.shape, seed)
             placed = placement.place(parameter, dtype, fill)
             for name in names:
                 module, _, attribute = name.rpartition(".")
@@ -41,18 +38,21 @@ def load_base(model: nn.Module, folder: TensorFolder, placement: Placement, dtyp
             bar.update(parameter.numel())
 
 
-def initial_values(name: str, shape: torch.Size, seed: int) -> Fill:
-    """An adapter parameter's initial values, the same at every world size.
+def _initial(model: nn.Module, name: str, shape: torch.Size, seed: int) -> Fill:
+    module, _, kind = name.rpartition(".")
+    layer = model.get_submodule(module)
+    assert isinstance(layer, DoraLinear)
+    return initial_values(name, shape, seed, initial_bound(kind, shape, layer.spec.gated))
 
-    lora_A (in, r): U(−1/√in, 1/√in), which is kaiming_uniform(a=√5); lora_B and the magnitude offset: 0.
-    """
-    if not name.endswith("lora_A"):
+
+def initial_values(name: str, shape: torch.Size, seed: int, bound: float) -> Fill:
+    """U(−bound, bound) by seed and name, the same at every world size; zeros if `bound` is 0."""
+    if not bound:
         return _zeros
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def fill(start: int, stop: int, out: Tensor) -> None:
-        bound = shape[0] ** -0.5
         whole = torch.rand(shape.numel(), generator=generator).mul_(2 * bound).sub_(bound)
         out.copy_(whole[start:stop])
 
@@ -73,7 +73,7 @@ def _owners(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[str]]]:
 
 def _source_name(names: list[str], folder: TensorFolder) -> str | None:
     """The tensor that holds a base parameter: any of its names; None for an adapter's parameter."""
-    if names[0].rpartition(".")[2] in TRAINABLE:
+    if names[0].rpartition(".")[2] in ADAPTER_PARAMETERS:
         return None
     return next((name for name in names if name in folder.entries), names[0])
 

@@ -45,8 +45,7 @@ class ShardedNormRefresher(NormRefresher):
                 self.bytes_received += received
                 for name in bucket:
                     layer = self.layers[name]
-                    lora_A, lora_B = _factors(layer)
-                    add_adapter_squares(layer, shards.local_piece(layer.weight), lora_A, lora_B, sums[name])
+                    add_adapter_squares(layer, shards.local_piece(layer.weight), sums[name])
         self._all_reduce(flat)
         yield from sums.items()
 
@@ -77,4 +76,4 @@ class ShardedNormRefresher(NormRefresher):
 
 
 def _factors(layer: DoraLinear) -> list[nn.Parameter]:
-    return [f for f in (layer.lora_A, layer.lora_B) if f is not None]
+    return [f for f in (layer.lora_A, layer.lora_B, layer.lora_gates) if f is not None]

@@ -102,6 +102,12 @@ def local_range(parameter: Tensor) -> tuple[int, int]:
     return start, min(start + length, parameter.ds_numel)
 
 
+def boundaries(parameter: Tensor) -> list[int]:
+    """Where the flattened parameter is cut between ranks; the same on every rank."""
+    length = parameter.ds_tensor.ds_numel
+    return list(range(length, parameter.ds_numel, length))
+
+
 def local_piece(parameter: Tensor) -> WeightPiece:
     """This rank's valid elements of a parameter, without padding: a view of the low-precision shard."""
     start, stop = local_range(parameter)
@@ -259,8 +265,7 @@ def read_state(parameter: nn.Parameter, key: str) -> Tensor:
 
 def write_state(parameter: nn.Parameter, key: str, values: Tensor) -> None:
     """Write this rank's valid elements of the master or of a moment. The master reaches every copy of the parameter."""
-    padded = torch.zeros(parameter.ds_tensor.ds_numel, dtype=torch.float32, device=parameter.ds_tensor.device)
-    padded[: values.numel()].copy_(values)
+    padded = _padded(parameter, values)
     if key == MASTER:
         safe_set_local_fp32_param(parameter, padded)
         parameter.ds_tensor.data.copy_(padded)
@@ -272,9 +277,39 @@ def write_state(parameter: nn.Parameter, key: str, values: Tensor) -> None:
         safe_set_local_optimizer_state(parameter, padded, key)
 
 
+def _padded(parameter: nn.Parameter, values: Tensor) -> Tensor:
+    """A rank's valid elements as a whole shard, fp32."""
+    padded = torch.zeros(parameter.ds_tensor.ds_numel, dtype=torch.float32, device=parameter.ds_tensor.device)
+    padded[: values.numel()].copy_(values)
+    return padded
+
+
+def zero_elements(parameter: nn.Parameter, where: Tensor, moments: Sequence[str] = ()) -> None:
+    """Set a parameter's elements to 0 where `where` (its shape, bool, whole): in the master, the low-precision shard
+    and the resident copy; those of the named `moments` too. No communication.
+    """
+    start, stop = local_range(parameter)
+    local = where.flatten()[start:stop].to(parameter.ds_tensor.device)
+    parameter.ds_tensor.data[: stop - start].masked_fill_(local, 0.0)
+    if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+        parameter.data.masked_fill_(where.to(parameter.device), 0.0)
+    if not local.any():
+        return
+    master = read_state(parameter, MASTER).masked_fill(local, 0.0)
+    safe_set_local_fp32_param(parameter, _padded(parameter, master))
+    for key in moments:
+        write_state(parameter, key, read_state(parameter, key).masked_fill(local, 0.0))
+
+
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer that steps an engine's master shards."""
+    optimizer: torch.optim.Optimizer = engine.optimizer.optimizer
+    return optimizer
+
+
 def optimizer_step_count(engine: Any) -> int:
     """How many steps Adam's bias correction has counted."""
-    states = [s for s in engine.optimizer.optimizer.state.values() if "step" in s]
+    states = [s for s in inner_optimizer(engine).state.values() if "step" in s]
     return int(states[0]["step"]) if states else 0
 
 

@@ -75,6 +75,15 @@ def test_bytes_are_counted(report: dict[str, Any]) -> None:
     assert norm_bytes == {"dora": 4 * rows, "lora": 0, "none": 0, "peft-lora": 0, "peft-dora": 0}
 
 
+def test_scoring_and_pruning_are_measured_beside_the_same_layer_without_them(tmp_path: Path) -> None:
+    flags = ("--rounds", "1", "--warmup", "1", "--steps", "1", "--variants", "gated", "dynamic")
+    done = run(*flags, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    variants = json.loads((tmp_path / "step.json").read_text())["variants"]
+    assert variants["gated"]["scoring_share"] == 0 < variants["dynamic"]["scoring_share"]
+    assert variants["gated"]["trainable"] == variants["dynamic"]["trainable"]
+
+
 def test_variants_of_different_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from step import check_first_losses

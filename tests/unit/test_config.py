@@ -148,6 +148,15 @@ def test_every_other_name_that_is_recognised_leads_to_a_field() -> None:
             "plain LoRA has no magnitudes",
         ),
         (with_fields(adapter={"target_modules": []}), "nothing to train"),
+        (
+            with_fields(adapter={"dynamic_rank": True, "prune_start": 0.6}),
+            "adapter.prune_start = 0.6: must be before adapter.prune_stop = 0.5",
+        ),
+        (
+            with_fields(adapter={"dynamic_rank": True, "start_rank_factor": 1.0}),
+            "layers start with 16 components and adapter.r = 16 is to be left",
+        ),
+        (with_fields(adapter={"dynamic_rank": True, "init_from": "a"}), "its components have no gates"),
         (with_fields(adapter={"target_modules": ["*.q_proj"]}), '"*.q_proj" is no regular expression'),
         (
             with_fields(adapter={"target_modules": ["q", "v"], "magnitude_only_modules": ["v"]}),

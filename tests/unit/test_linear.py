@@ -14,9 +14,12 @@ from tests.toy import relative_error
 IN, OUT, R, ALPHA = 37, 53, 5, 7.0
 
 
-def formula(x: Tensor, dropped: Tensor, layer: DoraLinear, a: Tensor, b: Tensor, offset: Tensor | None) -> Tensor:
-    """The plain definition, everything built: methods.md part 1, in whatever dtype it is given."""
+def formula(
+    x: Tensor, dropped: Tensor, layer: DoraLinear, a: Tensor, b: Tensor, gates: Tensor | None, offset: Tensor | None
+) -> Tensor:
+    """The plain definition, everything built: methods.md parts 1 to 3, in whatever dtype it is given."""
     w = layer.weight.to(x.dtype)
+    b = b if gates is None else b @ gates.diag()
     s = layer.spec.scaling
     y = x @ w.T
     if offset is None:
@@ -35,7 +38,7 @@ def random_layer(spec: AdapterSpec, bias: bool, dtype: torch.dtype = torch.float
     torch.manual_seed(0)
     layer = DoraLinear.from_linear(nn.Linear(IN, OUT, bias=bias, dtype=dtype), spec)
     with torch.no_grad():
-        for parameter in (layer.lora_B, layer.magnitude_offset):
+        for parameter in (layer.lora_B, layer.lora_gates, layer.magnitude_offset):
             if parameter is not None:
                 parameter.copy_(torch.randn_like(parameter) * 0.3)
     NormRefresher(layer).refresh()
@@ -43,13 +46,17 @@ def random_layer(spec: AdapterSpec, bias: bool, dtype: torch.dtype = torch.float
 
 
 @pytest.mark.parametrize(
-    ("mode", "norm_gradient", "dropout", "bias", "weight_decomposed"),
-    list(itertools.product(["exact", "adapter"], ["detached", "full"], [0.0, 0.3], [True, False], [True, False])),
+    ("mode", "norm_gradient", "dropout", "bias", "weight_decomposed", "gated"),
+    list(
+        itertools.product(
+            ["exact", "adapter"], ["detached", "full"], [0.0, 0.3], [True, False], [True, False], [True, False]
+        )
+    ),
 )
 def test_output_and_gradients_are_the_formulas(
-    mode: str, norm_gradient: str, dropout: float, bias: bool, weight_decomposed: bool
+    mode: str, norm_gradient: str, dropout: float, bias: bool, weight_decomposed: bool, gated: bool
 ) -> None:
-    spec = AdapterSpec(R, ALPHA, weight_decomposed, dropout, mode, norm_gradient)
+    spec = AdapterSpec(R, ALPHA, weight_decomposed, dropout, mode, norm_gradient, gated)
     layer = random_layer(spec, bias)
     x = torch.randn(3, 11, IN, requires_grad=True)
     torch.manual_seed(5)
@@ -59,9 +66,9 @@ def test_output_and_gradients_are_the_formulas(
 
     torch.manual_seed(5)  # the same mask
     mask = F.dropout(torch.ones_like(x), dropout).double() if dropout else 1.0
-    leaves = [x, layer.lora_A, layer.lora_B, layer.magnitude_offset]
+    leaves = [x, layer.lora_A, layer.lora_B, layer.lora_gates, layer.magnitude_offset]
     exact = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
-    expected = formula(exact[0], exact[0] * mask, layer, exact[1], exact[2], exact[3])
+    expected = formula(exact[0], exact[0] * mask, layer, *exact[1:])
     expected.backward(cotangent.double())
 
     assert relative_error(y, expected) <= 1e-5
@@ -90,7 +97,16 @@ def test_magnitude_only_trains_a_scale_per_row(bias: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("spec", [AdapterSpec(R, ALPHA), AdapterSpec(R, ALPHA, dropout=0.5), AdapterSpec(r=None)])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AdapterSpec(R, ALPHA),
+        AdapterSpec(R, ALPHA, dropout=0.5),
+        AdapterSpec(r=None),
+        AdapterSpec(R, ALPHA, gated=True),
+        AdapterSpec(R, ALPHA, weight_decomposed=False, gated=True),
+    ],
+)
 def test_at_the_start_the_output_is_the_bases_bit_for_bit(dtype: torch.dtype, bias: bool, spec: AdapterSpec) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(IN, OUT, bias=bias, dtype=dtype)
