@@ -98,6 +98,11 @@ def _line(record: dict[str, Any], max_steps: int) -> str:
     shown = {
         "loss": ("loss", "{:.4f}"),
         "eval_loss": ("eval loss", "{:.4f}"),
+        "eval_accuracy": ("accuracy", "{:.4f}"),
+        "eval_f1": ("F1", "{:.4f}"),
+        "eval_matthews": ("Matthews", "{:.4f}"),
+        "eval_pearson": ("Pearson", "{:.4f}"),
+        "eval_spearman": ("Spearman", "{:.4f}"),
         "train_loss": ("mean training loss", "{:.4f}"),
         "train_runtime": ("seconds", "{:.1f}"),
         "grad_norm": ("grad norm", "{:.3f}"),
