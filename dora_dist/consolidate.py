@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,6 +24,7 @@ from dora_dist.adapters.peft_format import CONFIG_NAME, AdapterLayer, PeftFolder
 from dora_dist.config import is_local
 from dora_dist.errors import UserError
 from dora_dist.models.hub import fetch
+from dora_dist.models.names import locate, modern, prefix_between, stored_names
 from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, new_folder
 
 BLOCK_BYTES = 16 << 20
@@ -42,12 +43,27 @@ _TOKENIZER = (
 )
 
 
+@dataclass(frozen=True)
+class Output:
+    """One tensor to write: its name and dtype there, where it is read, and the module whose update it gets."""
+
+    name: str
+    dtype: torch.dtype
+    source: TensorFolder
+    entry: TensorEntry
+    module: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.entry.numel * self.dtype.itemsize
+
+
 @dataclass
 class Shard:
     """One output file: its tensors, in the order in which they are read, and their size once written."""
 
     name: str
-    entries: list[TensorEntry]
+    outputs: list[Output]
     nbytes: int
 
 
@@ -64,7 +80,9 @@ def consolidate(
     """Merge a PEFT adapter folder into its base and write the folder `output`, config and tokenizer included.
 
     `base_folder` is a folder or a hub name. `dtype` ("bf16", "fp16", "fp32") of the output is by default that
-    of the base on disk, tensor by tensor. Memory: a few blocks of BLOCK_BYTES, whatever the model's size.
+    of the base on disk, tensor by tensor. Modules that were trained in full replace the base's, or join them; a base
+    that is the plain encoder of the adapted model gets that model's names. Memory: a few blocks of BLOCK_BYTES,
+    whatever the model's size.
     Returns what was done: output, tensors, merged, shards, bytes_read, bytes_written, seconds.
 
     Raises UserError, with nothing left behind, when the adapter does not fit the base, a file is damaged, a
@@ -79,30 +97,29 @@ def consolidate(
     output = Path(output).resolve()
     _check_output(output, base, Path(adapter_folder))
     tensors = TensorFolder.open(base)
-    targets = _match(adapter, tensors, config)
-    shards = _plan(tensors, dtype, max_shard_bytes)
+    outputs = _outputs(adapter, tensors, config, dtype)
+    shards = _plan(outputs, max_shard_bytes)
     total = sum(shard.nbytes for shard in shards)
     _check_space(output, total)
     with (
         new_folder(output, overwrite) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc="consolidating", disable=not progress) as bar,
     ):
-        _copy_companions(base, folder, config, dtype)
+        _copy_companions(base, folder, config, adapter.model_config, dtype)
         for shard in shards:
-            layout = [(entry.name, _written_as(entry, dtype), entry.shape) for entry in shard.entries]
+            layout = [(output.name, output.dtype, output.entry.shape) for output in shard.outputs]
             with TensorWriter(folder / shard.name, layout, {"format": "pt"}) as writer:
-                for entry in shard.entries:
-                    module = targets.get(entry.name)
-                    layer = adapter.layer(module) if module else None
-                    for block in _blocks(tensors, entry, layer, _written_as(entry, dtype)):
-                        writer.write(entry.name, block)
+                for written in shard.outputs:
+                    layer = adapter.layer(written.module) if written.module else None
+                    for block in _blocks(written, layer):
+                        writer.write(written.name, block)
                         bar.update(block.nbytes)
         if len(shards) > 1:
             _write_index(folder, shards)
     return {
         "output": str(output),
-        "tensors": len(tensors.entries),
-        "merged": len(targets),
+        "tensors": len(outputs),
+        "merged": len(adapter.modules),
         "shards": len(shards),
         "bytes_read": tensors.bytes_read,
         "bytes_written": total,
@@ -197,12 +214,45 @@ def _check_space(output: Path, nbytes: int) -> None:
         raise UserError(f"{output}: disk full: {needed}; free some space or choose another place")
 
 
-def _match(adapter: PeftFolder, tensors: TensorFolder, config: dict[str, Any]) -> dict[str, str]:
+def _outputs(adapter: PeftFolder, tensors: TensorFolder, config: dict[str, Any], dtype: str | None) -> list[Output]:
+    """What to write, in the order of the base's files: its tensors, adapted or replaced, then new ones."""
+    stored = stored_names(tensors.entries)
+    prefix = prefix_between([f"{module}.weight" for module in adapter.modules], stored)
+    targets = _match(adapter, tensors, config, stored, prefix)
+    replaced = {found: name for name in adapter.trained if (found := locate(name, stored, prefix))}
+    lacks_prefix = all(not name.startswith(f"{prefix}.") for name in stored)
+    outputs = []
+    for entry in sorted(tensors.entries.values(), key=lambda entry: (entry.path, entry.offset)):
+        if entry.name in replaced:
+            name = replaced[entry.name]
+            _check_replacement(adapter, name, entry)
+            outputs.append(_trained_output(adapter, name, _written_as(entry, dtype)))
+        else:
+            name = f"{prefix}.{modern(entry.name)}" if prefix and lacks_prefix else modern(entry.name)
+            outputs.append(Output(name, _written_as(entry, dtype), tensors, entry, targets.get(entry.name)))
+    usual = next(output.dtype for output in outputs if output.module)
+    return outputs + [_trained_output(adapter, n, usual) for n in adapter.trained if n not in replaced.values()]
+
+
+def _trained_output(adapter: PeftFolder, name: str, dtype: torch.dtype) -> Output:
+    return Output(name, dtype, adapter.tensors, adapter.tensors.entries[adapter.trained[name]])
+
+
+def _check_replacement(adapter: PeftFolder, name: str, entry: TensorEntry) -> None:
+    shape = adapter.tensors.entries[adapter.trained[name]].shape
+    if shape != entry.shape and not adapter.model_config:  # a head may have another number of labels
+        mismatch = f"as {shape}, but {entry.path.parent} has it as {entry.shape}"
+        raise UserError(f"{adapter.path}: it trained {name!r} {mismatch}; give the base that it was trained on")
+
+
+def _match(
+    adapter: PeftFolder, tensors: TensorFolder, config: dict[str, Any], stored: dict[str, str], prefix: str
+) -> dict[str, str]:
     """Base tensor name -> adapted module. UserError naming the first module that the base cannot take."""
     targets = {}
     for module in adapter.modules:
         weight, who = f"{module}.weight", f"{adapter.path}: it adapts {module!r}"
-        entry = tensors.entries.get(weight)
+        entry = tensors.entries.get(locate(weight, stored, prefix) or weight)
         if entry is None:
             missing = f"but {tensors.path} has no tensor {weight!r}"
             raise UserError(f"{who}, {missing}; give the base that it was trained on")
@@ -213,7 +263,7 @@ def _match(adapter: PeftFolder, tensors: TensorFolder, config: dict[str, Any]) -
             raise UserError(f"{who}, stored as {entry.dtype} in {tensors.path}; give the base before quantisation")
         if config.get("tie_word_embeddings") and module.endswith(("lm_head", "embed_tokens")):
             raise UserError(f"{who}, which shares its weight with another module; it cannot be merged alone")
-        targets[weight] = module
+        targets[entry.name] = module
     return targets
 
 
@@ -221,44 +271,44 @@ def _written_as(entry: TensorEntry, dtype: str | None) -> torch.dtype:
     return DTYPES[dtype] if dtype and entry.dtype in _MERGEABLE else entry.dtype
 
 
-def _plan(tensors: TensorFolder, dtype: str | None, max_shard_bytes: float) -> list[Shard]:
-    """Fill files up to `max_shard_bytes` each, in the order of the base's files: it is read sequentially."""
+def _plan(outputs: Sequence[Output], max_shard_bytes: float) -> list[Shard]:
+    """Fill files up to `max_shard_bytes` each, in the order of `outputs`: the base is read sequentially."""
     shards: list[Shard] = []
-    for entry in sorted(tensors.entries.values(), key=lambda entry: (entry.path, entry.offset)):
-        nbytes = entry.numel * _written_as(entry, dtype).itemsize
-        if not shards or shards[-1].nbytes + nbytes > max_shard_bytes:
+    for output in outputs:
+        if not shards or shards[-1].nbytes + output.nbytes > max_shard_bytes:
             shards.append(Shard("model.safetensors", [], 0))
-        shards[-1].entries.append(entry)
-        shards[-1].nbytes += nbytes
+        shards[-1].outputs.append(output)
+        shards[-1].nbytes += output.nbytes
     if len(shards) > 1:
         for number, shard in enumerate(shards, 1):
             shard.name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     return shards
 
 
-def _blocks(
-    tensors: TensorFolder, entry: TensorEntry, layer: AdapterLayer | None, dtype: torch.dtype
-) -> Iterator[Tensor]:
+def _blocks(output: Output, layer: AdapterLayer | None) -> Iterator[Tensor]:
     """The tensor as it is to be written, a block of rows at a time; UserError if a number is not finite."""
+    entry, dtype, source = output.entry, output.dtype, output.source
     rows = entry.shape[0] if entry.shape else 1
     width = entry.numel // rows if rows else 0
     step = max(1, BLOCK_BYTES // (4 * max(width, 1)))
     for start in range(0, rows, step):
         span = (start * width, min(start + step, rows) * width)
         if layer is None:
-            block = tensors.read_flat(entry.name, *span, dtype=dtype)
+            block = source.read_flat(entry.name, *span, dtype=dtype)
         else:
-            weight = tensors.read_flat(entry.name, *span, dtype=torch.float32).view(-1, width)
+            weight = source.read_flat(entry.name, *span, dtype=torch.float32).view(-1, width)
             block = merge_rows(weight, layer, start).to(dtype)
         if block.is_floating_point() and dtype.itemsize > 1 and not bool(torch.isfinite(block).all()):
-            source = "base" if layer is None else "base, adapter or their sum"
-            cause = f"its {source} holds NaN, infinity or a value too large for {dtype}"
-            raise UserError(f"tensor {entry.name!r} would not be finite: {cause}; mend it, or try another --dtype")
+            origin = "source" if layer is None else "base, adapter or their sum"
+            cause = f"its {origin} holds NaN, infinity or a value too large for {dtype}"
+            raise UserError(f"tensor {output.name!r} would not be finite: {cause}; mend it, or try another --dtype")
         yield block
 
 
-def _copy_companions(base: Path, folder: Path, config: dict[str, Any], dtype: str | None) -> None:
-    """Configuration, tokenizer and licence files; in the config, the weights' new dtype if any."""
+def _copy_companions(
+    base: Path, folder: Path, config: dict[str, Any], model_config: dict[str, Any], dtype: str | None
+) -> None:
+    """Configuration, tokenizer and licence files; in the config, the weights' new dtype and the new head if any."""
     for file in sorted(base.iterdir()):
         if file.is_file() and any(fnmatch(file.name, pattern) for pattern in (*_CONFIGURATION, *_TOKENIZER)):
             shutil.copyfile(file, folder / file.name)
@@ -267,11 +317,13 @@ def _copy_companions(base: Path, folder: Path, config: dict[str, Any], dtype: st
             key = "dtype" if "dtype" in section else "torch_dtype"
             if key in section or section is config:
                 section[key] = str(DTYPES[dtype]).removeprefix("torch.")
+    if dtype or model_config:
+        config.update(model_config)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_index(folder: Path, shards: list[Shard]) -> None:
-    weight_map = {entry.name: shard.name for shard in shards for entry in shard.entries}
+    weight_map = {output.name: shard.name for shard in shards for output in shard.outputs}
     metadata = {"total_size": sum(shard.nbytes for shard in shards)}
     index = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
     (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")

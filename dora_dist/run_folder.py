@@ -2,7 +2,7 @@
 
 RUN_DIR/
     config.json  deepspeed.json  metrics.jsonl
-    best.json                      {"checkpoint": "checkpoint-80", "eval_loss": ...}
+    best.json                      {"checkpoint": "checkpoint-80", "eval_loss": ...}, or another metric
     checkpoint-80/
         manifest.json              written last: step, model fingerprint, every file's size and sha256
         state.safetensors          fp32 masters and Adam moments, whole tensors: no trace of the world size
@@ -59,7 +59,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
-    """The complete checkpoint with the lowest evaluation loss, if the run kept one."""
+    """The complete checkpoint that was best in evaluation, if the run kept one."""
     try:
         best = run_dir / Path(json.loads((run_dir / "best.json").read_text())["checkpoint"]).name
     except (OSError, ValueError, KeyError):
@@ -67,9 +67,9 @@ def best_checkpoint(run_dir: Path) -> Path | None:
     return best if is_complete(best) else None
 
 
-def set_best(run_dir: Path, checkpoint: Path, eval_loss: float) -> None:
-    """Record the best checkpoint; atomic."""
-    write_json(run_dir / "best.json", {"checkpoint": checkpoint.name, "eval_loss": eval_loss})
+def set_best(run_dir: Path, checkpoint: Path, value: float, metric: str = "eval_loss") -> None:
+    """Record the best checkpoint and its metric; atomic."""
+    write_json(run_dir / "best.json", {"checkpoint": checkpoint.name, metric: value})
 
 
 def retire(run_dir: Path, keep_last: int) -> list[Path]:

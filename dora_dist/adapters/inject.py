@@ -2,8 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 from torch import nn
 
@@ -16,6 +17,11 @@ FAMILY_TARGETS: dict[str, list[str]] = dict.fromkeys(
     ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "granite", "smollm3"), _LLAMA_LIKE
 )
 """Default `target_modules` by a Hugging Face config's `model_type`: the paper's choice (section 5.1)."""
+# Encoders: query, key, value, attention output, intermediate and output, as Mao et al. (arXiv 2405.17357) have it.
+_BERT_LIKE = ["query", "key", "value", "intermediate.dense", "output.dense"]
+FAMILY_TARGETS |= dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT_LIKE)
+FAMILY_TARGETS["deberta-v2"] = ["query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"]
+FAMILY_TARGETS["mpnet"] = ["attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense"]
 
 
 AdapterPlan = Callable[[nn.Module], dict[str, AdapterSpec]]
@@ -90,19 +96,27 @@ def like(adapter: PeftAdapter) -> AdapterPlan:
     return plan
 
 
-def inject(model: nn.Module, plan: AdapterPlan) -> list[str]:
+def inject(model: nn.Module, plan: AdapterPlan, trained_modules: Sequence[str] = ()) -> list[str]:
     """Replace planned nn.Linear modules by DoraLinear over the SAME parameters, in place; freeze all else.
 
-    Returns the names of the adapted modules. Raises UserError if a planned module is no linear layer of the model,
-    or if its weight is shared with another module: adapting a tied weight in one place would silently change, or
-    not change, the other.
+    All but what is in `trained_modules` (names, see `trained_in_full`): that is trained as it is. Returns the names
+    of the adapted modules. Raises UserError if a planned module is no linear layer of the model or lies in a trained
+    module, or if its weight is shared with another module: adapting a tied weight in one place would silently
+    change, or not change, the other.
     """
     specs = plan(model)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if strangers := [name for name in specs if name not in linears]:
         raise UserError(f"the adapter has a module {strangers[0]!r} that this model does not have: another base?")
-    _refuse_shared(model, {name: linears[name] for name in specs})
+    _refuse_shared(
+        model, {name: cast(nn.Parameter, linears[name].weight) for name in specs}, "adapted", "target_modules"
+    )
+    _refuse_inner(specs, trained_modules)
     model.requires_grad_(False)
+    for name in trained_modules:
+        module = model.get_submodule(name).requires_grad_(True)
+        weights = {f"{name}.{inner}": p for inner, p in module.named_parameters()}
+        _refuse_shared(model, weights, "trained", "trained_modules", name)
     for name, spec in specs.items():
         parent, _, child = name.rpartition(".")
         linear = linears[name]
@@ -141,14 +155,48 @@ def _matches(pattern: str, name: str, field: str) -> bool:
         raise UserError(f"{field}: {pattern!r} is neither a module name nor a regular expression ({error})") from error
 
 
-def _refuse_shared(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
+def trained_in_full(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """The outermost modules with parameters that a pattern names (as in `by_pattern`), in the model's order.
+
+    Raises UserError if a pattern matches none.
+    """
+    modules = [name for name, m in model.named_modules() if name and next(m.parameters(), None) is not None]
+    matched: set[str] = set()
+    for pattern in patterns:
+        names = {name for name in modules if _matches(pattern, name, "adapter.trained_modules")}
+        if not names:
+            outer = ", ".join(name for name in modules if "." not in name)
+            raise UserError(
+                f"adapter.trained_modules: {pattern!r} matches no module with parameters; the outermost are: {outer}"
+            )
+        matched |= names
+    return [name for name in modules if name in matched and not any(_inside(name, other) for other in matched)]
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name.startswith(f"{outer}.")
+
+
+def _refuse_inner(adapted: Iterable[str], trained: Sequence[str]) -> None:
+    for name in adapted:
+        if any(name == outer or _inside(name, outer) for outer in trained):
+            raise UserError(
+                f"adapter.target_modules and adapter.trained_modules both match {name!r}; take it out of one of the two"
+            )
+
+
+def _refuse_shared(
+    model: nn.Module, weights: dict[str, nn.Parameter], done: str, field: str, within: str | None = None
+) -> None:
+    """Raise UserError if a parameter of `weights` (by module or parameter name) has a name outside of `within`."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    for name, linear in targets.items():
-        others = [n for n in owners[id(linear.weight)] if n != f"{name}.weight"]
+    for name, weight in weights.items():
+        own = {name, f"{name}.weight"}
+        others = [n for n in owners[id(weight)] if n not in own and not (within and _inside(n, within))]
         if others:
             raise UserError(
-                f"adapter.target_modules: {name!r} shares its weight with {', '.join(others)}; a tied weight cannot "
-                "be adapted in one place only: leave it out of target_modules"
+                f"adapter.{field}: {name!r} shares its weight with {', '.join(others)}; a tied weight cannot "
+                f"be {done} in one place only: leave it out of {field}"
             )

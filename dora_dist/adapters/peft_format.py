@@ -21,6 +21,8 @@ from dora_dist.errors import UserError
 from dora_dist.safetensors_io import TensorFolder, TensorWriter, new_folder
 
 CONFIG_NAME = "adapter_config.json"
+MODEL_CONFIG_NAME = "model_config.json"
+"""Fields of a model's config.json that its base's has not (its head's labels); PEFT does not look at it."""
 WEIGHTS_STEM = "adapter_model"
 _PREFIX = "base_model.model."
 _PARTS = {
@@ -47,6 +49,7 @@ _UNDERSTOOD = {
     "lora_dropout",
     "lora_ga_config",
     "megatron_core",
+    "modules_to_save",
     "peft_type",
     "peft_version",
     "qalora_group_size",
@@ -61,6 +64,8 @@ _UNDERSTOOD = {
 }
 # The other initialisations (pissa, olora, loftq, ...) also change the base weight that the adapter sits on.
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+# PEFT lists these for its task types whatever the model's head is called.
+_HEADS_PEFT_ADDS = {"classifier", "score", "qa_outputs"}
 # A row whose weight and update are both zero has norm 0, and PEFT computes 0/0 there. Its magnitude is 0 as
 # well, so its output is 0 whatever B is: a small B (exact in fp16 and bf16) keeps PEFT finite.
 _ZERO_ROW_B = 2.0**-10
@@ -85,7 +90,9 @@ class AdapterLayer:
 class PeftAdapter:
     """An adapter in memory; `layers` maps module names of the base model to their parameters.
 
-    `lora_alpha` and `r` are the defaults that single layers may depart from.
+    `lora_alpha` and `r` are the defaults that single layers may depart from. `modules_to_save` are modules trained
+    in full, `trained` their parameters by name, fp32, and `model_config` what the model's configuration needs for
+    them.
     """
 
     base_model: str
@@ -96,6 +103,9 @@ class PeftAdapter:
     layers: dict[str, AdapterLayer]
     task_type: str | None = "CAUSAL_LM"
     revision: str | None = None
+    modules_to_save: list[str] = field(default_factory=list)
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    model_config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -106,6 +116,8 @@ class PeftFolder:
     config: dict[str, Any]
     tensors: TensorFolder
     modules: dict[str, dict[str, str]] = field(default_factory=dict)  # module -> part -> name in the file
+    trained: dict[str, str] = field(default_factory=dict)  # parameter of a module to save -> name in the file
+    model_config: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> PeftFolder:
@@ -116,11 +128,18 @@ class PeftFolder:
             hint = "save the adapter as safetensors; pickled .bin adapters are never loaded"
             raise UserError(f"{path}: no {WEIGHTS_STEM}.safetensors; {hint}")
         folder = cls(path, config, TensorFolder.open(path, stem=WEIGHTS_STEM))
+        if (path / MODEL_CONFIG_NAME).is_file():
+            folder.model_config = _read_object(path / MODEL_CONFIG_NAME)
         for name in folder.tensors.entries:
+            if saved := _saved_name(name, config.get("modules_to_save") or []):
+                folder.trained[saved] = name
+                continue
             module, part = _split_name(folder.path, name)
             folder.modules.setdefault(module, {})[part] = name
         if not folder.modules:
             raise UserError(f"{path}: the adapter has no tensors; save it again")
+        if absent := set(config.get("modules_to_save") or ()) - set(folder.modules_to_save()) - _HEADS_PEFT_ADDS:
+            raise UserError(f"{path}: modules_to_save={sorted(absent)} have no tensors in the adapter; save it again")
         for module in folder.modules:
             folder._check(module)
         return folder
@@ -150,6 +169,11 @@ class PeftFolder:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         return self.config[default]
+
+    def modules_to_save(self) -> list[str]:
+        """Those of the configuration that the folder holds: PEFT also lists names that the model has not."""
+        listed = self.config.get("modules_to_save") or []
+        return [module for module in dict.fromkeys(listed) if any(_within(name, module) for name in self.trained)]
 
     def shape(self, module: str) -> tuple[int, int]:
         """(out, in) of the weight that `module` must have in the base."""
@@ -184,6 +208,9 @@ def read_peft_folder(path: Path) -> PeftAdapter:
         layers={module: folder.layer(module) for module in folder.modules},
         task_type=config.get("task_type"),
         revision=config.get("revision"),
+        modules_to_save=folder.modules_to_save(),
+        trained={name: folder.tensors.read(stored, torch.float32) for name, stored in folder.trained.items()},
+        model_config=folder.model_config,
     )
 
 
@@ -213,6 +240,7 @@ def write_peft_folder(
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = lora_B
         if layer.magnitude is not None:
             tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = layer.magnitude.float()
+    tensors |= {f"{_PREFIX}{name}": values.float() for name, values in adapter.trained.items()}
     config = {
         "peft_type": "LORA",
         "task_type": adapter.task_type,
@@ -225,6 +253,7 @@ def write_peft_folder(
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "target_modules": sorted(adapter.layers),
+        "modules_to_save": adapter.modules_to_save or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -235,6 +264,9 @@ def write_peft_folder(
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if adapter.model_config:
+            text = json.dumps(adapter.model_config, indent=2) + "\n"
+            (folder / MODEL_CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def _peft_factors(module: str, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
@@ -257,6 +289,17 @@ def _is_placeholder(lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> bool:
     return ones_or_zeros and bool(empty.all())
 
 
+def _saved_name(name: str, modules_to_save: list[str]) -> str | None:
+    """ "base_model.model.<parameter>" -> <parameter>, if it is of a module that the configuration says was saved."""
+    parameter = name.removeprefix(_PREFIX)
+    return parameter if parameter != name and any(_within(parameter, m) for m in modules_to_save) else None
+
+
+def _within(parameter: str, module: str) -> bool:
+    """Whether a parameter is of a module; PEFT takes a name to mean every module that ends in it."""
+    return f".{module}." in f".{parameter}"
+
+
 def _split_name(path: Path, name: str) -> tuple[str, str]:
     """ "base_model.model.<module>.lora_A.weight" -> (<module>, "lora_A")."""
     for ending, part in _PARTS.items():
@@ -270,12 +313,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     """The checked adapter_config.json."""
     if not path.is_file():
         raise UserError(f"{path.parent}: not a PEFT adapter folder, it has no {path.name}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); save the adapter again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object; save the adapter again")
+    config = _read_object(path)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type={config.get('peft_type')!r} is not supported; LORA and its DoRA are")
     for name, value in config.items():
@@ -296,6 +334,16 @@ def _read_config(path: Path) -> dict[str, Any]:
             except re.error as error:
                 raise UserError(f"{path}: {patterns} has the bad pattern {pattern!r}: {error}") from error
     return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); save the adapter again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; save the adapter again")
+    return value
 
 
 def _check_number(path: Path, name: str, value: object, whole: bool) -> None:

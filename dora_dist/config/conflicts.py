@@ -16,6 +16,7 @@ def between_fields(config: RunConfig) -> Iterator[str]:
     yield from _batches_and_warmup(config)
     yield from _validation(config)
     yield from _adapter(config.adapter)
+    yield from _task(config)
     flash = config.model.attn_implementation == "flash_attention_2"
     if flash and (config.model.dtype == "fp32" or config.engine.accelerator == "cpu"):
         yield (
@@ -50,6 +51,26 @@ def _validation(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _task(config: RunConfig) -> Iterator[str]:
+    task, format, metric = config.model.task, config.data.format, config.training.metric
+    classifies = task == "sequence_classification"
+    if classifies != (format == "classification"):
+        yield (
+            f'model.task = "{task}" and data.format = "{format}": sequence_classification and the format '
+            "classification go together"
+        )
+    if not classifies:
+        known = ["loss"]
+    elif config.model.num_labels == 1:
+        known = ["loss", "pearson", "spearman"]
+    else:
+        known = ["loss", "accuracy", "matthews", *(["f1"] if config.model.num_labels == 2 else [])]
+    if metric not in known:
+        given = f'training.metric = "{metric}": there is none for model.task = "{task}"'
+        labels = f" with model.num_labels = {config.model.num_labels}" if classifies else ""
+        yield f"{given}{labels}; use {', '.join(known)}"
+
+
 def _adapter(adapter: AdapterConfig) -> Iterator[str]:
     targets, magnitude_only = adapter.target_modules, adapter.magnitude_only_modules
     remedy = "set adapter.weight_decomposed to true"
@@ -63,6 +84,7 @@ def _adapter(adapter: AdapterConfig) -> Iterator[str]:
         yield "adapter.target_modules = []: nothing to train; name modules, or null for the family's default"
     yield from _bad_patterns("adapter.target_modules", targets or [])
     yield from _bad_patterns("adapter.magnitude_only_modules", magnitude_only)
+    yield from _bad_patterns("adapter.trained_modules", adapter.trained_modules or [])
     for pattern in sorted(set(targets or []) & set(magnitude_only)):
         yield f'adapter.magnitude_only_modules: "{pattern}" is in adapter.target_modules too; keep one'
 

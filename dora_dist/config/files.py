@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dora_dist.config.schema import RunConfig
 
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")  # of data, with its configuration and split
 
 
 def is_local(name: str) -> bool:

@@ -38,7 +38,15 @@ class ModelConfig(Section):
         default="bf16", description="Number format of the base weights and the arithmetic"
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        default="sdpa", description="Attention code that transformers uses"
+        default="sdpa", description="Attention code that transformers uses; eager where a model has no sdpa"
+    )
+    task: Literal["causal_lm", "sequence_classification"] = Field(
+        default="causal_lm",
+        description="What the model is for: causal_lm predicts the next token; sequence_classification labels a text, "
+        "or rates it",
+    )
+    num_labels: int = Field(
+        default=2, ge=1, description="Labels of sequence_classification: 0 up to this number; 1: a rating (regression)"
     )
     trust_remote_code: bool = Field(default=False, description="Let the hub repository's own Python code run here")
 
@@ -68,6 +76,11 @@ class AdapterConfig(Section):
     magnitude_only_modules: Patterns = Field(
         default=[],
         description="Linear layers that train a magnitude and no low-rank update; patterns as above",
+    )
+    trained_modules: Patterns | None = Field(
+        default=None,
+        description="Modules trained in full beside the adapters (PEFT's modules_to_save); patterns as above; "
+        "null: the task's head, if it has one",
     )
     init_from: PathText | None = Field(
         default=None, description="PEFT LoRA or DoRA folder to start from; null: a new adapter"
@@ -117,20 +130,27 @@ class DataConfig(Section):
     """What the model learns from."""
 
     train: PathText | PathTexts = Field(
-        description="Training data: .json, .jsonl or .parquet file or a hub name, or a list of these"
+        description="Training data: .json, .jsonl or .parquet file or a hub name (name, name:config or "
+        "name:config:split), or a list of these"
     )
     validation: PathText | PathTexts | None = Field(
-        default=None, description="Validation data, as train; null: see validation_samples"
+        default=None, description="Validation data, as train (split validation); null: see validation_samples"
     )
     validation_samples: int = Field(
         default=0,
         ge=0,
         description="Records held out from the training data for validation when there is no validation file",
     )
-    format: Literal["instruction", "alpaca", "completion", "messages"] = Field(
+    format: Literal["instruction", "alpaca", "completion", "messages", "classification"] = Field(
         default="instruction",
         description="Records: instruction (the paper's prompt), alpaca, completion (prompt and completion as they "
-        "are), or messages (the chat template)",
+        "are), messages (the chat template), or classification (one or two texts and a label)",
+    )
+    text_fields: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=2)] = Field(
+        default=["text"], description="Where a classification record has its text, or its two texts"
+    )
+    label_field: str = Field(
+        default="label", min_length=1, description="Where a classification record has its label, or its rating"
     )
     loss_on: Literal["all", "answer"] = Field(
         default="all",
@@ -172,6 +192,11 @@ class TrainingConfig(Section):
     eval_every: int | None = Field(
         default=None, ge=1, description="Optimizer steps between evaluations; null: none in training"
     )
+    metric: Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman"] = Field(
+        default="loss",
+        description="What makes a checkpoint the best in evaluation: the lowest loss, or the highest of the others "
+        "(sequence_classification)",
+    )
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="Seed of initial values, data order and dropout")
 
 
@@ -186,7 +211,7 @@ class CheckpointConfig(Section):
         default=None, ge=1, description="Optimizer steps between checkpoints; null: only at the end"
     )
     keep_last: int = Field(default=2, ge=1, description="Newest checkpoints to keep")
-    keep_best: bool = Field(default=True, description="Also keep the checkpoint with the lowest validation loss")
+    keep_best: bool = Field(default=True, description="Also keep the checkpoint that is best by training.metric")
     resume: PathText | None = Field(
         default=None,
         description="auto: go on from the run folder's newest checkpoint, if any; or a checkpoint folder",

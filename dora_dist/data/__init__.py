@@ -3,6 +3,7 @@
 from dora_dist.data.collate import Collator, WithFiller
 from dora_dist.data.dataset import IGNORED, TokenizedData, TokenizedDataset, build_dataset
 from dora_dist.data.formats import FORMATS
+from dora_dist.data.labelled import LabelledCollator, LabelledDataset, WithLabelledFiller, build_labelled
 from dora_dist.data.records import load_records
 from dora_dist.data.sampler import FILLER, EpochBatches, EpochDataLoader
 
@@ -13,9 +14,13 @@ __all__ = [
     "Collator",
     "EpochBatches",
     "EpochDataLoader",
+    "LabelledCollator",
+    "LabelledDataset",
     "TokenizedData",
     "TokenizedDataset",
     "WithFiller",
+    "WithLabelledFiller",
     "build_dataset",
+    "build_labelled",
     "load_records",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -60,12 +60,12 @@ class TokenizedDataset(Dataset[dict[str, list[int]]]):
 
 @dataclass(frozen=True)
 class TokenizedData:
-    """What a run trains and validates on."""
+    """What a run trains and validates on: TokenizedDataset or LabelledDataset, and what became of the records."""
 
-    train: TokenizedDataset
-    train_stats: TokenizationStats
-    validation: TokenizedDataset | None = None
-    validation_stats: TokenizationStats | None = None
+    train: Any
+    train_stats: Any
+    validation: Any = None
+    validation_stats: Any = None
 
 
 def build_dataset(
@@ -83,11 +83,11 @@ def build_dataset(
     store = _tokenize(train_sources, "data.train", data, tokenizer, progress)
     if data.validation is not None:
         sources = [data.validation] if isinstance(data.validation, str) else data.validation
-        held_out = _tokenize(sources, "data.validation", data, tokenizer, progress)
-        validation = _select(held_out, range(len(held_out.truncated)), "data.validation", data.cutoff_len)
+        validating = _tokenize(sources, "data.validation", data, tokenizer, progress)
+        validation = _select(validating, range(len(validating.truncated)), "data.validation", data.cutoff_len)
         train = _select(store, range(len(store.truncated)), "data.train", data.cutoff_len)
         return TokenizedData(*train, *validation)
-    chosen = _held_out(len(store.truncated), data.validation_samples, seed)
+    chosen = held_out(len(store.truncated), data.validation_samples, seed)
     rest = [i for i in range(len(store.truncated)) if i not in chosen]
     train = _select(store, rest, "data.train", data.cutoff_len)
     if not chosen:
@@ -143,7 +143,7 @@ def _tokenize(
 ) -> _Store:
     from tqdm import tqdm
 
-    rows = list(read_records(sources, FIELDS[data.format]))
+    rows = list(read_records(sources, FIELDS[data.format], field.removeprefix("data.")))
     tokens, labels, starts, truncated = array("i"), array("i"), [0], []
     everywhere = data.loss_on == "all"
     bar = tqdm(total=len(rows), desc=f"Tokenizing {field}", unit=" samples", delay=2.0, disable=not progress)
@@ -169,7 +169,8 @@ def _render(place: str, row: Record, data: DataConfig, tokenizer: PreTrainedToke
         raise UserError(f"{place}: {error}") from error
 
 
-def _held_out(records: int, wanted: int, seed: int) -> set[int]:
+def held_out(records: int, wanted: int, seed: int) -> set[int]:
+    """Which of `records` are held out for validation. Raises UserError if none would be left."""
     if wanted >= records:
         raise UserError(
             f"data.validation_samples is {wanted} but data.train holds {records} records; "

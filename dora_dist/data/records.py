@@ -28,7 +28,7 @@ def load_records(sources: Sequence[str | Path], format: str) -> list[Record]:
 
     Args:
         sources: .json (one list of objects), .jsonl (one object a line, blank lines passed over),
-            .parquet, or a hub data set's name, of which the split "train" is taken.
+            .parquet, or a hub data set's "name", "name:config" or "name:config:split".
         format: a name in FIELDS.
 
     Raises UserError, naming the source and the line or the record (both counted from 1), for a missing or
@@ -37,11 +37,16 @@ def load_records(sources: Sequence[str | Path], format: str) -> list[Record]:
     return [record for _, record in read_records(sources, FIELDS[format])]
 
 
-def read_records(sources: Sequence[str | Path], fields: Mapping[str, type]) -> Iterator[tuple[str, Record]]:
-    """As `load_records`, with each record's place for messages: ("train.jsonl, line 7", {...})."""
+def read_records(
+    sources: Sequence[str | Path], fields: Mapping[str, type], split: str = "train"
+) -> Iterator[tuple[str, Record]]:
+    """As `load_records`, with each record's place for messages: ("train.jsonl, line 7", {...}).
+
+    `split` is taken of hub data sets whose name says none.
+    """
     for source in sources:
         count = 0
-        for place, record in _read(str(source)):
+        for place, record in _read(str(source), split):
             _check_fields(place, record, fields)
             yield place, record
             count += 1
@@ -62,14 +67,14 @@ def _check_fields(place: str, record: Any, fields: Mapping[str, type]) -> None:
             raise UserError(f'{place}: "{name}" must be {TYPE_NAMES[kind]}, found {_shown(record[name])}')
 
 
-def _read(source: str) -> Iterator[tuple[str, Any]]:
+def _read(source: str, split: str) -> Iterator[tuple[str, Any]]:
     path = Path(source)
     if path.is_dir():
         raise UserError(f"{source} is a folder; name the data files in it ({', '.join(SUFFIXES)})")
     if not path.exists():
         if path.suffix in SUFFIXES or path.is_absolute():
             raise UserError(f"data file {source} does not exist{_near(path)}")
-        return _numbered(source, _hub_rows(source))
+        return _numbered(source, _hub_rows(source, split))
     if path.suffix == ".jsonl":
         return _read_lines(path)
     if path.suffix == ".json":
@@ -123,13 +128,15 @@ def _parquet_rows(path: Path) -> list[Any]:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _hub_rows(name: str) -> Sequence[Any]:
+def _hub_rows(source: str, split: str) -> Sequence[Any]:
     import datasets
 
+    name, _, rest = source.partition(":")
+    config, _, given = rest.partition(":")
     try:
-        return datasets.load_dataset(name, split="train")
+        return datasets.load_dataset(name, config or None, split=given or split)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} is neither a file here nor a hub data set that can be loaded: {error}") from error
+        raise UserError(f"{source} is neither a file here nor a hub data set that can be loaded: {error}") from error
 
 
 def _near(path: Path) -> str:

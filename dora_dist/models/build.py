@@ -1,19 +1,22 @@
 """A model from a Hugging Face folder or hub name, adapted and placed: the order of construction in one place."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from dora_dist.adapters.inject import AdapterPlan, inject
+from dora_dist.adapters.inject import AdapterPlan, inject, trained_in_full
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.errors import UserError
+from dora_dist.models.names import stored_names
 from dora_dist.models.placement import Placement
+from dora_dist.models.tasks import LANGUAGE_MODEL, Task, configure, default_trained, model_class
 from dora_dist.safetensors_io import TensorFolder
 from dora_dist.zero3.loading import adapted_layers, load_base
 
@@ -22,13 +25,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass
 class AdaptedModel:
-    """A model ready to train: `norms` is attached to it, `base` is the folder that its weights came from."""
+    """A model ready to train: `norms` is attached to it, `base` is the folder that its weights came from.
+
+    `trained` are the modules trained in full, `fresh` those of their parameters that the folder did not have.
+    """
 
     model: nn.Module
     norms: NormRefresher
     adapted: list[str]
     base: Path
     base_bytes_read: int
+    task: Task = LANGUAGE_MODEL
+    trained: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
 
 
 def build_model(
@@ -37,28 +46,37 @@ def build_model(
     placement: Placement,
     *,
     dtype: str = "bf16",
+    task: Task = LANGUAGE_MODEL,
+    trained_modules: Sequence[str] | None = None,
     start_from: PeftAdapter | None = None,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     seed: int = 0,
 ) -> AdaptedModel:
-    """Build, adapt and load a causal language model from a local folder; norms are refreshed before it returns.
+    """Build, adapt and load the model for `task` from a local folder; norms are refreshed before it returns.
 
     The skeleton is made without memory, the adapters are injected into it, and only then does each parameter get
     its place (whole, or this rank's shard). Adapters start as the paper says (paper section 4.1, by `seed`), or as
-    `start_from` has them. On ZeRO-3 this is collective. Raises UserError for a folder that is no model, a plan that
-    does not fit it, and missing, misshapen or truncated tensors.
+    `start_from` has them. `trained_modules` are patterns of modules to train in full; None: the task's head. On
+    ZeRO-3 this is collective. Raises UserError for a folder that is no model, a plan that does not fit it, and
+    missing, misshapen or truncated tensors.
     """
     folder = TensorFolder.open(base)
-    model = skeleton(base, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
-    adapted = inject(model, plan)
-    load_base(model, folder, placement, DTYPES[dtype], seed)
+    model = skeleton(base, task, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    if trained_modules is None:
+        trained = default_trained(model, task, stored_names(folder.entries))
+    else:
+        trained = trained_in_full(model, trained_modules)
+    adapted = inject(model, plan, trained)
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}  # shards have none
+    fresh = load_base(model, folder, placement, DTYPES[dtype], seed)
     norms = placement.norms(model)
     norms.refresh()
     if start_from is not None:
         _assign(model, start_from, placement)
+        _assign_trained(model, shapes, start_from, placement)
         norms.refresh()
-    return AdaptedModel(model, norms, adapted, base, folder.bytes_read)
+    return AdaptedModel(model, norms, adapted, base, folder.bytes_read, task, trained, fresh)
 
 
 def _assign(model: nn.Module, adapter: PeftAdapter, placement: Placement) -> None:
@@ -91,7 +109,27 @@ def _assign(model: nn.Module, adapter: PeftAdapter, placement: Placement) -> Non
             placement.assign(layer.magnitude_offset, values.magnitude.to(layer.base_norm.device) - layer.base_norm)
 
 
-def skeleton(base: Path, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False) -> Any:
+def _assign_trained(
+    model: nn.Module, shapes: dict[str, torch.Size], adapter: PeftAdapter, placement: Placement
+) -> None:
+    """The same for modules trained in full; those that the adapter lacks (a new task's head) stay as they are."""
+    for name, values in adapter.trained.items():
+        if name not in shapes:
+            raise UserError(
+                f"adapter.init_from: {name!r} was trained in full there and is not here; name its module in "
+                "adapter.trained_modules"
+            )
+        if shapes[name] != values.shape:
+            raise UserError(
+                f"adapter.init_from: {name!r} has shape {list(values.shape)} there and {list(shapes[name])} here; set "
+                "model.num_labels to the adapter's"
+            )
+        placement.assign(model.get_parameter(name), values)
+
+
+def skeleton(
+    base: Path, task: Task = LANGUAGE_MODEL, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False
+) -> Any:
     """The model's modules with parameters on the meta device and real buffers (rotary frequencies and the like)."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, GenerationConfig
@@ -101,27 +139,14 @@ def skeleton(base: Path, *, attn_implementation: str = "sdpa", trust_remote_code
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {base} holds no readable config.json: {error}") from error
-    config._attn_implementation = attn_implementation
+    configure(config, task)
+    kind: Any = model_class(config, task, trust_remote_code)
+    sdpa = attn_implementation != "sdpa" or getattr(kind, "_supports_sdpa", True)
+    config._attn_implementation = attn_implementation if sdpa else "eager"
     config.use_cache = False
-    model_class = _model_class(config, trust_remote_code)
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model: Any = model_class(config)
+        model: Any = kind(config)
     model.tie_weights()
     if (base / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(base)
     return model
-
-
-def _model_class(config: Any, trust_remote_code: bool) -> type[nn.Module]:
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return cast(type[nn.Module], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    if trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        return get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], config._name_or_path)
-    raise UserError(
-        f"model.path: {config.model_type!r} is not a causal language model that {AutoModelForCausalLM.__name__} knows"
-    )

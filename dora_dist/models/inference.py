@@ -9,14 +9,16 @@ from dora_dist.errors import UserError
 from dora_dist.models.build import DTYPES, build_model
 from dora_dist.models.hub import fetch
 from dora_dist.models.placement import WholePlacement
+from dora_dist.models.tasks import CAUSAL_LM, task_of
 from dora_dist.models.tokenizer import load_tokenizer
 
 
 def load_for_inference(path: str, dtype: str = "bf16") -> tuple[Any, Any]:
-    """A causal language model in evaluation mode and its tokenizer, on the accelerator if there is one.
+    """A model in evaluation mode and its tokenizer, on the accelerator if there is one.
 
-    `path` is a Hugging Face folder or hub name, or else a PEFT folder, a checkpoint or a run folder, whose adapter
-    is then put on its base unmerged. Raises UserError if it is none of these.
+    `path` is the Hugging Face folder or hub name of a causal language model, or else a PEFT folder, a checkpoint or
+    a run folder, whose adapter is then put on its base unmerged, for the task that it was trained for. Raises
+    UserError if it is none of these.
     """
     from dora_dist.config import is_local
 
@@ -51,5 +53,13 @@ def _adapted(folder: Path, dtype: str, device: torch.device | None) -> tuple[Any
         raise UserError(f"{adapter_folder}: does not name its base model; set base_model_name_or_path in its config")
     base_folder = Path(name) if Path(name).is_dir() else fetch(name)
     placement = WholePlacement(device or "cpu")
-    run = build_model(base_folder, like(adapter), placement, dtype=dtype, start_from=adapter)
-    return run.model, load_tokenizer(base_folder)
+    run = build_model(
+        base_folder,
+        like(adapter),
+        placement,
+        dtype=dtype,
+        task=task_of(adapter.task_type, adapter.model_config),
+        trained_modules=adapter.modules_to_save,
+        start_from=adapter,
+    )
+    return run.model, load_tokenizer(base_folder, generative=run.task.name == CAUSAL_LM)

@@ -17,9 +17,13 @@ BPE_MODEL = 2  # TrainerSpec.ModelType
 
 
 def load_tokenizer(
-    path_or_name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    path_or_name: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    generative: bool = True,
 ) -> PreTrainedTokenizerFast:
-    """A fast tokenizer that has an end-of-sequence and a padding token.
+    """A fast tokenizer that has a padding token and, where it is for a `generative` model, an end-of-sequence token.
 
     Args:
         path_or_name: a Hugging Face folder, a hub name, or a sentencepiece file such as LLaMA's
@@ -46,10 +50,10 @@ def load_tokenizer(
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer {name} gives no character offsets; a fast one (tokenizer.json) is needed")
-    if tokenizer.eos_token_id is None:
+    if generative and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name} has no end-of-sequence token; set eos_token in its config")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token or tokenizer.sep_token
     return tokenizer
 
 

@@ -63,6 +63,7 @@ def _fine_tune(config: RunConfig, world: World, run_dir: Path, resume: Path | No
 def _build(config: RunConfig, world: World, run_dir: Path, resume: Path | None) -> Any:
     # Imported here: they cost seconds, and mistakes in the configuration should show at once.
     from dora_dist.models.build import build_model
+    from dora_dist.models.tasks import Task
     from dora_dist.training.arguments import training_arguments
     from dora_dist.training.reporting import ReportCallback
     from dora_dist.training.trainer import DoraTrainer, StepCallback
@@ -86,11 +87,16 @@ def _build(config: RunConfig, world: World, run_dir: Path, resume: Path | None) 
         plan,
         ShardedPlacement(deepspeed),
         dtype=model.dtype,
+        task=Task(model.task, model.num_labels),
+        trained_modules=config.adapter.trained_modules,
         start_from=start_from,
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
         seed=config.training.seed,
     )
+    if config.training.activation_checkpointing and not run.model.supports_gradient_checkpointing:
+        kind = type(run.model).__name__
+        raise UserError(f"training.activation_checkpointing = true: {kind} has none; set it to false")
     weights = sum(full_numel(p) for p in run.model.parameters())
     trained = sum(full_numel(p) for p in run.model.parameters() if p.requires_grad)
     if world.first:
@@ -98,6 +104,8 @@ def _build(config: RunConfig, world: World, run_dir: Path, resume: Path | None) 
             f"{len(run.adapted)} modules adapted, {trained:,} of {weights:,} parameters trained "
             f"({trained / weights:.2%}); rank 0 read {run.base_bytes_read / 1e6:,.1f} MB of the base"
         )
+        if run.trained:
+            print(f"trained in full: {', '.join(run.trained)}; new: {', '.join(run.fresh) or 'nothing'}")
     report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
     step = StepCallback(world, config.training.seed, config.engine.step_timeout_s)
     trainer = DoraTrainer(run, config, spec, args, data, tokenizer, world, [step, report])
@@ -120,14 +128,19 @@ def adapter_spec(config: RunConfig) -> AdapterSpec:
 
 
 def _data(config: RunConfig, base: Path, world: World) -> tuple[Any, Any]:
-    from dora_dist.data import build_dataset
+    from dora_dist.data import build_dataset, build_labelled
+    from dora_dist.models.tasks import CLASSIFICATION
     from dora_dist.models.tokenizer import load_tokenizer
 
     with together("reading the data"):
+        model, seed, labels = config.model, config.training.seed, config.model.task == CLASSIFICATION
         tokenizer = load_tokenizer(
-            config.model.tokenizer or str(base), trust_remote_code=config.model.trust_remote_code
+            model.tokenizer or str(base), trust_remote_code=model.trust_remote_code, generative=not labels
         )
-        data = build_dataset(config.data, tokenizer, seed=config.training.seed, progress=world.first)
+        if labels:
+            data = build_labelled(config.data, tokenizer, num_labels=model.num_labels, seed=seed, progress=world.first)
+        else:
+            data = build_dataset(config.data, tokenizer, seed=seed, progress=world.first)
         if config.training.eval_every and data.validation is None:
             raise UserError(
                 f"training.eval_every = {config.training.eval_every}: there is nothing to evaluate on; set "

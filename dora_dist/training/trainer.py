@@ -15,10 +15,11 @@ from dora_dist import run_folder
 from dora_dist.adapters.components import Budget, ComponentPruner
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.config import RunConfig
-from dora_dist.data import IGNORED, Collator, EpochBatches, EpochDataLoader, TokenizedData, WithFiller
+from dora_dist.data import EpochBatches, EpochDataLoader, TokenizedData
 from dora_dist.distributed import World, shorten_timeout
 from dora_dist.errors import UserError
 from dora_dist.models.build import AdaptedModel
+from dora_dist.training.objectives import objective
 from dora_dist.zero3.checkpoint import check_budget, load_checkpoint, load_pruner, pruner_state, save_checkpoint
 from dora_dist.zero3.components import ShardedComponentPruner
 from dora_dist.zero3.shards import inner_optimizer
@@ -29,7 +30,7 @@ class DoraTrainer(Trainer):
 
     - batches come in an order that does not know the world size, every sample once per epoch;
     - checkpoints are ours (safetensors and JSON, free of the world size) and resume from ours;
-    - evaluation is the loss per valid token over the whole set, exact at every world size;
+    - evaluation is over the whole set at once, exact at every world size;
     - a loss or gradient norm that is not finite ends the run on every rank at once.
     """
 
@@ -47,7 +48,7 @@ class DoraTrainer(Trainer):
         self.run, self.config, self.spec, self.data, self.world = run, config, spec, data, world
         self.run_dir = Path(config.checkpoint.run_dir)
         self.tokens_seen = 0
-        self._collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of=8)  # few shapes: fewer kernels to build
+        self._objective = objective(config, tokenizer)
         self._suspect: dict[str, Any] | None = None
         self.pruner: ComponentPruner | None = None
         self._components: dict[str, Any] | None = None  # what pruning found, once it is over and forgotten
@@ -56,10 +57,13 @@ class DoraTrainer(Trainer):
             args=args,
             train_dataset=data.train,
             eval_dataset=data.validation,
-            data_collator=self._collator,
+            data_collator=self._objective.collator,
+            compute_loss_func=self._objective.loss,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)  # our own callback says it, readably
+        if self._objective.loss is not None:
+            self.model_accepts_loss_kwargs = False  # the number of items is for our loss, not for the model's
 
     # --- data ---------------------------------------------------------------------------------------------------
 
@@ -88,16 +92,16 @@ class DoraTrainer(Trainer):
 
     def _loader(self, dataset: Any, batches: EpochBatches) -> EpochDataLoader:
         return EpochDataLoader(
-            WithFiller(dataset, self._collator.pad_token_id),
+            self._objective.with_filler(dataset),
             batch_sampler=batches,
-            collate_fn=self._collator,
+            collate_fn=self._objective.collator,
             num_workers=self.config.data.num_workers,
         )
 
     # --- a step -------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        loss = super().training_step(model, labelled_positions(inputs), num_items_in_batch)
+        loss = super().training_step(model, self._objective.prepared(inputs), num_items_in_batch)
         self.tokens_seen += int(inputs["attention_mask"].sum())
         if self._suspect is None and not math.isfinite(loss.item()):
             self._suspect = {
@@ -131,17 +135,14 @@ class DoraTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss per valid token over the validation set, summed over ranks (collective): {"eval_loss": ...}."""
+        """The objective's metrics over the whole validation set (collective): {"eval_loss": ..., ...}."""
         model = self.model_wrapped
         model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for batch in self.get_eval_dataloader(eval_dataset):
-            batch = labelled_positions(self._prepare_inputs(batch))
-            # num_items_in_batch=1 makes the model return the SUM of its tokens' losses.
-            total[0] += model(**batch, num_items_in_batch=1).loss.double()
-            total[1] += (batch["shift_labels"] != IGNORED).sum()
-        dist.all_reduce(total)
-        metrics = {f"{metric_key_prefix}_loss": float(total[0] / total[1])}
+        loader = self.get_eval_dataloader(eval_dataset)
+        samples = len(eval_dataset if eval_dataset is not None else self.data.validation)
+        batches = (self._prepare_inputs(batch) for batch in loader)
+        found = self._objective.evaluate(model, batches, samples, self.args.device)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -177,13 +178,16 @@ class DoraTrainer(Trainer):
             spec=self.spec,
             base_model=self.config.model.path,
             revision=self.config.model.revision,
+            task=self.run.task,
+            trained_modules=self.run.trained,
             fields=fields,
             trainer_state=_plain(asdict(self.state)),
             survivors=self.pruner.survivors() if self.pruner is not None and self.compacting else None,
         )
         if self.world.first:
             if is_best and self.state.best_metric is not None:
-                run_folder.set_best(run_dir, folder, float(self.state.best_metric))
+                metric = f"eval_{self.config.training.metric}"
+                run_folder.set_best(run_dir, folder, float(self.state.best_metric), metric)
             run_folder.retire(run_dir, self.config.checkpoint.keep_last)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
@@ -271,20 +275,6 @@ class DoraTrainer(Trainer):
             "training.global_batch_size": self.config.training.global_batch_size,
             "number of training samples": len(self.data.train),
         }
-
-
-def labelled_positions(batch: dict[str, Any]) -> dict[str, Any]:
-    """Have the model compute logits only at positions where some row has a label.
-
-    With a loss on answers alone that is a quarter of them or less, and logits are the largest activation. Labels are
-    (batch, length) token ids, IGNORED where nothing is predicted; "shift_labels" are those of the next token at the
-    positions kept (batch, kept), which "logits_to_keep" lists.
-    """
-    following = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-    kept = (following != IGNORED).any(0).nonzero()[:, 0]
-    if not len(kept):  # a batch of fillers: one position without a label, so that every rank runs every module
-        kept = kept.new_zeros(1)
-    return {**batch, "shift_labels": following[:, kept], "logits_to_keep": kept}
 
 
 class StepCallback(TrainerCallback):

@@ -6,7 +6,7 @@ loading a base model does.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dora_dist.adapters.linear import AdapterSpec, DoraLinear
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
 from dora_dist.distributed import together
 from dora_dist.errors import UserError
+from dora_dist.models.tasks import LANGUAGE_MODEL, PEFT_TYPES, Task, kept_config
 from dora_dist.safetensors_io import TensorFolder, TensorWriter, new_folder
 from dora_dist.zero3 import shards
 from dora_dist.zero3.loading import adapted_layers
@@ -47,15 +48,18 @@ def save_checkpoint(
     spec: AdapterSpec,
     base_model: str,
     revision: str | None = None,
+    task: Task = LANGUAGE_MODEL,
+    trained_modules: Sequence[str] = (),
     fields: dict[str, Any],
     trainer_state: dict[str, Any],
     survivors: Survivors | None = None,
 ) -> None:
     """Write a checkpoint folder and the adapter in PEFT's format inside it (collective).
 
-    `fields` join the manifest (step, position in the data, evaluation loss; plain JSON). With `survivors`, only those
-    components of the gated layers they name are written, as of a model that never had the others. The folder appears
-    under its name only when complete. Raises UserError on every rank if rank 0 cannot write it.
+    `trained_modules` are those trained in full: PEFT's modules_to_save. `fields` join the manifest (step, position in
+    the data, evaluation loss; plain JSON). With `survivors`, only those components of the gated layers they name are
+    written, as of a model that never had the others. The folder appears under its name only when complete. Raises
+    UserError on every rank if rank 0 cannot write it.
     """
     survivors = survivors or {}
     state = _gather_state(model)
@@ -66,6 +70,8 @@ def save_checkpoint(
             with new_folder(folder, overwrite=True) as partial:
                 masters = _write_state(partial / run_folder.STATE, model, state, survivors)
                 adapter = _peft_adapter(model, masters, spec, base_model, revision)
+                adapter.task_type, adapter.model_config = PEFT_TYPES[task.name], kept_config(model, task)
+                adapter.modules_to_save = list(trained_modules)
                 write_peft_folder(partial / run_folder.ADAPTER, adapter)
                 (partial / run_folder.TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
                 identity = {
@@ -185,7 +191,8 @@ def _write_state(
 def _peft_adapter(
     model: nn.Module, masters: dict[str, Tensor], spec: AdapterSpec, base_model: str, revision: str | None
 ) -> PeftAdapter:
-    layers = {name: _peft_layer(name, layer, masters) for name, layer in adapted_layers(model).items()}
+    adapted = adapted_layers(model)
+    layers = {name: _peft_layer(name, layer, masters) for name, layer in adapted.items()}
     return PeftAdapter(
         base_model=base_model,
         lora_alpha=spec.lora_alpha,
@@ -194,6 +201,7 @@ def _peft_adapter(
         use_dora=spec.weight_decomposed,
         layers={name: layer for name, layer in layers.items() if layer is not None},
         revision=revision,
+        trained={name: values for name, values in masters.items() if name.rpartition(".")[0] not in adapted},
     )
 
 

@@ -13,29 +13,41 @@ from tqdm import tqdm
 
 from dora_dist.adapters.linear import ADAPTER_PARAMETERS, DoraLinear, initial_bound
 from dora_dist.errors import UserError
+from dora_dist.models.names import locate, stored_names
 from dora_dist.models.placement import Fill, Placement
 from dora_dist.safetensors_io import TensorFolder
 
 
-def load_base(model: nn.Module, folder: TensorFolder, placement: Placement, dtype: torch.dtype, seed: int) -> None:
+def load_base(model: nn.Module, folder: TensorFolder, placement: Placement, dtype: torch.dtype, seed: int) -> list[str]:
     """Give every parameter of `model` (on the meta device) its place: base weights from `folder`, adapters by `seed`.
 
-    Tied parameters stay tied. All names and shapes are checked before a byte is read; a missing tensor or another
-    shape is a UserError, the same on every rank.
+    Tied parameters stay tied. A parameter that is trained in full and not in the folder (a new task head) is
+    initialised by `seed`; the names of these are returned. All names and shapes are checked before a byte is read;
+    another missing tensor or another shape is a UserError, the same on every rank.
     """
     owners = _owners(model)
-    sources = {id(p): _source_name(names, folder) for p, names in owners.values()}
+    stored, prefix = stored_names(folder.entries), getattr(model, "base_model_prefix", "")
+    sources = {id(p): _source_name(p, names, stored, prefix) for p, names in owners.values()}
     _check(owners, sources, folder)
+    std = getattr(getattr(model, "config", None), "initializer_range", None) or 0.02
+    fresh = []
     total = sum(p.numel() for p, _ in owners.values())
     with tqdm(total=total, unit="weight", unit_scale=True, desc="loading base", disable=not placement.first) as bar:
         for parameter, names in owners.values():
             source = sources[id(parameter)]
-            fill = _read(folder, source) if source else _initial(model, names[0], parameter.shape, seed)
+            if source is not None:
+                fill = _read(folder, source)
+            elif _is_adapters(names[0]):
+                fill = _initial(model, names[0], parameter.shape, seed)
+            else:
+                fill = fresh_values(names[0], parameter.shape, seed, std)
+                fresh.append(names[0])
             placed = placement.place(parameter, dtype, fill)
             for name in names:
                 module, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(module), attribute, placed)
             bar.update(parameter.numel())
+    return fresh
 
 
 def _initial(model: nn.Module, name: str, shape: torch.Size, seed: int) -> Fill:
@@ -49,14 +61,37 @@ def initial_values(name: str, shape: torch.Size, seed: int, bound: float) -> Fil
     """U(−bound, bound) by seed and name, the same at every world size; zeros if `bound` is 0."""
     if not bound:
         return _zeros
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = _generator(name, seed)
 
     def fill(start: int, stop: int, out: Tensor) -> None:
         whole = torch.rand(shape.numel(), generator=generator).mul_(2 * bound).sub_(bound)
         out.copy_(whole[start:stop])
 
     return fill
+
+
+def fresh_values(name: str, shape: torch.Size, seed: int, std: float) -> Fill:
+    """A new head's initial values, the same at every world size: N(0, std²); norms' weights 1, biases 0.
+
+    That is what transformers does, save that the numbers follow from (seed, name).
+    """
+    if len(shape) < 2:
+        return _ones if name.endswith("weight") else _zeros
+    generator = _generator(name, seed)
+
+    def fill(start: int, stop: int, out: Tensor) -> None:
+        out.copy_(torch.randn(shape.numel(), generator=generator)[start:stop].mul_(std))
+
+    return fill
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _ones(start: int, stop: int, out: Tensor) -> None:
+    out.fill_(1.0)
 
 
 def _zeros(start: int, stop: int, out: Tensor) -> None:
@@ -71,11 +106,16 @@ def _owners(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[str]]]:
     return owners
 
 
-def _source_name(names: list[str], folder: TensorFolder) -> str | None:
-    """The tensor that holds a base parameter: any of its names; None for an adapter's parameter."""
-    if names[0].rpartition(".")[2] in ADAPTER_PARAMETERS:
+def _source_name(parameter: nn.Parameter, names: list[str], stored: dict[str, str], prefix: str) -> str | None:
+    """The tensor that holds a base parameter, under any of its names; None for one that is initialised instead."""
+    if _is_adapters(names[0]):
         return None
-    return next((name for name in names if name in folder.entries), names[0])
+    found = next(filter(None, (locate(name, stored, prefix) for name in names)), None)
+    return found or (None if parameter.requires_grad else names[0])
+
+
+def _is_adapters(name: str) -> bool:
+    return name.rpartition(".")[2] in ADAPTER_PARAMETERS
 
 
 def _check(

@@ -20,16 +20,17 @@ COMMANDS = ["train", "validate", "schema", "consolidate", "import-gguf", "evalua
 
 # Users' scripts depend on these: whoever changes one changes the interface.
 CONFIG_OPTIONS = {
-    "model": "path revision tokenizer dtype attn_implementation trust_remote_code",
+    "model": "path revision tokenizer dtype attn_implementation task num_labels trust_remote_code",
     "adapter": (
         "weight_decomposed r lora_alpha dropout dropout_mode norm_gradient target_modules "
-        "magnitude_only_modules init_from"
+        "magnitude_only_modules trained_modules init_from dynamic_rank start_rank_factor prune_start prune_stop "
+        "prune_every prune_schedule importance_beta dem_weight dem_form pruned_moments compact"
     ),
-    "data": "train validation validation_samples format loss_on cutoff_len num_workers",
+    "data": "train validation validation_samples format text_fields label_field loss_on cutoff_len num_workers",
     "training": (
         "learning_rate schedule warmup_steps warmup_ratio epochs max_steps global_batch_size "
         "micro_batch_size weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon "
-        "activation_checkpointing eval_every seed"
+        "activation_checkpointing eval_every metric seed"
     ),
     "checkpoint": "run_dir save_every keep_last keep_best resume",
     "engine": (
@@ -47,6 +48,7 @@ OWN_OPTIONS: dict[str, list[str]] = {
     "import-gguf": ["--output", "--overwrite", "--dtype"],
     "evaluate": [
         "--tasks",
+        "--format",
         "--mode",
         "--batch-size",
         "--num-beams",
@@ -122,7 +124,8 @@ def test_parsing_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "configs").glob("*.json")), ids=lambda path: path.stem)
 def test_every_recipe_validates(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["validate", str(recipe), "--no-files"]) == 0
-    assert f"{recipe} is valid: DoRA r=" in capsys.readouterr().err
+    method = "DoRA" if RunConfig.load(recipe).adapter.weight_decomposed else "LoRA"
+    assert f"{recipe} is valid: {method} r=" in capsys.readouterr().err
 
 
 def test_validate_prints_the_deepspeed_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,7 +128,7 @@ def reference_run(weight_decomposed: bool, dem: float) -> list[dict[str, Any]]:
             hidden = torch.tanh(hidden @ v.T + layer["bias"])
         loss = (hidden - target.double()).square().mean()
         if step <= last:
-            spread = sum(layer["A"].var(1).sum() + layer["B"].var(0).sum() for layer in layers)
+            spread = torch.stack([layer["A"].var(1).sum() + layer["B"].var(0).sum() for layer in layers]).sum()
             loss = loss + dem * spread / components
         loss.backward()
         optimizer.step()

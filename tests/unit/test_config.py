@@ -366,8 +366,21 @@ PAPER = {  # base model, learning rate at r = 32
 }
 
 
+# Mao et al., RoBERTa-base on GLUE: learning rate, batch, epochs; labels and metric of each task.
+GLUE = {
+    "glue_rte": (2e-3, 16, 80, 2, "accuracy", 0.5, 10),
+    "glue_mrpc": (2.5e-3, 16, 30, 2, "accuracy", 0.3, 50),
+    "glue_stsb": (3e-3, 16, 45, 1, "pearson", 0.3, 10),
+    "glue_cola": (2e-3, 16, 45, 2, "matthews", 0.3, 10),
+    "glue_sst2": (8e-4, 64, 60, 2, "accuracy", 0.5, 10),
+    "glue_qnli": (3.5e-3, 16, 12, 2, "accuracy", 0.5, 50),
+    "glue_qqp": (1e-3, 16, 10, 2, "accuracy", 0.3, 50),
+    "glue_mnli": (3e-3, 32, 10, 3, "accuracy", 0.3, 50),
+}
+
+
 def test_every_recipe_is_here() -> None:
-    assert {path.stem for path in RECIPES} >= {"quickstart", *PAPER}
+    assert {path.stem for path in RECIPES} >= {"quickstart", *PAPER, *GLUE}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -389,6 +402,29 @@ def test_paper_recipe_validates_and_has_the_papers_numbers(name: str, workplace:
     assert (training.global_batch_size, training.weight_decay, training.eval_every) == (16, 0, 80)
     assert (config.checkpoint.save_every, config.checkpoint.keep_best) == (80, True)
     assert [config.gradient_accumulation_steps(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_glue_recipe_validates_and_has_the_papers_numbers(name: str) -> None:
+    config = RunConfig.load(REPOSITORY / "configs" / f"{name}.json", check_files=True)
+    model, adapter, training = config.model, config.adapter, config.training
+    numbers = (training.learning_rate, training.global_batch_size, training.epochs, model.num_labels, training.metric)
+    assert (*numbers, adapter.dem_weight, adapter.prune_every) == GLUE[name]
+    assert adapter.dynamic_rank and not adapter.weight_decomposed
+    assert (adapter.lora_alpha, adapter.dropout, adapter.target_modules, adapter.trained_modules) == (
+        8,
+        0.1,
+        None,
+        None,
+    )
+    assert (training.weight_decay, training.max_grad_norm, training.warmup_ratio) == (0.01, 1.0, 0.06)
+    assert (training.schedule, model.task, config.data.format) == (
+        "linear",
+        "sequence_classification",
+        "classification",
+    )
+    assert config.data.train == f"nyu-mll/glue:{name.removeprefix('glue_')}"
+    assert config.gradient_accumulation_steps(1) == training.global_batch_size // 8
 
 
 def test_quickstart_trains_every_projection_with_dora() -> None:

@@ -1,0 +1,188 @@
+"""Records of one or two texts and a label, for models that classify or rate: reading, tokenizing, padding."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dora_dist.data.collate import WithFiller
+from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, held_out
+from dora_dist.data.records import read_records
+from dora_dist.data.sampler import FILLER
+from dora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from dora_dist.config import DataConfig
+
+
+@dataclass(frozen=True)
+class LabelledStats:
+    """What became of one set's records: counts of samples and of tokens."""
+
+    samples: int
+    tokens: int
+    truncated: int
+    cutoff_len: int
+
+    def __str__(self) -> str:
+        return f"{self.samples:,} samples, {self.tokens:,} tokens; {self.truncated:,} cut at {self.cutoff_len} tokens"
+
+
+class LabelledDataset(Dataset[dict[str, Any]]):
+    """Some of the samples in flat arrays; item i is {"input_ids", "token_type_ids", "label"}."""
+
+    def __init__(self, tokens: Tensor, segments: Tensor, starts: Tensor, labels: Tensor, index: Sequence[int]):
+        """tokens, segments: (T,) int32; starts: (n + 1,) int64; labels: (n,) float64; index: which of n are here."""
+        self.tokens, self.segments, self.starts, self.labels, self.index = tokens, segments, starts, labels, index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        sample = self.index[i]
+        part = slice(self.starts[sample], self.starts[sample + 1])
+        return {
+            "input_ids": self.tokens[part].tolist(),
+            "token_type_ids": self.segments[part].tolist(),
+            "label": self.labels[sample].item(),
+        }
+
+
+def build_labelled(
+    data: DataConfig, tokenizer: PreTrainedTokenizerFast, *, num_labels: int, seed: int, progress: bool = True
+) -> TokenizedData:
+    """Load and tokenize the run's labelled data; the same on every rank, and at every world size.
+
+    A label is a whole number from 0 below `num_labels`, or any number where that is 1 (a rating). Two texts are
+    joined as the tokenizer joins pairs; what exceeds data.cutoff_len is cut from the longer one.
+    validation_samples records, chosen by `seed`, are held out of train when `data.validation` is None. Raises
+    UserError as `load_records` does, and for a label that is none.
+    """
+    if data.cutoff_len > tokenizer.model_max_length:
+        raise UserError(
+            f"data.cutoff_len = {data.cutoff_len}: the model takes {tokenizer.model_max_length} tokens at most"
+        )
+    train = _read(data, "train", tokenizer, num_labels, progress)
+    if data.validation is not None:
+        validation = _read(data, "validation", tokenizer, num_labels, progress)
+        everything = (range(len(store.labels)) for store in (train, validation))
+        return TokenizedData(*_select(train, next(everything), data), *_select(validation, next(everything), data))
+    chosen = held_out(len(train.labels), data.validation_samples, seed)
+    rest = [i for i in range(len(train.labels)) if i not in chosen]
+    validating = _select(train, sorted(chosen), data) if chosen else ()
+    return TokenizedData(*_select(train, rest, data), *validating)
+
+
+@dataclass(frozen=True)
+class _Store:
+    tokens: Tensor
+    segments: Tensor
+    starts: Tensor
+    labels: Tensor
+    truncated: list[bool]
+
+
+def _read(data: DataConfig, split: str, tokenizer: PreTrainedTokenizerFast, num_labels: int, progress: bool) -> _Store:
+    from tqdm import tqdm
+
+    named = getattr(data, split)
+    sources = [named] if isinstance(named, str) else named
+    fields = {**dict.fromkeys(data.text_fields, str), data.label_field: object}
+    rows = list(read_records(sources, fields, split))
+    labels = [_label(place, data.label_field, row[data.label_field], num_labels) for place, row in rows]
+    tokens, segments, starts, truncated = array("i"), array("i"), [0], []
+    with tqdm(
+        total=len(rows), desc=f"Tokenizing data.{split}", unit=" samples", delay=2.0, disable=not progress
+    ) as bar:
+        for first in range(0, len(rows), CHUNK):
+            chunk = [row for _, row in rows[first : first + CHUNK]]
+            for encoding in _encode(tokenizer, chunk, data):
+                tokens.extend(encoding.ids)
+                segments.extend(encoding.type_ids)
+                starts.append(len(tokens))
+                truncated.append(bool(encoding.overflowing))
+            bar.update(len(chunk))
+    flat_tokens, flat_segments = (torch.frombuffer(flat, dtype=torch.int32) for flat in (tokens, segments))
+    return _Store(
+        flat_tokens, flat_segments, torch.tensor(starts), torch.tensor(labels, dtype=torch.float64), truncated
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, Any]], data: DataConfig) -> list[Any]:
+    texts = [[row[field] for row in rows] for field in data.text_fields]
+    return tokenizer(*texts, truncation="longest_first", max_length=data.cutoff_len, verbose=False).encodings or []
+
+
+def _label(place: str, field: str, value: Any, num_labels: int) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if num_labels == 1:
+        if number and math.isfinite(value) and value != IGNORED:
+            return float(value)
+        raise UserError(
+            f'{place}: "{field}" is {value!r}; with model.num_labels = 1 it must be a number (but not {IGNORED})'
+        )
+    if number and value in range(num_labels):
+        return float(value)
+    raise UserError(
+        f'{place}: "{field}" is {value!r}; with model.num_labels = {num_labels} it must be a whole number from 0 to '
+        f"{num_labels - 1} (a test split hides its labels)"
+    )
+
+
+def _select(store: _Store, samples: Sequence[int], data: DataConfig) -> tuple[LabelledDataset, LabelledStats]:
+    stats = LabelledStats(
+        samples=len(samples),
+        tokens=int(store.starts.diff()[list(samples)].sum()),
+        truncated=sum(store.truncated[i] for i in samples),
+        cutoff_len=data.cutoff_len,
+    )
+    return LabelledDataset(store.tokens, store.segments, store.starts, store.labels, samples), stats
+
+
+class WithLabelledFiller(WithFiller):
+    """`WithFiller` of labelled samples: its label is IGNORED."""
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if i == FILLER:
+            return {"input_ids": [self.pad_token_id], "token_type_ids": [0], "label": IGNORED}
+        return self.dataset[i]
+
+
+class LabelledCollator:
+    """Pads labelled samples on the right to the longest of the batch."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, rating: bool, pad_to_multiple_of: int = 1):
+        """rating: labels are numbers (fp32) rather than classes (int64)."""
+        self.pad_token_id, self.multiple = tokenizer.pad_token_id, pad_to_multiple_of
+        self.segment_padding = tokenizer.pad_token_type_id
+        self.segments = "token_type_ids" in tokenizer.model_input_names
+        self.dtype = torch.float32 if rating else torch.int64
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """input_ids, attention_mask, and where the tokenizer has them token_type_ids: (samples, length) int64;
+        labels (samples,)."""
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        shape = (len(samples), -(-longest // self.multiple) * self.multiple)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+            "labels": torch.tensor([sample["label"] for sample in samples], dtype=self.dtype),
+        }
+        if self.segments:
+            batch["token_type_ids"] = torch.full(shape, self.segment_padding)
+        for row, sample in enumerate(samples):
+            stop = len(sample["input_ids"])
+            batch["input_ids"][row, :stop] = torch.tensor(sample["input_ids"])
+            batch["attention_mask"][row, :stop] = 1
+            if self.segments:
+                batch["token_type_ids"][row, :stop] = torch.tensor(sample["token_type_ids"])
+        return batch

@@ -1,0 +1,131 @@
+"""What a run minimises and measures: how samples become batches, batches a loss, and a validation set metrics."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_dist.config import RunConfig
+from dora_dist.data import IGNORED, Collator, LabelledCollator, WithFiller, WithLabelledFiller
+from dora_dist.evaluation.glue import classification_metrics, rating_metrics
+from dora_dist.models.tasks import CLASSIFICATION
+
+Batch = dict[str, Any]
+PAD_TO_MULTIPLE_OF = 8  # few shapes: fewer kernels to build
+
+
+class Objective(Protocol):
+    """One per task of a model."""
+
+    collator: Any
+
+    @property
+    def loss(self) -> Callable[..., Tensor] | None:
+        """loss(outputs, labels, num_items_in_batch), of all ranks' items; None: the model computes it itself."""
+        ...
+
+    def with_filler(self, dataset: Any) -> Any:
+        """The data set with the sample FILLER, which carries no loss."""
+        ...
+
+    def prepared(self, batch: Batch) -> Batch:
+        """What the model's forward takes."""
+        ...
+
+    def evaluate(self, model: Any, batches: Iterable[Batch], samples: int, device: torch.device) -> dict[str, float]:
+        """Metrics over all ranks' `batches` of a set of `samples` (collective); the same on every rank."""
+        ...
+
+
+def objective(config: RunConfig, tokenizer: Any) -> Objective:
+    """The objective of a run's task."""
+    if config.model.task == CLASSIFICATION:
+        return Labelling(tokenizer, config.model.num_labels)
+    return LanguageModelling(tokenizer)
+
+
+class LanguageModelling:
+    """Cross entropy per valid token."""
+
+    loss = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
+
+    def with_filler(self, dataset: Any) -> WithFiller:
+        return WithFiller(dataset, self.collator.pad_token_id)
+
+    def prepared(self, batch: Batch) -> Batch:
+        return labelled_positions(batch)
+
+    def evaluate(self, model: Any, batches: Iterable[Batch], samples: int, device: torch.device) -> dict[str, float]:
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in batches:
+            batch = labelled_positions(batch)
+            # num_items_in_batch=1 makes the model return the SUM of its tokens' losses.
+            total[0] += model(**batch, num_items_in_batch=1).loss.double()
+            total[1] += (batch["shift_labels"] != IGNORED).sum()
+        dist.all_reduce(total)
+        return {"loss": float(total[0] / total[1])}
+
+
+def labelled_positions(batch: Batch) -> Batch:
+    """Have the model compute logits only at positions where some row has a label.
+
+    With a loss on answers alone that is a quarter of them or less, and logits are the largest activation. Labels are
+    (batch, length) token ids, IGNORED where nothing is predicted; "shift_labels" are those of the next token at the
+    positions kept (batch, kept), which "logits_to_keep" lists.
+    """
+    following = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    kept = (following != IGNORED).any(0).nonzero()[:, 0]
+    if not len(kept):  # a batch of fillers: one position without a label, so that every rank runs every module
+        kept = kept.new_zeros(1)
+    return {**batch, "shift_labels": following[:, kept], "logits_to_keep": kept}
+
+
+class Labelling:
+    """Cross entropy per sample over `num_labels` labels, or the squared error where that is 1 (a rating)."""
+
+    def __init__(self, tokenizer: Any, num_labels: int) -> None:
+        self.rating = num_labels == 1
+        self.collator = LabelledCollator(tokenizer, self.rating, PAD_TO_MULTIPLE_OF)
+
+    def with_filler(self, dataset: Any) -> WithLabelledFiller:
+        return WithLabelledFiller(dataset, self.collator.pad_token_id)
+
+    def prepared(self, batch: Batch) -> Batch:
+        return batch
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int = 1) -> Tensor:
+        # The models' own losses are means over rows, fillers among them: they would depend on the world size.
+        return _label_losses(outputs.logits, labels, self.rating) / num_items_in_batch
+
+    def evaluate(self, model: Any, batches: Iterable[Batch], samples: int, device: torch.device) -> dict[str, float]:
+        found, expected = [], []
+        for batch in batches:
+            expected.append(batch.pop("labels").double())
+            found.append(model(**batch).logits.double())
+        # Rank k has micro-batches k, k + W, ... of the set: (W, batches, rows) back to the set's order.
+        logits, labels = (_everyones(torch.stack(part)) for part in (found, expected))
+        logits, labels = logits.flatten(0, 2)[:samples], labels.flatten(0, 2)[:samples]
+        loss = float(_label_losses(logits, labels, self.rating) / samples)
+        metrics = rating_metrics(logits[:, 0], labels) if self.rating else classification_metrics(logits, labels)
+        return {"loss": loss, **metrics}
+
+
+def _label_losses(logits: Tensor, labels: Tensor, rating: bool) -> Tensor:
+    """The sum over rows that have a label; logits (rows, num_labels), labels (rows,)."""
+    if not rating:
+        return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORED, reduction="sum")
+    valid = labels != IGNORED
+    return ((logits[:, 0].float() - labels.float()).square() * valid).sum()
+
+
+def _everyones(local: Tensor) -> Tensor:
+    """(batches, ...) of each rank -> (batches, W, ...), batch by batch."""
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local.contiguous())
+    return torch.stack(parts, dim=1)

@@ -1,0 +1,76 @@
+"""The GLUE recipes, scaled down, on real weights and real text: BERT-tiny learns what people think of films."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import real
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parents[2]
+TRAIN, HELD_OUT = 2400, 400
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("glue")
+    records = real.rated_snippets()
+    assert len(records) == 10605
+    clear = [{**r, "label": int(r["rating"] > 0)} for r in records if abs(r["rating"]) > 1]
+    for name, rows in (("sst2", clear), ("stsb", records)):
+        (folder / f"{name}-validation.json").write_text(json.dumps(rows[:HELD_OUT]))
+        (folder / f"{name}-train.json").write_text(json.dumps(rows[HELD_OUT : HELD_OUT + TRAIN]))
+    return folder
+
+
+def overrides(base: Path, folder: Path, name: str, **fields: Any) -> list[str]:
+    """What makes a recipe small: the model, the data, 2 passes in batches of 32, evaluation after each."""
+    small = {
+        "model.path": base,
+        "data.train": folder / f"{name}-train.json",
+        "data.validation": folder / f"{name}-validation.json",
+        "data.text_fields": "sentence",
+        "data.cutoff_len": 48,
+        "training.epochs": 2,
+        "training.global_batch_size": 32,
+        "training.micro_batch_size": 16,
+        "training.eval_every": 75,
+        "checkpoint.run_dir": folder / name,
+        "logging.progress_bar": "false",
+        **fields,
+    }
+    return [f"--{field}={value}" for field, value in small.items()]
+
+
+def train_recipes(recipes: dict[str, list[str]]) -> None:
+    from accelerate.state import AcceleratorState
+
+    from dora_dist.config import RunConfig
+    from dora_dist.training.run import train
+
+    for name, options in recipes.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(RunConfig.load(ROOT / "configs" / f"glue_{name}.json", options, check_files=True))
+
+
+def test_recipes_scaled_down_learn_from_real_text(folder: Path) -> None:
+    base = real.bert_tiny(folder / "base")
+    faster = {"training.learning_rate": 2e-3}
+    rating = {"data.label_field": "rating"}
+    recipes = {
+        "sst2": overrides(base, folder, "sst2", **faster),
+        "stsb": overrides(base, folder, "stsb", **faster, **rating),
+    }
+    run_ranks(train_recipes, 2, recipes)
+    assert best(folder / "sst2", "eval_accuracy") > 0.68
+    assert best(folder / "stsb", "eval_pearson") > 0.5
+
+
+def best(run_dir: Path, metric: str) -> float:
+    """The best checkpoint's metric, which is that of the whole held-out set."""
+    value = json.loads((run_dir / "best.json").read_text())[metric]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert value == max(line[metric] for line in lines if metric in line)
+    return float(value)
