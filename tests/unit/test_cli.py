@@ -25,7 +25,9 @@ CONFIG_OPTIONS = {
         "weight_decomposed r lora_alpha dropout dropout_mode norm_gradient target_modules "
         "magnitude_only_modules trained_modules init_from"
     ),
-    "data": "train validation validation_samples format text_fields label_field loss_on cutoff_len num_workers",
+    "data": (
+        "train validation validation_samples format text_fields label_field loss_on cutoff_len doc_stride num_workers"
+    ),
     "training": (
         "learning_rate schedule warmup_steps warmup_ratio epochs max_steps global_batch_size "
         "micro_batch_size weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon "
