@@ -1,6 +1,7 @@
 """Small but real encoders of transformers, a trained WordPiece tokenizer, and labelled texts."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def write_labelled(path: Path, count: int, rating: bool = False) -> Path:
     return path
 
 
-@functools.cache  # training one does not give the same ids every time
+@cache  # its training breaks ties between pieces differently each time
 def tokenizer() -> Any:
     """A WordPiece tokenizer trained on the records, with [CLS] and [SEP] around texts and pairs."""
     from tokenizers import BertWordPieceTokenizer
@@ -111,3 +112,16 @@ def classifier(folder: Path, family: str = "bert", **changes: Any) -> Path:
 def tokens() -> Tensor:
     """Token ids (3, 11), the same at every call."""
     return torch.randint(5, 100, (3, 11), generator=torch.Generator().manual_seed(1))
+
+
+def questions(count: int) -> list[dict[str, Any]]:
+    """Questions about films in SQuAD's format; every fourth has no answer."""
+    words = ["awful", "weak", "decent", "great"]
+    records = []
+    for i in range(count):
+        before = f"critic {i % 5} agrees" + " very much" * (i % 4) + f" film {i % 7} was "
+        answer = words[i % 4] + " very" * (i % 2)
+        answers = {"text": [answer], "answer_start": [len(before)]} if i % 4 != 3 else {"text": [], "answer_start": []}
+        context = f"{before}{answer} film {(i + 1) % 7} agrees"
+        records.append({"question": f"was film {i % 7}", "context": context, "answers": answers})
+    return records

@@ -51,24 +51,32 @@ def _validation(config: RunConfig) -> Iterator[str]:
         )
 
 
+_FORMATS_OF_TASKS = {"sequence_classification": "classification", "question_answering": "squad"}
+
+
 def _task(config: RunConfig) -> Iterator[str]:
     task, format, metric = config.model.task, config.data.format, config.training.metric
-    classifies = task == "sequence_classification"
-    if classifies != (format == "classification"):
-        yield (
-            f'model.task = "{task}" and data.format = "{format}": sequence_classification and the format '
-            "classification go together"
-        )
-    if not classifies:
-        known = ["loss"]
-    elif config.model.num_labels == 1:
-        known = ["loss", "pearson", "spearman"]
-    else:
-        known = ["loss", "accuracy", "matthews", *(["f1"] if config.model.num_labels == 2 else [])]
+    for name, its_format in _FORMATS_OF_TASKS.items():
+        if (task == name) != (format == its_format):
+            yield (
+                f'model.task = "{task}" and data.format = "{format}": {name} and the format {its_format} go together'
+            )
+    known = ["loss"]
+    if task == "question_answering":
+        known += ["f1", "exact_match"]
+    elif task == "sequence_classification" and config.model.num_labels == 1:
+        known += ["pearson", "spearman"]
+    elif task == "sequence_classification":
+        known += ["accuracy", "matthews", *(["f1"] if config.model.num_labels == 2 else [])]
     if metric not in known:
         given = f'training.metric = "{metric}": there is none for model.task = "{task}"'
-        labels = f" with model.num_labels = {config.model.num_labels}" if classifies else ""
+        labels = f" with model.num_labels = {config.model.num_labels}" if task == "sequence_classification" else ""
         yield f"{given}{labels}; use {', '.join(known)}"
+    if task == "question_answering" and config.data.doc_stride >= config.data.cutoff_len // 2:
+        yield (
+            f"data.doc_stride = {config.data.doc_stride}: must be below half of data.cutoff_len = "
+            f"{config.data.cutoff_len}, or windows would hardly move on"
+        )
 
 
 def _adapter(adapter: AdapterConfig) -> Iterator[str]:

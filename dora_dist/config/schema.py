@@ -40,10 +40,10 @@ class ModelConfig(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         default="sdpa", description="Attention code that transformers uses; eager where a model has no sdpa"
     )
-    task: Literal["causal_lm", "sequence_classification"] = Field(
+    task: Literal["causal_lm", "sequence_classification", "question_answering"] = Field(
         default="causal_lm",
         description="What the model is for: causal_lm predicts the next token; sequence_classification labels a text, "
-        "or rates it",
+        "or rates it; question_answering finds the answer in a text",
     )
     num_labels: int = Field(
         default=2, ge=1, description="Labels of sequence_classification: 0 up to this number; 1: a rating (regression)"
@@ -141,10 +141,11 @@ class DataConfig(Section):
         ge=0,
         description="Records held out from the training data for validation when there is no validation file",
     )
-    format: Literal["instruction", "alpaca", "completion", "messages", "classification"] = Field(
+    format: Literal["instruction", "alpaca", "completion", "messages", "classification", "squad"] = Field(
         default="instruction",
         description="Records: instruction (the paper's prompt), alpaca, completion (prompt and completion as they "
-        "are), messages (the chat template), or classification (one or two texts and a label)",
+        "are), messages (the chat template), classification (one or two texts and a label), or squad (question, "
+        "context, answers)",
     )
     text_fields: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=2)] = Field(
         default=["text"], description="Where a classification record has its text, or its two texts"
@@ -157,6 +158,11 @@ class DataConfig(Section):
         description="Tokens that count in the loss: all (prompt and answer, as in the paper), or answer",
     )
     cutoff_len: int = Field(default=256, ge=8, description="Longest record in tokens; longer ones are cut and counted")
+    doc_stride: int = Field(
+        default=128,
+        ge=0,
+        description="Tokens that windows of a text share where it is too long to be read at once (squad)",
+    )
     num_workers: int = Field(default=0, ge=0, description="Loader processes per rank; 0: load in the rank itself")
 
 
@@ -192,10 +198,9 @@ class TrainingConfig(Section):
     eval_every: int | None = Field(
         default=None, ge=1, description="Optimizer steps between evaluations; null: none in training"
     )
-    metric: Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman"] = Field(
+    metric: Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match"] = Field(
         default="loss",
-        description="What makes a checkpoint the best in evaluation: the lowest loss, or the highest of the others "
-        "(sequence_classification)",
+        description="What makes a checkpoint the best in evaluation: the lowest loss, or the highest of the others",
     )
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="Seed of initial values, data order and dropout")
 

@@ -6,6 +6,7 @@ from dora_dist.data.formats import FORMATS
 from dora_dist.data.labelled import LabelledCollator, LabelledDataset, WithLabelledFiller, build_labelled
 from dora_dist.data.records import load_records
 from dora_dist.data.sampler import FILLER, EpochBatches, EpochDataLoader
+from dora_dist.data.spans import SpanDataset, build_spans
 
 __all__ = [
     "FILLER",
@@ -16,11 +17,13 @@ __all__ = [
     "EpochDataLoader",
     "LabelledCollator",
     "LabelledDataset",
+    "SpanDataset",
     "TokenizedData",
     "TokenizedDataset",
     "WithFiller",
     "WithLabelledFiller",
     "build_dataset",
     "build_labelled",
+    "build_spans",
     "load_records",
 ]

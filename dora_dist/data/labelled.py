@@ -41,7 +41,8 @@ class LabelledDataset(Dataset[dict[str, Any]]):
     """Some of the samples in flat arrays; item i is {"input_ids", "token_type_ids", "label"}."""
 
     def __init__(self, tokens: Tensor, segments: Tensor, starts: Tensor, labels: Tensor, index: Sequence[int]):
-        """tokens, segments: (T,) int32; starts: (n + 1,) int64; labels: (n,) float64; index: which of n are here."""
+        """tokens, segments: (T,) int32; starts: (n + 1,) int64; labels: (n,) or (n, k) float64; index:
+        which of n are here."""
         self.tokens, self.segments, self.starts, self.labels, self.index = tokens, segments, starts, labels, index
 
     def __len__(self) -> int:
@@ -53,7 +54,7 @@ class LabelledDataset(Dataset[dict[str, Any]]):
         return {
             "input_ids": self.tokens[part].tolist(),
             "token_type_ids": self.segments[part].tolist(),
-            "label": self.labels[sample].item(),
+            "label": self.labels[sample].tolist(),
         }
 
 
@@ -149,11 +150,15 @@ def _select(store: _Store, samples: Sequence[int], data: DataConfig) -> tuple[La
 
 
 class WithLabelledFiller(WithFiller):
-    """`WithFiller` of labelled samples: its label is IGNORED."""
+    """`WithFiller` of labelled samples: its label is IGNORED, or each of its `labels` is, where there are more."""
+
+    def __init__(self, dataset: Any, pad_token_id: int, labels: int = 1):
+        super().__init__(dataset, pad_token_id)
+        self.label = IGNORED if labels == 1 else [IGNORED] * labels
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         if i == FILLER:
-            return {"input_ids": [self.pad_token_id], "token_type_ids": [0], "label": IGNORED}
+            return {"input_ids": [self.pad_token_id], "token_type_ids": [0], "label": self.label}
         return self.dataset[i]
 
 
@@ -169,7 +174,7 @@ class LabelledCollator:
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """input_ids, attention_mask, and where the tokenizer has them token_type_ids: (samples, length) int64;
-        labels (samples,)."""
+        labels (samples,) or (samples, k)."""
         longest = max(len(sample["input_ids"]) for sample in samples)
         shape = (len(samples), -(-longest // self.multiple) * self.multiple)
         batch = {

@@ -20,7 +20,7 @@ FIELDS: dict[str, dict[str, type]] = {
     "completion": {"prompt": str, "completion": str},
     "messages": {"messages": list},
 }
-TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list"}
+TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
 
 
 def load_records(sources: Sequence[str | Path], format: str) -> list[Record]:

@@ -11,10 +11,12 @@ from dora_dist.models.names import locate
 
 CAUSAL_LM = "causal_lm"
 CLASSIFICATION = "sequence_classification"
-PEFT_TYPES = {CAUSAL_LM: "CAUSAL_LM", CLASSIFICATION: "SEQ_CLS"}
+QUESTIONS = "question_answering"
+PEFT_TYPES = {CAUSAL_LM: "CAUSAL_LM", CLASSIFICATION: "SEQ_CLS", QUESTIONS: "QUESTION_ANS"}
 """PEFT's `task_type` of each task."""
 _MAPPINGS = {
     CAUSAL_LM: ("MODEL_FOR_CAUSAL_LM_MAPPING", "AutoModelForCausalLM"),
+    QUESTIONS: ("MODEL_FOR_QUESTION_ANSWERING_MAPPING", "AutoModelForQuestionAnswering"),
     CLASSIFICATION: ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "AutoModelForSequenceClassification"),
 }
 _KEPT_FIELDS = ("architectures", "id2label", "label2id", "problem_type")
@@ -33,6 +35,8 @@ LANGUAGE_MODEL = Task()
 
 def configure(config: Any, task: Task) -> None:
     """Set what a task needs in a transformers configuration, in place."""
+    if task.name == QUESTIONS:
+        config.num_labels = 2  # where an answer starts, and where it ends
     if task.name == CLASSIFICATION:
         if config.num_labels != task.num_labels:
             config.num_labels = task.num_labels

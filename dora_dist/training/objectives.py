@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dora_dist.config import RunConfig
 from dora_dist.data import IGNORED, Collator, LabelledCollator, WithFiller, WithLabelledFiller
 from dora_dist.evaluation.glue import classification_metrics, rating_metrics
-from dora_dist.models.tasks import CLASSIFICATION
+from dora_dist.evaluation.squad import predict, squad_metrics
+from dora_dist.models.tasks import CLASSIFICATION, QUESTIONS
 
 Batch = dict[str, Any]
 PAD_TO_MULTIPLE_OF = 8  # few shapes: fewer kernels to build
@@ -35,8 +36,8 @@ class Objective(Protocol):
         """What the model's forward takes."""
         ...
 
-    def evaluate(self, model: Any, batches: Iterable[Batch], samples: int, device: torch.device) -> dict[str, float]:
-        """Metrics over all ranks' `batches` of a set of `samples` (collective); the same on every rank."""
+    def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
+        """Metrics over all ranks' `batches` of a `dataset` (collective); the same on every rank."""
         ...
 
 
@@ -44,6 +45,8 @@ def objective(config: RunConfig, tokenizer: Any) -> Objective:
     """The objective of a run's task."""
     if config.model.task == CLASSIFICATION:
         return Labelling(tokenizer, config.model.num_labels)
+    if config.model.task == QUESTIONS:
+        return SpanFinding(tokenizer, config.data.cutoff_len)
     return LanguageModelling(tokenizer)
 
 
@@ -61,7 +64,7 @@ class LanguageModelling:
     def prepared(self, batch: Batch) -> Batch:
         return labelled_positions(batch)
 
-    def evaluate(self, model: Any, batches: Iterable[Batch], samples: int, device: torch.device) -> dict[str, float]:
+    def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for batch in batches:
             batch = labelled_positions(batch)
@@ -103,15 +106,13 @@ class Labelling:
         # The models' own losses are means over rows, fillers among them: they would depend on the world size.
         return _label_losses(outputs.logits, labels, self.rating) / num_items_in_batch
 
-    def evaluate(self, model: Any, batches: Iterable[Batch], samples: int, device: torch.device) -> dict[str, float]:
+    def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
         found, expected = [], []
         for batch in batches:
             expected.append(batch.pop("labels").double())
             found.append(model(**batch).logits.double())
-        # Rank k has micro-batches k, k + W, ... of the set: (W, batches, rows) back to the set's order.
-        logits, labels = (_everyones(torch.stack(part)) for part in (found, expected))
-        logits, labels = logits.flatten(0, 2)[:samples], labels.flatten(0, 2)[:samples]
-        loss = float(_label_losses(logits, labels, self.rating) / samples)
+        logits, labels = (_everyones(part)[: len(dataset)] for part in (found, expected))
+        loss = float(_label_losses(logits, labels, self.rating) / len(dataset))
         metrics = rating_metrics(logits[:, 0], labels) if self.rating else classification_metrics(logits, labels)
         return {"loss": loss, **metrics}
 
@@ -124,8 +125,57 @@ def _label_losses(logits: Tensor, labels: Tensor, rating: bool) -> Tensor:
     return ((logits[:, 0].float() - labels.float()).square() * valid).sum()
 
 
-def _everyones(local: Tensor) -> Tensor:
-    """(batches, ...) of each rank -> (batches, W, ...), batch by batch."""
+def _everyones(batches: list[Tensor]) -> Tensor:
+    """This rank's batches of rows -> all ranks' rows, in the data set's order, with its fillers at the end."""
+    local = torch.stack(batches)
     parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, local.contiguous())
-    return torch.stack(parts, dim=1)
+    dist.all_gather(parts, local)
+    return torch.stack(parts, dim=1).flatten(0, 2)  # rank k has batches k, k + W, ... of the set
+
+
+class SpanFinding:
+    """Cross entropy of the answer's first and of its last token, averaged."""
+
+    def __init__(self, tokenizer: Any, cutoff_len: int) -> None:
+        self.collator = LabelledCollator(tokenizer, False, PAD_TO_MULTIPLE_OF)
+        self.longest = -(-cutoff_len // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+        self._mask: Tensor | None = None  # of the batch that the next loss is of
+
+    def with_filler(self, dataset: Any) -> WithLabelledFiller:
+        return WithLabelledFiller(dataset, self.collator.pad_token_id, labels=2)
+
+    def prepared(self, batch: Batch) -> Batch:
+        self._mask = batch["attention_mask"]
+        return batch
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int = 1) -> Tensor:
+        assert self._mask is not None
+        return _span_losses(_span_logits(outputs, self._mask), labels) / num_items_in_batch
+
+    def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
+        found, total = [], torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in batches:
+            labels = batch.pop("labels")
+            logits = _span_logits(model(**batch), batch["attention_mask"])
+            total[0] += _span_losses(logits, labels)
+            total[1] += (labels != IGNORED).sum()
+            found.append(F.pad(logits, (0, 0, 0, self.longest - logits.shape[1]), value=_IMPOSSIBLE))
+        dist.all_reduce(total)
+        logits = _everyones(found)[: len(dataset)].cpu()
+        answers = predict(dataset.questions, dataset.windows, logits)
+        return {"loss": float(total[0] / total[1]), **squad_metrics(dataset.questions, answers)}
+
+
+_IMPOSSIBLE = -1e4
+"""A logit whose exponential is 0; finite, so that sums of it are."""
+
+
+def _span_logits(outputs: Any, mask: Tensor) -> Tensor:
+    """(rows, length, 2), fp32. Padding is impossible: how much there is would make the loss depend on the batch."""
+    logits = torch.stack([outputs.start_logits, outputs.end_logits], dim=2).float()
+    return logits.masked_fill(mask[..., None] == 0, _IMPOSSIBLE)
+
+
+def _span_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum over both ends; labels (rows, 2)."""
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")

@@ -114,6 +114,7 @@ def _line(record: dict[str, Any], max_steps: int) -> str:
         "loss": ("loss", "{:.4f}"),
         "eval_loss": ("eval loss", "{:.4f}"),
         "eval_accuracy": ("accuracy", "{:.4f}"),
+        "eval_exact_match": ("exact match", "{:.4f}"),
         "eval_f1": ("F1", "{:.4f}"),
         "eval_matthews": ("Matthews", "{:.4f}"),
         "eval_pearson": ("Pearson", "{:.4f}"),

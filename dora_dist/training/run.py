@@ -128,17 +128,19 @@ def adapter_spec(config: RunConfig) -> AdapterSpec:
 
 
 def _data(config: RunConfig, base: Path, world: World) -> tuple[Any, Any]:
-    from dora_dist.data import build_dataset, build_labelled
-    from dora_dist.models.tasks import CLASSIFICATION
+    from dora_dist.data import build_dataset, build_labelled, build_spans
+    from dora_dist.models.tasks import CAUSAL_LM, CLASSIFICATION, QUESTIONS
     from dora_dist.models.tokenizer import load_tokenizer
 
     with together("reading the data"):
-        model, seed, labels = config.model, config.training.seed, config.model.task == CLASSIFICATION
+        model, seed, generative = config.model, config.training.seed, config.model.task == CAUSAL_LM
         tokenizer = load_tokenizer(
-            model.tokenizer or str(base), trust_remote_code=model.trust_remote_code, generative=not labels
+            model.tokenizer or str(base), trust_remote_code=model.trust_remote_code, generative=generative
         )
-        if labels:
+        if model.task == CLASSIFICATION:
             data = build_labelled(config.data, tokenizer, num_labels=model.num_labels, seed=seed, progress=world.first)
+        elif model.task == QUESTIONS:
+            data = build_spans(config.data, tokenizer, seed=seed, progress=world.first)
         else:
             data = build_dataset(config.data, tokenizer, seed=seed, progress=world.first)
         if config.training.eval_every and data.validation is None:

@@ -138,10 +138,10 @@ class DoraTrainer(Trainer):
         """The objective's metrics over the whole validation set (collective): {"eval_loss": ..., ...}."""
         model = self.model_wrapped
         model.eval()
-        loader = self.get_eval_dataloader(eval_dataset)
-        samples = len(eval_dataset if eval_dataset is not None else self.data.validation)
+        dataset = eval_dataset if eval_dataset is not None else self.data.validation
+        loader = self.get_eval_dataloader(dataset)
         batches = (self._prepare_inputs(batch) for batch in loader)
-        found = self._objective.evaluate(model, batches, samples, self.args.device)
+        found = self._objective.evaluate(model, batches, dataset, self.args.device)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -26,7 +26,9 @@ CONFIG_OPTIONS = {
         "magnitude_only_modules trained_modules init_from dynamic_rank start_rank_factor prune_start prune_stop "
         "prune_every prune_schedule importance_beta dem_weight dem_form pruned_moments compact"
     ),
-    "data": "train validation validation_samples format text_fields label_field loss_on cutoff_len num_workers",
+    "data": (
+        "train validation validation_samples format text_fields label_field loss_on cutoff_len doc_stride num_workers"
+    ),
     "training": (
         "learning_rate schedule warmup_steps warmup_ratio epochs max_steps global_batch_size "
         "micro_batch_size weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon "

@@ -366,8 +366,8 @@ PAPER = {  # base model, learning rate at r = 32
 }
 
 
-# Mao et al., RoBERTa-base on GLUE: learning rate, batch, epochs; labels and metric of each task.
-GLUE = {
+# Mao et al., RoBERTa-base on GLUE: learning rate, batch, epochs; labels, metric; penalty, steps between prunings.
+GLUE: dict[str, tuple[Any, ...]] = {
     "glue_rte": (2e-3, 16, 80, 2, "accuracy", 0.5, 10),
     "glue_mrpc": (2.5e-3, 16, 30, 2, "accuracy", 0.3, 50),
     "glue_stsb": (3e-3, 16, 45, 1, "pearson", 0.3, 10),
@@ -380,7 +380,7 @@ GLUE = {
 
 
 def test_every_recipe_is_here() -> None:
-    assert {path.stem for path in RECIPES} >= {"quickstart", *PAPER, *GLUE}
+    assert {path.stem for path in RECIPES} >= {"quickstart", "squad", "squad_v2", *PAPER, *GLUE}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -425,6 +425,15 @@ def test_glue_recipe_validates_and_has_the_papers_numbers(name: str) -> None:
     )
     assert config.data.train == f"nyu-mll/glue:{name.removeprefix('glue_')}"
     assert config.gradient_accumulation_steps(1) == training.global_batch_size // 8
+
+
+@pytest.mark.parametrize(("name", "rate"), [("squad", 5e-3), ("squad_v2", 3.4e-3)])
+def test_squad_recipe_validates_and_has_the_papers_numbers(name: str, rate: float) -> None:
+    config = RunConfig.load(REPOSITORY / "configs" / f"{name}.json", check_files=True)
+    training = config.training
+    assert (training.learning_rate, training.global_batch_size, training.epochs) == (rate, 16, 14)
+    assert (config.model.task, config.data.format, training.metric) == ("question_answering", "squad", "f1")
+    assert config.data.train == f"rajpurkar/{name}"
 
 
 def test_quickstart_trains_every_projection_with_dora() -> None:

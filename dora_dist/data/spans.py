@@ -1,0 +1,138 @@
+"""Questions about a text whose answers are spans of it (SQuAD): reading, cutting into windows, tokenizing."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dora_dist.data.dataset import CHUNK, TokenizedData, held_out
+from dora_dist.data.labelled import LabelledDataset, LabelledStats
+from dora_dist.data.records import read_records
+from dora_dist.errors import UserError
+from dora_dist.evaluation.squad import Question, Window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from dora_dist.config import DataConfig
+
+FIELDS: dict[str, type] = {"question": str, "context": str, "answers": dict}
+
+
+class SpanDataset(LabelledDataset):
+    """Windows of questions' texts; a label is the answer's first and last token, (0, 0) where it is not in there."""
+
+    questions: list[Question]
+    windows: list[Window]
+
+
+def build_spans(
+    data: DataConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int, progress: bool = True
+) -> TokenizedData:
+    """Load and tokenize the run's questions; the same on every rank, and at every world size.
+
+    A text that exceeds data.cutoff_len with its question is cut into windows that overlap by data.doc_stride tokens.
+    Raises UserError as `load_records` does, and for an answer that is not in the text where it says.
+    """
+    if data.cutoff_len > tokenizer.model_max_length:
+        raise UserError(
+            f"data.cutoff_len = {data.cutoff_len}: the model takes {tokenizer.model_max_length} tokens at most"
+        )
+    train = _read(data, "train")
+    if data.validation is not None:
+        validation = _read(data, "validation")
+    else:
+        chosen = held_out(len(train), data.validation_samples, seed)
+        validation = [train[i] for i in sorted(chosen)]
+        train = [record for i, record in enumerate(train) if i not in chosen]
+    validating = _windows(validation, data, tokenizer, "validation", progress) if validation else ()
+    return TokenizedData(*_windows(train, data, tokenizer, "train", progress), *validating)
+
+
+def _read(data: DataConfig, split: str) -> list[dict[str, Any]]:
+    named = getattr(data, split)
+    records = []
+    for place, row in read_records([named] if isinstance(named, str) else named, FIELDS, split):
+        texts, starts = (row["answers"].get(key) for key in ("text", "answer_start"))
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise UserError(f'{place}: "answers" must be {{"text": [...], "answer_start": [...]}}, lists of one length')
+        for text, start in zip(texts, starts, strict=True):
+            if row["context"][start : start + len(text)] != text:
+                raise UserError(f'{place}: the answer {text!r} is not at character {start} of "context"')
+        records.append(row)
+    return records
+
+
+def _windows(
+    records: Sequence[dict[str, Any]],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    split: str,
+    progress: bool,
+) -> tuple[SpanDataset, LabelledStats]:
+    from tqdm import tqdm
+
+    tokens, segments, starts, labels = array("i"), array("i"), [0], []
+    windows = []
+    bar = tqdm(total=len(records), desc=f"Tokenizing data.{split}", unit=" questions", delay=2.0, disable=not progress)
+    with bar:
+        for first in range(0, len(records), CHUNK):
+            chunk = records[first : first + CHUNK]
+            for question, encoding in _encode(chunk, data, tokenizer):
+                window = Window(first + question, _offsets(encoding))
+                tokens.extend(encoding.ids)
+                segments.extend(encoding.type_ids)
+                starts.append(len(tokens))
+                labels.append(_position(chunk[question]["answers"], window))
+                windows.append(window)
+            bar.update(len(chunk))
+    flat_tokens, flat_segments = (torch.frombuffer(flat, dtype=torch.int32) for flat in (tokens, segments))
+    dataset = SpanDataset(
+        flat_tokens,
+        flat_segments,
+        torch.tensor(starts),
+        torch.tensor(labels, dtype=torch.float64),
+        range(len(windows)),
+    )
+    dataset.questions = [Question(row["context"], tuple(row["answers"]["text"])) for row in records]
+    dataset.windows = windows
+    cut = len(windows) - len(records)
+    return dataset, LabelledStats(len(windows), len(tokens), cut, data.cutoff_len)
+
+
+def _encode(
+    rows: Sequence[dict[str, Any]], data: DataConfig, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[int, Any]]:
+    """Each window's question (its place in `rows`) and encoding."""
+    encoded = tokenizer(
+        [row["question"].strip() for row in rows],
+        [row["context"] for row in rows],
+        truncation="only_second",
+        max_length=data.cutoff_len,
+        stride=data.doc_stride,
+        return_overflowing_tokens=True,
+        verbose=False,
+    )
+    yield from zip(encoded["overflow_to_sample_mapping"], encoded.encodings or [], strict=True)
+
+
+def _offsets(encoding: Any) -> list[tuple[int, int] | None]:
+    pairs = zip(encoding.sequence_ids, encoding.offsets, strict=True)
+    return [tuple(offset) if sequence == 1 else None for sequence, offset in pairs]
+
+
+def _position(answers: dict[str, Any], window: Window) -> tuple[int, int]:
+    """The tokens that hold the first answer; (0, 0) if there is none, or it is not all in the window."""
+    if not answers["text"]:
+        return 0, 0
+    start = answers["answer_start"][0]
+    stop = start + len(answers["text"][0])
+    inside = [i for i, o in enumerate(window.offsets) if o is not None and o[1] > start and o[0] < stop and o[1] > o[0]]
+    if not inside:
+        return 0, 0
+    first, last = window.offsets[inside[0]], window.offsets[inside[-1]]
+    assert first is not None and last is not None
+    return (inside[0], inside[-1]) if first[0] <= start and last[1] >= stop else (0, 0)
