@@ -79,7 +79,7 @@ class Run:
         self.trainable = sum(getattr(p, "ds_numel", p.numel()) for p in trainable)
         optimizer = torch.optim.AdamW(trainable, lr=1e-4)
         self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings.deepspeed_config())[0]
-        if wrong := list(unsharded(model)):
+        if wrong := list(unsharded(model, settings)):
             raise RuntimeError(f"{variant}: not sharded, or not bf16: {wrong[:5]}")
         self.pruner = dynamic(model, self.engine, settings) if variant == "dynamic" else None
         self.losses: list[float] = []

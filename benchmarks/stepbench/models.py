@@ -88,7 +88,7 @@ def _hugging_face(base: Path) -> nn.Module:
 
 
 def _peft(model: nn.Module, use_dora: bool, settings: Settings) -> nn.Module:
-    """PEFT at its best: adapters in bf16 like the engine (not upcast to fp32), sharded with everything else."""
+    """PEFT at its best: adapters in bf16 like the engine, sharded with everything else; or in fp32, as it comes."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)  # adapters are made on every rank alike; deepspeed.initialize shards them
@@ -100,7 +100,9 @@ def _peft(model: nn.Module, use_dora: bool, settings: Settings) -> nn.Module:
         use_dora=use_dora,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    model = get_peft_model(model, config, autocast_adapter_dtype=settings.peft_fp32)
+    if settings.peft_fp32:
+        return model
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -122,10 +124,11 @@ def dynamic(model: nn.Module, engine: Any, settings: Settings) -> Any:
     return ShardedComponentPruner(model, inner_optimizer(engine), budget, dem=0.3)
 
 
-def unsharded(model: nn.Module) -> Iterator[str]:
+def unsharded(model: nn.Module, settings: Settings) -> Iterator[str]:
     """Names of parameters that the engine does not shard, or that are not bf16: there should be none."""
+    dtypes = (torch.bfloat16, torch.float32) if settings.peft_fp32 else (torch.bfloat16,)
     from dora_dist.zero3.shards import is_sharded
 
     for name, parameter in model.named_parameters():
-        if not is_sharded(parameter) or parameter.dtype is not torch.bfloat16:
+        if not is_sharded(parameter) or parameter.dtype not in dtypes:
             yield f"{name} ({parameter.dtype})"

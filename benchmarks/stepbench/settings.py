@@ -33,6 +33,7 @@ class Settings:
     alpha: float = 32.0
     dropout: float = 0.0
     checkpointing: bool = True
+    peft_fp32: bool = False
     ranks: int = 2
     rounds: int = 3
     warmup: int = 3
@@ -81,11 +82,14 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, argparse.Namesp
         description="Seconds, memory and bytes of one training step, side by side: "
         + "; ".join(f"{name} ({text})" for name, text in VARIANTS.items())
     )
-    numbers = {f.name: f for f in fields(Settings) if f.name not in ("checkpointing", "engine")}
+    numbers = {f.name: f for f in fields(Settings) if f.name not in ("checkpointing", "peft_fp32", "engine")}
     for name, field in numbers.items():
         kind = float if isinstance(field.default, float) else int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help="%(default)s")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
+    parser.add_argument(
+        "--peft-fp32", action="store_true", help="leave PEFT's adapters in fp32, which is its default, not in bf16"
+    )
     parser.add_argument("--engine", type=json.loads, default={}, help="DeepSpeed JSON, merged last, for all variants")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULT_VARIANTS)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-step"), help="folder for JSON and PNG")
