@@ -138,8 +138,9 @@ class PeftFolder:
             folder.modules.setdefault(module, {})[part] = name
         if not folder.modules:
             raise UserError(f"{path}: the adapter has no tensors; save it again")
-        if absent := set(config.get("modules_to_save") or ()) - set(folder.modules_to_save()) - _HEADS_PEFT_ADDS:
-            raise UserError(f"{path}: modules_to_save={sorted(absent)} have no tensors in the adapter; save it again")
+        endings = set(config.get("modules_to_save") or ()) - _HEADS_PEFT_ADDS
+        if absent := sorted(e for e in endings if not any(_saved_module(name, [e]) for name in folder.trained)):
+            raise UserError(f"{path}: modules_to_save={absent} have no tensors in the adapter; save it again")
         for module in folder.modules:
             folder._check(module)
         return folder
@@ -171,9 +172,9 @@ class PeftFolder:
         return self.config[default]
 
     def modules_to_save(self) -> list[str]:
-        """Those of the configuration that the folder holds: PEFT also lists names that the model has not."""
+        """The modules whose parameters are in `trained`, by their whole names."""
         listed = self.config.get("modules_to_save") or []
-        return [module for module in dict.fromkeys(listed) if any(_within(name, module) for name in self.trained)]
+        return list(dict.fromkeys(module for name in self.trained if (module := _saved_module(name, listed))))
 
     def shape(self, module: str) -> tuple[int, int]:
         """(out, in) of the weight that `module` must have in the base."""
@@ -292,12 +293,14 @@ def _is_placeholder(lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> bool:
 def _saved_name(name: str, modules_to_save: list[str]) -> str | None:
     """ "base_model.model.<parameter>" -> <parameter>, if it is of a module that the configuration says was saved."""
     parameter = name.removeprefix(_PREFIX)
-    return parameter if parameter != name and any(_within(parameter, m) for m in modules_to_save) else None
+    return parameter if parameter != name and _saved_module(parameter, modules_to_save) else None
 
 
-def _within(parameter: str, module: str) -> bool:
-    """Whether a parameter is of a module; PEFT takes a name to mean every module that ends in it."""
-    return f".{module}." in f".{parameter}"
+def _saved_module(parameter: str, modules_to_save: list[str]) -> str | None:
+    """The outermost module of a parameter that is to be saved: PEFT saves every one whose name ENDS in one listed."""
+    parts = parameter.split(".")
+    outwards = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((module for module in outwards if module.endswith(tuple(modules_to_save))), None)
 
 
 def _split_name(path: Path, name: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import real
 from tests.ranks import run_ranks
@@ -66,6 +67,24 @@ def test_recipes_scaled_down_learn_from_real_text(folder: Path) -> None:
     run_ranks(train_recipes, 2, recipes)
     assert best(folder / "sst2", "eval_accuracy") > 0.68
     assert best(folder / "stsb", "eval_pearson") > 0.5
+    records = json.loads((folder / "sst2-validation.json").read_text())
+    right = [int(label == record["label"]) for label, record in zip(merged_labels(folder, base), records, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(best(folder / "sst2", "eval_accuracy"), abs=1 / HELD_OUT)
+
+
+def merged_labels(folder: Path, base: Path) -> list[int]:
+    """What transformers alone makes of the best checkpoint, consolidated, on the held-out sentences."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from dora_dist.consolidate import consolidate, find_adapter
+
+    consolidate(find_adapter(folder / "sst2")[0], base, folder / "merged", progress=False)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(folder / "merged")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "merged")
+    texts = [record["sentence"] for record in json.loads((folder / "sst2-validation.json").read_text())]
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=48, return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(**inputs).logits.argmax(1).tolist()
 
 
 def best(run_dir: Path, metric: str) -> float:

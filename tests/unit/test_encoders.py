@@ -168,7 +168,7 @@ def peft_adapter(folder: Path, base: Path, **options: Any) -> torch.Tensor:
     ("family", "options", "saved"),
     [
         ("roberta", {"task_type": "SEQ_CLS"}, ["classifier"]),  # PEFT adds "score", which the model has not
-        ("bert", {"task_type": "SEQ_CLS", "modules_to_save": ["pooler"]}, ["pooler", "classifier"]),
+        ("bert", {"task_type": "SEQ_CLS", "modules_to_save": ["pooler"]}, ["bert.pooler", "classifier"]),
         ("deberta-v2", {"modules_to_save": ["pooler", "classifier"]}, ["pooler", "classifier"]),
     ],
 )
@@ -217,6 +217,30 @@ def test_consolidating_writes_the_trained_modules(kind: str, tmp_path: Path) -> 
     assert {n.partition(".")[0] for n in written} == {"roberta", "classifier"}
     read, _ = build_and_read(tmp_path / "merged")
     torch.testing.assert_close(logits(read), expected, atol=1e-5, rtol=0)
+
+
+def test_a_language_models_own_head_can_be_trained_in_full(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = toy.base_model(tmp_path / "base")
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    settings = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"], use_dora=True)
+    model = get_peft_model(model, settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(str(tmp_path / "peft"))
+    consolidate(tmp_path / "peft", base, tmp_path / "merged", progress=False)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    unmerged, _ = load_for_inference(str(tmp_path / "peft"), "fp32")
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(unmerged), logits(model), atol=1e-5, rtol=0)
+    strange = toy.base_model(tmp_path / "strange", vocab_size=310)
+    with pytest.raises(UserError, match=r"it trained 'lm_head.weight' as \(300, 36\), but .* has it as \(310, 36\)"):
+        consolidate(tmp_path / "peft", strange, tmp_path / "never", progress=False)
 
 
 def build_and_read(folder: Path) -> tuple[Any, list[str]]:
