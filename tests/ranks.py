@@ -9,6 +9,7 @@ import gc
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -108,6 +109,11 @@ def _rank_main(
         # Plain bytes: a tensor sent as an object would live in shared memory that dies with this process.
         sender.send_bytes(outcome)
         faulthandler.unregister(signal.SIGUSR1)
+    # Threads that libraries leave behind may ask for the interpreter while it ends, which now and then aborts the
+    # process ("terminate called without an active exception"). What a rank had to show is shown by now.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _die_with_parent() -> None:

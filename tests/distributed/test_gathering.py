@@ -47,13 +47,9 @@ def run() -> dict[str, Any]:
     return {"gathers": gathers, "trained": trained, "resident": resident, "masters": masters, "weights": weights}
 
 
-def check(rank: dict[str, Any]) -> None:
-    assert rank["gathers"] == [[rank["trained"]]]  # one for all that the step changed; nothing of the base
-    for name, resident in rank["resident"].items():
-        expected: Tensor = rank["weights"].get(name, rank["masters"][name])
-        assert torch.equal(resident, expected), name
-
-
 def test_a_step_gathers_the_adapters_once_and_the_base_never() -> None:
     for rank in run_ranks(run, 2):
-        check(rank)
+        assert rank["gathers"] == [[rank["trained"]]]  # one for all that the step changed; nothing of the base
+        for name, resident in rank["resident"].items():
+            expected: Tensor = rank["weights"].get(name, rank["masters"][name])
+            assert torch.equal(resident, expected), name

@@ -101,8 +101,9 @@ def test_summary_takes_medians_over_all_rounds(monkeypatch: pytest.MonkeyPatch) 
     def ranks(seconds: list[float], peak: int) -> list[dict[str, Any]]:
         common = {"device": "test", "losses": [1.0], "trainable": 1, "received_bytes": {"all_reduce": 3}}
         peaks = {"peak_rss_bytes": peak, "peak_rss_steps_bytes": peak, "peak_device_bytes": None}
-        refresh = {"norm_refresh_seconds": 0.5, "norm_refresh_bytes": 7, "collectives": {"all_reduce": 1}}
-        return [{**common, **peaks, **refresh, "seconds": seconds, "cpu_seconds": seconds}]
+        refresh = {"norm_refresh_seconds": 0.5, "norm_refresh_bytes": 7, "scoring_seconds": 1.0}
+        calls = {"collectives": {"all_reduce": 1}}
+        return [{**common, **peaks, **refresh, **calls, "seconds": seconds, "cpu_seconds": seconds}]
 
     results = {
         "dora": [ranks([2.0, 4.0], 10), ranks([6.0], 30)],
@@ -114,6 +115,7 @@ def test_summary_takes_medians_over_all_rounds(monkeypatch: pytest.MonkeyPatch) 
     assert variants["dora"]["ratios"] == {"peft-lora": 0.8}
     assert variants["dora"]["peak_rss_bytes"] == 30
     assert variants["dora"]["norm_refresh_share"] == 0.125
+    assert variants["dora"]["scoring_share"] == 0.25
 
 
 def test_profile_prints_the_operations() -> None:
