@@ -253,8 +253,13 @@ def _ranks(model: nn.Module, survivors: Survivors) -> dict[str, int]:
 
 def _identity(model: nn.Module, survivors: Survivors) -> dict[str, Any]:
     """What must agree for a checkpoint to belong to a model: trainable shapes, and the base's mean row norms."""
+    scalings = {n: layer.spec.scaling for n, layer in adapted_layers(model).items() if layer.spec.r}
     norms = {n: float(m.base_norm.mean()) for n, m in adapted_layers(model).items() if m.base_norm is not None}
-    return {"trainable": {n: list(shape) for n, shape in _shapes(model, survivors).items()}, "base_norms": norms}
+    return {
+        "trainable": {n: list(shape) for n, shape in _shapes(model, survivors).items()},
+        "base_norms": norms,
+        "scalings": scalings,
+    }
 
 
 def _check_identity(folder: Path, manifest: dict[str, Any], model: nn.Module) -> None:
@@ -269,6 +274,12 @@ def _check_identity(folder: Path, manifest: dict[str, Any], model: nn.Module) ->
             f"{theirs['trainable'].get(name, 'absent')} there and {ours['trainable'].get(name, 'absent')} here; "
             "resume with the configuration that wrote it"
         )
+    for name, scaling in ours["scalings"].items():
+        if abs(theirs.get("scalings", {}).get(name, scaling) - scaling) > 1e-6 * scaling:
+            raise UserError(
+                f"checkpoint.resume: {folder} scales the update of {name!r} by {theirs['scalings'][name]:g}, here it "
+                f"is {scaling:g}; set adapter.lora_alpha and adapter.r back, or start anew with adapter.init_from"
+            )
     for name, norm in ours["base_norms"].items():
         if abs(theirs["base_norms"][name] - norm) > 1e-3 * abs(norm):
             raise UserError(

@@ -198,10 +198,12 @@ def test_a_checkpoint_of_another_model_or_position_is_refused(runs: dict[str, An
         file.seek(-1, 2)
         file.write(b"\x55")
     broken = toy_config(folder, "x4", checkpoint={"resume": str(damaged)})
-    [(base, batch, checksum)] = run_ranks(fail_all, 1, [other_base, other_batch, broken])
+    other_alpha = toy_config(folder, "x5", checkpoint=resume, adapter={"lora_alpha": 9.0})
+    [(base, batch, checksum, alpha)] = run_ranks(fail_all, 1, [other_base, other_batch, broken, other_alpha])
     assert "another base" in base
     assert "training.global_batch_size = 6, this run has 4" in batch
     assert "state.safetensors is damaged" in checksum
+    assert "scales the update" in alpha and "by 2, here it is 2.25; set adapter.lora_alpha" in alpha
 
 
 def fail_all(raws: list[dict[str, Any]]) -> tuple[str, ...]:
