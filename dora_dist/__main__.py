@@ -1,8 +1,6 @@
 """`python -m dora_dist` is `dora-dist`."""
 
-import sys
-
-from dora_dist.cli import main
+from dora_dist.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -5,13 +5,15 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dora_dist.config import RunConfig, add_arguments, check_names
-from dora_dist.errors import UserError
+from dora_dist.errors import LostRank, Stopped, UserError
+from dora_dist.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED, USERS_MISTAKE
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DTYPES = ("bf16", "fp16", "fp32")
@@ -19,7 +21,7 @@ Commands = Any  # argparse's own type for this is private
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    """Run one command. Returns its exit status, one of `exit_codes`; an error of the program is raised."""
     tokens = sys.argv[1:] if arguments is None else list(arguments)
     try:
         if tokens[:1] in (["train"], ["validate"]):
@@ -30,11 +32,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Every rank says it: the first that ends makes the launcher end the others, maybe unheard.
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         sys.stderr.write(f"error{' on rank ' + os.environ.get('RANK', '?') if several else ''}: {error}\n")
-        return 2
+        return USERS_MISTAKE
+    except LostRank as error:
+        sys.stderr.write(f"error on rank {os.environ.get('RANK', '?')}: {error}\n")
+        return error.code
+    except Stopped as stopped:
+        sys.stderr.write(f"stopped: {stopped}\n")
+        return STOPPED
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        return 130
-    return 0
+        return INTERRUPTED
+    return DONE
+
+
+def run(arguments: Sequence[str] | None = None) -> NoReturn:
+    """What a shell or a launcher starts: `main`, then the end of the process, at once and with its exit status.
+
+    The interpreter's own teardown is left out: threads that libraries leave behind can abort or hang a rank in it.
+    """
+    try:
+        status = main(arguments)
+    except Exception:
+        traceback.print_exc()
+        status = FAILED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def build_parser() -> argparse.ArgumentParser:

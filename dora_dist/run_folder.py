@@ -1,7 +1,7 @@
 """What a run leaves on disk, and where: the one place that knows the folder's layout.
 
 RUN_DIR/
-    config.json  deepspeed.json  metrics.jsonl
+    config.json  deepspeed.json  metrics.jsonl  .in_use
     best.json                      {"checkpoint": "checkpoint-80", "eval_loss": ...}, or another metric
     checkpoint-80/
         manifest.json              written last: step, model fingerprint, every file's size and sha256
@@ -17,6 +17,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from dora_dist.errors import UserError
 
 MANIFEST, STATE, TRAINER_STATE, ADAPTER = (
@@ -25,7 +27,9 @@ MANIFEST, STATE, TRAINER_STATE, ADAPTER = (
     "trainer_state.json",
     "adapter",
 )
+METRICS, IN_USE = "metrics.jsonl", ".in_use"
 FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -37,9 +41,9 @@ def checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first. A folder without a readable manifest is not one."""
     found = {}
     for folder in run_dir.glob("checkpoint-*"):
-        step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if step and is_complete(folder):
-            found[int(step[1])] = folder
+        name = _NAME.fullmatch(folder.name)
+        if name and is_complete(folder):
+            found[int(name[1])] = folder
     return [found[step] for step in sorted(found)]
 
 
@@ -56,6 +60,84 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     """The complete checkpoint of the highest step."""
     found = checkpoints(run_dir)
     return found[-1] if found else None
+
+
+def newest_intact(run_dir: Path) -> Path | None:
+    """The newest checkpoint whose every byte is as it was written.
+
+    Damaged and incomplete ones that are newer are named, with what is wrong, and set aside under another name: what
+    comes later must not take them for good.
+    """
+    folders = [folder for folder in run_dir.glob("checkpoint-*") if _NAME.fullmatch(folder.name)]
+    for folder in sorted(folders, key=step_of, reverse=True):
+        try:
+            read_manifest(folder)
+            return folder
+        except UserError as error:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            print(f"warning: {error}; it is now {aside.name}, looking for an earlier one")
+    return None
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step of a checkpoint folder: its name says it, or else its manifest."""
+    name = _NAME.fullmatch(folder.name)
+    return int(name[1]) if name else int(json.loads((folder / MANIFEST).read_text())["step"])
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Remove what processes that were killed while they wrote have left. For a run that holds `InUse` alone."""
+    for pattern in (".checkpoint-*.partial-*", ".checkpoint-*.old-*"):
+        for leftover in run_dir.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def forget_metrics_after(run_dir: Path, step: int) -> None:
+    """Drop what metrics.jsonl says of later steps than the one a run goes on from: they will happen again."""
+    path = run_dir / METRICS
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if _is_up_to(line, step)]
+    if kept != lines:
+        temporary = path.with_name(f".{path.name}.partial")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False  # a line that a killed process began
+
+
+class InUse:
+    """At most one run at a time writes a folder: an advisory lock that ends with the process, however it ends."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._lock = FileLock(run_dir / IN_USE)
+
+    def claim(self) -> None:
+        """Lock the folder, making it if need be. Raises UserError if another run holds it."""
+        path = Path(self._lock.lock_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"checkpoint.run_dir: {path.parent} is in use by another run; wait for it, or give another folder"
+            ) from None
+        except NotImplementedError:
+            print(f"note: {path.parent} is on a file system without locks: take care that one run at a time uses it")
+
+    def __enter__(self) -> "InUse":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release(force=True)
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
@@ -109,6 +191,10 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
             raise UserError(f"checkpoint.resume: {path} is missing; resume from another checkpoint")
         if path.stat().st_size != entry["bytes"] or (verify and sha256(path) != entry["sha256"]):
             raise UserError(f"checkpoint.resume: {path} is damaged (size or checksum); resume from another checkpoint")
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if not path.is_dir() and name not in files and name != MANIFEST:
+            raise UserError(f"checkpoint.resume: {path} does not belong to the checkpoint; move it elsewhere")
     return manifest
 
 

@@ -9,6 +9,6 @@ import sys
 if __name__ == "__main__":
     if importlib.util.find_spec("dora_dist") is None:
         sys.exit("error: dora_dist is not installed here; run `pip install -e .` in the repository, or `make demo`")
-    from dora_dist.cli import main
+    from dora_dist.cli import run
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run(["train", *sys.argv[1:]])

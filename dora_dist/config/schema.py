@@ -216,6 +216,9 @@ class CheckpointConfig(Section):
         default=None, ge=1, description="Optimizer steps between checkpoints; null: only at the end"
     )
     keep_last: int = Field(default=2, ge=1, description="Newest checkpoints to keep")
+    on_failure: Literal["stop", "continue"] = Field(
+        default="stop", description="When a checkpoint cannot be written: stop the run, or warn and go on without it"
+    )
     keep_best: bool = Field(default=True, description="Also keep the checkpoint that is best by training.metric")
     resume: PathText | None = Field(
         default=None,

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.analysis.rank_map import rank_table, write_rank_map
 from dora_dist.distributed import World
+from dora_dist.run_folder import METRICS
 
 PEAK_BF16_FLOPS = {
     "H200": 989e12,
@@ -40,7 +41,7 @@ class ReportCallback(TrainerCallback):
     def __init__(self, world: World, norms: NormRefresher, run_dir: Path, weights: int, options: Any) -> None:
         self.trainer: Any = None
         self._world, self._norms, self._weights = world, norms, weights
-        self._file = run_dir / "metrics.jsonl"
+        self._file = run_dir / METRICS
         self._peak = options.peak_flops or _known_peak()
         self._show_bar = options.progress_bar and world.first
         self._bar: Any = None
@@ -119,6 +120,8 @@ def _line(record: dict[str, Any], max_steps: int) -> str:
         "eval_matthews": ("Matthews", "{:.4f}"),
         "eval_pearson": ("Pearson", "{:.4f}"),
         "eval_spearman": ("Spearman", "{:.4f}"),
+        "save_stall_seconds": ("checkpoint saved; training stood still", "{:.2f} s"),
+        "save_seconds": ("writing took", "{:.1f} s"),
         "train_loss": ("mean training loss", "{:.4f}"),
         "train_runtime": ("seconds", "{:.1f}"),
         "grad_norm": ("grad norm", "{:.3f}"),

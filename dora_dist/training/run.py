@@ -5,14 +5,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from dora_dist import distributed, run_folder
 from dora_dist.adapters.inject import by_pattern, with_ranks
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.peft_format import read_peft_folder
 from dora_dist.config import RunConfig
 from dora_dist.distributed import World, together
-from dora_dist.errors import UserError
+from dora_dist.errors import Stopped, UserError
 from dora_dist.models.hub import local_folder
+from dora_dist.stopping import StopRequest
+from dora_dist.watch import Watch
 
 
 def train(config: RunConfig) -> Path:
@@ -25,33 +29,54 @@ def train(config: RunConfig) -> Path:
     config.deepspeed_config(distributed.launched_world_size())
     distributed.choose_accelerator(config.engine.accelerator)
     config.check_engine_options()
-    world = distributed.start(config.engine.start_timeout_s)
-    run_dir = Path(config.checkpoint.run_dir)
-    with together("looking for earlier checkpoints"):
-        resume = _resume_from(config, run_dir)
-    compacting = _fine_tune(config, world, run_dir, resume)
-    if compacting:
-        gc.collect()  # engine, trainer and callbacks refer to one another
-        _fine_tune(config, world, run_dir, run_folder.newest_checkpoint(run_dir))
-    checkpoint = run_folder.newest_checkpoint(run_dir)
-    assert checkpoint is not None
+    with StopRequest() as stop:
+        world = distributed.start(config.engine.start_timeout_s)
+        with Watch(world) as watch:
+            checkpoint = _run(config, world, watch, stop)
     if world.first:
         print(f"done: {checkpoint} (adapter in PEFT's format: {checkpoint / run_folder.ADAPTER})")
-        print(f"merge it with: dora-dist consolidate {run_dir} --output merged/")
+        print(f"merge it with: dora-dist consolidate {config.checkpoint.run_dir} --output merged/")
     return checkpoint
 
 
-def _fine_tune(config: RunConfig, world: World, run_dir: Path, resume: Path | None) -> bool:
+def _run(config: RunConfig, world: World, watch: Watch, stop: StopRequest) -> Path:
+    run_dir = Path(config.checkpoint.run_dir)
+    resume = _resume_from(config, run_dir, world)
+    with run_folder.InUse(run_dir) as in_use:
+        compacting = _fine_tune(config, world, watch, stop, in_use, resume)
+        if compacting:
+            gc.collect()  # engine, trainer and callbacks refer to one another
+            _fine_tune(config, world, watch, stop, in_use, run_folder.newest_checkpoint(run_dir))
+    checkpoint = run_folder.newest_checkpoint(run_dir)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def _fine_tune(
+    config: RunConfig,
+    world: World,
+    watch: Watch,
+    stop: StopRequest,
+    in_use: run_folder.InUse,
+    resume: Path | None,
+) -> bool:
     """Build and train. True if the run stopped early, to go on from its newest checkpoint with smaller adapters."""
     from accelerate.state import AcceleratorState
 
-    trainer = _build(config, world, run_dir, resume)
+    run_dir = Path(config.checkpoint.run_dir)
+    stop.can_save = False
+    trainer = _build(config, world, watch, stop, resume)
     with together("writing the run folder"):  # only now: a run that cannot start leaves nothing behind
         if world.first:
-            _write_run_folder(config, run_dir, world)
+            in_use.claim()
+            _write_run_folder(config, run_dir, world, resume)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    if not trainer.compacting or trainer.state.global_step >= trainer.state.max_steps:
+    trainer.finish_saving()
+    if trainer.state.global_step >= trainer.state.max_steps:
         return False
+    if trainer.stopping:
+        step = trainer.state.global_step
+        raise Stopped(f"asked to, at step {step} of {trainer.state.max_steps}; --resume goes on from checkpoint-{step}")
     if world.first:
         print(f"the mask is final: going on without the {trainer.pruner.events[-1].pruned:,} pruned components")
     trainer.run.norms.close()
@@ -60,7 +85,7 @@ def _fine_tune(config: RunConfig, world: World, run_dir: Path, resume: Path | No
     return True
 
 
-def _build(config: RunConfig, world: World, run_dir: Path, resume: Path | None) -> Any:
+def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, resume: Path | None) -> Any:
     # Imported here: they cost seconds, and mistakes in the configuration should show at once.
     from dora_dist.models.build import build_model
     from dora_dist.models.tasks import Task
@@ -106,9 +131,9 @@ def _build(config: RunConfig, world: World, run_dir: Path, resume: Path | None) 
         )
         if run.trained:
             print(f"trained in full: {', '.join(run.trained)}; new: {', '.join(run.fresh) or 'nothing'}")
-    report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
-    step = StepCallback(world, config.training.seed, config.engine.step_timeout_s)
-    trainer = DoraTrainer(run, config, spec, args, data, tokenizer, world, [step, report])
+    report = ReportCallback(world, run.norms, Path(config.checkpoint.run_dir), weights, config.logging)
+    step = StepCallback(world, watch, stop, config.training.seed, config.engine.step_timeout_s)
+    trainer = DoraTrainer(run, config, spec, args, data, tokenizer, world, stop, [step, report])
     step.trainer = report.trainer = trainer
     return trainer
 
@@ -155,22 +180,31 @@ def _data(config: RunConfig, base: Path, world: World) -> tuple[Any, Any]:
     return tokenizer, data
 
 
-def _resume_from(config: RunConfig, run_dir: Path) -> Path | None:
-    """The checkpoint to go on from. Raises UserError if a fresh run would mix with an earlier one's files."""
-    resume = config.checkpoint.resume
-    if resume == "auto":
-        return run_folder.newest_checkpoint(run_dir)
-    if resume is not None:
-        return Path(resume)
-    if earlier := run_folder.newest_checkpoint(run_dir):
-        raise UserError(
-            f"checkpoint.run_dir: {run_dir} already holds a run ({earlier.name}); go on with it by --checkpoint.resume "
-            "auto, or give another checkpoint.run_dir"
-        )
-    return None
+def _resume_from(config: RunConfig, run_dir: Path, world: World) -> Path | None:
+    """The checkpoint to go on from, intact to the last byte. Raises UserError, on every rank, if there is none that
+    can be meant, or if a fresh run would mix with an earlier one's files.
+    """
+    found: list[Path | None] = [None]
+    with together("looking for earlier checkpoints"):
+        resume = config.checkpoint.resume
+        if not world.first:  # checksums read every byte: once is enough
+            pass
+        elif resume == "auto":
+            found = [run_folder.newest_intact(run_dir)]
+        elif resume is not None:
+            run_folder.read_manifest(Path(resume))
+            found = [Path(resume)]
+        elif earlier := run_folder.newest_checkpoint(run_dir):
+            raise UserError(
+                f"checkpoint.run_dir: {run_dir} already holds a run ({earlier.name}); go on with it by "
+                "--checkpoint.resume auto, or give another checkpoint.run_dir"
+            )
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
-def _write_run_folder(config: RunConfig, run_dir: Path, world: World) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
+def _write_run_folder(config: RunConfig, run_dir: Path, world: World, resume: Path | None) -> None:
+    run_folder.clear_leftovers(run_dir)
+    run_folder.forget_metrics_after(run_dir, run_folder.step_of(resume) if resume is not None else 0)
     run_folder.write_json(run_dir / "config.json", json.loads(config.to_json()))
     run_folder.write_json(run_dir / "deepspeed.json", config.deepspeed_config(world.world_size))

@@ -19,9 +19,12 @@ from dora_dist.data import EpochBatches, EpochDataLoader, TokenizedData
 from dora_dist.distributed import World, shorten_timeout
 from dora_dist.errors import UserError
 from dora_dist.models.build import AdaptedModel
+from dora_dist.stopping import StopRequest
 from dora_dist.training.objectives import objective
-from dora_dist.zero3.checkpoint import check_budget, load_checkpoint, load_pruner, pruner_state, save_checkpoint
+from dora_dist.watch import Watch
+from dora_dist.zero3.checkpoint import check_budget, load_checkpoint, load_pruner, pruner_state
 from dora_dist.zero3.components import ShardedComponentPruner
+from dora_dist.zero3.saving import Origin, Saver
 from dora_dist.zero3.shards import inner_optimizer
 
 
@@ -31,7 +34,7 @@ class DoraTrainer(Trainer):
     - batches come in an order that does not know the world size, every sample once per epoch;
     - checkpoints are ours (safetensors and JSON, free of the world size) and resume from ours;
     - evaluation is over the whole set at once, exact at every world size;
-    - a loss or gradient norm that is not finite ends the run on every rank at once.
+    - what one rank knows all act on at the same step: a loss that is not finite, a signal to stop, a failed save.
     """
 
     def __init__(
@@ -43,12 +46,16 @@ class DoraTrainer(Trainer):
         data: TokenizedData,
         tokenizer: Any,
         world: World,
+        stop: StopRequest,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.run, self.config, self.spec, self.data, self.world = run, config, spec, data, world
+        self.stopping = False
         self.run_dir = Path(config.checkpoint.run_dir)
         self.tokens_seen = 0
         self._objective = objective(config, tokenizer)
+        self._stop = stop
+        self._saver: Saver | None = None
         self._suspect: dict[str, Any] | None = None
         self.pruner: ComponentPruner | None = None
         self._components: dict[str, Any] | None = None  # what pruning found, once it is over and forgotten
@@ -111,12 +118,20 @@ class DoraTrainer(Trainer):
             }
         return loss
 
-    def stop_if_not_finite(self) -> None:
-        """End the run on every rank if any rank's loss was not finite in this step (collective)."""
-        found = torch.tensor(float(self._suspect is not None), device=self.args.device)
-        dist.all_reduce(found)
-        if not found.item():
-            return
+    def agree(self) -> None:
+        """Learn what any rank knows, and act on it on every rank, in every optimizer step (collective)."""
+        assert self._saver is not None
+        known = [self._suspect is not None, self._stop.signal is not None, self._saver.failed]
+        anywhere = torch.tensor(known, dtype=torch.float32, device=self.args.device)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        not_finite, self.stopping, save_failed = map(bool, anywhere.tolist())
+        if not_finite:
+            self._end_not_finite()
+        if save_failed:
+            self._saver.wait()
+        self._report_saved(self.config.checkpoint.on_failure == "stop")
+
+    def _end_not_finite(self) -> None:
         suspects: list[Any] = [None] * self.world.world_size
         dist.all_gather_object(suspects, self._suspect)
         suspect = next(s for s in suspects if s is not None)
@@ -171,27 +186,50 @@ class DoraTrainer(Trainer):
             self._components = pruner_state(self.pruner)
         if self._components is not None:
             fields |= {"components": self._components, "compacted": self.pruner is None or self.compacting}
-        save_checkpoint(
-            folder,
-            self.model_wrapped,
-            self.run.model,
-            spec=self.spec,
-            base_model=self.config.model.path,
-            revision=self.config.model.revision,
-            task=self.run.task,
-            trained_modules=self.run.trained,
-            fields=fields,
-            trainer_state=_plain(asdict(self.state)),
-            survivors=self.pruner.survivors() if self.pruner is not None and self.compacting else None,
-        )
-        if self.world.first:
-            if is_best and self.state.best_metric is not None:
-                metric = f"eval_{self.config.training.metric}"
-                run_folder.set_best(run_dir, folder, float(self.state.best_metric), metric)
+        best = float(self.state.best_metric) if is_best and self.state.best_metric is not None else None
+
+        def once_complete() -> None:
+            if best is not None:
+                run_folder.set_best(run_dir, folder, best, f"eval_{self.config.training.metric}")
             run_folder.retire(run_dir, self.config.checkpoint.keep_last)
+
+        assert self._saver is not None
+        survivors = self.pruner.survivors() if self.pruner is not None and self.compacting else None
+        self._saver.save(folder, fields, _plain(asdict(self.state)), survivors, once_complete)
+
+    def _report_saved(self, must_succeed: bool) -> None:
+        """Say how the last save went, if it has ended. Raises UserError if it failed and must not."""
+        assert self._saver is not None
+        saved = self._saver.ended()
+        if saved is None:
+            return
+        if saved.failure is None:
+            if self.world.first:
+                self.log({"save_stall_seconds": saved.stall_s, "save_seconds": saved.write_s})
+            return
+        text = f"saving {saved.folder} failed: {saved.failure}. Earlier checkpoints are as they were"
+        if must_succeed:
+            raise UserError(f'{text}. checkpoint.on_failure = "continue" would let training go on')
+        if self.world.first:
+            self.log({"save_failed": 1.0})
+            print(f"warning: {text}; training goes on (checkpoint.on_failure)")
+
+    def finish_saving(self) -> None:
+        """Wait for the last save (collective). Raises UserError if it failed: a run must not end without its result."""
+        assert self._saver is not None
+        self._saver.close()
+        self._report_saved(must_succeed=True)
+
+    def wait_for_saving(self, timeout_s: float = 30.0) -> None:
+        """What can still be saved when the ranks end too early; not collective."""
+        if self._saver is not None:
+            self._saver.wait(timeout_s)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        model, run = self.config.model, self.run
+        origin = Origin(self.spec, model.path, model.revision, run.task, run.trained)
+        self._saver = Saver(self.model_wrapped, run.model, origin, self.config.engine.start_timeout_s)
         budget = self._budget(max_steps) if self.spec.gated else None
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
@@ -280,10 +318,16 @@ class DoraTrainer(Trainer):
 class StepCallback(TrainerCallback):
     """What has to happen around each optimizer step, on every rank."""
 
-    def __init__(self, world: World, seed: int, step_timeout_s: float) -> None:
+    def __init__(self, world: World, watch: Watch, stop: StopRequest, seed: int, step_timeout_s: float) -> None:
         self.trainer: DoraTrainer | None = None
-        self._world, self._seed, self._step_timeout_s = world, seed, step_timeout_s
+        self._world, self._watch, self._stop = world, watch, stop
+        self._seed, self._step_timeout_s = seed, step_timeout_s
         self._steps = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        self._watch.before_exit = self.trainer.wait_for_saving
+        self._stop.can_save = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Dropout's randomness as a function of position: a resumed run draws what an uninterrupted one would.
@@ -291,16 +335,20 @@ class StepCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
-        self.trainer.stop_if_not_finite()
+        self.trainer.agree()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
         self.trainer.settle_components()
         if self.trainer.compacting:  # `run.train` goes on from the checkpoint that this writes
             control.should_save = control.should_training_stop = True
+        if self.trainer.stopping:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # there may be little time left
         self._steps += 1
         if self._steps == 1:
             shorten_timeout(self._step_timeout_s)
+            self._watch.limit_silence(0.9 * self._step_timeout_s)  # before the collectives give up: we know more
 
 
 def _check_position(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
