@@ -134,12 +134,12 @@ def _validate(options: argparse.Namespace) -> None:
     if options.world_size is not None:
         print(json.dumps(config.deepspeed_config(options.world_size), indent=2))
     adapter, training = config.adapter, config.training
-    most = training.global_batch_size // training.micro_batch_size
-    ranks = ", ".join(str(count) for count in range(1, most + 1) if most % count == 0)
+    most = training.global_batch_size
+    evenly = ", ".join(str(count) for count in range(1, most + 1) if config.batch_plan(count).empty == 0)
     print(
         f"{options.config} is valid: {'DoRA' if adapter.weight_decomposed else 'LoRA'} r={adapter.r} on "
-        f"{config.model.path}, {training.global_batch_size} records a step; runs on {ranks} "
-        f"{'rank' if most == 1 else 'ranks'}; writes {config.checkpoint.run_dir}",
+        f"{config.model.path}, {training.global_batch_size} records a step; runs on "
+        f"{f'1 to {most} ranks (evenly on {evenly})' if most > 1 else '1 rank'}; writes {config.checkpoint.run_dir}",
         file=sys.stderr,
     )
 

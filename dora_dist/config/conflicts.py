@@ -30,11 +30,6 @@ def _batches_and_warmup(config: RunConfig) -> Iterator[str]:
     if training.warmup_steps is not None and training.warmup_ratio is not None:
         given = f"training.warmup_steps = {training.warmup_steps} and warmup_ratio = {training.warmup_ratio}"
         yield f"{given}: give one of the two and leave the other null"
-    if training.global_batch_size % training.micro_batch_size:
-        yield (
-            f"training.global_batch_size = {training.global_batch_size}: must be a multiple of "
-            f"training.micro_batch_size = {training.micro_batch_size}"
-        )
 
 
 def _validation(config: RunConfig) -> Iterator[str]:

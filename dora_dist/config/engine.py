@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -66,24 +66,29 @@ def conflicts(options: dict[str, Any]) -> Iterator[str]:
             yield f"engine.deepspeed: {name} = {value!r}: must be a JSON object"
 
 
-def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
-    """Micro-batches per optimizer step and rank. Raises UserError with the nearest values that fit."""
-    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
-    per_pass = micro * world_size
-    if batch % per_pass == 0:
-        return batch // per_pass
-    below, above = batch // per_pass * per_pass, -(-batch // per_pass) * per_pass
-    remedies = [f"training.global_batch_size = {' or '.join(str(size) for size in (below, above) if size)}"]
-    if batch % world_size == 0:
-        fitting = [size for size in range(1, micro) if batch // world_size % size == 0]
-        remedies.append(f"training.micro_batch_size = {fitting[-1]}")
-    ranks = [count for count in range(1, world_size) if batch % (micro * count) == 0]
-    if ranks:
-        remedies.append(f"{ranks[-1]} {'rank' if ranks[-1] == 1 else 'ranks'}")
-    raise UserError(
-        f"training.global_batch_size = {batch}: is no multiple of {per_pass} (training.micro_batch_size = "
-        f"{micro} on {world_size} ranks); use {', or '.join(remedies)}"
-    )
+class BatchPlan(NamedTuple):
+    """How one rank takes its part of every global batch: `accumulation_steps` passes of `micro_batch_size` records.
+
+    `empty` places over all ranks hold no record (and count in no loss), where the ranks do not divide the batch.
+    """
+
+    micro_batch_size: int
+    accumulation_steps: int
+    empty: int
+
+
+def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
+    """The fewest passes of at most training.micro_batch_size records. Raises UserError where ranks would idle."""
+    batch, most = config.training.global_batch_size, config.training.micro_batch_size
+    if world_size > batch:
+        raise UserError(
+            f"training.global_batch_size = {batch}: has no record for each of {world_size} ranks; raise it, or start "
+            f"at most {batch} {'rank' if batch == 1 else 'ranks'}"
+        )
+    each = -(-batch // world_size)
+    steps = -(-each // most)
+    micro = -(-each // steps)
+    return BatchPlan(micro, steps, micro * steps * world_size - batch)
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -94,10 +99,11 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
             f"engine.hpz_partition_size = {engine.hpz_partition_size}: does not divide {world_size} ranks; "
             "use the number of ranks of one node, or 1"
         )
+    plan = batch_plan(config, world_size)
     derived = {
-        "train_batch_size": training.global_batch_size,
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps(config, world_size),
+        "train_batch_size": training.global_batch_size + plan.empty,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation_steps,
         "gradient_clipping": training.max_grad_norm,
         "bf16": {"enabled": config.model.dtype == "bf16"},
         "zero_optimization": {

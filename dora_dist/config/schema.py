@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dora_dist.config import conflicts, engine, files, options, problems, source
+from dora_dist.config.engine import BatchPlan
 
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 PathTexts = Annotated[list[PathText], Field(min_length=1)]
@@ -184,7 +185,7 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps to stop after; null: as epochs says")
     global_batch_size: int = Field(default=16, ge=1, description="Records per optimizer step, over all ranks")
     micro_batch_size: int = Field(
-        default=4, ge=1, description="Records per forward pass on one rank; the rest is accumulated"
+        default=4, ge=1, description="Most records per forward pass on one rank; the rest is accumulated"
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(default=1.0, ge=0, description="Global gradient norm to clip at; 0: no clipping")
@@ -329,9 +330,9 @@ class RunConfig(Section):
         """Raise UserError unless every file and folder of the run is there (hub names are not looked up)."""
         files.check(self)
 
-    def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per optimizer step and rank. Raises UserError where none fits."""
-        return engine.gradient_accumulation_steps(self, world_size)
+    def batch_plan(self, world_size: int) -> BatchPlan:
+        """How the ranks share every global batch. Raises UserError where there are more ranks than records."""
+        return engine.batch_plan(self, world_size)
 
     def deepspeed_config(self, world_size: int) -> dict[str, Any]:
         """A new dict: the DeepSpeed JSON of this run on `world_size` ranks. Raises UserError."""

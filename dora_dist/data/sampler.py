@@ -8,18 +8,15 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
-from dora_dist.errors import UserError
-
 FILLER = -1  # where the last global batch has no sample left; `WithFiller` turns it into one masked token
 
 
 class EpochBatches(BatchSampler):
     """One rank's micro-batches of an epoch, cut from global batches that are the same at every world size.
 
-    The epoch's order is a permutation from (seed, epoch), padded with FILLER to whole global batches. The
-    ranks' micro-batches of optimizer step t together are exactly global batch t, whatever the world size and
-    micro-batch size: a run can stop at 8 ranks and go on at 6 after the same samples. Every sample is seen
-    once per epoch.
+    The epoch's order is a permutation from (seed, epoch). The ranks' micro-batches of optimizer step t together are
+    exactly global batch t, whatever the world size and micro-batch size, with FILLER where the ranks do not divide
+    it: a run can stop at 8 ranks and go on at 6 after the same samples. Every sample is seen once per epoch.
     """
 
     def __init__(
@@ -33,13 +30,6 @@ class EpochBatches(BatchSampler):
         seed: int = 0,
         shuffle: bool = True,
     ):
-        """Raises UserError unless global_batch_size is a multiple of micro_batch_size x world_size."""
-        across_ranks = micro_batch_size * world_size
-        if global_batch_size % across_ranks:
-            raise UserError(
-                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size "
-                f"{micro_batch_size} x {world_size} ranks = {across_ranks}"
-            )
         self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
         self.global_batch_size, self.batch_size = global_batch_size, micro_batch_size
         self.world_size, self.rank = world_size, rank
@@ -63,17 +53,24 @@ class EpochBatches(BatchSampler):
 
     def __len__(self) -> int:
         """Micro-batches per epoch on this rank."""
-        return self._global_batches * (self.global_batch_size // (self.batch_size * self.world_size))
+        return -(-self.num_samples // self.global_batch_size) * self._places // self._across_ranks
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
-        across_ranks = self.batch_size * self.world_size
-        for start in range(self.rank * self.batch_size, len(order), across_ranks):
-            yield order[start : start + self.batch_size]
+        for first in range(0, len(order), self.global_batch_size):
+            batch = order[first : first + self.global_batch_size]
+            batch += [FILLER] * (self._places - len(batch))
+            for start in range(self.rank * self.batch_size, self._places, self._across_ranks):
+                yield batch[start : start + self.batch_size]
 
     @property
-    def _global_batches(self) -> int:
-        return -(-self.num_samples // self.global_batch_size)
+    def _across_ranks(self) -> int:
+        return self.batch_size * self.world_size
+
+    @property
+    def _places(self) -> int:
+        """For the records of one global batch, over all ranks and passes."""
+        return -(-self.global_batch_size // self._across_ranks) * self._across_ranks
 
     def _order(self) -> list[int]:
         order = list(range(self.num_samples))
@@ -81,7 +78,7 @@ class EpochBatches(BatchSampler):
             # One 64-bit seed from the two: adding them would make epoch 1 of seed 0 equal epoch 0 of seed 1.
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
             order = torch.randperm(self.num_samples, generator=generator).tolist()
-        return order + [FILLER] * (self._global_batches * self.global_batch_size - self.num_samples)
+        return order
 
 
 class EpochDataLoader(DataLoader[Any]):

@@ -13,14 +13,15 @@ NEVER = 10**12
 def training_arguments(config: RunConfig, world_size: int, deepspeed: dict[str, Any]) -> TrainingArguments:
     """The Trainer's settings of a run; every one follows from `config`, which stays the only source."""
     training, checkpoint = config.training, config.checkpoint
+    plan = config.batch_plan(world_size)
     warmup = training.warmup_steps if training.warmup_steps is not None else (training.warmup_ratio or 0)
     return TrainingArguments(
         output_dir=checkpoint.run_dir,
         deepspeed=deepspeed,
         use_cpu=_on_cpu(),
         bf16=config.model.dtype == "bf16",
-        per_device_train_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps(world_size),
+        per_device_train_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.accumulation_steps,
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
         learning_rate=training.learning_rate,

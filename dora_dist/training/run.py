@@ -131,6 +131,9 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         )
         if run.trained:
             print(f"trained in full: {', '.join(run.trained)}; new: {', '.join(run.fresh) or 'nothing'}")
+        if empty := config.batch_plan(world.world_size).empty:
+            batch = config.training.global_batch_size
+            print(f"{batch} records a step on {world.world_size} ranks: {empty} of {batch + empty} places stay empty")
     report = ReportCallback(world, run.norms, Path(config.checkpoint.run_dir), weights, config.logging)
     step = StepCallback(world, watch, stop, config.training.seed, config.engine.step_timeout_s)
     trainer = DoraTrainer(run, config, spec, args, data, tokenizer, world, stop, [step, report])

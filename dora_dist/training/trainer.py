@@ -51,6 +51,7 @@ class DoraTrainer(Trainer):
     ) -> None:
         self.run, self.config, self.spec, self.data, self.world = run, config, spec, data, world
         self.stopping = False
+        self._plan = config.batch_plan(world.world_size)
         self.run_dir = Path(config.checkpoint.run_dir)
         self.tokens_seen = 0
         self._objective = objective(config, tokenizer)
@@ -79,7 +80,7 @@ class DoraTrainer(Trainer):
         batches = EpochBatches(
             len(self.data.train),
             global_batch_size=training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
+            micro_batch_size=self._plan.micro_batch_size,
             world_size=self.world.world_size,
             rank=self.world.rank,
             seed=training.seed,
@@ -277,7 +278,7 @@ class DoraTrainer(Trainer):
             budget,
             beta=adapter.importance_beta,
             dem=adapter.dem_weight / (2 if adapter.dem_form == "code" else 1),
-            backwards=self.config.gradient_accumulation_steps(self.world.world_size),
+            backwards=self._plan.accumulation_steps,
             clear_moments=adapter.pruned_moments == "clear",
         )
 

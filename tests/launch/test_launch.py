@@ -119,7 +119,7 @@ NO_OUTPUT = json.dumps([{"instruction": "a", "input": ""}])
         ({}, ("bad.jsonl", BAD_LINE), ["bad.jsonl", "2"]),
         ({}, ("fields.json", NO_OUTPUT), ["fields.json", "output"]),
         ({"adapter": {"target_modules": ["query"]}}, None, ["'query' matches no linear layer", "q_proj (2)"]),
-        ({"training": {"global_batch_size": 5}}, None, ["training.global_batch_size", "5"]),
+        ({"training": {"global_batch_size": 1}}, None, ["training.global_batch_size", "2 ranks"]),
     ],
 )
 def test_what_cannot_start_says_what_to_change_and_leaves_nothing(

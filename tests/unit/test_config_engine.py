@@ -11,24 +11,33 @@ from dora_dist.errors import UserError
 from tests.unit.test_config import RECIPES, refusal, with_fields
 
 
-def test_accumulation_fills_the_global_batch() -> None:
-    config = RunConfig.from_dict(with_fields(training={"global_batch_size": 48, "micro_batch_size": 4}))
-    assert [config.gradient_accumulation_steps(ranks) for ranks in (1, 2, 3, 4, 6, 12)] == [12, 6, 4, 3, 2, 1]
-
-
 @pytest.mark.parametrize(
-    ("batch", "micro", "ranks", "remedy"),
+    ("batch", "micro", "ranks", "plan"),
     [
-        (16, 4, 8, "training.global_batch_size = 32, or training.micro_batch_size = 2, or 4 ranks"),
-        (16, 2, 3, "training.global_batch_size = 12 or 18, or 2 ranks"),
-        (4, 4, 2, "training.global_batch_size = 8, or training.micro_batch_size = 2, or 1 rank"),
+        (48, 4, 1, (4, 12, 0)),
+        (48, 4, 3, (4, 4, 0)),
+        (48, 4, 12, (4, 1, 0)),
+        (16, 4, 8, (2, 1, 0)),  # fewer records at a time than allowed
+        (16, 4, 3, (3, 2, 2)),  # the ranks do not divide the batch
+        (16, 16, 5, (4, 1, 4)),
+        (7, 1, 2, (1, 4, 1)),
+        (10, 4, 1, (4, 3, 2)),
     ],
 )
-def test_batch_that_cannot_be_split_names_the_nearest_that_can(batch: int, micro: int, ranks: int, remedy: str) -> None:
-    training = {"global_batch_size": batch, "micro_batch_size": micro}
-    config = RunConfig.from_dict(with_fields(training=training))
-    with pytest.raises(UserError, match=f"is no multiple of {micro * ranks} .*; use {remedy}$"):
-        config.deepspeed_config(ranks)
+def test_every_world_size_takes_the_global_batch(
+    batch: int, micro: int, ranks: int, plan: tuple[int, int, int]
+) -> None:
+    config = RunConfig.from_dict(with_fields(training={"global_batch_size": batch, "micro_batch_size": micro}))
+    assert config.batch_plan(ranks) == plan
+    derived = config.deepspeed_config(ranks)
+    assert derived["train_batch_size"] == plan[0] * plan[1] * ranks
+    assert (derived["train_micro_batch_size_per_gpu"], derived["gradient_accumulation_steps"]) == plan[:2]
+
+
+def test_more_ranks_than_records_are_refused() -> None:
+    config = RunConfig.from_dict(with_fields(training={"global_batch_size": 16}))
+    with pytest.raises(UserError, match="global_batch_size = 16: has no record for each of 17 ranks; .* at most 16"):
+        config.deepspeed_config(17)
 
 
 def test_deepspeed_json_follows_the_fields() -> None:
@@ -138,7 +147,7 @@ def test_deepspeed_reads_the_derived_json_of_every_recipe(recipe: Path, dtype: s
     assert (read.train_batch_size, read.train_micro_batch_size_per_gpu, read.gradient_accumulation_steps) == (
         config.training.global_batch_size,
         config.training.micro_batch_size,
-        config.gradient_accumulation_steps(1),
+        config.batch_plan(1).accumulation_steps,
     )
     assert read.bfloat16_config.enabled is (dtype == "bf16")
     assert read.gradient_clipping == config.training.max_grad_norm
@@ -162,7 +171,7 @@ def test_hugging_face_finds_no_mismatch_with_the_derived_json(tmp_path: Path) ->
         use_cpu=True,
         bf16=True,
         per_device_train_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps(1),
+        gradient_accumulation_steps=config.batch_plan(1).accumulation_steps,
         max_grad_norm=training.max_grad_norm,
         learning_rate=training.learning_rate,
     )

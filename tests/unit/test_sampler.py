@@ -7,7 +7,6 @@ import torch
 from accelerate import skip_first_batches
 
 from dora_dist.data import FILLER, Collator, EpochBatches, EpochDataLoader, WithFiller
-from dora_dist.errors import UserError
 
 # (world size, micro-batch size) pairs that make up a global batch of 24
 SPLITS = [(1, 24), (1, 3), (2, 4), (2, 12), (3, 8), (3, 1), (4, 6), (4, 3)]
@@ -68,9 +67,16 @@ def test_the_order_depends_on_seed_and_epoch_and_nothing_else() -> None:
     assert len(set(orders)) == len(orders)
 
 
-def test_a_global_batch_that_the_ranks_cannot_share_is_refused() -> None:
-    with pytest.raises(UserError, match="24 is not a multiple of micro_batch_size 5 x 2 ranks = 10"):
-        batches(100, 2, 5, 0)
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 5), (2, 5), (5, 5), (7, 2)])
+def test_ranks_that_do_not_divide_the_global_batch_see_it_all_the_same(ranks: int, micro: int) -> None:
+    whole = [sample for batch in batches(100, 1, 24, 0) for sample in batch]
+    each = [list(batches(100, ranks, micro, rank)) for rank in range(ranks)]
+    passes = -(-24 // (ranks * micro))
+    assert {len(one) for one in each} == {5 * passes} == {len(batches(100, ranks, micro, 0))}
+    for step in range(5):
+        seen = [s for one in each for batch in one[step * passes : (step + 1) * passes] for s in batch]
+        assert len(seen) == passes * ranks * micro
+        assert sorted(s for s in seen if s != FILLER) == sorted(whole[step * 24 : (step + 1) * 24][: 100 - step * 24])
 
 
 def test_evaluation_goes_in_order_with_equal_batches_on_every_rank() -> None:
