@@ -81,8 +81,11 @@ def start(timeout_s: float = 1800.0) -> World:
         except RuntimeError as error:
             raise UserError(rendezvous.unreachable(cards, launch, str(error).split("\n")[0])) from error
     ranks_here = launch.local_world_size or sum(card.host == mine.host for card in cards)
-    # LOCAL_SIZE is DeepSpeed's own name for it, by which it knows whether all ranks share this host's memory.
-    os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"] = str(ranks_here)
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"] = str(ranks_here)  # the latter is DeepSpeed's name
+    if on_cpu:
+        # DeepSpeed would compile an all-reduce for inference, which nothing here uses. A process that is killed while
+        # it builds or loads that leaves a lock behind, at which all later ones would wait for ever.
+        deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(rendezvous.core_share(cards, dist.get_rank()))
