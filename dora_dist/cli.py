@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 from dora_dist.config import RunConfig, add_arguments, check_names
 from dora_dist.errors import LostRank, Stopped, UserError
 from dora_dist.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED, USERS_MISTAKE
+from dora_dist.launchers import rank_among_several
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DTYPES = ("bf16", "fp16", "fp32")
@@ -23,6 +25,8 @@ Commands = Any  # argparse's own type for this is private
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit status, one of `exit_codes`; an error of the program is raised."""
     tokens = sys.argv[1:] if arguments is None else list(arguments)
+    if tokens and re.match(r"--local[_-]rank=", tokens[0]):  # from `deepspeed --no_python`; the environment says it too
+        tokens = tokens[1:]
     try:
         if tokens[:1] in (["train"], ["validate"]):
             check_names(tokens, RunConfig)
@@ -30,11 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.handler(options)
     except UserError as error:
         # Every rank says it: the first that ends makes the launcher end the others, maybe unheard.
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        sys.stderr.write(f"error{' on rank ' + os.environ.get('RANK', '?') if several else ''}: {error}\n")
+        rank = rank_among_several(os.environ)
+        sys.stderr.write(f"error{'' if rank is None else f' on rank {rank}'}: {error}\n")
         return USERS_MISTAKE
     except LostRank as error:
-        sys.stderr.write(f"error on rank {os.environ.get('RANK', '?')}: {error}\n")
+        sys.stderr.write(f"error on rank {rank_among_several(os.environ)}: {error}\n")
         return error.code
     except Stopped as stopped:
         sys.stderr.write(f"stopped: {stopped}\n")
@@ -75,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     _declare_consolidate(commands)
     _declare_import_gguf(commands)
     _declare_evaluate(commands)
+    _declare_env(commands)
     return parser
 
 
@@ -290,6 +295,37 @@ def _evaluate(options: argparse.Namespace) -> None:
         output=options.output,
     )
     print(as_table(result))
+
+
+def _declare_env(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "env",
+        _env,
+        "print what each rank finds: launcher, device, memory, versions, and the speed of collectives",
+        "dora-dist env\n"
+        "          srun dora-dist env\n"
+        "          mpirun -n 2 dora-dist env\n"
+        "          torchrun --nproc_per_node 2 --no-python dora-dist env\n"
+        "          deepspeed --num_accelerators 2 --no_python dora-dist env",
+    )
+    command.add_argument("--json", action="store_true", help="print everything as JSON")
+    command.add_argument(
+        "--timeout",
+        type=_positive,
+        default=120,
+        metavar="SECONDS",
+        help="longest wait for other ranks (default: %(default)s)",
+    )
+
+
+def _env(options: argparse.Namespace) -> None:
+    from dora_dist.environment import as_table, survey
+
+    with redirect_stdout(sys.stderr):  # what libraries print while they start is not part of the answer
+        found = survey(options.timeout)
+    if found is not None:
+        print(json.dumps(found, indent=2) if options.json else as_table(found))
 
 
 def _command(

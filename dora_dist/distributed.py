@@ -9,18 +9,21 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from dora_dist import launchers, rendezvous
 from dora_dist.errors import UserError
-
-_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` of `world_size`, `local_rank` on its node."""
+    """This process among all: `rank` of `world_size`, `local_rank` of `local_world_size` on the node `host`."""
 
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int
+    host: str
+    launcher: str
+    """As `launchers.Launch` names it."""
 
     @property
     def first(self) -> bool:
@@ -29,10 +32,7 @@ class World:
 
 def launched_world_size() -> int:
     """How many ranks the launcher started, before any process group exists; 1 without a launcher."""
-    for variable in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if variable in os.environ:
-            return int(os.environ[variable])
-    return 1
+    return launchers.discover(os.environ).world_size
 
 
 def choose_accelerator(name: str) -> None:
@@ -49,27 +49,69 @@ def choose_accelerator(name: str) -> None:
 
 
 def start(timeout_s: float = 1800.0) -> World:
-    """Initialise the process group as the launcher set it up (deepspeed, torchrun, mpirun), or one process alone.
+    """Initialise the process group of the ranks that a launcher started, or of one process alone.
 
-    `timeout_s`: how long a collective may take before this rank gives up on the others.
+    Whatever the launcher was, the same variables are set in os.environ afterwards (`launchers.OWN`). A process group
+    that exists already is taken over as it is. `timeout_s`: how long a collective may take before this rank gives up
+    on the others. Raises UserError where the environment contradicts itself, and when ranks do not find one another.
     """
-    if launched_world_size() == 1 and "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:
-        os.environ.update({key: os.environ.get(key, value) for key, value in _ALONE.items()})
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    launch = launchers.settle()
 
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    # "ccl" is DeepSpeed's name for a CPU's backend, of a vendor library that is seldom there. A group that exists
-    # already is taken over as it is.
-    on_cpu = get_accelerator().device_name() == "cpu"
-    backend = "gloo" if on_cpu else get_accelerator().communication_backend_name()
-    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+    accelerator, timeout = get_accelerator(), timedelta(seconds=timeout_s)
+    on_cpu = accelerator.device_name() == "cpu"
+    # "ccl" is DeepSpeed's name for a CPU's backend, of a vendor library that is seldom there.
+    backend = "gloo" if on_cpu else accelerator.communication_backend_name()
+    if not on_cpu:
+        os.environ["LOCAL_RANK"] = str(device_index(launch.local_rank or 0, accelerator.device_count()))
+    accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    mine = rendezvous.own_card(launch, backend)
+    if dist.is_initialized():
+        cards: list[rendezvous.Card] = [mine] * dist.get_world_size()
+        dist.all_gather_object(cards, mine)
+    else:
+        store, cards = rendezvous.meet(launch, mine, timeout_s)
+        rendezvous.choose_interface(cards, launch)
+        try:
+            dist.init_process_group(
+                backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+            )
+        except RuntimeError as error:
+            raise UserError(rendezvous.unreachable(cards, launch, str(error).split("\n")[0])) from error
+    ranks_here = launch.local_world_size or sum(card.host == mine.host for card in cards)
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"] = str(ranks_here)  # the latter is DeepSpeed's name
     if on_cpu:
-        _share_cores()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    get_accelerator().set_device(local_rank)
-    return World(dist.get_rank(), dist.get_world_size(), local_rank)
+        # DeepSpeed would compile an all-reduce for inference, which nothing here uses. A process that is killed while
+        # it builds or loads that leaves a lock behind, at which all later ones would wait for ever.
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    if on_cpu and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(rendezvous.core_share(cards, dist.get_rank()))
+    return World(
+        dist.get_rank(),
+        dist.get_world_size(),
+        launch.local_rank or 0,
+        ranks_here,
+        mine.host,
+        launch.launcher,
+    )
+
+
+def device_index(local_rank: int, devices: int) -> int:
+    """Which of the visible devices a rank takes: its own number, or the only one that its launcher lets it see.
+
+    Raises UserError if there are several, but fewer than ranks.
+    """
+    if local_rank < devices:
+        return local_rank
+    if devices == 1:
+        return 0
+    raise UserError(
+        f"local rank {local_rank} finds {devices} devices on this host: start at most {devices} ranks on it, or let "
+        "every rank see one device of its own"
+    )
 
 
 def stop() -> None:
@@ -110,21 +152,3 @@ def together(what: str) -> Iterator[None]:
     rank, (text, users) = min(failed.items())
     where = "every rank" if len(failed) == len(found) else f"rank {rank}"
     raise (UserError if users else RuntimeError)(f"{what} failed on {where}: {text}") from failure
-
-
-def _share_cores() -> None:
-    """Give each rank of a node its part of the cores: ranks that all use all of them slow each other down."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    # torchrun, DeepSpeed's launcher and Open MPI each have a name for it.
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-    ranks_here = next((int(os.environ[name]) for name in names if name in os.environ), 1)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

@@ -11,6 +11,7 @@ from dora_dist import distributed, run_folder
 from dora_dist.adapters.inject import by_pattern, with_ranks
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.peft_format import read_peft_folder
+from dora_dist.agreement import check_agreement, of_code, of_configuration, of_data, of_model_folder
 from dora_dist.config import RunConfig
 from dora_dist.distributed import World, together
 from dora_dist.errors import Stopped, UserError
@@ -40,6 +41,7 @@ def train(config: RunConfig) -> Path:
 
 
 def _run(config: RunConfig, world: World, watch: Watch, stop: StopRequest) -> Path:
+    check_agreement(world, of_code() | of_configuration(config))
     run_dir = Path(config.checkpoint.run_dir)
     resume = _resume_from(config, run_dir, world)
     with run_folder.InUse(run_dir) as in_use:
@@ -98,8 +100,14 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     base = local_folder(model.path, model.revision, world)
     tokenizer, data = _data(config, base, world)
     spec = adapter_spec(config)
-    with together("reading adapter.init_from"):
-        start_from = read_peft_folder(Path(config.adapter.init_from)) if config.adapter.init_from else None
+    with together("reading the base model's files"):
+        files = of_model_folder("base model", base)
+    start_from = None
+    if config.adapter.init_from:
+        with together("reading adapter.init_from"):
+            start_from = read_peft_folder(Path(config.adapter.init_from))
+            files |= of_model_folder("adapter.init_from", Path(config.adapter.init_from), whole=True)
+    check_agreement(world, files | of_data(data))
     plan = by_pattern(spec, config.adapter.target_modules, config.adapter.magnitude_only_modules)
     if resume is not None and spec.gated:
         with together(f"reading {resume}"):

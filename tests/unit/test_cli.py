@@ -16,7 +16,7 @@ from dora_dist.config.fields import field_specs
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = str(REPOSITORY / "configs/llama7b_dora.json")
-COMMANDS = ["train", "validate", "schema", "consolidate", "import-gguf", "evaluate"]
+COMMANDS = ["train", "validate", "schema", "consolidate", "import-gguf", "evaluate", "env"]
 
 # Users' scripts depend on these: whoever changes one changes the interface.
 CONFIG_OPTIONS = {
@@ -60,6 +60,7 @@ OWN_OPTIONS: dict[str, list[str]] = {
         "--dtype",
         "--output",
     ],
+    "env": ["--json", "--timeout"],
 }
 
 
@@ -237,13 +238,32 @@ def test_resume_is_short_for_auto_and_an_explicit_folder_wins() -> None:
     assert resumed("--checkpoint.resume", "a/checkpoint-2", "--resume") == "a/checkpoint-2"
 
 
+@pytest.mark.parametrize(
+    ("environment", "prefix"),
+    [
+        ({}, "error: "),
+        (
+            {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"},
+            "error on rank 1: ",
+        ),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}, "error on rank 2: "),
+        ({"PMI_RANK": "3", "PMI_SIZE": "4"}, "error on rank 3: "),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "5"}, "error on rank 4: "),
+        ({"RANK": "left over"}, "error: "),
+    ],
+)
 def test_error_names_the_rank_when_there_are_several(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    environment: dict[str, str], prefix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "1")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     assert cli.main(["train", "--config", "nowhere.json"]) == 2
-    assert capsys.readouterr().err.startswith("error on rank 1: nowhere.json: no such config file")
+    assert capsys.readouterr().err.startswith(f"{prefix}nowhere.json: no such config file")
+
+
+def test_what_deepspeeds_launcher_puts_before_the_command_is_ignored(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--local_rank=1", "train", "--config", RECIPE, "--data.trian", "a.json"]) == 2
+    assert "did you mean data.train?" in capsys.readouterr().err
 
 
 def test_interrupt_ends_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
