@@ -42,7 +42,7 @@ def main() -> None:
     )
     print(f"  saving and waiting for it   {statistics.median(whole):8.3f} s  (median of {len(whole)})")
     print(f"  training stands still for   {statistics.median(still):8.3f} s  = {result['share']:.1%} of it")
-    print(f"  the first save's stall      {result['first_stall_s']:8.3f} s  (memory for the copies)")
+    print(f"  the first save's stall      {result['first_stall_s']:8.3f} s")
     print(f"  a step alone, and meanwhile {result['step_s']:8.3f} s, {statistics.median(slower):.3f} s")
     print(f"written: {options.output / 'save.json'}")
 
