@@ -164,6 +164,11 @@ class DataConfig(Section):
         ge=0,
         description="Tokens that windows of a text share where it is too long to be read at once (squad)",
     )
+    cache: Annotated[str, Field(min_length=1)] | None = Field(
+        default="~/.cache/dora_dist",
+        description="Folder for tokenized data: one rank of a node makes it for the others and for later runs; null: "
+        "every rank tokenizes for itself",
+    )
     num_workers: int = Field(default=0, ge=0, description="Loader processes per rank; 0: load in the rank itself")
 
 

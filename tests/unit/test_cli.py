@@ -27,7 +27,8 @@ CONFIG_OPTIONS = {
         "prune_every prune_schedule importance_beta dem_weight dem_form pruned_moments compact"
     ),
     "data": (
-        "train validation validation_samples format text_fields label_field loss_on cutoff_len doc_stride num_workers"
+        "train validation validation_samples format text_fields label_field loss_on cutoff_len doc_stride cache "
+        "num_workers"
     ),
     "training": (
         "learning_rate schedule warmup_steps warmup_ratio epochs max_steps global_batch_size "
