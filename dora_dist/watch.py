@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -175,11 +176,14 @@ class Watch:
 
     def _wait_for_the_others(self) -> None:
         """The store may live in this rank, so it stays until the others know the reason, or will never ask."""
-        self._store.set(f"ended/{self._world.rank}", "")
         ended = [f"ended/{rank}" for rank in range(self._world.world_size)]
         deadline = time.monotonic() + 2 * SILENCE_S + INTERVAL_S
-        while time.monotonic() < deadline and not self._store.check(ended):
-            time.sleep(INTERVAL_S / 10)
+        with nullcontext() if self._world.first else suppress(RuntimeError):  # rank 0 has seen us, and left
+            self._store.set(ended[self._world.rank], "")
+            while time.monotonic() < deadline and not self._store.check(ended):
+                time.sleep(INTERVAL_S / 10)
+        if self._world.first:
+            time.sleep(INTERVAL_S / 2)  # the others' last question
 
 
 def _no_store(error: BaseException) -> str:

@@ -69,7 +69,9 @@ class Saver:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._trainable = trainable(model)
         self._lengths = [-(-shards.full_numel(p) // dist.get_world_size()) for _, p in self._trainable]
-        self._copies: Tensor | None = None  # kept between saves: fresh memory costs more than copying into it
+        # Made and touched now, and kept: fresh memory costs more than copying into it.
+        copies = torch.empty(len(KEYS) * sum(self._lengths), dtype=torch.float32).zero_()
+        self._copies: Tensor = get_accelerator().pin_memory(copies)
         self._thread: threading.Thread | None = None
         self._ended: Saved | None = None
 
@@ -134,9 +136,6 @@ class Saver:
     # --- while training stands still -------------------------------------------------------------------------------
 
     def _take_copies(self) -> None:
-        if self._copies is None:
-            copies = torch.zeros(len(KEYS) * sum(self._lengths), dtype=torch.float32)
-            self._copies = get_accelerator().pin_memory(copies)
         for (parameter, key), copy in zip(self._tensors(), self._pieces(), strict=True):
             local = shards.read_state(parameter, key)
             copy[: local.numel()].copy_(local, non_blocking=True)
@@ -147,7 +146,6 @@ class Saver:
 
     def _pieces(self) -> tuple[Tensor, ...]:
         """Of each tensor this rank's elements, padded to the same length on every rank: views of the copies."""
-        assert self._copies is not None
         return self._copies.split([length for length in self._lengths for _ in KEYS])
 
     # --- in the thread ---------------------------------------------------------------------------------------------

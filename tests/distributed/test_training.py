@@ -60,6 +60,10 @@ def runs(folder: Path) -> dict[str, Any]:
         toy_config(folder, "three", training={"micro_batch_size": 2}),
         toy_config(folder, "three-from-two", checkpoint={"resume": str(folder / "two" / "checkpoint-3")}),
     )[0]
+    elastic = []
+    for ranks, last_step in ((2, 2), (1, 3), (3, 5), (2, 6)):  # 3 ranks do not divide a batch of 4
+        elastic = run_ranks(run, ranks, toy_config(folder, "elastic", **elastic_changes(last_step)))[0]
+    [undisturbed] = run_ranks(run, 2, toy_config(folder, "undisturbed", **elastic_changes(6)))[0]
     names = ["one", "checkpointed", "micro6", "dropout", "lora"]
     names += [
         "two",
@@ -71,7 +75,14 @@ def runs(folder: Path) -> dict[str, Any]:
         "magnitude-bf16",
     ]
     names += ["three", "three-from-two"]
-    return dict(zip(names, [*one, *two, *three], strict=True))
+    names += ["elastic", "undisturbed"]
+    return dict(zip(names, [*one, *two, *three, *elastic, undisturbed], strict=True))
+
+
+def elastic_changes(max_steps: int) -> dict[str, dict[str, Any]]:
+    """Up to a step of six with a constant learning rate, which does not know where the run will end."""
+    training = {"global_batch_size": 4, "max_steps": max_steps, "schedule": "constant", "micro_batch_size": 2}
+    return {"training": training, "checkpoint": {"resume": "auto"}}
 
 
 def losses(runs: dict[str, Any], name: str, first: int = 1) -> list[float]:
@@ -101,6 +112,11 @@ def test_a_resumed_run_has_exactly_the_losses_of_an_uninterrupted_one(runs: dict
 @pytest.mark.parametrize("other", ["two-from-one", "three-from-two"])
 def test_a_run_goes_on_at_another_world_size(runs: dict[str, Any], other: str) -> None:
     assert losses(runs, other, 4) == pytest.approx(losses(runs, "one", 4), abs=1e-5)
+
+
+def test_a_run_that_goes_from_two_ranks_to_one_to_three_to_two_is_the_same_run(runs: dict[str, Any]) -> None:
+    assert list(runs["elastic"]["losses"]) == [1, 2, 3, 4, 5, 6]
+    assert losses(runs, "elastic") == pytest.approx(losses(runs, "undisturbed"), abs=1e-5)
 
 
 def test_dropout_and_the_magnitude_make_a_difference(runs: dict[str, Any]) -> None:
@@ -206,6 +222,43 @@ def test_a_checkpoint_of_another_model_or_position_is_refused(runs: dict[str, An
     assert "scales the update" in alpha and "by 2, here it is 2.25; set adapter.lora_alpha" in alpha
 
 
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "state.safetensors": flip_a_bit,
+    "adapter/adapter_model.safetensors": flip_a_bit,
+    "trainer_state.json": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "adapter/adapter_config.json": lambda file: file.unlink(),
+    "optimizer.pt": lambda file: file.write_bytes(b"not ours"),
+    "manifest.json": lambda file: file.write_bytes(file.read_bytes()[:40]),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_refused_by_name_and_auto_takes_the_checkpoint_before(
+    runs: dict[str, Any], folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dora_dist import run_folder
+    from dora_dist.errors import UserError
+
+    for checkpoint in ("checkpoint-3", "checkpoint-6"):
+        shutil.copytree(folder / "two" / checkpoint, tmp_path / checkpoint)
+    DAMAGE[name](tmp_path / "checkpoint-6" / name)
+    with pytest.raises(UserError, match=f"checkpoint-6.*{Path(name).name}"):
+        run_folder.read_manifest(tmp_path / "checkpoint-6")
+    assert run_folder.newest_intact(tmp_path) == tmp_path / "checkpoint-3"
+    printed = capsys.readouterr().out
+    assert "warning" in printed and Path(name).name in printed and "checkpoint-6.damaged" in printed
+    assert run_folder.newest_intact(tmp_path) == tmp_path / "checkpoint-3"
+    assert capsys.readouterr().out == ""
+    run_folder.retire(tmp_path, keep_last=1)
+    assert [c.name for c in run_folder.checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
 def fail_all(raws: list[dict[str, Any]]) -> tuple[str, ...]:
     return tuple(fails(raw) for raw in raws)
 
@@ -222,8 +275,43 @@ def test_a_disk_that_is_full_stops_every_rank_and_leaves_nothing_half_written(fo
     assert [p.name for p in (folder / "full").glob("*checkpoint*")] == []
 
 
+def test_a_save_that_fails_can_be_gone_on_without(folder: Path) -> None:
+    raw = toy_config(folder, "continue", checkpoint={"save_every": 2, "on_failure": "continue"})
+    run_ranks(without_space_at_first, 2, raw)
+    lines = [json.loads(line) for line in (folder / "continue" / "metrics.jsonl").read_text().splitlines()]
+    failed = [line["step"] for line in lines if line.get("save_failed")]
+    saved = [line["step"] for line in lines if "save_stall_seconds" in line]
+    assert failed and min(failed) < min(saved)
+    assert sorted(line["step"] for line in lines if "loss" in line) == [1, 2, 3, 4, 5, 6]
+    assert [p.name for p in sorted((folder / "continue").glob("*checkpoint*"))][-1] == "checkpoint-6"
+    assert not (folder / "continue" / "checkpoint-2").exists()
+
+
+def without_space_at_first(raw: dict[str, Any]) -> None:
+    """Run with files limited to 20 kB until a save has failed."""
+    import resource
+    import threading
+    import time
+
+    limit_file_size(20_000)
+
+    def lift_the_limit() -> None:
+        log = Path(raw["checkpoint"]["run_dir"]) / "metrics.jsonl"
+        while not (log.exists() and "save_failed" in log.read_text()):
+            time.sleep(0.001)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    threading.Thread(target=lift_the_limit, daemon=True).start()
+    run(raw)
+
+
 def fails_with_small_files(raw: dict[str, Any]) -> str:
     """As `fails`, with files limited to 20 kB: the kernel refuses the rest, as it does on a full disk."""
+    limit_file_size(20_000)
+    return fails(raw)
+
+
+def limit_file_size(size: int) -> None:
     import resource
     import signal
 
@@ -231,8 +319,7 @@ def fails_with_small_files(raw: dict[str, Any]) -> str:
 
     deepspeed.init_distributed("gloo", verbose=False)  # it may compile its CPU collectives: before the limit
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then the write itself fails, with EFBIG
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    return fails(raw)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def test_a_rank_that_raises_is_reported(folder: Path) -> None:

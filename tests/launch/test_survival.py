@@ -1,0 +1,152 @@
+"""What clusters do to a run: signals, dead ranks, ranks that hang, saves cut short. Nothing hangs, nothing is lost."""
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dora_dist import run_folder
+from dora_dist.exit_codes import DONE, FAILED, LOST_RANK, STOPPED
+from tests import toy
+from tests.distributed.training_runs import config, metrics
+from tests.job import Job
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("survival")
+    toy.base_model(folder / "base")
+    toy.write_records(folder / "data.json", 25)
+    return folder
+
+
+def start(folder: Path, name: str, world_size: int, *options: object, **changes: dict[str, Any]) -> Job:
+    """A job of up to 12 steps in the run folder `name`, which saves at every second one."""
+    changes["training"] = {"max_steps": 12, "micro_batch_size": 2, **changes.get("training", {})}
+    changes["checkpoint"] = {"save_every": 2, "keep_last": 3, **changes.get("checkpoint", {})}
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(config(folder / "base", folder / "data.json", folder / name, **changes)))
+    return Job(folder / f"{name}-logs", world_size, "--config", file, *options)
+
+
+def steps_done(run_dir: Path) -> int:
+    try:
+        return max(metrics(run_dir)["losses"], default=0)
+    except (OSError, ValueError):
+        return 0
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[int, float]:
+    """Losses by step of a run that nothing disturbs."""
+    with start(folder, "undisturbed", 2) as job:
+        assert job.codes() == [DONE, DONE], job.output()
+    losses: dict[int, float] = metrics(folder / "undisturbed")["losses"]
+    assert list(losses) == list(range(1, 13))
+    return losses
+
+
+def go_on(folder: Path, name: str, expected: dict[int, float]) -> None:
+    """The run goes on by itself to the end, with the losses of one that nothing disturbed."""
+    with start(folder, name, 2, "--resume") as job:
+        assert job.codes() == [DONE, DONE], job.output()
+    assert metrics(folder / name)["losses"] == expected
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_others_which_say_who_it_was(
+    folder: Path, expected: dict[int, float], victim: int
+) -> None:
+    name, random_step = f"killed-{victim}", random.randint(3, 9)
+    with start(folder, name, 2) as job:
+        job.until(lambda: steps_done(folder / name) >= random_step)
+        job.send(victim, signal.SIGKILL)
+        codes = job.codes(timeout=30)
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == LOST_RANK, job.output()
+    assert f"lost rank {victim}" in job.said(1 - victim)
+    newest = run_folder.newest_checkpoint(folder / name)
+    assert newest is not None and run_folder.read_manifest(newest)["step"] >= 2
+    go_on(folder, name, expected)
+
+
+def test_a_rank_that_hangs_ends_the_others_within_the_timeout(folder: Path) -> None:
+    with start(folder, "hangs", 3, engine={"step_timeout_s": 6.0}) as job:
+        job.until(lambda: steps_done(folder / "hangs") >= 2)
+        job.send(2, signal.SIGSTOP)
+        job.ranks[0].join(40)
+        job.ranks[1].join(40)
+        assert [job.ranks[0].exitcode, job.ranks[1].exitcode] == [LOST_RANK, LOST_RANK], job.output()
+    assert "lost rank 2" in job.said(0) and "lost rank 2" in job.said(1)
+
+
+def test_an_error_on_one_rank_ends_all_with_its_reason(folder: Path) -> None:
+    log = folder / "error" / run_folder.METRICS
+    with start(folder, "error", 2) as job:
+        job.until(lambda: steps_done(folder / "error") >= 2)
+        log.unlink()
+        log.mkdir()  # the next line of the log cannot be written, on rank 0 alone
+        assert job.codes(timeout=30) == [FAILED, FAILED], job.output()
+    assert "IsADirectoryError" in job.said(1) and "rank 0 on" in job.said(1)
+    assert "Traceback" in job.said(0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_any_rank_stops_all_at_one_step_with_a_checkpoint(
+    folder: Path, expected: dict[int, float], number: signal.Signals
+) -> None:
+    name = number.name
+    with start(folder, name, 2) as job:
+        job.until(lambda: steps_done(folder / name) >= 3)
+        job.send(1, number)
+        assert job.codes(timeout=30) == [STOPPED, STOPPED], job.output()
+    stopped_at = steps_done(folder / name)
+    newest = run_folder.newest_checkpoint(folder / name)
+    assert newest is not None and run_folder.step_of(newest) == stopped_at < 12
+    assert "--resume goes on" in job.said(0)
+    go_on(folder, name, expected)
+
+
+def test_a_signal_while_the_model_loads_stops_at_once(folder: Path) -> None:
+    with start(folder, "early", 2) as job:
+        job.until(lambda: "training data" in job.said(0))
+        job.send(1, signal.SIGTERM)
+        assert job.codes(timeout=30) == [STOPPED, STOPPED], job.output()
+    assert not list((folder / "early").glob("checkpoint-*"))
+
+
+def test_a_folder_in_use_is_refused(folder: Path) -> None:
+    with start(folder, "shared", 1, training={"max_steps": 500}) as first:
+        first.until(lambda: steps_done(folder / "shared") >= 1)
+        with start(folder, "shared", 1, "--resume") as second:
+            assert second.codes() == [2], second.output()
+        assert "in use by another run" in second.said(0)
+        first.send(0, signal.SIGTERM)
+        assert first.codes() == [STOPPED]
+
+
+def test_killed_at_any_moment_of_a_save_a_run_goes_on(folder: Path) -> None:
+    """Twenty times a run that saves at every step is killed and started again."""
+    run_dir, chance, cut_short = folder / "saving", random.Random(0), 0
+    sizes = {"adapter": {"r": 600, "lora_alpha": 8.0}, "checkpoint": {"save_every": 1, "keep_last": 2}}
+    reached = 0
+    for _ in range(20):
+        with start(folder, "saving", 1, "--resume", training={"max_steps": 10_000}, **sizes) as job:
+            job.until(lambda before=reached: steps_done(run_dir) > before)
+            time.sleep(chance.uniform(0.0, 0.3))
+            job.send(0, signal.SIGKILL)
+            job.codes()
+        assert "warning" not in job.said(0), job.output()  # nothing damaged bore a checkpoint's name
+        cut_short += bool(list(run_dir.glob(".checkpoint-*.partial-*")))
+        newest = run_folder.newest_checkpoint(run_dir)
+        assert newest is not None
+        run_folder.read_manifest(newest)  # every byte is as it was written
+        assert run_folder.step_of(newest) >= reached - 1
+        reached = run_folder.step_of(newest)
+    assert cut_short >= 3  # it was in the middle of saves that it was killed
+    with start(folder, "saving", 1, "--resume", training={"max_steps": reached + 1}, **sizes) as job:
+        assert job.codes() == [DONE]
+    assert not list(run_dir.glob(".checkpoint-*"))
