@@ -53,7 +53,7 @@ def write_run(folder: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> dict[int, float]:
-    done = type_in("deepspeed", "--num_accelerators", "2", *TRAIN, write_run(folder, "deepspeed"))
+    done = type_in("deepspeed", "--num_accelerators", "2", *TRAIN, write_run(folder, "deepspeed"), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     losses: dict[int, float] = metrics(folder / "deepspeed")["losses"]
     assert list(losses) == list(range(1, 11)) and losses[10] < losses[1]
@@ -61,20 +61,20 @@ def expected(folder: Path) -> dict[int, float]:
 
 
 def test_torchrun(folder: Path, expected: dict[int, float]) -> None:
-    done = type_in("torchrun", "--nproc_per_node", "2", *TRAIN, write_run(folder, "torchrun"))
+    done = type_in("torchrun", "--nproc_per_node", "2", *TRAIN, write_run(folder, "torchrun"), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert metrics(folder / "torchrun")["losses"] == expected
 
 
 def test_mpirun_of_open_mpi(folder: Path, expected: dict[int, float]) -> None:
-    done = type_in(*MPIRUN, "-n", "2", sys.executable, *TRAIN, write_run(folder, "openmpi"))
+    done = type_in(*MPIRUN, "-n", "2", sys.executable, *TRAIN, write_run(folder, "openmpi"), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert metrics(folder / "openmpi")["losses"] == expected
 
 
 def test_mpirun_of_mpich(folder: Path, expected: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", str(folder / "mpich"))
-    done = type_in("mpirun.mpich", "-n", "2", sys.executable, *TRAIN, write_run(folder, "mpich-run"))
+    done = type_in("mpirun.mpich", "-n", "2", sys.executable, *TRAIN, write_run(folder, "mpich-run"), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert metrics(folder / "mpich-run")["losses"] == expected
 
@@ -83,7 +83,7 @@ def test_deepspeed_on_two_hosts_of_a_hostfile_without_ssh(folder: Path, expected
     file = write_run(folder, "no-ssh")
     start = ["deepspeed", "--hostfile", folder / "two-hosts", "--no_ssh", "--master_addr", "127.0.0.1"]
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda node: type_in(*start, "--node_rank", node, *TRAIN, file), (0, 1)))
+        both = list(pool.map(lambda node: type_in(*start, "--node_rank", node, *TRAIN, file, timeout=300), (0, 1)))
     assert [done.returncode for done in both] == [0, 0], both
     assert metrics(folder / "no-ssh")["losses"] == expected
 
@@ -133,19 +133,19 @@ def test_env_of_one_process() -> None:
     assert {"python", "torch", "deepspeed", "transformers", "dora_dist"} <= set(alone["versions"])
 
 
-def start_rank(rank: int, world_size: int, port: int, *words: object, **changes: str) -> subprocess.Popen[str]:
-    """A rank with the variables that another kind of launcher would set."""
+def start_rank(rank: int, world_size: int, port: int, *words: object, checkout: Path = ROOT) -> subprocess.Popen[str]:
+    """A rank with the variables that another kind of launcher would set, and the code of `checkout`."""
     ours = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**ours, "DS_ACCELERATOR": "cpu", "PYTHONPATH": ROOT, **changes}.items():
+        for name, value in {**ours, "DS_ACCELERATOR": "cpu", "PYTHONPATH": checkout}.items():
             patch.setenv(name, str(value))
         command = [sys.executable, *map(str, words)]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ends(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     """Exit status and what each rank says on stderr."""
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    said = [rank.communicate(timeout=300)[1] for rank in ranks]
     return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
 
 
@@ -158,7 +158,7 @@ def test_ranks_that_came_name_the_one_that_did_not() -> None:
 def test_without_rank_0_the_message_says_where_it_was_sought() -> None:
     ((status, text),) = ends([start_rank(1, 2, 29_612, *ENV, "--timeout", 3)])
     assert status == 2
-    assert text.startswith("error on rank 1: rank 1 on ") and "cannot meet the others at 127.0.0.1:29612" in text
+    assert "error on rank 1: rank 1 on " in text and "cannot meet the others at 127.0.0.1:29612" in text
 
 
 def test_variables_left_over_in_the_shell_are_refused(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_rank_with_an_old_checkout_is_named(folder: Path) -> None:
     layer = old / "dora_dist/adapters/linear.py"
     layer.write_text(layer.read_text() + "# of last week\n")
     words = ("-m", "dora_dist", "train", "--config", write_run(folder, "stale"))
-    ranks = [start_rank(0, 2, 29_613, *words), start_rank(1, 2, 29_613, *words, PYTHONPATH=str(old))]
+    ranks = [start_rank(0, 2, 29_613, *words), start_rank(1, 2, 29_613, *words, checkout=old)]
     for rank, (status, text) in enumerate(ends(ranks)):
         assert status == 2, text
         assert f"error on rank {rank}: the ranks disagree" in text and "Traceback" not in text
