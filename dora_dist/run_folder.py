@@ -19,7 +19,8 @@ from typing import Any
 
 from dora_dist.errors import UserError
 
-MANIFEST, STATE, TRAINER_STATE, ADAPTER = (
+CONFIG, MANIFEST, STATE, TRAINER_STATE, ADAPTER = (
+    "config.json",
     "manifest.json",
     "state.safetensors",
     "trainer_state.json",
@@ -65,6 +66,19 @@ def best_checkpoint(run_dir: Path) -> Path | None:
     except (OSError, ValueError, KeyError):
         return None
     return best if is_complete(best) else None
+
+
+def config_of(adapter: Path) -> dict[str, Any]:
+    """The configuration of the run that an adapter folder lies in, as it was written; {} if it lies in none."""
+    checkpoint = adapter.resolve().parent
+    file = checkpoint.parent / CONFIG
+    if adapter.resolve().name != ADAPTER or not (checkpoint / MANIFEST).is_file() or not file.is_file():
+        return {}
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); mend it, or move the adapter away from it") from error
+    return config
 
 
 def set_best(run_dir: Path, checkpoint: Path, value: float, metric: str = "eval_loss") -> None:

@@ -106,6 +106,8 @@ def _build(config: RunConfig, world: World, run_dir: Path, resume: Path | None) 
         )
         if run.trained:
             print(f"trained in full: {', '.join(run.trained)}; new: {', '.join(run.fresh) or 'nothing'}")
+        for name, (there, here) in run.resized.items():
+            print(f"note: {name} starts anew: it is {there} in {model.path}, and {here} for model.num_labels here")
     report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
     step = StepCallback(world, config.training.seed, config.engine.step_timeout_s)
     trainer = DoraTrainer(run, config, spec, args, data, tokenizer, world, [step, report])
@@ -128,21 +130,18 @@ def adapter_spec(config: RunConfig) -> AdapterSpec:
 
 
 def _data(config: RunConfig, base: Path, world: World) -> tuple[Any, Any]:
-    from dora_dist.data import build_dataset, build_labelled, build_spans
-    from dora_dist.models.tasks import CAUSAL_LM, CLASSIFICATION, QUESTIONS
+    from dora_dist.data import build_data
+    from dora_dist.models.tasks import GENERATIVE
     from dora_dist.models.tokenizer import load_tokenizer
 
     with together("reading the data"):
-        model, seed, generative = config.model, config.training.seed, config.model.task == CAUSAL_LM
+        model = config.model
         tokenizer = load_tokenizer(
-            model.tokenizer or str(base), trust_remote_code=model.trust_remote_code, generative=generative
+            model.tokenizer or str(base),
+            trust_remote_code=model.trust_remote_code,
+            generative=model.task in GENERATIVE,
         )
-        if model.task == CLASSIFICATION:
-            data = build_labelled(config.data, tokenizer, num_labels=model.num_labels, seed=seed, progress=world.first)
-        elif model.task == QUESTIONS:
-            data = build_spans(config.data, tokenizer, seed=seed, progress=world.first)
-        else:
-            data = build_dataset(config.data, tokenizer, seed=seed, progress=world.first)
+        data = build_data(config, tokenizer, progress=world.first)
         if config.training.eval_every and data.validation is None:
             raise UserError(
                 f"training.eval_every = {config.training.eval_every}: there is nothing to evaluate on; set "
@@ -172,5 +171,5 @@ def _resume_from(config: RunConfig, run_dir: Path) -> Path | None:
 
 def _write_run_folder(config: RunConfig, run_dir: Path, world: World) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(run_dir / "config.json", json.loads(config.to_json()))
+    run_folder.write_json(run_dir / run_folder.CONFIG, json.loads(config.to_json()))
     run_folder.write_json(run_dir / "deepspeed.json", config.deepspeed_config(world.world_size))

@@ -48,7 +48,7 @@ class DoraTrainer(Trainer):
         self.run, self.config, self.spec, self.data, self.world = run, config, spec, data, world
         self.run_dir = Path(config.checkpoint.run_dir)
         self.tokens_seen = 0
-        self._objective = objective(config, tokenizer)
+        self._objective = objective(config, tokenizer, run.model)
         self._suspect: dict[str, Any] | None = None
         self.pruner: ComponentPruner | None = None
         self._components: dict[str, Any] | None = None  # what pruning found, once it is over and forgotten
