@@ -1,7 +1,7 @@
 """What a run leaves on disk, and where: the one place that knows the folder's layout.
 
 RUN_DIR/
-    config.json  deepspeed.json  metrics.jsonl
+    config.json  deepspeed.json  metrics.jsonl  tensorboard/
     best.json                      {"checkpoint": "checkpoint-80", "eval_loss": ...}, or another metric
     checkpoint-80/
         manifest.json              written last: step, model fingerprint, every file's size and sha256
@@ -26,6 +26,7 @@ CONFIG, MANIFEST, STATE, TRAINER_STATE, ADAPTER = (
     "trainer_state.json",
     "adapter",
 )
+TENSORBOARD = "tensorboard"
 FORMAT = 1
 
 

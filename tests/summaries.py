@@ -69,8 +69,9 @@ def base_model(
     text = tokenizer(texts or [value for record in records(30) for value in record.values()])
     torch.manual_seed(0)
     model = getattr(transformers, kind)(transformers.BartConfig(**{**SIZES, "vocab_size": len(text), **sizes}))
-    if hasattr(model, "final_logits_bias"):
+    if hasattr(model, "final_logits_bias"):  # words of the summaries, so that a random model hits upon some
         model.final_logits_bias.normal_()
+        model.final_logits_bias[:, text(" film was weak great")["input_ids"][1:-1]] += 4
     model.save_pretrained(folder)
     text.save_pretrained(folder)
     return folder

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.data.formats import ANSWER_FIELDS, candidate, generation_prompt
-from dora_dist.data.records import FIELDS, Record, read_records
+from dora_dist.data.records import FIELDS, Record, local_file, read_records
 from dora_dist.errors import UserError
 from dora_dist.evaluation.encoders import evaluate_encoder
 from dora_dist.evaluation.tasks import candidates, gold_label, paper_task
@@ -134,6 +134,8 @@ def evaluate(
     _check(mode, format, batch_size, normalise)
     if not tasks:
         raise UserError("no task to evaluate; give at least one, as name and file")
+    for file in tasks.values():
+        local_file(str(file))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
     from dora_dist.models.inference import task_at

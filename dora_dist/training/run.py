@@ -110,9 +110,24 @@ def _build(config: RunConfig, world: World, run_dir: Path, resume: Path | None) 
             print(f"note: {name} starts anew: it is {there} in {model.path}, and {here} for model.num_labels here")
     report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
     step = StepCallback(world, config.training.seed, config.engine.step_timeout_s)
-    trainer = DoraTrainer(run, config, spec, args, data, tokenizer, world, [step, report])
+    callbacks = [step, report, *([_tensorboard(run_dir)] if config.logging.tensorboard else [])]
+    trainer = DoraTrainer(run, config, spec, args, data, tokenizer, world, callbacks)
     step.trainer = report.trainer = trainer
     return trainer
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    """Hugging Face's callback, with one folder for a run whatever it is resumed from: one curve per metric."""
+    from transformers.integrations import TensorBoardCallback
+
+    try:
+        callback = TensorBoardCallback()
+    except RuntimeError as error:
+        raise UserError(
+            f"logging.tensorboard = true: {error}; `pip install tensorboard`, or set it to false"
+        ) from error
+    callback.logging_dir = callback.logging_dir or str(run_dir / run_folder.TENSORBOARD)
+    return callback
 
 
 def adapter_spec(config: RunConfig) -> AdapterSpec:
