@@ -257,6 +257,10 @@ def _declare_evaluate(commands: Commands) -> None:
         help="number format (bf16; for other models than language models the run's, or fp32)",
     )
     command.add_argument("--output", type=Path, metavar="FILE", help="write the result there as JSON, too")
+    _add_data_fields(command)
+
+
+def _add_data_fields(command: argparse.ArgumentParser) -> None:
     for name, kind in _DATA_FIELDS.items():
         command.add_argument(
             f"--{name.replace('_', '-')}",

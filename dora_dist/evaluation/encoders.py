@@ -46,17 +46,8 @@ def evaluate_encoder(
         "micro_batch_size": batch_size,
         "num_beams": num_beams or training_fields.get("num_beams", 4),
     }
-    configs = {
-        name: RunConfig.from_dict(
-            {
-                "model": {"path": str(model_path), "task": task.name, "num_labels": task.num_labels},
-                "data": {**data, "train": str(file), "validation": None, "validation_samples": 0},
-                "training": training,
-            },
-            origin="the evaluation",
-        )
-        for name, file in tasks.items()
-    }
+    model_of = {"path": str(model_path), "task": task.name, "num_labels": task.num_labels}
+    configs = {name: _config(model_of, {**data, "train": str(file)}, training) for name, file in tasks.items()}
     dtype = dtype or model_fields.get("dtype", "fp32")
     started = time.perf_counter()
     model, tokenizer = load_for_inference(str(model_path), dtype)
@@ -76,6 +67,13 @@ def evaluate_encoder(
         "load_seconds": round(loaded - started, 3),
         "seconds": round(time.perf_counter() - loaded, 3),
     }
+
+
+def _config(model: dict[str, Any], data: dict[str, Any], training: dict[str, Any]) -> RunConfig:
+    """A run whose training data is what to evaluate on: all of it, and nothing else."""
+    alone = {"validation": None, "validation_samples": 0}
+    raw = {"model": model, "data": {**data, **alone}, "training": training}
+    return RunConfig.from_dict(raw, origin="the evaluation")
 
 
 def score_records(

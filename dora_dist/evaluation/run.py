@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 MODES = ("generate", "likelihood")
+_DEFAULTS = ("generate", "instruction", "sum")
 _NOT_SHOWN = ("file", "without_answer", "seconds")
 
 
@@ -148,8 +149,8 @@ def evaluate(
         common |= {"num_beams": num_beams or 4, "max_new_tokens": max_new_tokens or 32, "dtype": dtype or "bf16"}
         result = _evaluate_language_model(model_path, tasks, mode=mode, format=format, normalise=normalise, **common)
     else:
-        others = {"mode": (mode, MODES[0]), "format": (format, "instruction"), "normalise": (normalise, "sum")}
-        _refuse(task.name, **{name: value for name, (value, default) in others.items() if value != default})
+        given = {"mode": mode, "format": format, "normalise": normalise}
+        _refuse(task.name, **{name: None if value in _DEFAULTS else value for name, value in given.items()})
         if task.name != SEQ2SEQ_LM:
             _refuse(task.name, num_beams=num_beams, max_new_tokens=max_new_tokens)
         elif max_new_tokens is not None:
