@@ -139,14 +139,32 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         )
         if run.trained:
             print(f"trained in full: {', '.join(run.trained)}; new: {', '.join(run.fresh) or 'nothing'}")
+        for name, (there, here) in run.resized.items():
+            print(f"note: {name} starts anew: it is {there} in {model.path}, and {here} for model.num_labels here")
         if empty := config.batch_plan(world.world_size).empty:
             batch = config.training.global_batch_size
             print(f"{batch} records a step on {world.world_size} ranks: {empty} of {batch + empty} places stay empty")
-    report = ReportCallback(world, run.norms, Path(config.checkpoint.run_dir), weights, config.logging)
+    run_dir = Path(config.checkpoint.run_dir)
+    report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
     step = StepCallback(world, watch, stop, config.training.seed, config.engine.step_timeout_s)
-    trainer = DoraTrainer(run, config, spec, args, data, tokenizer, world, stop, [step, report])
+    callbacks = [step, report, *([_tensorboard(run_dir)] if config.logging.tensorboard else [])]
+    trainer = DoraTrainer(run, config, spec, args, data, tokenizer, world, stop, callbacks)
     step.trainer = report.trainer = trainer
     return trainer
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    """Hugging Face's callback, with one folder for a run whatever it is resumed from: one curve per metric."""
+    from transformers.integrations import TensorBoardCallback
+
+    try:
+        callback = TensorBoardCallback()
+    except RuntimeError as error:
+        raise UserError(
+            f"logging.tensorboard = true: {error}; `pip install tensorboard`, or set it to false"
+        ) from error
+    callback.logging_dir = callback.logging_dir or str(run_dir / run_folder.TENSORBOARD)
+    return callback
 
 
 def adapter_spec(config: RunConfig) -> AdapterSpec:
@@ -164,21 +182,18 @@ def adapter_spec(config: RunConfig) -> AdapterSpec:
 
 
 def _data(config: RunConfig, base: Path, world: World) -> tuple[Any, Any]:
-    from dora_dist.data import build_dataset, build_labelled, build_spans
-    from dora_dist.models.tasks import CAUSAL_LM, CLASSIFICATION, QUESTIONS
+    from dora_dist.data import build_data
+    from dora_dist.models.tasks import GENERATIVE
     from dora_dist.models.tokenizer import load_tokenizer
 
     with together("reading the data"):
-        model, seed, generative = config.model, config.training.seed, config.model.task == CAUSAL_LM
+        model = config.model
         tokenizer = load_tokenizer(
-            model.tokenizer or str(base), trust_remote_code=model.trust_remote_code, generative=generative
+            model.tokenizer or str(base),
+            trust_remote_code=model.trust_remote_code,
+            generative=model.task in GENERATIVE,
         )
-        if model.task == CLASSIFICATION:
-            data = build_labelled(config.data, tokenizer, num_labels=model.num_labels, seed=seed, progress=world.first)
-        elif model.task == QUESTIONS:
-            data = build_spans(config.data, tokenizer, seed=seed, progress=world.first)
-        else:
-            data = build_dataset(config.data, tokenizer, seed=seed, progress=world.first)
+        data = build_data(config, tokenizer, progress=world.first)
         if config.training.eval_every and data.validation is None:
             raise UserError(
                 f"training.eval_every = {config.training.eval_every}: there is nothing to evaluate on; set "
@@ -217,5 +232,5 @@ def _resume_from(config: RunConfig, run_dir: Path, world: World) -> Path | None:
 def _write_run_folder(config: RunConfig, run_dir: Path, world: World, resume: Path | None) -> None:
     run_folder.clear_leftovers(run_dir)
     run_folder.forget_metrics_after(run_dir, run_folder.step_of(resume) if resume is not None else 0)
-    run_folder.write_json(run_dir / "config.json", json.loads(config.to_json()))
+    run_folder.write_json(run_dir / run_folder.CONFIG, json.loads(config.to_json()))
     run_folder.write_json(run_dir / "deepspeed.json", config.deepspeed_config(world.world_size))

@@ -54,7 +54,7 @@ class DoraTrainer(Trainer):
         self._plan = config.batch_plan(world.world_size)
         self.run_dir = Path(config.checkpoint.run_dir)
         self.tokens_seen = 0
-        self._objective = objective(config, tokenizer)
+        self._objective = objective(config, tokenizer, run.model)
         self._stop = stop
         self._saver: Saver | None = None
         self._suspect: dict[str, Any] | None = None

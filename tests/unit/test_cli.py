@@ -27,13 +27,14 @@ CONFIG_OPTIONS = {
         "prune_every prune_schedule importance_beta dem_weight dem_form pruned_moments compact"
     ),
     "data": (
-        "train validation validation_samples format text_fields label_field loss_on cutoff_len doc_stride cache "
+        "train validation validation_samples format text_fields label_field loss_on cutoff_len target_len doc_stride "
+        "cache "
         "num_workers"
     ),
     "training": (
         "learning_rate schedule warmup_steps warmup_ratio epochs max_steps global_batch_size "
         "micro_batch_size weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon "
-        "activation_checkpointing eval_every metric seed"
+        "activation_checkpointing eval_every metric num_beams seed"
     ),
     "checkpoint": "run_dir save_every keep_last on_failure keep_best resume",
     "engine": (
@@ -60,6 +61,10 @@ OWN_OPTIONS: dict[str, list[str]] = {
         "--limit",
         "--dtype",
         "--output",
+        "--text-fields",
+        "--label-field",
+        "--cutoff-len",
+        "--doc-stride",
     ],
     "env": ["--json", "--timeout"],
 }
