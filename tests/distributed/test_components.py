@@ -1,12 +1,14 @@
 """Importance from shards, pruning in every copy, and whole runs with dynamic rank, at worlds 1, 2 and 3."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dora_dist import run_folder
 from tests import toy
 from tests.distributed.test_training import fail_all
 from tests.distributed.training_runs import config, metrics, run
@@ -118,9 +120,11 @@ def runs(files: tuple[Path, Path, Path]) -> dict[str, Path]:
 
     whole = described("whole", adapter={"compact": False})
     run_ranks(run, 1, described("world1"), whole)
-    run_ranks(run, 2, described("world2"), described("plain", adapter={"weight_decomposed": False}))
+    by_epochs = described("epochs", training={"epochs": 2.5, "max_steps": None})  # 35 samples in batches of 6
+    run_ranks(run, 2, described("world2"), described("plain", adapter={"weight_decomposed": False}), by_epochs)
     run_ranks(run, 3, described("world3"), resumed(3), resumed(6), resumed(9))
-    return {name: folder / name for name in ("world1", "whole", "world2", "world3", "plain", "from3", "from6", "from9")}
+    names = ("world1", "whole", "world2", "world3", "plain", "epochs", "from3", "from6", "from9")
+    return {name: folder / name for name in names}
 
 
 def events(run_dir: Path) -> list[dict[str, Any]]:
@@ -141,6 +145,12 @@ def test_a_run_prunes_alike_at_every_world_size_and_after_a_resume(runs: dict[st
     assert events(runs["from3"]) == one[1:]
     assert events(runs["from6"]) == events(runs["from9"]) == []
     assert events(runs["whole"]) == one
+
+
+def test_the_budget_counts_steps_as_the_trainer_does(runs: dict[str, Path]) -> None:
+    assert [event["step"] for event in events(runs["epochs"])] == [4, 6, 8, 9]  # 15 steps: window 3 to 9
+    last = run_folder.newest_checkpoint(runs["epochs"])
+    assert last is not None and last.name == "checkpoint-15"
 
 
 def test_losses_do_not_depend_on_the_world_size_on_a_resume_or_on_compaction(runs: dict[str, Path]) -> None:
@@ -187,29 +197,31 @@ def test_the_merged_model_and_peft_compute_the_trained_function(
     assert len(set(ranks.values())) > 1
 
 
-def test_a_schedule_that_does_not_fit_and_another_budget_are_refused(
+def test_a_schedule_that_does_not_fit_and_another_budget_are_refused_before_the_base_is_read(
     runs: dict[str, Path], files: tuple[Path, Path, Path]
 ) -> None:
     base, data, folder = files
+    hollow = shutil.copytree(base, folder / "hollow")
+    (hollow / "model.safetensors").write_bytes(b"")
+    nonsense = folder / "nonsense.json"
+    nonsense.write_text("[")
     resume = {"resume": str(folder / "world2" / "checkpoint-3")}
 
-    def described(steps: int, checkpoint: dict[str, Any], **adapter: Any) -> dict[str, Any]:
-        training = {"max_steps": steps}
-        return config(
-            base, data, folder / "refused", adapter={**DYNAMIC, **adapter}, training=training, checkpoint=checkpoint
-        )
+    def described(training: dict[str, Any], checkpoint: dict[str, Any], data: Path = data, **adapter: Any) -> Any:
+        changes = {"adapter": {**DYNAMIC, **adapter}, "training": training, "checkpoint": checkpoint}
+        return config(hollow, data, folder / "refused", **changes)
 
     refused = [
-        described(10, {}, prune_every=5),
-        described(2, {}),
-        described(10, resume, r=3, start_rank_factor=2.0),
-        described(20, resume),
+        described({"max_steps": 10}, {}, data=nonsense, prune_every=5),  # not even the data is read
+        described({"max_steps": None, "epochs": 0.3}, {}),
+        described({"max_steps": 10}, resume, r=3, start_rank_factor=2.0),
+        described({"max_steps": 20}, resume),
     ]
-    long, short, target, stretched = run_ranks(fail_all, 1, refused)[0]
-    assert "adapter.prune_every = 5: the pruning window, steps 2 to 6 of 10, is shorter than 5 steps" in long
-    assert "steps 0 to 1 of 2, is shorter than 2 steps; lower it, widen adapter.prune_start" in short
-    assert "adapter.r gives r = 4 there and 3 here" in target
-    assert "adapter.prune_start (or the number of steps) gives first = 2 there and 4 here" in stretched
+    for long, short, target, stretched in run_ranks(fail_all, 2, refused):
+        assert "adapter.prune_every = 5: the pruning window, steps 2 to 6 of 10, is shorter than 5 steps" in long
+        assert "steps 0 to 1 of 2, is shorter than 2 steps; lower it, widen adapter.prune_start" in short
+        assert "adapter.r gives r = 4 there and 3 here" in target
+        assert "adapter.prune_start (or the number of steps) gives first = 2 there and 4 here" in stretched
 
 
 def test_the_rank_map_is_drawn(runs: dict[str, Path]) -> None:
