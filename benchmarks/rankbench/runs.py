@@ -3,7 +3,6 @@
 import gc
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ RECIPES = Path(__file__).parents[2] / "configs"
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt: the encoder, the recipe whose hyper-parameters hold, its metric, and how many texts of each split.
+    """What is learnt: the encoder, the recipe whose hyper-parameters hold, the metric, how many texts each split has.
 
     Texts whose rating is within `unclear` of 0 are left out.
     """
@@ -31,7 +30,7 @@ class Task:
 
 
 TASKS = {
-    "sentiment": Task("minilm", "glue_sst2.json", "label", "accuracy", train=4000, test=2000, unclear=1.0),
+    "sentiment": Task("minilm", "glue_sst2.json", "label", "accuracy", train=3000, test=2000, unclear=1.0),
     "rating": Task("bert-tiny", "glue_stsb.json", "rating", "pearson", train=6000, test=3000),
 }
 
@@ -121,7 +120,7 @@ def _options(
         "data.validation": texts / f"{task_name}-{split}.json",
         "data.text_fields": "sentence",
         "data.label_field": task.label,
-        "data.cutoff_len": 48,
+        "data.cutoff_len": 32,
         "training.learning_rate": rate,
         "training.epochs": settings.epochs,
         "training.global_batch_size": settings.batch,

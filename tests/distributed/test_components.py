@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -173,6 +174,58 @@ def test_compaction_leaves_what_survived_and_its_optimizer_state(runs: dict[str,
     assert numbers(runs["whole"], 10) == 3 * 8 * 6
     manifest = json.loads((runs["world1"] / "checkpoint-10" / "manifest.json").read_text())
     assert manifest["adapter_ranks"] == events(runs["world1"])[-1]["components_by_layer"]
+
+
+def sizes_around_compaction(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a run trains and its optimizer holds on this rank, at the mask's step and at the end."""
+    from dora_dist.training.trainer import DoraTrainer
+    from dora_dist.zero3 import shards
+    from dora_dist.zero3.loading import adapted_layers
+
+    found: list[dict[str, Any]] = []
+    train = DoraTrainer.train
+
+    def measured(trainer: Any, *args: Any, **options: Any) -> Any:
+        result = train(trainer, *args, **options)
+        layers = adapted_layers(trainer.run.model)
+        trained = [p for p in trainer.run.model.parameters() if p.requires_grad]
+        state = shards.inner_optimizer(trainer.model_wrapped).state
+        found.append(
+            {
+                "features": {name: (layer.in_features, layer.out_features) for name, layer in layers.items()},
+                "trained": sum(shards.full_numel(p) for p in trained),
+                "masters": sum(master.numel() for master in state),
+                "moments": sum(entry[key].numel() for entry in state.values() for key in shards.MOMENTS),
+                "kept": trainer.pruner.events[-1].by_layer if trainer.pruner else None,
+            }
+        )
+        return result
+
+    with patch.object(DoraTrainer, "train", measured):
+        run(raw)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_parameters_and_optimizer_shrink_with_the_kept_components(
+    world_size: int, files: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, data, _ = files
+    raw = config(base, data, tmp_path / "run", adapter=DYNAMIC, training={"max_steps": 7, **QUIET})
+    ranks = run_ranks(sizes_around_compaction, world_size, raw)
+    before, after = ranks[0]
+    assert sum(before["kept"].values()) == 8 * 4
+    assert len(set(before["kept"].values())) > 1
+    for measured, kept in ((before, dict.fromkeys(before["kept"], 6)), (after, before["kept"])):
+        sizes = [
+            numel
+            for name, (into, out) in measured["features"].items()
+            for numel in (kept[name] * into, kept[name] * out, kept[name], out)
+        ]
+        assert measured["trained"] == sum(sizes)
+        held = sum(-(-numel // world_size) for numel in sizes)  # by each rank, padding included
+        stage = ranks[0].index(measured)
+        assert [(rank[stage]["masters"], rank[stage]["moments"]) for rank in ranks] == [(held, 2 * held)] * world_size
 
 
 @pytest.mark.parametrize("name", ["world2", "plain", "whole"])
