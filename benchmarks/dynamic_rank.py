@@ -31,11 +31,11 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     distributed.choose_accelerator("auto")
     world = distributed.start()
-    settings = Settings(options.output, options.r, options.epochs, options.batch, tuple(dynamic_options))
+    settings = Settings(options.output, options.r, options.epochs, options.batch, options.limit, tuple(dynamic_options))
     with distributed.together("fetching models and texts"):
         if world.first:
             for task in options.tasks:
-                prepare(task, settings.folder, options.packages)
+                prepare(task, settings, options.packages)
     report = {
         "settings": {name: value for name, value in vars(options).items() if name not in ("output", "packages")},
         "dynamic_options": dynamic_options,
@@ -51,9 +51,9 @@ def main() -> None:
     distributed.stop()
 
 
-def prepare(task_name: str, folder: Path, packages: Path) -> None:
-    """A task's encoder and its three splits, which share no text, under `folder`."""
-    task = TASKS[task_name]
+def prepare(task_name: str, settings: Settings, packages: Path) -> None:
+    """A task's encoder and its three splits, which share no text, in the settings' folder."""
+    task, folder = TASKS[task_name], settings.folder
     base = folder / "models" / task.encoder
     if not base.exists():
         base.parent.mkdir(parents=True, exist_ok=True)
@@ -65,17 +65,19 @@ def prepare(task_name: str, folder: Path, packages: Path) -> None:
     texts.mkdir(exist_ok=True)
     start = 0
     for split, size in (("test", task.test), ("validation", task.validation), ("train", task.train)):
-        (texts / f"{task_name}-{split}.json").write_text(json.dumps(clear[start : start + size]))
+        (texts / f"{task_name}-{split}.json").write_text(json.dumps(clear[start : start + min(size, settings.limit)]))
         start += size
 
 
 def measure(task: str, settings: Settings, options: argparse.Namespace) -> dict[str, object]:
     """Choose learning rates, then run every method with every seed. Collective."""
+    tuned = list(dict.fromkeys(METHODS[name].tuned_as for name in options.methods))
+    rates = options.rates if len(options.rates) > 1 else []  # of one there is nothing to choose
     sweep = {
-        method: {rate: run(settings, task, method, rate, SWEEP_SEED, "validation")["metric"] for rate in options.rates}
-        for method in dict.fromkeys(METHODS[name].tuned_as for name in options.methods)
+        method: {rate: run(settings, task, method, rate, SWEEP_SEED, "validation")["metric"] for rate in rates}
+        for method in tuned
     }
-    best = {method: max(found, key=found.__getitem__) for method, found in sweep.items()}
+    best = {method: max(found or options.rates, key=found.get) for method, found in sweep.items()}
     results = {
         name: [run(settings, task, name, best[METHODS[name].tuned_as], seed, "test") for seed in options.seeds]
         for name in options.methods
@@ -96,8 +98,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3, 8e-3], help="learning rates")
     parser.add_argument("--r", type=int, default=8, help="components of plain LoRA in each layer (%(default)s)")
-    parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--epochs", type=float, default=2, help="%(default)s")
+    parser.add_argument("--batch", type=int, default=16, help="texts a step (%(default)s)")
+    parser.add_argument("--limit", type=int, default=10**9, help="most texts of a split; the tables' size without it")
     parser.add_argument("--packages", type=Path, default=Path("runs/packages"), help="folder for downloads")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/benchmark-dynamic-rank"), help="results; finished runs are kept there"

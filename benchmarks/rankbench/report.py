@@ -28,12 +28,13 @@ def table(report: dict[str, Any]) -> str:
     """Markdown, one table a task."""
     lines = []
     for task_name, found in report["tasks"].items():
-        task, seeds = TASKS[task_name], report["settings"]["seeds"]
+        task, settings = TASKS[task_name], report["settings"]
+        seeds, limit = settings["seeds"], settings["limit"]
         steps = next(iter(found["methods"].values()))["steps"]
         rates = ", ".join(f"{METHODS[name].title} {rate:g}" for name, rate in found["learning_rates"].items())
         lines += [
-            f"{task_name}: {task.encoder}, {task.train:,} texts, {steps} steps of {report['settings']['batch']}; "
-            f"{task.metric} on {task.test:,} held-out texts; learning rates: {rates}",
+            f"{task_name}: {task.encoder}, {min(task.train, limit):,} texts, {steps} steps of {settings['batch']}; "
+            f"{task.metric} on {min(task.test, limit):,} held-out texts; learning rates: {rates}",
             "",
             f"| | adapter parameters, start | end | {task.metric} | seeds {', '.join(map(str, seeds))} |",
             "|---|---|---|---|---|",

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +24,15 @@ class Task:
     recipe: str
     label: str
     metric: str
-    train: int
-    test: int
-    unclear: float = 0.0
-    validation: int = 1000
+    unclear: float
+    train: int = 3000
+    validation: int = 1500
+    test: int = 3000
 
 
 TASKS = {
-    "sentiment": Task("minilm", "glue_sst2.json", "label", "accuracy", train=3000, test=2000, unclear=1.0),
-    "rating": Task("bert-tiny", "glue_stsb.json", "rating", "pearson", train=6000, test=3000),
+    "sentiment": Task("minilm", "glue_sst2.json", "label", "accuracy", unclear=1.0),
+    "rating": Task("bert-tiny", "glue_stsb.json", "rating", "pearson", unclear=0.0),
 }
 
 
@@ -57,13 +58,17 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs share; `folder` has models and texts, and gets the runs. `dynamic_options` are further options
-    of dynamic-rank runs, as `dora-dist train` takes them."""
+    """What all runs share; `folder` has models and texts, and gets the runs.
+
+    No split has more than `limit` texts. `dynamic_options` are further options of dynamic-rank runs, as `dora-dist
+    train` takes them.
+    """
 
     folder: Path
     r: int
     epochs: float
     batch: int
+    limit: int
     dynamic_options: tuple[str, ...] = ()
 
 
@@ -76,8 +81,10 @@ def run(settings: Settings, task_name: str, method_name: str, rate: float, seed:
     folder = settings.folder / "runs" / f"{task_name}-{method_name}-{rate:g}-seed{seed}-{split}"
     options = _options(settings, task_name, method, rate, seed, split, folder)
     result_file = folder / "result.json"
-    if result_file.is_file() and (known := json.loads(result_file.read_text()))["options"] == options:
-        return known
+    if result_file.is_file():
+        known = json.loads(result_file.read_text())
+        if (known["options"], known["limit"]) == (options, settings.limit):
+            return known
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
@@ -93,6 +100,7 @@ def run(settings: Settings, task_name: str, method_name: str, rate: float, seed:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = {
         "options": options,
+        "limit": settings.limit,
         "metric": next(line[f"eval_{task.metric}"] for line in reversed(lines) if f"eval_{task.metric}" in line),
         "steps": lines[-1]["step"],
         "parameters_at_start": _parameters_at_start(config),
@@ -109,7 +117,7 @@ def _options(
 ) -> list[str]:
     """What departs from the recipe."""
     task, texts = TASKS[task_name], settings.folder / "texts"
-    steps = -(-task.train // settings.batch) * settings.epochs
+    steps = math.ceil(-(-min(task.train, settings.limit) // settings.batch) * settings.epochs)
     fields = {
         "model.path": settings.folder / "models" / task.encoder,
         "model.dtype": "bf16",
@@ -125,7 +133,7 @@ def _options(
         "training.epochs": settings.epochs,
         "training.global_batch_size": settings.batch,
         "training.micro_batch_size": settings.batch // dist.get_world_size(),
-        "training.eval_every": int(steps),
+        "training.eval_every": steps,
         "training.seed": seed,
         "checkpoint.run_dir": folder,
         "checkpoint.keep_best": False,
