@@ -104,6 +104,8 @@ class Run:
         with ReceivedBytes() as received:
             self.step()
         refresh_bytes = (self.norms.bytes_received if self.norms else 0) - refresh_bytes
+        if self.pruner:
+            self.pruner.settle()  # the last step has opened closed gates again
         on_gpu = self.accelerator.device_name() != "cpu"
         return {
             "device": device_description(),
