@@ -138,6 +138,10 @@ def _validate(options: argparse.Namespace) -> None:
         config.check_engine_options()
     if options.world_size is not None:
         print(json.dumps(config.deepspeed_config(options.world_size), indent=2))
+    if config.adapter.dynamic_rank and config.training.max_steps is not None:
+        from dora_dist.training.run import pruning_budget
+
+        pruning_budget(config, config.training.max_steps)
     adapter, training = config.adapter, config.training
     most = training.global_batch_size
     evenly = ", ".join(str(count) for count in range(1, most + 1) if config.batch_plan(count).empty == 0)

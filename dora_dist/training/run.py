@@ -2,12 +2,14 @@
 
 import gc
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from dora_dist import distributed, run_folder
+from dora_dist.adapters.components import Budget
 from dora_dist.adapters.inject import by_pattern, with_ranks
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.peft_format import read_peft_folder
@@ -28,6 +30,8 @@ def train(config: RunConfig) -> Path:
     """
     config.check_files()
     config.deepspeed_config(distributed.launched_world_size())
+    if config.training.max_steps is not None:
+        pruning_budget(config, config.training.max_steps)
     distributed.choose_accelerator(config.engine.accelerator)
     config.check_engine_options()
     with StopRequest() as stop:
@@ -94,12 +98,13 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.training.arguments import training_arguments
     from dora_dist.training.reporting import ReportCallback
     from dora_dist.training.trainer import DoraTrainer, StepCallback
+    from dora_dist.zero3.checkpoint import check_budget
     from dora_dist.zero3.shards import ShardedPlacement, full_numel
 
     model, deepspeed = config.model, config.deepspeed_config(world.world_size)
     base = local_folder(model.path, model.revision, world)
     tokenizer, data = _data(config, base, world)
-    spec = adapter_spec(config)
+    spec, budget = adapter_spec(config), pruning_budget(config, optimizer_steps(config, len(data.train)))
     with together("reading the base model's files"):
         files = of_model_folder("base model", base)
     start_from = None
@@ -109,9 +114,10 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
             files |= of_model_folder("adapter.init_from", Path(config.adapter.init_from), whole=True)
     check_agreement(world, files | of_data(data))
     plan = by_pattern(spec, config.adapter.target_modules, config.adapter.magnitude_only_modules)
-    if resume is not None and spec.gated:
+    if resume is not None and budget is not None:
         with together(f"reading {resume}"):
             manifest = run_folder.read_manifest(resume, verify=False)
+            check_budget(resume, manifest, budget)
         if manifest.get("compacted"):
             plan = with_ranks(plan, manifest["adapter_ranks"])
     args = training_arguments(config, world.world_size, deepspeed)
@@ -148,7 +154,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
     step = StepCallback(world, watch, stop, config.training.seed, config.engine.step_timeout_s)
     callbacks = [step, report, *([_tensorboard(run_dir)] if config.logging.tensorboard else [])]
-    trainer = DoraTrainer(run, config, spec, args, data, tokenizer, world, stop, callbacks)
+    trainer = DoraTrainer(run, config, spec, budget, args, data, tokenizer, world, stop, callbacks)
     step.trainer = report.trainer = trainer
     return trainer
 
@@ -179,6 +185,38 @@ def adapter_spec(config: RunConfig) -> AdapterSpec:
         norm_gradient=adapter.norm_gradient,
         gated=adapter.dynamic_rank,
     )
+
+
+def optimizer_steps(config: RunConfig, samples: int) -> int:
+    """Optimizer steps of a whole run on `samples` training samples, as the Trainer counts them."""
+    training = config.training
+    batches = -(-samples // training.global_batch_size)  # the last one of an epoch is filled up
+    return training.max_steps or math.ceil(training.epochs * batches)
+
+
+def pruning_budget(config: RunConfig, steps: int) -> Budget | None:
+    """How components are pruned in a run of `steps` optimizer steps; None without dynamic rank.
+
+    Raises UserError where the run is too short for it.
+    """
+    adapter = config.adapter
+    if not adapter.dynamic_rank:
+        return None
+    try:
+        return Budget.of_run(
+            adapter.r,
+            adapter.start_rank,
+            steps,
+            start=adapter.prune_start,
+            stop=adapter.prune_stop,
+            every=adapter.prune_every,
+            schedule=adapter.prune_schedule,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"adapter.prune_every = {adapter.prune_every}: {error}; lower it, widen adapter.prune_start and "
+            "adapter.prune_stop, or train for more steps"
+        ) from error
 
 
 def _data(config: RunConfig, base: Path, world: World) -> tuple[Any, Any]:

@@ -157,6 +157,10 @@ def test_validate_prints_the_deepspeed_json(capsys: pytest.CaptureFixture[str]) 
         ),
         (["validate", RECIPE, "--adapter.r", "none"], 'adapter.r = "none": must be a whole number >= 1'),
         (
+            ["validate", RECIPE, "--no-files", "--adapter.dynamic_rank=true", "--training.max_steps=20"],
+            "the pruning window, steps 3 to 10 of 20, is shorter than 10 steps; lower it, widen adapter.prune_start",
+        ),
+        (
             ["validate", RECIPE, "--no-files", '--engine.deepspeed={"zero_optimization": {"x": 1}}'],
             "x = 1: Extra",
         ),
