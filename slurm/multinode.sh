@@ -63,7 +63,7 @@ END
 # Counted where a start begins: Slurm starts a job again without asking this script when a node fails.
 count_restarts() {
     local count=-1 before=''
-    [ -z "${SLURM_RESTART_COUNT:-}" ] || { read -r count && read -r before; } <"$logs/restarts"
+    [ -z "${SLURM_RESTART_COUNT:-}" ] || [ ! -f "$logs/restarts" ] || { read -r count && read -r before; } <"$logs/restarts"
     [ "$before" = "$1" ] || count=-1
     count=$((count + 1))
     printf '%s\n' "$count" "$1" >"$logs/restarts"
@@ -76,10 +76,12 @@ run_ranks() {
     local layout=(${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"}) ranks gpus cpus
     gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
     if [ -z "${SLURM_NTASKS:-}" ]; then # sbatch was not told how many ranks
-        ranks=$(ranks_per_node "$gpus") && cpus=$((SLURM_CPUS_ON_NODE / ranks)) || fail 2 "give sbatch --ntasks-per-node"
+        ranks=$(ranks_per_node "$gpus") || fail 2 "cannot find out how many ranks fit a node; give sbatch --ntasks-per-node"
+        cpus=$((SLURM_CPUS_ON_NODE / ranks))
         layout=(--ntasks-per-node="$ranks" --ntasks=$((ranks * SLURM_JOB_NUM_NODES)) --cpus-per-task="$cpus")
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
     fi
+    export PYTHONUNBUFFERED=1 # what a rank said before it was killed is in its log
     # A whole node's GPUs are the job's, but a step of it has to ask for them.
     [ -z "$gpus" ] || layout+=(--gpus-per-node="$gpus")
     rm -f "$logs"/exit-*
@@ -116,17 +118,36 @@ ask_to_stop() {
     [ -z "$srun" ] || kill -USR1 "$srun" 2>/dev/null
 }
 
-# The ranks' exit codes: 0 done; 75 stopped after saving; 76 lost another rank; above 128 killed. Others are final.
+# The ranks' exit codes: 0 done; 75 stopped after saving; 76 another rank was lost; above 128 killed by a signal. Any
+# other would be the same next time. srun's own counts too: it speaks for ranks that could not leave theirs.
 conclude() {
-    local file code
-    for file in "$logs"/exit-*; do
-        [ -f "$file" ] || continue
-        code=$(<"$file")
-        if [ "$code" -ne 0 ] && [ "$code" -ne 75 ] && [ "$code" -ne 76 ] && [ "$code" -le 128 ]; then
-            tail -n 20 "$logs"/*-"${file##*-}.log"
-            fail "$code" "rank ${file##*-} ended with exit code $code; see its log in $logs"
+    local file rank code again=''
+    for file in "$logs"/exit-* srun; do
+        rank=${file##*/exit-}
+        if [ "$file" = srun ]; then code=$status; elif [ -f "$file" ]; then code=$(<"$file"); else continue; fi
+        if [ "$code" -eq 75 ] || [ "$code" -eq 76 ] || [ "$code" -gt 128 ]; then
+            again+=" $rank:$code"
+        elif [ "$code" -ne 0 ]; then
+            [ "$rank" = srun ] || tail -n 20 "$logs"/*-"$rank.log"
+            fail "$code" "exit code $code of rank $rank; the ranks' logs are in $logs"
         fi
     done
+    [ -n "$again" ] || { say "done" && exit 0; }
+    requeue "exit codes of ranks$again"
+}
+
+# Only a job that is to go on: one that was cancelled would come back to life.
+requeue() {
+    local state
+    state=$(scontrol show job "$SLURM_JOB_ID")
+    case $state in
+        *JobState=RUNNING* | *Reason=TimeLimit*) ;;
+        *) fail 75 "$1; the job was cancelled, so it does not go on" ;;
+    esac
+    say "$1: requeued"
+    scontrol requeue "$SLURM_JOB_ID" || fail 75 "the job could not be requeued; submit it again to go on"
+    trap - USR1 TERM
+    exec sleep 600 # Slurm ends it now
 }
 
 say() { echo "[$(date '+%F %T')] $*"; }

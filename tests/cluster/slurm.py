@@ -44,7 +44,8 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=0
 MinJobAge=100000
 ReturnToService=2
 SlurmdTimeout=10
-KillWait=5
+KillWait=10
+OverTimeLimit=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=n[0-1] NodeAddr=10.77.0.[10-11] CPUs=4 Sockets=1 CoresPerSocket=4 RealMemory=2000
@@ -108,7 +109,8 @@ class Cluster:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-cluster-"))
-        self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": f"{self.folder}/slurm.conf"}
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        self.environment = {**ours, "PATH": _PATH, "SLURM_CONF": f"{self.folder}/slurm.conf"}
         self._head: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> "Cluster":
@@ -144,6 +146,7 @@ class Cluster:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is for whoever uses the cluster
         )
         assert self._head.stdout is not None
         if self._head.stdout.readline() != "ready\n":
