@@ -56,9 +56,10 @@ PartitionName=gpu Nodes=g0
 PartitionName=urgent Nodes=n[0-1] PriorityTier=10
 """
 
-_HOSTS = "127.0.0.1 localhost\n10.77.0.1 head\n10.77.0.10 n0\n10.77.0.11 n1\n10.77.0.12 g0\n"
+# The working directory of what follows is the cluster's folder.
 
-# The working directory is the cluster's folder. `cat` ends when the pipe from outside closes.
+
+# `cat` ends when the pipe from outside closes, and everything with it.
 _HEAD = """
 set -e
 hostname head
@@ -76,7 +77,7 @@ kill -KILL -1
 rm -rf "$PWD"
 """
 
-# On the head. Ending `unshare` ends all of the node at once, as a power cut would.
+# Run on the head. Killing `unshare` ends all of a node at once, as a power cut would.
 _NODE = """
 set -e
 node=$1
@@ -89,7 +90,26 @@ echo $! >$node.unshare
 until [ $(readlink /proc/$!/ns/net) != $(readlink /proc/self/ns/net) ]; do sleep 0.02; done
 ip link add $node type veth peer name eth0 netns $!
 ip link set $node master br0 up
-nsenter --target $! --net sh -c "ip link set lo up; ip addr add $(grep -w $node hosts | cut -d' ' -f1)/24 dev eth0; ip link set eth0 up"
+address=$(awk -v node=$node '$2 == node { print $1 }' hosts)
+nsenter --target $! --net sh -c "ip link set lo up; ip addr add $address/24 dev eth0; ip link set eth0 up"
+"""
+
+_HOSTS = """127.0.0.1 localhost
+10.77.0.1 head
+10.77.0.10 n0
+10.77.0.11 n1
+10.77.0.12 g0
+"""
+
+# `ssh [OPTIONS] HOST COMMAND` on the head, without a server, keys or the user's settings.
+_SSH = """#!/bin/bash
+while getopts 2axqo:p:l: _; do :; done
+shift $((OPTIND - 1))
+unshare=$(<{folder}/"$1".unshare)
+read -r init </proc/"$unshare"/task/"$unshare"/children
+shift
+exec nsenter --target "$init" --net --uts --mount --pid --wdns="$HOME" env -i HOME="$HOME" \
+    PATH=/usr/sbin:/usr/bin:/sbin:/bin bash -c "$*"
 """
 
 
@@ -98,10 +118,15 @@ def missing() -> str:
     if os.geteuid() != 0:
         return "a Slurm cluster for tests needs root (for namespaces and slurmd)"
     packages = {package for tool, package in TOOLS.items() if shutil.which(tool, path=_PATH) is None}
-    return f"a Slurm cluster for tests needs: apt-get install {' '.join(sorted(packages))}" if packages else ""
+    if packages:
+        return f"a Slurm cluster for tests needs: apt-get install {' '.join(sorted(packages))}"
+    if subprocess.run([*_NAMESPACES, "true"], check=False, capture_output=True).returncode:
+        return "a Slurm cluster for tests needs the right to make namespaces (in a container: --privileged)"
+    return ""
 
 
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+_NAMESPACES = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc")
 
 
 class Cluster:
@@ -130,17 +155,9 @@ class Cluster:
     def _start(self) -> None:
         if problem := missing():
             raise RuntimeError(problem)
-        self.folder.chmod(0o755)  # Slurm's clients reach munged's socket through it
-        (self.folder / "slurm.conf").write_text(_CONF.format(folder=self.folder))
-        (self.folder / "hosts").write_text(_HOSTS)
-        # On a machine with the old hierarchy of cgroups, Slurm does not find out by itself.
-        unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
-        (self.folder / "cgroup.conf").write_text(f"CgroupPlugin={'autodetect' if unified else 'cgroup/v1'}\n")
-        (self.folder / "gres.conf").write_text("NodeName=g0 Name=gpu File=/dev/zero\nNodeName=g0 Name=gpu File=/dev/full\n")
-        (self.folder / "munge.key").touch(0o600)
-        (self.folder / "munge.key").write_bytes(os.urandom(128))
+        self._write_files()
         self._head = subprocess.Popen(
-            ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "bash", "-c", _HEAD],
+            [*_NAMESPACES, "bash", "-c", _HEAD],
             cwd=self.folder,
             env=self.environment,
             stdin=subprocess.PIPE,
@@ -154,6 +171,23 @@ class Cluster:
         for node in NODES:
             self.start_node(node)
         self.wait(lambda: self.run("sinfo", "-h", "-o", "%D %T", "-p", "main") == "2 idle\n", "both nodes")
+
+    def _write_files(self) -> None:
+        self.folder.chmod(0o755)  # Slurm's clients reach munged's socket through it
+        # Slurm does not find out by itself that a machine has the older kind of cgroups.
+        unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+        files = {
+            "slurm.conf": _CONF.format(folder=self.folder),
+            "cgroup.conf": f"CgroupPlugin={'autodetect' if unified else 'cgroup/v1'}\n",
+            "gres.conf": "NodeName=g0 Name=gpu File=/dev/zero\nNodeName=g0 Name=gpu File=/dev/full\n",
+            "hosts": _HOSTS,
+            "ssh": _SSH.format(folder=self.folder),
+        }
+        for name, text in files.items():
+            (self.folder / name).write_text(text)
+        (self.folder / "ssh").chmod(0o755)
+        (self.folder / "munge.key").touch(0o600)
+        (self.folder / "munge.key").write_bytes(os.urandom(128))
 
     # --- commands -----------------------------------------------------------------------------------------------
 
@@ -212,7 +246,7 @@ class Cluster:
     def ranks(self, number: str) -> dict[int, psutil.Process]:
         """The Python process of each task of a job, by task number."""
         assert self._head is not None
-        found = {}
+        found: dict[int, psutil.Process] = {}
         for process in psutil.Process(self._head.pid).children(recursive=True):
             try:
                 environ = process.environ()
