@@ -198,7 +198,7 @@ class Cluster:
         spaces = ["--net", "--uts", "--mount", "--pid", f"--wdns={cwd or Path.cwd()}"]
         return ["nsenter", "--target", str(init.pid), *spaces, *map(str, words)]
 
-    def run(self, *words: object, cwd: Path | None = None, timeout: float = 120, **environment: str) -> str:
+    def run(self, *words: object, cwd: Path | None = None, timeout: float = 300, **environment: str) -> str:
         """Run a command on the head; returns what it prints. Raises RuntimeError if it fails."""
         done = subprocess.run(
             self.on_head(*words, cwd=cwd),

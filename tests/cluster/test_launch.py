@@ -1,7 +1,10 @@
 """Ranks on two nodes, as a user starts them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from tests import toy
 from tests.cluster.workspace import Workspace
@@ -12,6 +15,29 @@ def test_srun_computes_what_torchrun_does(workspace: Workspace, uninterrupted: d
     file = workspace.write_config("srun", training={"max_steps": 10})
     workspace.run("srun", "-N2", "python", ROOT / "launch" / "train.py", "--config", file)
     assert workspace.losses("srun") == {step: uninterrupted[step] for step in range(1, 11)}
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "mpirun --allow-run-as-root -np 2 -hostfile hosts -x PATH -x PYTHONPATH -x DS_ACCELERATOR python",
+        "deepspeed --hostfile hosts",
+    ],
+    ids=["mpirun", "deepspeed"],
+)
+def test_a_hostfile_computes_what_torchrun_does(
+    workspace: Workspace, uninterrupted: dict[int, float], tmp_path: Path, launcher: str
+) -> None:
+    """Over ssh: nothing of the environment is there on the other machine, but what the launcher carries."""
+    for name in ("base", "data.json"):
+        (tmp_path / name).symlink_to(workspace.folder / name)
+    (tmp_path / "hosts").write_text("n0 slots=1\nn1 slots=1\n")
+    (tmp_path / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
+    here = replace(workspace, folder=tmp_path)  # DeepSpeed's launcher cannot work in a folder with a space in its name
+    file = here.write_config("hostfile", training={"max_steps": 10})
+    command = [*launcher.split(), ROOT / "launch" / "train.py", "--config", file]
+    here.run(*command, PATH=f"{here.cluster.folder}:{here.cluster.environment['PATH']}")
+    assert here.losses("hostfile") == {step: uninterrupted[step] for step in range(1, 11)}
 
 
 def test_sbatch_computes_what_torchrun_does(workspace: Workspace, uninterrupted: dict[int, float]) -> None:
