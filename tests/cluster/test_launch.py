@@ -11,6 +11,11 @@ from tests.cluster.workspace import Workspace
 from tests.conftest import ROOT
 
 
+def test_env_describes_every_node(workspace: Workspace) -> None:
+    said = workspace.run("srun", "--nodes", 2, "python", "-m", "dora_dist", "env")
+    assert "srun: 2 ranks" in said and "rank 0 (n0)" in said and "rank 1 (n1)" in said, said
+
+
 def test_srun_computes_what_torchrun_does(workspace: Workspace, uninterrupted: dict[int, float]) -> None:
     file = workspace.write_config("srun", training={"max_steps": 10})
     workspace.run("srun", "-N2", "python", ROOT / "launch" / "train.py", "--config", file)
