@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint bench-step bench-rank clean
+.PHONY: help demo test test-cluster lint bench-step bench-rank clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -18,9 +18,16 @@ demo: $(VENV)/.installed-demo  ## set up, then fine-tune a real model on two ran
 	$(BIN)/python launch/quickstart.py
 
 test: lint  ## set up, then lint, type-check and run every test
-	$(BIN)/python -m pytest
+	@if [ -n "$$CI" ] || $(BIN)/python -m tests.cluster --check; then $(BIN)/python -m pytest; \
+	else trap 'echo "NOT RUN: tests/cluster, the tests on a Slurm cluster; the reason is above" >&2' EXIT; \
+		$(BIN)/python -m pytest --ignore tests/cluster; fi
 
-lint: $(VENV)/.installed-test  ## ruff and mypy
+test-cluster: $(VENV)/.installed-test  ## the tests on a Slurm cluster of two nodes inside this machine (root on Debian or Ubuntu)
+	$(BIN)/python -m pytest tests/cluster
+
+lint: $(VENV)/.installed-test  ## ruff, mypy and shellcheck
+	@if command -v shellcheck; then shellcheck slurm/*.sh tools/*.sh .ci/run; \
+	else echo "shellcheck is not installed: shell scripts are not checked" >&2; fi
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -42,7 +49,8 @@ $(VENV)/.installed-base: constraints.txt tools/system_packages.sh
 	$(PIP) setuptools torch
 	touch $@
 
-$(VENV)/.installed-%: $(VENV)/.installed-base pyproject.toml
+$(VENV)/.installed-%: $(VENV)/.installed-base pyproject.toml tools/system_packages.sh
+	bash tools/system_packages.sh $(PYTHON) $*
 	$(PIP) --no-build-isolation --editable '.[$*]'
 	touch $@
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Installs what pip cannot: usage `bash tools/system_packages.sh PYTHON`. Root on Debian or Ubuntu: with apt-get.
-# Anyone else is told what to install; only what nothing works without is an error.
+# Installs what pip cannot: usage `bash tools/system_packages.sh PYTHON [test]`; with "test" what only tests need, too.
+# Root on Debian or Ubuntu: with apt-get. Anyone else is told what to install; only what nothing works without is an
+# error.
 set -euo pipefail
 python=$1
 
@@ -18,6 +19,14 @@ command -v g++ >/dev/null || needed+=(g++)
     needed+=(python3-dev)
 command -v numactl >/dev/null || useful+=(numactl)    # deepspeed --bind_cores_to_rank
 command -v mpirun >/dev/null || useful+=(openmpi-bin) # starting ranks with mpirun; the library of mpi4py
+if [ "${2:-}" = test ]; then
+    PATH=$PATH:/usr/sbin:/sbin
+    command -v shellcheck >/dev/null || useful+=(shellcheck)
+    # The Slurm cluster of tests/cluster.
+    command -v ip >/dev/null || useful+=(iproute2)
+    command -v munged >/dev/null || useful+=(munge)
+    { command -v slurmctld && command -v slurmd && command -v sbatch; } >/dev/null || useful+=(slurm-wlm)
+fi
 
 missing=(${needed[@]+"${needed[@]}"} ${useful[@]+"${useful[@]}"})
 [ ${#missing[@]} -eq 0 ] && exit 0
@@ -33,4 +42,4 @@ if [ ${#needed[@]} -gt 0 ]; then
     echo "Nothing works without: ${needed[*]}. Install and run make again." >&2
     exit 1
 fi
-echo "Going on without them: core binding and mpirun are not available." >&2
+echo "Going on without them; what needs them is not available." >&2
