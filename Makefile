@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint bench-step clean
+.PHONY: help demo test lint bench-step bench-rank clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -27,6 +27,9 @@ lint: $(VENV)/.installed-test  ## ruff and mypy
 
 bench-step: $(VENV)/.installed-bench  ## time one training step against PEFT's LoRA and DoRA; ARGS="--help" for its flags
 	$(BIN)/python benchmarks/step.py $(ARGS)
+
+bench-rank: $(VENV)/.installed-bench  ## train dynamic rank and LoRA on real text, several seeds; ARGS="--help" for its flags
+	$(BIN)/python benchmarks/dynamic_rank.py $(ARGS)
 
 clean:  ## remove .venv and caches (runs/ stays)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -138,6 +138,10 @@ def _validate(options: argparse.Namespace) -> None:
         config.check_engine_options()
     if options.world_size is not None:
         print(json.dumps(config.deepspeed_config(options.world_size), indent=2))
+    if config.adapter.dynamic_rank and config.training.max_steps is not None:
+        from dora_dist.training.run import pruning_budget
+
+        pruning_budget(config, config.training.max_steps)
     adapter, training = config.adapter, config.training
     most = training.global_batch_size
     evenly = ", ".join(str(count) for count in range(1, most + 1) if config.batch_plan(count).empty == 0)
@@ -227,13 +231,17 @@ def _import_gguf(options: argparse.Namespace) -> None:
     print(options.output)
 
 
+_DATA_FIELDS: dict[str, Any] = {"text_fields": str, "label_field": str, "cutoff_len": int, "doc_stride": int}
+
+
 def _declare_evaluate(commands: Commands) -> None:
     command = _command(
         commands,
         "evaluate",
         _evaluate,
-        "measure accuracy on multiple-choice and answer-extraction tasks",
-        "dora-dist evaluate runs/quickstart/train --tasks boolq=boolq.json piqa=piqa.json",
+        "measure a model on files: accuracy of a language model's answers, or the metrics of its own task",
+        "dora-dist evaluate runs/quickstart/train --tasks boolq=boolq.json piqa=piqa.json\n"
+        "          dora-dist evaluate runs/glue_sst2 --tasks sst2=dev.jsonl",
     )
     command.add_argument("model", metavar="MODEL", help="model folder, hub name, PEFT folder, checkpoint or run folder")
     command.add_argument(
@@ -242,13 +250,14 @@ def _declare_evaluate(commands: Commands) -> None:
         type=_task,
         required=True,
         metavar="NAME=FILE",
-        help="records in the format that --format names",
+        help="records in the format that --format names; for a classifier, answer finder or summariser those of its "
+        "training",
     )
     command.add_argument(
         "--format",
         choices=("instruction", "alpaca", "completion"),
         default="instruction",
-        help="how the records become prompts, as data.format says in training (%(default)s)",
+        help="how the records become a language model's prompts, as data.format says in training (%(default)s)",
     )
     command.add_argument(
         "--mode",
@@ -259,10 +268,13 @@ def _declare_evaluate(commands: Commands) -> None:
     )
     command.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="records at a time (%(default)s)")
     command.add_argument(
-        "--num-beams", type=_positive, default=4, metavar="N", help="beams when generating (%(default)s)"
+        "--num-beams", type=_positive, metavar="N", help="beams when generating (4, or as a run that summarises has it)"
     )
     command.add_argument(
-        "--max-new-tokens", type=_positive, default=32, metavar="N", help="tokens to generate (%(default)s)"
+        "--max-new-tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens to generate (32, or as a run that summarises has it)",
     )
     command.add_argument(
         "--normalise",
@@ -271,8 +283,24 @@ def _declare_evaluate(commands: Commands) -> None:
         help="likelihood of the whole answer or of its average token (%(default)s)",
     )
     command.add_argument("--limit", type=_positive, metavar="N", help="only the first N records of each task")
-    command.add_argument("--dtype", choices=_DTYPES, default="bf16", help="number format (%(default)s)")
+    command.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="number format (bf16; for other models than language models the run's, or fp32)",
+    )
     command.add_argument("--output", type=Path, metavar="FILE", help="write the result there as JSON, too")
+    _add_data_fields(command)
+
+
+def _add_data_fields(command: argparse.ArgumentParser) -> None:
+    for name, kind in _DATA_FIELDS.items():
+        command.add_argument(
+            f"--{name.replace('_', '-')}",
+            nargs="+" if name == "text_fields" else None,
+            type=kind,
+            metavar="NAME" if kind is str else "N",
+            help=f"data.{name} for a classifier, answer finder or summariser (the run's, or as in training)",
+        )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -293,6 +321,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         limit=options.limit,
         dtype=options.dtype,
         output=options.output,
+        fields={name: getattr(options, name) for name in _DATA_FIELDS if getattr(options, name) is not None},
     )
     print(as_table(result))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_dist import run_folder
-from dora_dist.adapters.peft_format import CONFIG_NAME, AdapterLayer, PeftFolder
+from dora_dist.adapters.peft_format import CONFIG_NAME, AdapterLayer, PeftFolder, read_json_object
 from dora_dist.config import is_local
 from dora_dist.errors import UserError
 from dora_dist.models.hub import fetch
@@ -93,7 +93,7 @@ def consolidate(
         raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     adapter = PeftFolder.open(adapter_folder)
     base = _base_path(str(base_folder), adapter.config.get("revision"))
-    config = _read_config(base)
+    config = read_json_object(base / "config.json", "give a Hugging Face model folder as base")
     output = Path(output).resolve()
     _check_output(output, base, Path(adapter_folder))
     tensors = TensorFolder.open(base)
@@ -184,17 +184,6 @@ def _base_path(name: str, revision: str | None) -> Path:
     if not Path(name).is_dir():
         raise UserError(f"base model {name!r}: no such folder; give the base's folder or hub name with --base")
     return Path(name)
-
-
-def _read_config(base: Path) -> dict[str, Any]:
-    path = base / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error}); give a Hugging Face model folder as base") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object; give a Hugging Face model folder as base")
-    return config
 
 
 def _check_output(output: Path, base: Path, adapter: Path) -> None:

@@ -1,7 +1,7 @@
 """What a run leaves on disk, and where: the one place that knows the folder's layout.
 
 RUN_DIR/
-    config.json  deepspeed.json  metrics.jsonl  .in_use
+    config.json  deepspeed.json  metrics.jsonl  tensorboard/  .in_use
     best.json                      {"checkpoint": "checkpoint-80", "eval_loss": ...}, or another metric
     checkpoint-80/
         manifest.json              written last: step, model fingerprint, every file's size and sha256
@@ -21,13 +21,14 @@ from filelock import FileLock, Timeout
 
 from dora_dist.errors import UserError
 
-MANIFEST, STATE, TRAINER_STATE, ADAPTER = (
+CONFIG, MANIFEST, STATE, TRAINER_STATE, ADAPTER = (
+    "config.json",
     "manifest.json",
     "state.safetensors",
     "trainer_state.json",
     "adapter",
 )
-METRICS, IN_USE = "metrics.jsonl", ".in_use"
+METRICS, TENSORBOARD, IN_USE = "metrics.jsonl", "tensorboard", ".in_use"
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -147,6 +148,19 @@ def best_checkpoint(run_dir: Path) -> Path | None:
     except (OSError, ValueError, KeyError):
         return None
     return best if is_complete(best) else None
+
+
+def config_of(adapter: Path) -> dict[str, Any]:
+    """The configuration of the run that an adapter folder lies in, as it was written; {} if it lies in none."""
+    checkpoint = adapter.resolve().parent
+    file = checkpoint.parent / CONFIG
+    if adapter.resolve().name != ADAPTER or not (checkpoint / MANIFEST).is_file() or not file.is_file():
+        return {}
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); mend it, or move the adapter away from it") from error
+    return config
 
 
 def set_best(run_dir: Path, checkpoint: Path, value: float, metric: str = "eval_loss") -> None:

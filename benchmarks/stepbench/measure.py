@@ -69,7 +69,7 @@ class Run:
         from deepspeed.accelerator import get_accelerator
         from transformers.integrations import HfDeepSpeedConfig
 
-        from stepbench.models import build, dynamic, unsharded
+        from stepbench.models import build, pruner, unsharded
 
         self.settings, self.accelerator = settings, get_accelerator()
         # As under HF Trainer: while it lives, from_pretrained makes shards and PEFT gathers what it reads.
@@ -81,11 +81,13 @@ class Run:
         self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings.deepspeed_config())[0]
         if wrong := list(unsharded(model, settings)):
             raise RuntimeError(f"{variant}: not sharded, or not bf16: {wrong[:5]}")
-        self.pruner = dynamic(model, self.engine, settings) if variant == "dynamic" else None
+        self.pruner = pruner(variant, model, self.engine, settings)
         self.losses: list[float] = []
 
     def measure(self, profile: bool) -> dict[str, Any]:
         """Warm-up (the engine's trace of modules must be complete), timed steps, one step with bytes counted."""
+        from stepbench.models import open_components
+
         settings = self.settings
         for _ in range(settings.warmup):
             self.step()
@@ -102,6 +104,8 @@ class Run:
         with ReceivedBytes() as received:
             self.step()
         refresh_bytes = (self.norms.bytes_received if self.norms else 0) - refresh_bytes
+        if self.pruner:
+            self.pruner.settle()  # the last step has opened closed gates again
         on_gpu = self.accelerator.device_name() != "cpu"
         return {
             "device": device_description(),
@@ -109,6 +113,8 @@ class Run:
             "cpu_seconds": [cpu for _, cpu in measured],
             "losses": self.losses,
             "trainable": self.trainable,
+            "optimizer_bytes": optimizer_bytes(self.engine),
+            "open_components": open_components(self.engine.module),
             "peak_rss_bytes": max(built_peak, peak_rss()),
             "peak_rss_steps_bytes": peak_rss(),
             "peak_device_bytes": self.accelerator.max_memory_allocated() if on_gpu else None,
@@ -199,6 +205,15 @@ class ReceivedBytes:
             return real(*args, **kwargs)
 
         return counted
+
+
+def optimizer_bytes(engine: Any) -> int:
+    """What this rank's optimizer holds: fp32 masters and their Adam state."""
+    from dora_dist.zero3.shards import inner_optimizer
+
+    state = inner_optimizer(engine).state
+    tensors = [*state, *(value for entry in state.values() for value in entry.values())]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def peak_rss() -> int:

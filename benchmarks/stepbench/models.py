@@ -1,4 +1,4 @@
-"""The five variants: one base model on ZeRO-3 shards, each adapted in its own way."""
+"""The variants: one base model on ZeRO-3 shards, each adapted in its own way."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from stepbench.settings import TARGETS, Settings
+
+GATED = ("gated", "dynamic", "closed", "compacted")
 
 
 def write_base(folder: Path, settings: Settings) -> None:
@@ -46,7 +48,7 @@ def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
     In every variant the embedding's output requires a gradient, as in the middle of a deep stack: all layers
     compute input gradients, and "no adapter" does all of the backward but the adapters' own.
     """
-    if variant in ("dora", "lora", "gated", "dynamic"):
+    if variant in ("dora", "lora", *GATED):
         model, norms = _ours(variant, base, settings)
     else:
         model, norms = _hugging_face(base), None
@@ -68,14 +70,10 @@ def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
     from dora_dist.models.build import build_model
     from dora_dist.zero3.shards import ShardedPlacement
 
-    gated = variant in ("gated", "dynamic")
-    spec = AdapterSpec(
-        start_rank(settings) if gated else settings.r,
-        settings.alpha,
-        weight_decomposed=variant != "lora",
-        dropout=settings.dropout,
-        gated=gated,
-    )
+    r, alpha = settings.start_rank if variant in GATED else settings.r, settings.alpha
+    if variant == "compacted":
+        r, alpha = settings.kept_rank, alpha * settings.kept_rank / r  # the update's scaling stays
+    spec = AdapterSpec(r, alpha, weight_decomposed=variant != "lora", dropout=settings.dropout, gated=variant in GATED)
     placement = ShardedPlacement(settings.deepspeed_config())
     adapted = build_model(base, by_pattern(spec, TARGETS), placement)
     return adapted.model, adapted.norms
@@ -109,19 +107,33 @@ def _peft(model: nn.Module, use_dora: bool, settings: Settings) -> nn.Module:
     return model
 
 
-def start_rank(settings: Settings) -> int:
-    """Components of a layer at the start of a dynamic-rank run: half as many again as it ends with."""
-    return -(-3 * settings.r // 2)
+def pruner(variant: str, model: nn.Module, engine: Any, settings: Settings) -> Any:
+    """What prunes this variant's components: None for most. Collective.
 
-
-def dynamic(model: nn.Module, engine: Any, settings: Settings) -> Any:
-    """A pruner that scores after every step, and prunes after every one too: more than any run does. Collective."""
+    "dynamic" scores after every step, and prunes after every one too: more than any run does. "closed" is a run whose
+    mask is final and that goes on with all its components: those pruned are held at 0.
+    """
+    if variant not in ("dynamic", "closed"):
+        return None
     from dora_dist.adapters.components import Budget
     from dora_dist.zero3.components import ShardedComponentPruner
     from dora_dist.zero3.shards import inner_optimizer
 
-    budget = Budget(settings.r, start_rank(settings), first=1, last=1000, every=1)
-    return ShardedComponentPruner(model, inner_optimizer(engine), budget, dem=0.3)
+    last = 1000 if variant == "dynamic" else 2
+    budget = Budget(settings.r, settings.start_rank, first=1, last=last, every=1)
+    pruner = ShardedComponentPruner(model, inner_optimizer(engine), budget, dem=0.3)
+    if variant == "closed":
+        closed = torch.arange(settings.start_rank) >= settings.kept_rank
+        pruner.load(last, pruner.scores, dict.fromkeys(pruner.layers, closed))
+    return pruner
+
+
+def open_components(model: nn.Module) -> int:
+    """How many gates are not 0, of those that this rank holds."""
+    from dora_dist.zero3.shards import local_piece
+
+    gates = [p for name, p in model.named_parameters() if name.endswith("lora_gates")]
+    return sum(int(local_piece(p).values.count_nonzero()) for p in gates)
 
 
 def unsharded(model: nn.Module, settings: Settings) -> Iterator[str]:

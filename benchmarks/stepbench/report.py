@@ -58,6 +58,8 @@ def _variant(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
         "norm_refresh_share": statistics.median(ranks[0]["norm_refresh_seconds"] for ranks in rounds) / median,
         "scoring_share": statistics.median(ranks[0]["scoring_seconds"] for ranks in rounds) / median,
         "trainable": first[0]["trainable"],
+        "optimizer_bytes": max(rank["optimizer_bytes"] for rank in first),
+        "open_components": sum(rank["open_components"] for rank in first),
         "first_loss": statistics.mean(rank["losses"][0] for rank in first),
         "losses": [statistics.mean(step) for step in zip(*(rank["losses"] for rank in first), strict=True)],
     }
@@ -68,6 +70,7 @@ def table(report: dict[str, Any]) -> str:
     head = (
         f"{'variant':25s}{'median s':>9s}{'min':>8s}{'IQR':>7s}{'CPU s':>8s}{'/ PEFT LoRA':>12s}{'/ PEFT DoRA':>12s}"
         f"{'peak MB':>9s}{'received MB':>12s}{'norm MB':>9s}{'norm %':>8s}{'score %':>8s}"
+        f"{'trained M':>11s}{'optimizer MB':>13s}"
     )
     lines = [head]
     for variant, e in report["variants"].items():
@@ -77,6 +80,7 @@ def table(report: dict[str, Any]) -> str:
             f"{VARIANTS[variant]:25s}{e['median_seconds']:9.3f}{e['min_seconds']:8.3f}{e['iqr_seconds']:7.3f}{e['median_cpu_seconds']:8.3f}{ratios}"
             f"{peak / 1e6:9.0f}{e['received_bytes'] / 1e6:12.1f}{e['norm_refresh_bytes'] / 1e6:9.2f}"
             f"{100 * e['norm_refresh_share']:8.2f}{100 * e['scoring_share']:8.2f}"
+            f"{e['trainable'] / 1e6:11.3f}{e['optimizer_bytes'] / 1e6:13.2f}"
         )
     return "\n".join(lines)
 

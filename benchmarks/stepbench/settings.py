@@ -14,6 +14,8 @@ VARIANTS = {
     "peft-dora": "PEFT, DoRA",
     "gated": "this project, gated DoRA",
     "dynamic": "  with scoring, DEM",
+    "closed": "this project, gates closed",
+    "compacted": "this project, compacted",
 }
 DEFAULT_VARIANTS = ["dora", "lora", "none", "peft-lora", "peft-dora"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -21,7 +23,10 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes are those of two LLaMA-7B layers by default; `engine` is merged into the DeepSpeed JSON last."""
+    """Sizes are those of two LLaMA-7B layers by default; `engine` is merged into the DeepSpeed JSON last.
+
+    `kept` is the share of a layer's components that "closed" leaves open, and that "compacted" has.
+    """
 
     hidden: int = 4096
     ffn: int = 11008
@@ -32,6 +37,7 @@ class Settings:
     r: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
+    kept: float = 0.5
     checkpointing: bool = True
     peft_fp32: bool = False
     ranks: int = 2
@@ -66,6 +72,16 @@ class Settings:
             "steps_per_print": 1_000_000_000,
         }
         return _merged(config, self.engine or {})
+
+    @property
+    def start_rank(self) -> int:
+        """Components of a layer at the start of a dynamic-rank run: half as many again as it ends with."""
+        return -(-3 * self.r // 2)
+
+    @property
+    def kept_rank(self) -> int:
+        """Those of them that are left in "closed" and "compacted"."""
+        return max(1, round(self.kept * self.start_rank))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -21,6 +21,8 @@ FAMILY_TARGETS: dict[str, list[str]] = dict.fromkeys(
 _BERT_LIKE = ["query", "key", "value", "intermediate.dense", "output.dense"]
 FAMILY_TARGETS |= dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT_LIKE)
 FAMILY_TARGETS["deberta-v2"] = ["query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"]
+# The same six of an encoder-decoder: every projection of its three kinds of attention, and both of its feed-forwards.
+FAMILY_TARGETS["bart"] = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj", "encoder_attn.out_proj", "fc1", "fc2"]
 FAMILY_TARGETS["mpnet"] = ["attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense"]
 
 

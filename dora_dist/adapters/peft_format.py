@@ -71,6 +71,9 @@ _HEADS_PEFT_ADDS = {"classifier", "score", "qa_outputs"}
 _ZERO_ROW_B = 2.0**-10
 
 
+_REMEDY = "save the adapter again"
+
+
 @dataclass
 class AdapterLayer:
     """One adapted module; fp32 CPU tensors in PEFT's layout.
@@ -129,7 +132,7 @@ class PeftFolder:
             raise UserError(f"{path}: no {WEIGHTS_STEM}.safetensors; {hint}")
         folder = cls(path, config, TensorFolder.open(path, stem=WEIGHTS_STEM))
         if (path / MODEL_CONFIG_NAME).is_file():
-            folder.model_config = _read_object(path / MODEL_CONFIG_NAME)
+            folder.model_config = read_json_object(path / MODEL_CONFIG_NAME, _REMEDY)
         for name in folder.tensors.entries:
             if saved := _saved_name(name, config.get("modules_to_save") or []):
                 folder.trained[saved] = name
@@ -316,7 +319,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     """The checked adapter_config.json."""
     if not path.is_file():
         raise UserError(f"{path.parent}: not a PEFT adapter folder, it has no {path.name}")
-    config = _read_object(path)
+    config = read_json_object(path, _REMEDY)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type={config.get('peft_type')!r} is not supported; LORA and its DoRA are")
     for name, value in config.items():
@@ -339,13 +342,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError, which ends with `remedy`, for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); save the adapter again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object; save the adapter again")
+        raise UserError(f"{path}: not a JSON object; {remedy}")
     return value
 
 

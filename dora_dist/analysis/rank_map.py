@@ -13,11 +13,11 @@ from dora_dist.adapters.components import Budget, PruningEvent
 def rank_table(event: PruningEvent) -> str:
     """Adapter ranks after a pruning as text: a line per layer of the model, a column per kind of module."""
     layers, kinds, ranks = _grid(event)
-    widths = [max(len(kind), 4) for kind in kinds]
-    lines = ["layer  " + "  ".join(f"{kind:>{width}}" for kind, width in zip(kinds, widths, strict=True))]
+    first, widths = max(map(len, ["layer", *layers])), [max(len(kind), 4) for kind in kinds]
+    lines = [f"{'layer':>{first}}  " + "  ".join(f"{kind:>{width}}" for kind, width in zip(kinds, widths, strict=True))]
     for layer, row in zip(layers, ranks.tolist(), strict=True):
         cells = (f"{'' if r < 0 else r:>{width}}" for r, width in zip(row, widths, strict=True))
-        lines.append(f"{layer:>5}  " + "  ".join(cells))
+        lines.append(f"{layer:>{first}}  " + "  ".join(cells))
     return "\n".join(lines)
 
 
@@ -58,7 +58,13 @@ def write_rank_map(events: Sequence[PruningEvent], budget: Budget, path: Path) -
 
 def _grid(event: PruningEvent) -> tuple[list[str], list[str], Tensor]:
     """Layers, kinds of module, and ranks (layers, kinds), -1 where a layer has no such module."""
-    places = {name: _place(name) for name in event.by_layer}
+    found = {name: _place(name) for name in event.by_layer}
+    stacks = [stack.split(".") for stack in dict.fromkeys(stack for stack, _, _ in found.values())]
+    shared = set.intersection(*map(set, stacks))
+    places = {}
+    for name, (stack, number, kind) in found.items():
+        own = [part for part in stack.split(".") if part not in shared]  # "encoder", where there is a decoder too
+        places[name] = (" ".join([*own, number]), kind)
     layers = list(dict.fromkeys(layer for layer, _ in places.values()))
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     ranks = torch.full((len(layers), len(kinds)), -1)
@@ -67,10 +73,9 @@ def _grid(event: PruningEvent) -> tuple[list[str], list[str], Tensor]:
     return layers, kinds, ranks
 
 
-def _place(name: str) -> tuple[str, str]:
-    """ "model.layers.3.self_attn.q_proj" -> ("3", "q_proj"); what follows the layer's number tells modules apart."""
+def _place(name: str) -> tuple[str, str, str]:
+    """ "model.layers.3.self_attn.q_proj" -> ("model.layers", "3", "q_proj"): a stack of layers, a layer, a module."""
     match = re.search(r"\.(\d+)\.(.+)$", name)
     if match is None:
-        return "-", name
-    kind = match[2]
-    return match[1], kind.removeprefix("self_attn.").removeprefix("mlp.")
+        return "", "-", name
+    return name[: match.start()], match[1], match[2].removeprefix("self_attn.").removeprefix("mlp.")

@@ -46,12 +46,16 @@ def _validation(config: RunConfig) -> Iterator[str]:
         )
 
 
-_FORMATS_OF_TASKS = {"sequence_classification": "classification", "question_answering": "squad"}
+FORMATS_OF_TASKS = {
+    "sequence_classification": "classification",
+    "question_answering": "squad",
+    "seq2seq_lm": "summarisation",
+}
 
 
 def _task(config: RunConfig) -> Iterator[str]:
     task, format, metric = config.model.task, config.data.format, config.training.metric
-    for name, its_format in _FORMATS_OF_TASKS.items():
+    for name, its_format in FORMATS_OF_TASKS.items():
         if (task == name) != (format == its_format):
             yield (
                 f'model.task = "{task}" and data.format = "{format}": {name} and the format {its_format} go together'
@@ -59,6 +63,8 @@ def _task(config: RunConfig) -> Iterator[str]:
     known = ["loss"]
     if task == "question_answering":
         known += ["f1", "exact_match"]
+    elif task == "seq2seq_lm":
+        known += ["rouge1", "rouge2", "rougeL"]
     elif task == "sequence_classification" and config.model.num_labels == 1:
         known += ["pearson", "spearman"]
     elif task == "sequence_classification":
@@ -67,6 +73,8 @@ def _task(config: RunConfig) -> Iterator[str]:
         given = f'training.metric = "{metric}": there is none for model.task = "{task}"'
         labels = f" with model.num_labels = {config.model.num_labels}" if task == "sequence_classification" else ""
         yield f"{given}{labels}; use {', '.join(known)}"
+    if task == "seq2seq_lm" and len(config.data.text_fields) > 1:
+        yield f"data.text_fields = {json.dumps(config.data.text_fields)}: a document is one field; name one"
     if task == "question_answering" and config.data.doc_stride >= config.data.cutoff_len // 2:
         yield (
             f"data.doc_stride = {config.data.doc_stride}: must be below half of data.cutoff_len = "

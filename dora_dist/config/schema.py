@@ -41,10 +41,10 @@ class ModelConfig(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         default="sdpa", description="Attention code that transformers uses; eager where a model has no sdpa"
     )
-    task: Literal["causal_lm", "sequence_classification", "question_answering"] = Field(
+    task: Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq_lm"] = Field(
         default="causal_lm",
         description="What the model is for: causal_lm predicts the next token; sequence_classification labels a text, "
-        "or rates it; question_answering finds the answer in a text",
+        "or rates it; question_answering finds the answer in a text; seq2seq_lm reads a text and writes another",
     )
     num_labels: int = Field(
         default=2, ge=1, description="Labels of sequence_classification: 0 up to this number; 1: a rating (regression)"
@@ -142,27 +142,42 @@ class DataConfig(Section):
         ge=0,
         description="Records held out from the training data for validation when there is no validation file",
     )
-    format: Literal["instruction", "alpaca", "completion", "messages", "classification", "squad"] = Field(
-        default="instruction",
-        description="Records: instruction (the paper's prompt), alpaca, completion (prompt and completion as they "
-        "are), messages (the chat template), classification (one or two texts and a label), or squad (question, "
-        "context, answers)",
+    format: Literal["instruction", "alpaca", "completion", "messages", "classification", "squad", "summarisation"] = (
+        Field(
+            default="instruction",
+            description="Records: instruction (the paper's prompt), alpaca, completion (prompt and completion as they "
+            "are), messages (the chat template), classification (one or two texts and a label), squad (question, "
+            "context, answers), or summarisation (a document and its summary)",
+        )
     )
     text_fields: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=2)] = Field(
-        default=["text"], description="Where a classification record has its text, or its two texts"
+        default=["text"],
+        description="Where a classification record has its text, or its two texts, and a summarisation record its "
+        "document",
     )
     label_field: str = Field(
-        default="label", min_length=1, description="Where a classification record has its label, or its rating"
+        default="label",
+        min_length=1,
+        description="Where a classification record has its label, or its rating, and a summarisation record its "
+        "summary",
     )
     loss_on: Literal["all", "answer"] = Field(
         default="all",
         description="Tokens that count in the loss: all (prompt and answer, as in the paper), or answer",
     )
     cutoff_len: int = Field(default=256, ge=8, description="Longest record in tokens; longer ones are cut and counted")
+    target_len: int = Field(
+        default=64, ge=2, description="Longest summary in tokens, in training and when one is generated (summarisation)"
+    )
     doc_stride: int = Field(
         default=128,
         ge=0,
         description="Tokens that windows of a text share where it is too long to be read at once (squad)",
+    )
+    cache: Annotated[str, Field(min_length=1)] | None = Field(
+        default="~/.cache/dora_dist",
+        description="Folder for tokenized data: one rank of a node makes it for the others and for later runs; null: "
+        "every rank tokenizes for itself",
     )
     num_workers: int = Field(default=0, ge=0, description="Loader processes per rank; 0: load in the rank itself")
 
@@ -199,10 +214,13 @@ class TrainingConfig(Section):
     eval_every: int | None = Field(
         default=None, ge=1, description="Optimizer steps between evaluations; null: none in training"
     )
-    metric: Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match"] = Field(
+    metric: Literal[
+        "loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "rouge1", "rouge2", "rougeL"
+    ] = Field(
         default="loss",
         description="What makes a checkpoint the best in evaluation: the lowest loss, or the highest of the others",
     )
+    num_beams: int = Field(default=4, ge=1, description="Beams that evaluation generates with (seq2seq_lm)")
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="Seed of initial values, data order and dropout")
 
 

@@ -1,5 +1,6 @@
 """From files of records to batches of token ids: formats, loading, tokenising, ordering, padding."""
 
+from dora_dist.data.build import build_data
 from dora_dist.data.collate import Collator, WithFiller
 from dora_dist.data.dataset import IGNORED, TokenizedData, TokenizedDataset, build_dataset
 from dora_dist.data.formats import FORMATS
@@ -7,6 +8,7 @@ from dora_dist.data.labelled import LabelledCollator, LabelledDataset, WithLabel
 from dora_dist.data.records import load_records
 from dora_dist.data.sampler import FILLER, EpochBatches, EpochDataLoader
 from dora_dist.data.spans import SpanDataset, build_spans
+from dora_dist.data.summaries import SummaryDataset, build_summaries
 
 __all__ = [
     "FILLER",
@@ -18,12 +20,15 @@ __all__ = [
     "LabelledCollator",
     "LabelledDataset",
     "SpanDataset",
+    "SummaryDataset",
     "TokenizedData",
     "TokenizedDataset",
     "WithFiller",
     "WithLabelledFiller",
+    "build_data",
     "build_dataset",
     "build_labelled",
     "build_spans",
+    "build_summaries",
     "load_records",
 ]

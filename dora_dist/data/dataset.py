@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dora_dist.data.cache import key_of, tensors_once
 from dora_dist.data.formats import FORMATS, Rendered
 from dora_dist.data.records import FIELDS, Record, read_records
 from dora_dist.errors import UserError
@@ -131,10 +133,29 @@ class _Store:
     tokens: Tensor
     labels: Tensor
     starts: Tensor
-    truncated: list[bool]
+    truncated: Tensor
 
 
 def _tokenize(
+    sources: Sequence[str],
+    field: str,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    progress: bool,
+) -> _Store:
+    """The records of `sources` as token ids; from the cache where they are in it."""
+
+    def make() -> dict[str, Tensor]:
+        return asdict(_tokenize_anew(sources, field, data, tokenizer, progress))
+
+    settings = {name: getattr(data, name) for name in ("format", "loss_on", "cutoff_len")}
+    key = key_of(sources, tokenizer, settings) if data.cache is not None else None
+    if data.cache is None or key is None:
+        return _tokenize_anew(sources, field, data, tokenizer, progress)
+    return _Store(**tensors_once(Path(data.cache).expanduser() / "tokenized", key, make))
+
+
+def _tokenize_anew(
     sources: Sequence[str],
     field: str,
     data: DataConfig,
@@ -159,7 +180,7 @@ def _tokenize(
                 starts.append(len(tokens))
             bar.update(len(chunk))
     flat_tokens, flat_labels = (torch.frombuffer(flat, dtype=torch.int32) for flat in (tokens, labels))
-    return _Store(flat_tokens, flat_labels, torch.tensor(starts), truncated)
+    return _Store(flat_tokens, flat_labels, torch.tensor(starts), torch.tensor(truncated))
 
 
 def _render(place: str, row: Record, data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Rendered:
@@ -198,7 +219,7 @@ def _select(
         samples=len(kept),
         tokens=int(lengths[kept].sum()),
         label_tokens=int(counts[kept].sum()),
-        truncated=sum(store.truncated[i] for i in samples),
+        truncated=int(store.truncated[list(samples)].sum()),
         without_labels=len(samples) - len(kept),
         cutoff_len=cutoff_len,
     )

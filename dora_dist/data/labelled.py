@@ -57,6 +57,10 @@ class LabelledDataset(Dataset[dict[str, Any]]):
             "label": self.labels[sample].tolist(),
         }
 
+    def first(self, count: int) -> LabelledDataset:
+        """The first `count` samples alone."""
+        return LabelledDataset(self.tokens, self.segments, self.starts, self.labels, self.index[:count])
+
 
 def build_labelled(
     data: DataConfig, tokenizer: PreTrainedTokenizerFast, *, num_labels: int, seed: int, progress: bool = True

@@ -67,13 +67,21 @@ def _check_fields(place: str, record: Any, fields: Mapping[str, type]) -> None:
             raise UserError(f'{place}: "{name}" must be {TYPE_NAMES[kind]}, found {_shown(record[name])}')
 
 
-def _read(source: str, split: str) -> Iterator[tuple[str, Any]]:
+def local_file(source: str) -> Path | None:
+    """The file that `source` names, None if it names a hub data set. Raises UserError for a file that is not there."""
     path = Path(source)
     if path.is_dir():
         raise UserError(f"{source} is a folder; name the data files in it ({', '.join(SUFFIXES)})")
-    if not path.exists():
-        if path.suffix in SUFFIXES or path.is_absolute():
-            raise UserError(f"data file {source} does not exist{_near(path)}")
+    if path.exists():
+        return path
+    if path.suffix in SUFFIXES or path.is_absolute():
+        raise UserError(f"data file {source} does not exist{_near(path)}")
+    return None
+
+
+def _read(source: str, split: str) -> Iterator[tuple[str, Any]]:
+    path = local_file(source)
+    if path is None:
         return _numbered(source, _hub_rows(source, split))
     if path.suffix == ".jsonl":
         return _read_lines(path)
@@ -135,7 +143,7 @@ def _hub_rows(source: str, split: str) -> Sequence[Any]:
     config, _, given = rest.partition(":")
     try:
         return datasets.load_dataset(name, config or None, split=given or split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError is about loading scripts, which are no more
         raise UserError(f"{source} is neither a file here nor a hub data set that can be loaded: {error}") from error
 
 

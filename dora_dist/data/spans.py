@@ -28,6 +28,13 @@ class SpanDataset(LabelledDataset):
     questions: list[Question]
     windows: list[Window]
 
+    def first(self, count: int) -> SpanDataset:
+        """The first `count` questions alone."""
+        windows = [window for window in self.windows if window.question < count]
+        part = SpanDataset(self.tokens, self.segments, self.starts, self.labels, self.index[: len(windows)])
+        part.questions, part.windows = self.questions[:count], windows
+        return part
+
 
 def build_spans(
     data: DataConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int, progress: bool = True

@@ -1,4 +1,4 @@
-"""`evaluate`: a model's path and task files to a JSON result; `score_task`: one task, a model in memory."""
+"""`evaluate`: a model's path and task files to a JSON result; `score_task`: one task, a language model in memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.data.formats import ANSWER_FIELDS, candidate, generation_prompt
-from dora_dist.data.records import FIELDS, Record, read_records
+from dora_dist.data.records import FIELDS, Record, local_file, read_records
 from dora_dist.errors import UserError
+from dora_dist.evaluation.encoders import evaluate_encoder
 from dora_dist.evaluation.tasks import candidates, gold_label, paper_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 MODES = ("generate", "likelihood")
+_DEFAULTS = ("generate", "instruction", "sum")
+_NOT_SHOWN = ("file", "without_answer", "seconds")
 
 
 @dataclass(frozen=True)
@@ -101,36 +104,80 @@ def evaluate(
     mode: str = "generate",
     format: str = "instruction",
     batch_size: int = 8,
-    num_beams: int = 4,
-    max_new_tokens: int = 32,
+    num_beams: int | None = None,
+    max_new_tokens: int | None = None,
     normalise: str = "sum",
     limit: int | None = None,
-    dtype: str = "bf16",
+    dtype: str | None = None,
     output: Path | None = None,
     progress: bool = True,
+    fields: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a Hugging Face folder, PEFT folder, checkpoint or run on task files, and return a JSON-ready
     result.
 
     Args:
-        tasks: name -> file with records of `format`. The paper's eight names need "answer" in every record;
-            any other name needs "choices" and mode "likelihood".
+        tasks: name -> file with records. A language model's are of `format`: the paper's eight names need "answer"
+            in every record, any other name needs "choices" and mode "likelihood". Other models' are of the format
+            that they are trained on.
+        num_beams, max_new_tokens: None: 4 and 32, or what a run that summarises was given.
         limit: only the first so many records of each file.
+        dtype: None: bf16 for a language model; see `evaluate_encoder` for others.
         output: where to write the result as JSON, too.
+        fields: of the configuration's data section (text_fields, label_field, cutoff_len, doc_stride), for models
+            that are no language models.
 
-    Files are read and checked before the model is loaded. Result: {"model", "mode", "settings", "tasks":
-    {name: {"file", "accuracy", "correct", "total", "without_answer", "seconds"}}, "average" (of the
-    accuracies), "load_seconds", "seconds"}. Raises UserError as `score_task` does, naming the file.
+    A language model's files are read and checked before it is loaded. Result: {"model", "mode", "settings", "tasks":
+    {name: {"file", "accuracy", "correct", "total", "without_answer", "seconds"}}, "average" (of the accuracies),
+    "load_seconds", "seconds"}; another model's has "task" instead of "mode" and "average", and its task's metrics.
+    Raises UserError as `score_task` does, naming the file.
     """
     _check(mode, format, batch_size, normalise)
     if not tasks:
         raise UserError("no task to evaluate; give at least one, as name and file")
-    records = {name: _read(name, str(file), mode, format, limit) for name, file in tasks.items()}
+    for file in tasks.values():
+        local_file(str(file))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
+    from dora_dist.models.inference import task_at
+    from dora_dist.models.tasks import CAUSAL_LM, SEQ2SEQ_LM
 
+    task, fields = task_at(str(model_path)), dict(fields or {})
+    common: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "progress": progress}
+    if task.name == CAUSAL_LM:
+        _refuse(task.name, **fields)
+        common |= {"num_beams": num_beams or 4, "max_new_tokens": max_new_tokens or 32, "dtype": dtype or "bf16"}
+        result = _evaluate_language_model(model_path, tasks, mode=mode, format=format, normalise=normalise, **common)
+    else:
+        given = {"mode": mode, "format": format, "normalise": normalise}
+        _refuse(task.name, **{name: None if value in _DEFAULTS else value for name, value in given.items()})
+        if task.name != SEQ2SEQ_LM:
+            _refuse(task.name, num_beams=num_beams, max_new_tokens=max_new_tokens)
+        elif max_new_tokens is not None:
+            fields["target_len"] = max_new_tokens
+        result = evaluate_encoder(model_path, task, tasks, fields=fields, num_beams=num_beams, dtype=dtype, **common)
+    if output is not None:
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _evaluate_language_model(
+    model_path: str | Path,
+    tasks: Mapping[str, str | Path],
+    *,
+    mode: str,
+    format: str,
+    normalise: str,
+    batch_size: int,
+    num_beams: int,
+    max_new_tokens: int,
+    limit: int | None,
+    dtype: str,
+    progress: bool,
+) -> dict[str, Any]:
     from dora_dist.models.inference import load_for_inference
 
+    records = {name: _read(name, str(file), mode, format, limit) for name, file in tasks.items()}
     started = time.perf_counter()
     model, tokenizer = load_for_inference(str(model_path), dtype)
     loaded = time.perf_counter()
@@ -151,7 +198,7 @@ def evaluate(
             "without_answer": score.predictions.count(None),
             "seconds": round(time.perf_counter() - began, 3),
         }
-    result = {
+    return {
         "model": str(model_path),
         "mode": mode,
         "settings": settings | {"dtype": dtype, "limit": limit},
@@ -160,19 +207,19 @@ def evaluate(
         "load_seconds": round(loaded - started, 3),
         "seconds": round(time.perf_counter() - loaded, 3),
     }
-    if output is not None:
-        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return result
 
 
 def as_table(result: Mapping[str, Any]) -> str:
-    """The result of `evaluate` as lines of text: a row per task and the average."""
-    rows = [("task", "accuracy", "correct", "total")]
-    for name, row in result["tasks"].items():
-        rows.append((name, f"{row['accuracy']:.4f}", f"{row['correct']:,}", f"{row['total']:,}"))
-    rows.append(("average", f"{result['average']:.4f}", "", ""))
-    width = max(len(row[0]) for row in rows)
-    return "\n".join(f"{a:<{width}}  {b:>8}  {c:>8}  {d:>8}".rstrip() for a, b, c, d in rows)
+    """The result of `evaluate` as lines of text: a row per task, and the average where there is one."""
+    scores = {name: {k: v for k, v in row.items() if k not in _NOT_SHOWN} for name, row in result["tasks"].items()}
+    columns = list(next(iter(scores.values())))
+    rows = [["task", *columns]]
+    for name, row in scores.items():
+        rows.append([name, *(f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for v in row.values())])
+    if "average" in result:
+        rows.append(["average", f"{result['average']:.4f}"])
+    width, wide = max(len(row[0]) for row in rows), max(8, *map(len, columns))
+    return "\n".join("  ".join([f"{row[0]:<{width}}", *(f"{cell:>{wide}}" for cell in row[1:])]) for row in rows)
 
 
 def _check(mode: str, format: str, batch_size: int, normalise: str) -> None:
@@ -186,6 +233,13 @@ def _check(mode: str, format: str, batch_size: int, normalise: str) -> None:
         raise UserError(f'normalise {normalise!r} is unknown; it is "sum" or "mean"')
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
+
+
+def _refuse(task: str, **settings: Any) -> None:
+    """Raise UserError for the first setting that is given."""
+    for name, value in settings.items():
+        if value is not None:
+            raise UserError(f"{name} = {value!r}: means nothing to this model, whose task is {task}; leave it out")
 
 
 def _read(task: str, file: str, mode: str, format: str, limit: int | None) -> list[Record]:

@@ -14,7 +14,7 @@ from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.errors import UserError
-from dora_dist.models.names import stored_names
+from dora_dist.models.names import locate, stored_names
 from dora_dist.models.placement import Placement
 from dora_dist.models.tasks import LANGUAGE_MODEL, Task, configure, default_trained, model_class
 from dora_dist.safetensors_io import TensorFolder
@@ -27,7 +27,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class AdaptedModel:
     """A model ready to train: `norms` is attached to it, `base` is the folder that its weights came from.
 
-    `trained` are the modules trained in full, `fresh` those of their parameters that the folder did not have.
+    `trained` are the modules trained in full, `fresh` those of their parameters that the folder did not have, and
+    `resized` those among these that it had in another shape, as {name: (shape there, shape here)}.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class AdaptedModel:
     task: Task = LANGUAGE_MODEL
     trained: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
+    resized: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
 
 
 def build_model(
@@ -62,21 +64,24 @@ def build_model(
     missing, misshapen or truncated tensors.
     """
     folder = TensorFolder.open(base)
+    stored = stored_names(folder.entries)
     model = skeleton(base, task, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
     if trained_modules is None:
-        trained = default_trained(model, task, stored_names(folder.entries))
+        trained = default_trained(model, task, stored)
     else:
         trained = trained_in_full(model, trained_modules)
     adapted = inject(model, plan, trained)
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}  # shards have none
     fresh = load_base(model, folder, placement, DTYPES[dtype], seed)
+    there = {n: locate(n, stored, model.base_model_prefix) for n in fresh}
+    resized = {n: (list(folder.entries[found].shape), list(shapes[n])) for n, found in there.items() if found}
     norms = placement.norms(model)
     norms.refresh()
     if start_from is not None:
         _assign(model, start_from, placement)
         _assign_trained(model, shapes, start_from, placement)
         norms.refresh()
-    return AdaptedModel(model, norms, adapted, base, folder.bytes_read, task, trained, fresh)
+    return AdaptedModel(model, norms, adapted, base, folder.bytes_read, task, trained, fresh, resized)
 
 
 def _assign(model: nn.Module, adapter: PeftAdapter, placement: Placement) -> None:

@@ -6,18 +6,28 @@ from typing import Any, cast
 
 from torch import nn
 
+from dora_dist.adapters.peft_format import PeftFolder
 from dora_dist.errors import UserError
 from dora_dist.models.names import locate
 
 CAUSAL_LM = "causal_lm"
 CLASSIFICATION = "sequence_classification"
 QUESTIONS = "question_answering"
-PEFT_TYPES = {CAUSAL_LM: "CAUSAL_LM", CLASSIFICATION: "SEQ_CLS", QUESTIONS: "QUESTION_ANS"}
+SEQ2SEQ_LM = "seq2seq_lm"
+GENERATIVE = (CAUSAL_LM, SEQ2SEQ_LM)
+"""Tasks whose answer is text, and whose models have no head of their own for it."""
+PEFT_TYPES = {
+    CAUSAL_LM: "CAUSAL_LM",
+    CLASSIFICATION: "SEQ_CLS",
+    QUESTIONS: "QUESTION_ANS",
+    SEQ2SEQ_LM: "SEQ_2_SEQ_LM",
+}
 """PEFT's `task_type` of each task."""
 _MAPPINGS = {
     CAUSAL_LM: ("MODEL_FOR_CAUSAL_LM_MAPPING", "AutoModelForCausalLM"),
     QUESTIONS: ("MODEL_FOR_QUESTION_ANSWERING_MAPPING", "AutoModelForQuestionAnswering"),
     CLASSIFICATION: ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "AutoModelForSequenceClassification"),
+    SEQ2SEQ_LM: ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "AutoModelForSeq2SeqLM"),
 }
 _KEPT_FIELDS = ("architectures", "id2label", "label2id", "problem_type")
 
@@ -47,25 +57,25 @@ def model_class(config: Any, task: Task, trust_remote_code: bool = False) -> typ
     """The class of transformers for a configuration and a task. Raises UserError where there is none."""
     from transformers.models.auto import modeling_auto
 
-    mapping, auto_class = _MAPPINGS[task.name]
+    mapping, auto_name = _MAPPINGS[task.name]
     known = getattr(modeling_auto, mapping)
     if type(config) in known:
         return cast(type[nn.Module], known[type(config)])
-    if trust_remote_code and auto_class in getattr(config, "auto_map", {}):
+    if trust_remote_code and auto_name in getattr(config, "auto_map", {}):
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        return get_class_from_dynamic_module(config.auto_map[auto_class], config._name_or_path)
+        return get_class_from_dynamic_module(config.auto_map[auto_name], config._name_or_path)
     kind = task.name.replace("_", " ").replace("causal lm", "causal language")
-    raise UserError(f"model.path: {config.model_type!r} is not a {kind} model that {auto_class} knows")
+    raise UserError(f"model.path: {config.model_type!r} is not a {kind} model that {auto_name} knows")
 
 
 def default_trained(model: Any, task: Task, stored: Mapping[str, str]) -> list[str]:
     """The modules of `model` to train in full unless told otherwise, by name.
 
-    None for a language model. Else the head, which is all that lies outside the pre-trained encoder, and the
-    encoder's own pooler where the folder (`stored_names`) has none.
+    None for a model that writes text. Else the head, which is all that lies outside the pre-trained encoder, and
+    the encoder's own pooler where the folder (`stored_names`) has none.
     """
-    if task.name == CAUSAL_LM:
+    if task.name in GENERATIVE:
         return []
     prefix = model.base_model_prefix
     names = [name for name, child in model.named_children() if name != prefix and _has_parameters(child)]
@@ -82,11 +92,38 @@ def kept_config(model: Any, task: Task) -> dict[str, Any]:
     """What the configuration of a model with an adapter has that its base's has not; plain JSON."""
     if task.name == CAUSAL_LM:
         return {}
-    full = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    architectures = [type(model).__name__]
+    if task.name == SEQ2SEQ_LM:
+        return {"architectures": architectures}
+    full = {**model.config.to_dict(), "architectures": architectures}
     return {name: full[name] for name in _KEPT_FIELDS if full.get(name) is not None}
 
 
-def task_of(task_type: str | None, model_config: Mapping[str, Any]) -> Task:
-    """The task that a saved adapter is for, from PEFT's `task_type` and its `kept_config`."""
+def task_of_adapter(adapter: PeftFolder) -> Task:
+    """The task that a saved adapter is for: from PEFT's `task_type`, and its `kept_config` if it has one.
+
+    A folder of PEFT's own says nowhere how many labels there are; its head's last layer has as many rows, and they
+    are fewer than any other's.
+    """
     names = {peft: name for name, peft in PEFT_TYPES.items()}
-    return Task(names.get(task_type or "", CAUSAL_LM), len(model_config.get("id2label") or range(2)))
+    rows = [adapter.tensors.entries[stored].shape[0] for stored in adapter.trained.values()]
+    labels = len(adapter.model_config.get("id2label") or ()) or min(rows, default=2)
+    return Task(names.get(adapter.config.get("task_type") or "", CAUSAL_LM), labels)
+
+
+def task_of_model(config: Mapping[str, Any]) -> Task:
+    """The task of a model folder, from its config.json; a language model's where its class says nothing else."""
+    from transformers.models.auto import modeling_auto
+
+    for name in (CLASSIFICATION, QUESTIONS, SEQ2SEQ_LM):
+        known = getattr(modeling_auto, f"{_MAPPINGS[name][0]}_NAMES").get(config.get("model_type"))
+        if known is not None and known in (config.get("architectures") or ()):
+            return Task(name, len(config.get("id2label") or range(2)))
+    return LANGUAGE_MODEL
+
+
+def auto_class(task: Task) -> Any:
+    """The class of transformers that reads a folder of any model for a task."""
+    import transformers
+
+    return getattr(transformers, _MAPPINGS[task.name][1])

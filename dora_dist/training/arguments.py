@@ -44,7 +44,7 @@ def training_arguments(config: RunConfig, world_size: int, deepspeed: dict[str, 
         save_steps=checkpoint.save_every or NEVER,
         logging_steps=config.logging.every,
         logging_nan_inf_filter=False,  # a loss that is not finite stops the run
-        report_to=["tensorboard"] if config.logging.tensorboard else [],
+        report_to=[],  # TensorBoard's callback is our own to place
         disable_tqdm=True,  # our own callback draws the bar
         average_tokens_across_devices=True,
         dataloader_num_workers=config.data.num_workers,

@@ -1,5 +1,6 @@
 """What a run minimises and measures: how samples become batches, batches a loss, and a validation set metrics."""
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from dora_dist.config import RunConfig
 from dora_dist.data import IGNORED, Collator, LabelledCollator, WithFiller, WithLabelledFiller
 from dora_dist.evaluation.glue import classification_metrics, rating_metrics
+from dora_dist.evaluation.rouge import rouge_metrics
 from dora_dist.evaluation.squad import predict, squad_metrics
-from dora_dist.models.tasks import CLASSIFICATION, QUESTIONS
+from dora_dist.models.tasks import CLASSIFICATION, QUESTIONS, SEQ2SEQ_LM
 
 Batch = dict[str, Any]
 PAD_TO_MULTIPLE_OF = 8  # few shapes: fewer kernels to build
@@ -37,16 +39,18 @@ class Objective(Protocol):
         ...
 
     def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
-        """Metrics over all ranks' `batches` of a `dataset` (collective); the same on every rank."""
+        """Metrics over all ranks' `batches` of a `dataset` (collective, if there are ranks); the same on every rank."""
         ...
 
 
-def objective(config: RunConfig, tokenizer: Any) -> Objective:
-    """The objective of a run's task."""
+def objective(config: RunConfig, tokenizer: Any, model: Any) -> Objective:
+    """The objective of a run's task, for a `model` of transformers."""
     if config.model.task == CLASSIFICATION:
         return Labelling(tokenizer, config.model.num_labels)
     if config.model.task == QUESTIONS:
         return SpanFinding(tokenizer, config.data.cutoff_len)
+    if config.model.task == SEQ2SEQ_LM:
+        return Summarising(tokenizer, model, config.data.target_len, config.training.num_beams)
     return LanguageModelling(tokenizer)
 
 
@@ -71,7 +75,7 @@ class LanguageModelling:
             # num_items_in_batch=1 makes the model return the SUM of its tokens' losses.
             total[0] += model(**batch, num_items_in_batch=1).loss.double()
             total[1] += (batch["shift_labels"] != IGNORED).sum()
-        dist.all_reduce(total)
+        _add_up(total)
         return {"loss": float(total[0] / total[1])}
 
 
@@ -128,9 +132,17 @@ def _label_losses(logits: Tensor, labels: Tensor, rating: bool) -> Tensor:
 def _everyones(batches: list[Tensor]) -> Tensor:
     """This rank's batches of rows -> all ranks' rows, in the data set's order, with its fillers at the end."""
     local = torch.stack(batches)
+    if not dist.is_initialized():
+        return local.flatten(0, 1)
     parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, local)
     return torch.stack(parts, dim=1).flatten(0, 2)  # rank k has batches k, k + W, ... of the set
+
+
+def _add_up(total: Tensor) -> None:
+    """Sum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(total)
 
 
 class SpanFinding:
@@ -160,7 +172,7 @@ class SpanFinding:
             total[0] += _span_losses(logits, labels)
             total[1] += (labels != IGNORED).sum()
             found.append(F.pad(logits, (0, 0, 0, self.longest - logits.shape[1]), value=_IMPOSSIBLE))
-        dist.all_reduce(total)
+        _add_up(total)
         logits = _everyones(found)[: len(dataset)].cpu()
         answers = predict(dataset.questions, dataset.windows, logits)
         return {"loss": float(total[0] / total[1]), **squad_metrics(dataset.questions, answers)}
@@ -179,3 +191,57 @@ def _span_logits(outputs: Any, mask: Tensor) -> Tensor:
 def _span_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum over both ends; labels (rows, 2)."""
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+
+class Summarising:
+    """Cross entropy per token of the summary, after the document; ROUGE of the summaries that the model writes."""
+
+    def __init__(self, tokenizer: Any, model: Any, target_len: int, num_beams: int) -> None:
+        from transformers import DataCollatorForSeq2Seq
+
+        # Padding, labels and, from `model`'s configuration, the decoder's input: the labels one place later.
+        self.collator = DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
+        self.tokenizer, self.target_len = tokenizer, target_len
+        # Beside beams and lengths as the model's folder has it: how a summary starts and ends is the model's own.
+        self.generation = copy.deepcopy(model.generation_config)
+        self.generation.update(
+            num_beams=num_beams, max_new_tokens=target_len, max_length=None, min_length=0, do_sample=False
+        )
+        self.generation.use_cache = True
+
+    def with_filler(self, dataset: Any) -> WithFiller:
+        return WithFiller(dataset, self.tokenizer.pad_token_id)
+
+    def prepared(self, batch: Batch) -> Batch:
+        return batch
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int = 1) -> Tensor:
+        return _token_losses(outputs.logits, labels) / num_items_in_batch
+
+    def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
+        written, total = [], torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in batches:
+            labels = batch.pop("labels")
+            total[0] += _token_losses(model(**batch).logits, labels)
+            total[1] += (labels != IGNORED).sum()
+            tokens = self._generate(model, batch)
+            written.append(F.pad(tokens, (0, self.target_len + 1 - tokens.shape[1]), value=self.tokenizer.pad_token_id))
+        _add_up(total)
+        tokens = _everyones(written)[: len(dataset)]
+        summaries = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return {"loss": float(total[0] / total[1]), **rouge_metrics(summaries, dataset.references)}
+
+    def _generate(self, model: Any, batch: Batch) -> Tensor:
+        """(rows, 1 + generated) token ids: the decoder's start, then the summaries."""
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        return model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            generation_config=self.generation,
+            synced_gpus=several,  # a rank that is done goes on for the others, which gather weights with it
+        )
+
+
+def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum over labelled tokens; logits (rows, length, vocabulary), labels (rows, length)."""
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -2,12 +2,14 @@
 
 import gc
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from dora_dist import distributed, run_folder
+from dora_dist.adapters.components import Budget
 from dora_dist.adapters.inject import by_pattern, with_ranks
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.peft_format import read_peft_folder
@@ -28,6 +30,8 @@ def train(config: RunConfig) -> Path:
     """
     config.check_files()
     config.deepspeed_config(distributed.launched_world_size())
+    if config.training.max_steps is not None:
+        pruning_budget(config, config.training.max_steps)
     distributed.choose_accelerator(config.engine.accelerator)
     config.check_engine_options()
     with StopRequest() as stop:
@@ -94,12 +98,13 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.training.arguments import training_arguments
     from dora_dist.training.reporting import ReportCallback
     from dora_dist.training.trainer import DoraTrainer, StepCallback
+    from dora_dist.zero3.checkpoint import check_budget
     from dora_dist.zero3.shards import ShardedPlacement, full_numel
 
     model, deepspeed = config.model, config.deepspeed_config(world.world_size)
     base = local_folder(model.path, model.revision, world)
     tokenizer, data = _data(config, base, world)
-    spec = adapter_spec(config)
+    spec, budget = adapter_spec(config), pruning_budget(config, optimizer_steps(config, len(data.train)))
     with together("reading the base model's files"):
         files = of_model_folder("base model", base)
     start_from = None
@@ -109,9 +114,10 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
             files |= of_model_folder("adapter.init_from", Path(config.adapter.init_from), whole=True)
     check_agreement(world, files | of_data(data))
     plan = by_pattern(spec, config.adapter.target_modules, config.adapter.magnitude_only_modules)
-    if resume is not None and spec.gated:
+    if resume is not None and budget is not None:
         with together(f"reading {resume}"):
             manifest = run_folder.read_manifest(resume, verify=False)
+            check_budget(resume, manifest, budget)
         if manifest.get("compacted"):
             plan = with_ranks(plan, manifest["adapter_ranks"])
     args = training_arguments(config, world.world_size, deepspeed)
@@ -139,14 +145,32 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         )
         if run.trained:
             print(f"trained in full: {', '.join(run.trained)}; new: {', '.join(run.fresh) or 'nothing'}")
+        for name, (there, here) in run.resized.items():
+            print(f"note: {name} starts anew: it is {there} in {model.path}, and {here} for model.num_labels here")
         if empty := config.batch_plan(world.world_size).empty:
             batch = config.training.global_batch_size
             print(f"{batch} records a step on {world.world_size} ranks: {empty} of {batch + empty} places stay empty")
-    report = ReportCallback(world, run.norms, Path(config.checkpoint.run_dir), weights, config.logging)
+    run_dir = Path(config.checkpoint.run_dir)
+    report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
     step = StepCallback(world, watch, stop, config.training.seed, config.engine.step_timeout_s)
-    trainer = DoraTrainer(run, config, spec, args, data, tokenizer, world, stop, [step, report])
+    callbacks = [step, report, *([_tensorboard(run_dir)] if config.logging.tensorboard else [])]
+    trainer = DoraTrainer(run, config, spec, budget, args, data, tokenizer, world, stop, callbacks)
     step.trainer = report.trainer = trainer
     return trainer
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    """Hugging Face's callback, with one folder for a run whatever it is resumed from: one curve per metric."""
+    from transformers.integrations import TensorBoardCallback
+
+    try:
+        callback = TensorBoardCallback()
+    except RuntimeError as error:
+        raise UserError(
+            f"logging.tensorboard = true: {error}; `pip install tensorboard`, or set it to false"
+        ) from error
+    callback.logging_dir = callback.logging_dir or str(run_dir / run_folder.TENSORBOARD)
+    return callback
 
 
 def adapter_spec(config: RunConfig) -> AdapterSpec:
@@ -163,22 +187,51 @@ def adapter_spec(config: RunConfig) -> AdapterSpec:
     )
 
 
+def optimizer_steps(config: RunConfig, samples: int) -> int:
+    """Optimizer steps of a whole run on `samples` training samples, as the Trainer counts them."""
+    training = config.training
+    batches = -(-samples // training.global_batch_size)  # the last one of an epoch is filled up
+    return training.max_steps or math.ceil(training.epochs * batches)
+
+
+def pruning_budget(config: RunConfig, steps: int) -> Budget | None:
+    """How components are pruned in a run of `steps` optimizer steps; None without dynamic rank.
+
+    Raises UserError where the run is too short for it.
+    """
+    adapter = config.adapter
+    if not adapter.dynamic_rank:
+        return None
+    try:
+        return Budget.of_run(
+            adapter.r,
+            adapter.start_rank,
+            steps,
+            start=adapter.prune_start,
+            stop=adapter.prune_stop,
+            every=adapter.prune_every,
+            schedule=adapter.prune_schedule,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"adapter.prune_every = {adapter.prune_every}: {error}; lower it, widen adapter.prune_start and "
+            "adapter.prune_stop, or train for more steps"
+        ) from error
+
+
 def _data(config: RunConfig, base: Path, world: World) -> tuple[Any, Any]:
-    from dora_dist.data import build_dataset, build_labelled, build_spans
-    from dora_dist.models.tasks import CAUSAL_LM, CLASSIFICATION, QUESTIONS
+    from dora_dist.data import build_data
+    from dora_dist.models.tasks import GENERATIVE
     from dora_dist.models.tokenizer import load_tokenizer
 
     with together("reading the data"):
-        model, seed, generative = config.model, config.training.seed, config.model.task == CAUSAL_LM
+        model = config.model
         tokenizer = load_tokenizer(
-            model.tokenizer or str(base), trust_remote_code=model.trust_remote_code, generative=generative
+            model.tokenizer or str(base),
+            trust_remote_code=model.trust_remote_code,
+            generative=model.task in GENERATIVE,
         )
-        if model.task == CLASSIFICATION:
-            data = build_labelled(config.data, tokenizer, num_labels=model.num_labels, seed=seed, progress=world.first)
-        elif model.task == QUESTIONS:
-            data = build_spans(config.data, tokenizer, seed=seed, progress=world.first)
-        else:
-            data = build_dataset(config.data, tokenizer, seed=seed, progress=world.first)
+        data = build_data(config, tokenizer, progress=world.first)
         if config.training.eval_every and data.validation is None:
             raise UserError(
                 f"training.eval_every = {config.training.eval_every}: there is nothing to evaluate on; set "
@@ -217,5 +270,5 @@ def _resume_from(config: RunConfig, run_dir: Path, world: World) -> Path | None:
 def _write_run_folder(config: RunConfig, run_dir: Path, world: World, resume: Path | None) -> None:
     run_folder.clear_leftovers(run_dir)
     run_folder.forget_metrics_after(run_dir, run_folder.step_of(resume) if resume is not None else 0)
-    run_folder.write_json(run_dir / "config.json", json.loads(config.to_json()))
+    run_folder.write_json(run_dir / run_folder.CONFIG, json.loads(config.to_json()))
     run_folder.write_json(run_dir / "deepspeed.json", config.deepspeed_config(world.world_size))

@@ -22,7 +22,7 @@ from dora_dist.models.build import AdaptedModel
 from dora_dist.stopping import StopRequest
 from dora_dist.training.objectives import objective
 from dora_dist.watch import Watch
-from dora_dist.zero3.checkpoint import check_budget, load_checkpoint, load_pruner, pruner_state
+from dora_dist.zero3.checkpoint import load_checkpoint, load_pruner, pruner_state
 from dora_dist.zero3.components import ShardedComponentPruner
 from dora_dist.zero3.saving import Origin, Saver
 from dora_dist.zero3.shards import inner_optimizer
@@ -42,6 +42,7 @@ class DoraTrainer(Trainer):
         run: AdaptedModel,
         config: RunConfig,
         spec: AdapterSpec,
+        budget: Budget | None,
         args: TrainingArguments,
         data: TokenizedData,
         tokenizer: Any,
@@ -52,9 +53,10 @@ class DoraTrainer(Trainer):
         self.run, self.config, self.spec, self.data, self.world = run, config, spec, data, world
         self.stopping = False
         self._plan = config.batch_plan(world.world_size)
+        self._budget = budget
         self.run_dir = Path(config.checkpoint.run_dir)
         self.tokens_seen = 0
-        self._objective = objective(config, tokenizer)
+        self._objective = objective(config, tokenizer, run.model)
         self._stop = stop
         self._saver: Saver | None = None
         self._suspect: dict[str, Any] | None = None
@@ -231,7 +233,7 @@ class DoraTrainer(Trainer):
         model, run = self.config.model, self.run
         origin = Origin(self.spec, model.path, model.revision, run.task, run.trained)
         self._saver = Saver(self.model_wrapped, run.model, origin, self.config.engine.start_timeout_s)
-        budget = self._budget(max_steps) if self.spec.gated else None
+        budget = self._budget
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             manifest = load_checkpoint(folder, self.model_wrapped, self.run.model)
@@ -242,8 +244,6 @@ class DoraTrainer(Trainer):
             for group, rate in zip(self.optimizer.param_groups, manifest["scheduler"]["_last_lr"], strict=True):
                 group["lr"] = rate
             self.run.norms.mark_stale()
-            if budget is not None:
-                check_budget(folder, manifest, budget)
             if manifest.get("compacted"):
                 self._components, budget = manifest["components"], None
         if budget is not None:
@@ -251,24 +251,6 @@ class DoraTrainer(Trainer):
             if resume_from_checkpoint is not None:
                 load_pruner(manifest, self.pruner)
         return prepared
-
-    def _budget(self, steps: int) -> Budget:
-        adapter = self.config.adapter
-        try:
-            return Budget.of_run(
-                adapter.r,
-                adapter.start_rank,
-                steps,
-                start=adapter.prune_start,
-                stop=adapter.prune_stop,
-                every=adapter.prune_every,
-                schedule=adapter.prune_schedule,
-            )
-        except ValueError as error:
-            raise UserError(
-                f"adapter.prune_every = {adapter.prune_every}: {error}; lower it, widen adapter.prune_start and "
-                "adapter.prune_stop, or train for more steps"
-            ) from error
 
     def _component_pruner(self, budget: Budget) -> ComponentPruner:
         adapter = self.config.adapter

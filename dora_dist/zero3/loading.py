@@ -5,7 +5,7 @@ tensor's bytes, no rank holds a whole tensor, and no weight is broadcast.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,18 @@ from dora_dist.safetensors_io import TensorFolder
 def load_base(model: nn.Module, folder: TensorFolder, placement: Placement, dtype: torch.dtype, seed: int) -> list[str]:
     """Give every parameter of `model` (on the meta device) its place: base weights from `folder`, adapters by `seed`.
 
-    Tied parameters stay tied. A parameter that is trained in full and not in the folder (a new task head) is
-    initialised by `seed`; the names of these are returned. All names and shapes are checked before a byte is read;
-    another missing tensor or another shape is a UserError, the same on every rank.
+    Tied parameters stay tied. A parameter that is trained in full and not in the folder (a new task head), or a head's
+    that has another shape there (other labels), is initialised by `seed`; the names of these are returned. All names
+    and shapes are checked before a byte is read; another missing tensor or another shape is a UserError, the same on
+    every rank. Persistent buffers are read where the folder has them.
     """
     owners = _owners(model)
     stored, prefix = stored_names(folder.entries), getattr(model, "base_model_prefix", "")
-    sources = {id(p): _source_name(p, names, stored, prefix) for p, names in owners.values()}
-    _check(owners, sources, folder)
+    sources = {id(p): _source_name(p, names, stored, prefix, folder) for p, names in owners.values()}
+    buffers = _stored_buffers(model, stored, prefix)
+    _check([(source, p) for p, _ in owners.values() if (source := sources[id(p)])] + buffers, folder)
+    for source, buffer in buffers:
+        buffer.copy_(folder.read(source, dtype=buffer.dtype))
     std = getattr(getattr(model, "config", None), "initializer_range", None) or 0.02
     fresh = []
     total = sum(p.numel() for p, _ in owners.values())
@@ -106,38 +110,44 @@ def _owners(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[str]]]:
     return owners
 
 
-def _source_name(parameter: nn.Parameter, names: list[str], stored: dict[str, str], prefix: str) -> str | None:
+def _source_name(
+    parameter: nn.Parameter, names: list[str], stored: dict[str, str], prefix: str, folder: TensorFolder
+) -> str | None:
     """The tensor that holds a base parameter, under any of its names; None for one that is initialised instead."""
     if _is_adapters(names[0]):
         return None
     found = next(filter(None, (locate(name, stored, prefix) for name in names)), None)
-    return found or (None if parameter.requires_grad else names[0])
+    if not parameter.requires_grad:
+        return found or names[0]
+    in_head = bool(prefix) and not names[0].startswith(f"{prefix}.")
+    resized = found is not None and tuple(folder.entries[found].shape) != tuple(parameter.shape)
+    return None if in_head and resized else found
+
+
+def _stored_buffers(model: nn.Module, stored: dict[str, str], prefix: str) -> list[tuple[str, Tensor]]:
+    """The buffers that the folder has a tensor for, such as BART's bias of the logits, each with that tensor's name."""
+    kept = model.state_dict().keys()
+    found = [(locate(name, stored, prefix), buffer) for name, buffer in model.named_buffers() if name in kept]
+    return [(source, buffer) for source, buffer in found if source is not None]
 
 
 def _is_adapters(name: str) -> bool:
     return name.rpartition(".")[2] in ADAPTER_PARAMETERS
 
 
-def _check(
-    owners: dict[int, tuple[nn.Parameter, list[str]]], sources: dict[int, str | None], folder: TensorFolder
-) -> None:
-    for problem in _problems(owners, sources, folder):
+def _check(wanted: Iterable[tuple[str, Tensor]], folder: TensorFolder) -> None:
+    for problem in _problems(wanted, folder):
         raise UserError(f"model.path: {problem}; is this folder the model that its config.json describes?")
 
 
-def _problems(
-    owners: dict[int, tuple[nn.Parameter, list[str]]], sources: dict[int, str | None], folder: TensorFolder
-) -> Iterator[str]:
-    for parameter, _ in owners.values():
-        source = sources[id(parameter)]
-        if source is None:
-            continue
+def _problems(wanted: Iterable[tuple[str, Tensor]], folder: TensorFolder) -> Iterator[str]:
+    for source, tensor in wanted:
         if source not in folder.entries:
             yield f"{folder.path} has no tensor {source!r} (it has {len(folder.entries)} others)"
-        elif tuple(folder.entries[source].shape) != tuple(parameter.shape):
+        elif tuple(folder.entries[source].shape) != tuple(tensor.shape):
             yield (
                 f"tensor {source!r} in {folder.entries[source].path} has shape "
-                f"{list(folder.entries[source].shape)}, the model needs {list(parameter.shape)}"
+                f"{list(folder.entries[source].shape)}, the model needs {list(tensor.shape)}"
             )
 
 

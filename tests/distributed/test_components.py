@@ -1,12 +1,15 @@
 """Importance from shards, pruning in every copy, and whole runs with dynamic rank, at worlds 1, 2 and 3."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from dora_dist import run_folder
 from tests import toy
 from tests.distributed.test_training import fail_all
 from tests.distributed.training_runs import config, metrics, run
@@ -118,9 +121,11 @@ def runs(files: tuple[Path, Path, Path]) -> dict[str, Path]:
 
     whole = described("whole", adapter={"compact": False})
     run_ranks(run, 1, described("world1"), whole)
-    run_ranks(run, 2, described("world2"), described("plain", adapter={"weight_decomposed": False}))
+    by_epochs = described("epochs", training={"epochs": 2.5, "max_steps": None})  # 35 samples in batches of 6
+    run_ranks(run, 2, described("world2"), described("plain", adapter={"weight_decomposed": False}), by_epochs)
     run_ranks(run, 3, described("world3"), resumed(3), resumed(6), resumed(9))
-    return {name: folder / name for name in ("world1", "whole", "world2", "world3", "plain", "from3", "from6", "from9")}
+    names = ("world1", "whole", "world2", "world3", "plain", "epochs", "from3", "from6", "from9")
+    return {name: folder / name for name in names}
 
 
 def events(run_dir: Path) -> list[dict[str, Any]]:
@@ -141,6 +146,12 @@ def test_a_run_prunes_alike_at_every_world_size_and_after_a_resume(runs: dict[st
     assert events(runs["from3"]) == one[1:]
     assert events(runs["from6"]) == events(runs["from9"]) == []
     assert events(runs["whole"]) == one
+
+
+def test_the_budget_counts_steps_as_the_trainer_does(runs: dict[str, Path]) -> None:
+    assert [event["step"] for event in events(runs["epochs"])] == [4, 6, 8, 9]  # 15 steps: window 3 to 9
+    last = run_folder.newest_checkpoint(runs["epochs"])
+    assert last is not None and last.name == "checkpoint-15"
 
 
 def test_losses_do_not_depend_on_the_world_size_on_a_resume_or_on_compaction(runs: dict[str, Path]) -> None:
@@ -165,6 +176,58 @@ def test_compaction_leaves_what_survived_and_its_optimizer_state(runs: dict[str,
     assert manifest["adapter_ranks"] == events(runs["world1"])[-1]["components_by_layer"]
 
 
+def sizes_around_compaction(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a run trains and its optimizer holds on this rank, at the mask's step and at the end."""
+    from dora_dist.training.trainer import DoraTrainer
+    from dora_dist.zero3 import shards
+    from dora_dist.zero3.loading import adapted_layers
+
+    found: list[dict[str, Any]] = []
+    train = DoraTrainer.train
+
+    def measured(trainer: Any, *args: Any, **options: Any) -> Any:
+        result = train(trainer, *args, **options)
+        layers = adapted_layers(trainer.run.model)
+        trained = [p for p in trainer.run.model.parameters() if p.requires_grad]
+        state = shards.inner_optimizer(trainer.model_wrapped).state
+        found.append(
+            {
+                "features": {name: (layer.in_features, layer.out_features) for name, layer in layers.items()},
+                "trained": sum(shards.full_numel(p) for p in trained),
+                "masters": sum(master.numel() for master in state),
+                "moments": sum(entry[key].numel() for entry in state.values() for key in shards.MOMENTS),
+                "kept": trainer.pruner.events[-1].by_layer if trainer.pruner else None,
+            }
+        )
+        return result
+
+    with patch.object(DoraTrainer, "train", measured):
+        run(raw)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_parameters_and_optimizer_shrink_with_the_kept_components(
+    world_size: int, files: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, data, _ = files
+    raw = config(base, data, tmp_path / "run", adapter=DYNAMIC, training={"max_steps": 7, **QUIET})
+    ranks = run_ranks(sizes_around_compaction, world_size, raw)
+    before, after = ranks[0]
+    assert sum(before["kept"].values()) == 8 * 4
+    assert len(set(before["kept"].values())) > 1
+    for measured, kept in ((before, dict.fromkeys(before["kept"], 6)), (after, before["kept"])):
+        sizes = [
+            numel
+            for name, (into, out) in measured["features"].items()
+            for numel in (kept[name] * into, kept[name] * out, kept[name], out)
+        ]
+        assert measured["trained"] == sum(sizes)
+        held = sum(-(-numel // world_size) for numel in sizes)  # by each rank, padding included
+        stage = ranks[0].index(measured)
+        assert [(rank[stage]["masters"], rank[stage]["moments"]) for rank in ranks] == [(held, 2 * held)] * world_size
+
+
 @pytest.mark.parametrize("name", ["world2", "plain", "whole"])
 def test_the_merged_model_and_peft_compute_the_trained_function(
     name: str, runs: dict[str, Path], files: tuple[Path, Path, Path], tmp_path: Path
@@ -187,29 +250,31 @@ def test_the_merged_model_and_peft_compute_the_trained_function(
     assert len(set(ranks.values())) > 1
 
 
-def test_a_schedule_that_does_not_fit_and_another_budget_are_refused(
+def test_a_schedule_that_does_not_fit_and_another_budget_are_refused_before_the_base_is_read(
     runs: dict[str, Path], files: tuple[Path, Path, Path]
 ) -> None:
     base, data, folder = files
+    hollow = shutil.copytree(base, folder / "hollow")
+    (hollow / "model.safetensors").write_bytes(b"")
+    nonsense = folder / "nonsense.json"
+    nonsense.write_text("[")
     resume = {"resume": str(folder / "world2" / "checkpoint-3")}
 
-    def described(steps: int, checkpoint: dict[str, Any], **adapter: Any) -> dict[str, Any]:
-        training = {"max_steps": steps}
-        return config(
-            base, data, folder / "refused", adapter={**DYNAMIC, **adapter}, training=training, checkpoint=checkpoint
-        )
+    def described(training: dict[str, Any], checkpoint: dict[str, Any], data: Path = data, **adapter: Any) -> Any:
+        changes = {"adapter": {**DYNAMIC, **adapter}, "training": training, "checkpoint": checkpoint}
+        return config(hollow, data, folder / "refused", **changes)
 
     refused = [
-        described(10, {}, prune_every=5),
-        described(2, {}),
-        described(10, resume, r=3, start_rank_factor=2.0),
-        described(20, resume),
+        described({"max_steps": 10}, {}, data=nonsense, prune_every=5),  # not even the data is read
+        described({"max_steps": None, "epochs": 0.3}, {}),
+        described({"max_steps": 10}, resume, r=3, start_rank_factor=2.0),
+        described({"max_steps": 20}, resume),
     ]
-    long, short, target, stretched = run_ranks(fail_all, 1, refused)[0]
-    assert "adapter.prune_every = 5: the pruning window, steps 2 to 6 of 10, is shorter than 5 steps" in long
-    assert "steps 0 to 1 of 2, is shorter than 2 steps; lower it, widen adapter.prune_start" in short
-    assert "adapter.r gives r = 4 there and 3 here" in target
-    assert "adapter.prune_start (or the number of steps) gives first = 2 there and 4 here" in stretched
+    for long, short, target, stretched in run_ranks(fail_all, 2, refused):
+        assert "adapter.prune_every = 5: the pruning window, steps 2 to 6 of 10, is shorter than 5 steps" in long
+        assert "steps 0 to 1 of 2, is shorter than 2 steps; lower it, widen adapter.prune_start" in short
+        assert "adapter.r gives r = 4 there and 3 here" in target
+        assert "adapter.prune_start (or the number of steps) gives first = 2 there and 4 here" in stretched
 
 
 def test_the_rank_map_is_drawn(runs: dict[str, Path]) -> None:

@@ -84,6 +84,21 @@ def test_scoring_and_pruning_are_measured_beside_the_same_layer_without_them(tmp
     assert variants["gated"]["trainable"] == variants["dynamic"]["trainable"]
 
 
+def test_compaction_drops_exactly_what_closed_gates_leave_idle(tmp_path: Path) -> None:
+    flags = ("--rounds", "1", "--warmup", "1", "--steps", "1", "--variants", "gated", "closed", "compacted")
+    done = run(*flags, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    variants = json.loads((tmp_path / "step.json").read_text())["variants"]
+    start, modules = 3 * R // 2, LAYERS * len(SHAPES)
+    assert [variants[name]["open_components"] // modules for name in variants] == [start, start // 2, start // 2]
+    component = LAYERS * sum(1 + out + into for out, into in SHAPES)
+    for name, r in (("gated", start), ("closed", start), ("compacted", start // 2)):
+        entry = variants[name]
+        assert entry["trainable"] == r * component + LAYERS * sum(out for out, _ in SHAPES)
+        # fp32 master and both moments of a rank of two; all sizes are even, so no shard is padded but odd gates'
+        assert entry["optimizer_bytes"] == pytest.approx(3 * 4 * entry["trainable"] / 2, rel=0.002)
+
+
 def test_variants_of_different_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from step import check_first_losses
@@ -99,7 +114,14 @@ def test_summary_takes_medians_over_all_rounds(monkeypatch: pytest.MonkeyPatch) 
     from stepbench.settings import Settings
 
     def ranks(seconds: list[float], peak: int) -> list[dict[str, Any]]:
-        common = {"device": "test", "losses": [1.0], "trainable": 1, "received_bytes": {"all_reduce": 3}}
+        common = {
+            "device": "test",
+            "losses": [1.0],
+            "trainable": 1,
+            "optimizer_bytes": 12,
+            "open_components": 0,
+            "received_bytes": {"all_reduce": 3},
+        }
         peaks = {"peak_rss_bytes": peak, "peak_rss_steps_bytes": peak, "peak_device_bytes": None}
         refresh = {"norm_refresh_seconds": 0.5, "norm_refresh_bytes": 7, "scoring_seconds": 1.0}
         calls = {"collectives": {"all_reduce": 1}}

@@ -27,12 +27,14 @@ CONFIG_OPTIONS = {
         "prune_every prune_schedule importance_beta dem_weight dem_form pruned_moments compact"
     ),
     "data": (
-        "train validation validation_samples format text_fields label_field loss_on cutoff_len doc_stride num_workers"
+        "train validation validation_samples format text_fields label_field loss_on cutoff_len target_len doc_stride "
+        "cache "
+        "num_workers"
     ),
     "training": (
         "learning_rate schedule warmup_steps warmup_ratio epochs max_steps global_batch_size "
         "micro_batch_size weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon "
-        "activation_checkpointing eval_every metric seed"
+        "activation_checkpointing eval_every metric num_beams seed"
     ),
     "checkpoint": "run_dir save_every keep_last on_failure keep_best resume",
     "engine": (
@@ -59,6 +61,10 @@ OWN_OPTIONS: dict[str, list[str]] = {
         "--limit",
         "--dtype",
         "--output",
+        "--text-fields",
+        "--label-field",
+        "--cutoff-len",
+        "--doc-stride",
     ],
     "env": ["--json", "--timeout"],
 }
@@ -150,6 +156,10 @@ def test_validate_prints_the_deepspeed_json(capsys: pytest.CaptureFixture[str]) 
             "--adapter.rank: unknown option; did you mean adapter.r?",
         ),
         (["validate", RECIPE, "--adapter.r", "none"], 'adapter.r = "none": must be a whole number >= 1'),
+        (
+            ["validate", RECIPE, "--no-files", "--adapter.dynamic_rank=true", "--training.max_steps=20"],
+            "the pruning window, steps 3 to 10 of 20, is shorter than 10 steps; lower it, widen adapter.prune_start",
+        ),
         (
             ["validate", RECIPE, "--no-files", '--engine.deepspeed={"zero_optimization": {"x": 1}}'],
             "x = 1: Extra",

@@ -376,7 +376,7 @@ GLUE: dict[str, tuple[Any, ...]] = {
 
 
 def test_every_recipe_is_here() -> None:
-    assert {path.stem for path in RECIPES} >= {"quickstart", "squad", "squad_v2", *PAPER, *GLUE}
+    assert {path.stem for path in RECIPES} >= {"quickstart", "squad", "squad_v2", "xsum", *PAPER, *GLUE}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -430,6 +430,18 @@ def test_squad_recipe_validates_and_has_the_papers_numbers(name: str, rate: floa
     assert (training.learning_rate, training.global_batch_size, training.epochs) == (rate, 16, 14)
     assert (config.model.task, config.data.format, training.metric) == ("question_answering", "squad", "f1")
     assert config.data.train == f"rajpurkar/{name}"
+
+
+def test_xsum_recipe_validates_and_has_the_papers_numbers() -> None:
+    config = RunConfig.load(REPOSITORY / "configs" / "xsum.json", check_files=True)
+    model, adapter, data, training = config.model, config.adapter, config.data, config.training
+    assert (model.path, model.task) == ("facebook/bart-base", "seq2seq_lm")
+    assert (training.learning_rate, training.global_batch_size, training.epochs) == (3.4e-3, 16, 15)
+    assert (adapter.dem_weight, adapter.prune_every, adapter.target_modules) == (0.1, 100, None)
+    assert adapter.dynamic_rank and not adapter.weight_decomposed
+    assert (training.weight_decay, training.max_grad_norm, training.warmup_ratio) == (0.01, 1.0, 0.06)
+    assert (data.train, data.format, training.metric) == ("EdinburghNLP/xsum", "summarisation", "rouge2")
+    assert (data.text_fields, data.label_field) == (["document"], "summary")
 
 
 def test_quickstart_trains_every_projection_with_dora() -> None:

@@ -234,7 +234,7 @@ def test_bad_bases_and_options_are_user_errors(tmp_path: Path, monkeypatch: pyte
     (base / "pytorch_model.bin").write_text("x")
     assert "pickled weights only" in failure()
     (base / "config.json").unlink()
-    assert "config.json: unreadable" in failure()
+    assert "config.json: not readable as JSON" in failure()
 
 
 def test_an_interrupted_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Encoders: folders of every kind load, heads are read or made anew, PEFT's modules_to_save go in and out."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from dora_dist.adapters.peft_format import read_peft_folder, write_peft_folder
 from dora_dist.consolidate import consolidate
 from dora_dist.errors import UserError
 from dora_dist.models.build import AdaptedModel, build_model
-from dora_dist.models.inference import load_for_inference
+from dora_dist.models.inference import load_for_inference, task_at
 from dora_dist.models.placement import WholePlacement
 from dora_dist.models.tasks import Task
 from tests import encoders, toy
@@ -92,8 +93,29 @@ def test_a_head_in_the_folder_is_read(tmp_path: Path) -> None:
     run = build(base)
     assert (run.trained, run.fresh) == (["classifier"], [])
     assert torch.equal(logits(run.model), logits(AutoModelForSequenceClassification.from_pretrained(base)))
-    with pytest.raises(UserError, match=r"'classifier.weight'.* has shape \[3, 20\], the model needs \[2, 20\]"):
-        build(base, task=Task("sequence_classification", 2))
+
+
+def test_a_head_for_other_labels_starts_anew(tmp_path: Path) -> None:
+    base = encoders.classifier(tmp_path / "base", "roberta", num_labels=3)
+    two = Task("sequence_classification", 2)
+    run = build(base, task=two)
+    shapes = {"classifier.out_proj.weight": ([3, 20], [2, 20]), "classifier.out_proj.bias": ([3], [2])}
+    assert (run.fresh, run.resized) == (list(shapes), shapes)
+    read = AutoModelForSequenceClassification.from_pretrained(base)
+    assert torch.equal(run.model.classifier.dense.weight, read.classifier.dense.weight)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, ignore_mismatched_sizes=True)
+    model.load_state_dict({name: run.model.get_parameter(name) for name in run.fresh}, strict=False)
+    assert torch.equal(logits(run.model), logits(model))
+    with pytest.raises(UserError, match=r"out_proj.weight'.* has shape \[3, 20\], the model needs \[2, 20\]"):
+        build(base, task=two, trained_modules=["classifier.dense"])  # the rest of the head is frozen
+
+
+def test_other_shapes_of_the_encoder_are_refused_even_if_trained(tmp_path: Path) -> None:
+    base = encoders.plain_encoder(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file({**tensors, "pooler.dense.bias": torch.zeros(19)}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"'pooler.dense.bias' .* has shape \[19\], the model needs \[20\]"):
+        build(base, trained_modules=["classifier", "pooler"])
 
 
 def test_a_missing_frozen_tensor_is_still_refused(tmp_path: Path) -> None:
@@ -188,6 +210,13 @@ def test_pefts_saved_modules_come_in_and_go_out(family: str, options: dict, save
     torch.testing.assert_close(logits(PeftModel.from_pretrained(again, tmp_path / "ours")), expected, atol=1e-6, rtol=0)
     ours, _ = load_for_inference(str(tmp_path / "ours"), "fp32")
     torch.testing.assert_close(logits(ours), expected, atol=1e-5, rtol=0)
+    if "task_type" in options:  # else it does not say what it is for
+        rename = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+        rename["base_model_name_or_path"] = str(base)
+        (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(rename))
+        assert task_at(str(tmp_path / "peft")) == CLASSIFY
+        theirs, _ = load_for_inference(str(tmp_path / "peft"), "fp32")
+        torch.testing.assert_close(logits(theirs), expected, atol=1e-5, rtol=0)
 
 
 def test_tensors_of_modules_that_were_not_saved_are_still_refused(tmp_path: Path) -> None:

@@ -312,9 +312,12 @@ def test_evaluate_reads_a_folder_and_writes_its_result(tmp_path: Path) -> None:
 def test_bad_tasks_are_refused_before_a_model_is_loaded(
     task: str, record: dict[str, Any], options: dict[str, Any], complaint: str, tmp_path: Path
 ) -> None:
-    file = tmp_path / "a.jsonl"
+    file, model = tmp_path / "a.jsonl", tmp_path / "model"
     file.write_text(json.dumps({"instruction": "x", **record}) + "\n")
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    (model / "model.safetensors").touch()  # which cannot be loaded
     with pytest.raises(UserError, match=complaint):
-        evaluate(tmp_path / "no such model", {task: file}, **options)
+        evaluate(model, {task: file}, **options)
     with pytest.raises(UserError, match="no task to evaluate"):
-        evaluate(tmp_path / "no such model", {})
+        evaluate(model, {})

@@ -250,5 +250,5 @@ def test_unreadable_folders_are_user_errors(tmp_path: Path, saved: Path) -> None
     with pytest.raises(UserError, match="pickled .bin adapters are never loaded"):
         read_peft_folder(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(UserError, match="adapter_config.json: not valid JSON"):
+    with pytest.raises(UserError, match="adapter_config.json: not readable as JSON"):
         read_peft_folder(tmp_path)

@@ -1,0 +1,1 @@
+"""The parts of benchmarks/dynamic_rank.py."""

@@ -1,0 +1,27 @@
+"""A run's data in the form of its task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dora_dist.data.dataset import TokenizedData, build_dataset
+from dora_dist.data.labelled import build_labelled
+from dora_dist.data.spans import build_spans
+from dora_dist.data.summaries import build_summaries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from dora_dist.config import RunConfig
+
+
+def build_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast, *, progress: bool = True) -> TokenizedData:
+    """Load and tokenize the data of a run for its task. Raises UserError for data that does not fit it."""
+    model, data, seed = config.model, config.data, config.training.seed
+    if model.task == "sequence_classification":
+        return build_labelled(data, tokenizer, num_labels=model.num_labels, seed=seed, progress=progress)
+    if model.task == "question_answering":
+        return build_spans(data, tokenizer, seed=seed, progress=progress)
+    if model.task == "seq2seq_lm":
+        return build_summaries(data, tokenizer, seed=seed, progress=progress)
+    return build_dataset(data, tokenizer, seed=seed, progress=progress)

@@ -1,0 +1,62 @@
+"""Tokenized data, made by one rank for all ranks of its node, and for later runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from torch import Tensor
+
+from dora_dist.safetensors_io import TensorWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def tensors_once(folder: Path, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What `make` returns: made by whoever comes first to `folder` with this key, memory-mapped by all others.
+
+    The lock ends with the process that holds it, however that ends, and the file appears whole or not at all.
+    """
+    from safetensors import safe_open
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{key}.safetensors"
+    with FileLock(folder / f"{key}.lock"):
+        if not file.exists():
+            made = make()
+            layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()]
+            with TensorWriter(file, layout) as writer:
+                for name, tensor in made.items():
+                    writer.write(name, tensor)
+    with safe_open(file, "pt") as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.offset_keys()}
+
+
+def key_of(sources: Sequence[str], tokenizer: PreTrainedTokenizerFast, settings: Mapping[str, Any]) -> str | None:
+    """A name for what tokenizing makes of files: of their content, the tokenizer, the settings and the code.
+
+    None if a source is no file here (a hub's data set can change under its name).
+    """
+    if not all(os.path.isfile(source) for source in sources):
+        return None
+    digest = hashlib.sha256()
+    code = sorted(Path(__file__).parent.glob("*.py"))
+    for path in (*code, *map(Path, sources)):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        digest.update(b"\0")
+    known = {
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "chat template": tokenizer.chat_template,
+        "end of sequence": tokenizer.eos_token_id,
+        **settings,
+    }
+    digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,150 @@
+"""Documents and their summaries, for encoder-decoder models: reading and tokenizing."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dora_dist.data.dataset import CHUNK, TokenizedData, held_out
+from dora_dist.data.records import read_records
+from dora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from dora_dist.config import DataConfig
+
+
+@dataclass(frozen=True)
+class SummaryStats:
+    """What became of one set's records: counts of samples, of tokens, and of texts that were cut."""
+
+    samples: int
+    tokens: int
+    label_tokens: int
+    cut_documents: int
+    cut_summaries: int
+    cutoff_len: int
+    target_len: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.samples:,} samples, {self.tokens:,} tokens of documents ({self.cut_documents:,} cut at "
+            f"{self.cutoff_len}), {self.label_tokens:,} of summaries ({self.cut_summaries:,} cut at {self.target_len})"
+        )
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Tokenized texts: text i is tokens[starts[i]:starts[i + 1]], int32."""
+
+    tokens: Tensor
+    starts: Tensor
+    cut: list[bool]
+
+    def __getitem__(self, i: int) -> list[int]:
+        return self.tokens[self.starts[i] : self.starts[i + 1]].tolist()
+
+    def count(self, samples: Sequence[int]) -> int:
+        return int(self.starts.diff()[list(samples)].sum())
+
+
+class SummaryDataset(Dataset[dict[str, list[int]]]):
+    """Some of the samples; item i is {"input_ids", "labels"}: the tokens of a document and of its summary."""
+
+    def __init__(self, documents: _Texts, summaries: _Texts, references: Sequence[str], index: Sequence[int]) -> None:
+        self._documents, self._summaries, self._references, self.index = documents, summaries, references, index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        sample = self.index[i]
+        return {"input_ids": self._documents[sample], "labels": self._summaries[sample]}
+
+    @property
+    def references(self) -> list[str]:
+        """The whole text of each sample's summary."""
+        return [self._references[i] for i in self.index]
+
+    def first(self, count: int) -> SummaryDataset:
+        """The first `count` samples alone."""
+        return SummaryDataset(self._documents, self._summaries, self._references, self.index[:count])
+
+
+def build_summaries(
+    data: DataConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int, progress: bool = True
+) -> TokenizedData:
+    """Load and tokenize the run's documents and summaries; the same on every rank, and at every world size.
+
+    A document is cut at data.cutoff_len tokens, a summary at data.target_len, both with what the tokenizer puts
+    around a text. validation_samples records, chosen by `seed`, are held out of train when `data.validation` is None.
+    Raises UserError as `load_records` does.
+    """
+    for field, length in (("cutoff_len", data.cutoff_len), ("target_len", data.target_len)):
+        if length > tokenizer.model_max_length:
+            raise UserError(f"data.{field} = {length}: the model takes {tokenizer.model_max_length} tokens at most")
+    train = _read(data, "train", tokenizer, progress)
+    count = len(train[2])
+    if data.validation is not None:
+        validation = _read(data, "validation", tokenizer, progress)
+        return TokenizedData(
+            *_select(*train, range(count), data), *_select(*validation, range(len(validation[2])), data)
+        )
+    chosen = held_out(count, data.validation_samples, seed)
+    rest = [i for i in range(count) if i not in chosen]
+    return TokenizedData(*_select(*train, rest, data), *(_select(*train, sorted(chosen), data) if chosen else ()))
+
+
+def _read(
+    data: DataConfig, split: str, tokenizer: PreTrainedTokenizerFast, progress: bool
+) -> tuple[_Texts, _Texts, list[str]]:
+    """Documents, summaries, and the summaries' texts."""
+    from tqdm import tqdm
+
+    named, [document] = getattr(data, split), data.text_fields
+    fields = {document: str, data.label_field: str}
+    rows = [row for _, row in read_records([named] if isinstance(named, str) else named, fields, split)]
+    references = [row[data.label_field] for row in rows]
+    documents = [row[document] for row in rows]
+    total = len(documents) + len(references)
+    with tqdm(total=total, desc=f"Tokenizing data.{split}", unit=" texts", delay=2.0, disable=not progress) as bar:
+        return (
+            _tokenize(tokenizer, "text", documents, data.cutoff_len, bar),
+            _tokenize(tokenizer, "text_target", references, data.target_len, bar),
+            references,
+        )
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerFast, kind: str, texts: Sequence[str], length: int, bar: Any) -> _Texts:
+    """`kind` is the tokenizer's own word for a model's input or output: some write them differently."""
+    tokens, starts, cut = array("i"), [0], []
+    for first in range(0, len(texts), CHUNK):
+        chunk = texts[first : first + CHUNK]
+        for encoding in tokenizer(**{kind: chunk}, truncation=True, max_length=length, verbose=False).encodings or []:
+            tokens.extend(encoding.ids)
+            starts.append(len(tokens))
+            cut.append(bool(encoding.overflowing))
+        bar.update(len(chunk))
+    return _Texts(torch.frombuffer(tokens, dtype=torch.int32), torch.tensor(starts), cut)
+
+
+def _select(
+    documents: _Texts, summaries: _Texts, references: Sequence[str], samples: Sequence[int], data: DataConfig
+) -> tuple[SummaryDataset, SummaryStats]:
+    stats = SummaryStats(
+        samples=len(samples),
+        tokens=documents.count(samples),
+        label_tokens=summaries.count(samples),
+        cut_documents=sum(documents.cut[i] for i in samples),
+        cut_summaries=sum(summaries.cut[i] for i in samples),
+        cutoff_len=data.cutoff_len,
+        target_len=data.target_len,
+    )
+    return SummaryDataset(documents, summaries, references, samples), stats

@@ -1,0 +1,106 @@
+"""Models that label, rate, find answers or summarise, on files: the metrics that their training reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_dist import run_folder
+from dora_dist.config import RunConfig
+from dora_dist.config.conflicts import FORMATS_OF_TASKS
+
+if TYPE_CHECKING:
+    from dora_dist.models.tasks import Task
+
+
+def evaluate_encoder(
+    model_path: str | Path,
+    task: Task,
+    tasks: Mapping[str, str | Path],
+    *,
+    fields: Mapping[str, Any],
+    batch_size: int = 8,
+    num_beams: int | None = None,
+    limit: int | None = None,
+    dtype: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Scores on files of records, in one process: the result of `evaluation.evaluate` for such a model.
+
+    `fields` are fields of the configuration's data section (text_fields, cutoff_len, ...). They, `num_beams` and
+    `dtype` are by default those of the run, if `model_path` is a run folder, a checkpoint or a checkpoint's adapter;
+    else the configuration's defaults, and fp32. Raises UserError for records that do not fit the task.
+    """
+    from dora_dist.models.inference import adapter_at, load_for_inference
+    from dora_dist.models.tasks import GENERATIVE
+    from dora_dist.models.tokenizer import load_tokenizer
+
+    adapter = adapter_at(str(model_path))
+    run = run_folder.config_of(adapter) if adapter else {}
+    model_fields, training_fields = run.get("model", {}), run.get("training", {})
+    data = {**run.get("data", {}), **fields, "format": FORMATS_OF_TASKS[task.name]}
+    training = {
+        "global_batch_size": batch_size,
+        "micro_batch_size": batch_size,
+        "num_beams": num_beams or training_fields.get("num_beams", 4),
+    }
+    model_of = {"path": str(model_path), "task": task.name, "num_labels": task.num_labels}
+    configs = {name: _config(model_of, {**data, "train": str(file)}, training) for name, file in tasks.items()}
+    dtype = dtype or model_fields.get("dtype", "fp32")
+    started = time.perf_counter()
+    model, tokenizer = load_for_inference(str(model_path), dtype)
+    if own := model_fields.get("tokenizer"):
+        tokenizer = load_tokenizer(own, generative=task.name in GENERATIVE)
+    loaded = time.perf_counter()
+    results = {}
+    for name, config in configs.items():
+        began = time.perf_counter()
+        scores = score_records(model, tokenizer, config, name, limit=limit, progress=progress)
+        results[name] = {"file": str(tasks[name]), **scores, "seconds": round(time.perf_counter() - began, 3)}
+    return {
+        "model": str(model_path),
+        "task": task.name,
+        "settings": {**training, "dtype": dtype, "limit": limit, "data": data},
+        "tasks": results,
+        "load_seconds": round(loaded - started, 3),
+        "seconds": round(time.perf_counter() - loaded, 3),
+    }
+
+
+def _config(model: dict[str, Any], data: dict[str, Any], training: dict[str, Any]) -> RunConfig:
+    """A run whose training data is what to evaluate on: all of it, and nothing else."""
+    alone = {"validation": None, "validation_samples": 0}
+    raw = {"model": model, "data": {**data, **alone}, "training": training}
+    return RunConfig.from_dict(raw, origin="the evaluation")
+
+
+def score_records(
+    model: Any, tokenizer: Any, config: RunConfig, name: str, *, limit: int | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """The metrics of a model, in evaluation mode, on the records of `config.data.train`; and "total", their number.
+
+    `name` is what the progress bar says; `limit`: only so many records, the first.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from dora_dist.data import EpochBatches, EpochDataLoader, build_data
+    from dora_dist.training.objectives import objective
+
+    dataset = build_data(config, tokenizer, progress=progress).train
+    if limit is not None:
+        dataset = dataset.first(limit)
+    aim, size = objective(config, tokenizer, model), config.training.micro_batch_size
+    order = EpochBatches.in_order(len(dataset), micro_batch_size=size, world_size=1, rank=0)
+    loader = EpochDataLoader(aim.with_filler(dataset), batch_sampler=order, collate_fn=aim.collator)
+    device = next(model.parameters()).device
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for batch in tqdm(loader, desc=name, unit="batch", disable=not progress):
+            yield {key: values.to(device) for key, values in batch.items()}
+
+    with torch.no_grad():
+        metrics = aim.evaluate(model, batches(), dataset, device)
+    return {**metrics, "total": len(getattr(dataset, "questions", dataset))}
