@@ -60,58 +60,46 @@ def start(timeout_s: float = 1800.0) -> World:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    accelerator, timeout = get_accelerator(), timedelta(seconds=timeout_s)
+    accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     # "ccl" is DeepSpeed's name for a CPU's backend, of a vendor library that is seldom there.
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
-    if not on_cpu:
-        os.environ["LOCAL_RANK"] = str(device_index(launch.local_rank or 0, accelerator.device_count()))
+    devices = 0 if on_cpu else accelerator.device_count()
+    if devices and (launch.local_rank or 0) >= devices:
+        os.environ["LOCAL_RANK"] = "0"  # the launcher lets each rank see one device of its own
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    mine = rendezvous.own_card(launch, backend)
-    if dist.is_initialized():
-        cards: list[rendezvous.Card] = [mine] * dist.get_world_size()
-        dist.all_gather_object(cards, mine)
-    else:
-        store, cards = rendezvous.meet(launch, mine, timeout_s)
-        rendezvous.choose_interface(cards, launch)
-        try:
-            dist.init_process_group(
-                backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
-            )
-        except RuntimeError as error:
-            raise UserError(rendezvous.unreachable(cards, launch, str(error).split("\n")[0])) from error
-    ranks_here = launch.local_world_size or sum(card.host == mine.host for card in cards)
+    cards = _form_group(launch, rendezvous.own_card(launch, backend, devices), timeout_s)
+    host = cards[dist.get_rank()].host
+    ranks_here = launch.local_world_size or sum(card.host == host for card in cards)
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"] = str(ranks_here)  # the latter is DeepSpeed's name
     if on_cpu:
         # DeepSpeed would compile an all-reduce for inference, which nothing here uses. A process that is killed while
         # it builds or loads that leaves a lock behind, at which all later ones would wait for ever.
         deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
-    if on_cpu and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(rendezvous.core_share(cards, dist.get_rank()))
-    return World(
-        dist.get_rank(),
-        dist.get_world_size(),
-        launch.local_rank or 0,
-        ranks_here,
-        mine.host,
-        launch.launcher,
-    )
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(rendezvous.core_share(cards, dist.get_rank()))
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+    return World(dist.get_rank(), dist.get_world_size(), launch.local_rank or 0, ranks_here, host, launch.launcher)
 
 
-def device_index(local_rank: int, devices: int) -> int:
-    """Which of the visible devices a rank takes: its own number, or the only one that its launcher lets it see.
-
-    Raises UserError if there are several, but fewer than ranks.
-    """
-    if local_rank < devices:
-        return local_rank
-    if devices == 1:
-        return 0
-    raise UserError(
-        f"local rank {local_rank} finds {devices} devices on this host: start at most {devices} ranks on it, or let "
-        "every rank see one device of its own"
-    )
+def _form_group(launch: launchers.Launch, mine: rendezvous.Card, timeout_s: float) -> list[rendezvous.Card]:
+    """The process group of all ranks, whose cards are returned."""
+    if dist.is_initialized():
+        cards = [mine] * dist.get_world_size()
+        dist.all_gather_object(cards, mine)
+        rendezvous.check(cards)
+        return cards
+    store, cards = rendezvous.meet(launch, mine, timeout_s)
+    rendezvous.check(cards)
+    rendezvous.choose_interface(cards, launch)
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        dist.init_process_group(
+            mine.backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+        )
+    except RuntimeError as error:
+        raise UserError(rendezvous.unreachable(cards, launch, str(error).split("\n")[0])) from error
+    return cards
 
 
 def stop() -> None:

@@ -210,7 +210,8 @@ def _check_own(environment: Mapping[str, str]) -> None:
 
 def _remedy(environment: Mapping[str, str]) -> str:
     names = " ".join(name for name in OWN if name in environment)
-    return f"Unset what no launcher set (unset {names}), and start with deepspeed, torchrun, mpirun or srun"
+    unset = f"Unset what no launcher set (unset {names}), and start" if names else "Start"
+    return f"{unset} with deepspeed, torchrun, mpirun or srun"
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

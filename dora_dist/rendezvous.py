@@ -28,24 +28,27 @@ class Card:
     address: str
     """Its address on the way to where the ranks meet; a loopback address on rank 0's own host."""
     backend: str
+    local_rank: int
+    devices: int
+    """How many devices it sees; 0 on a CPU."""
     cores: list[int]
     """Numbers of the CPUs that it may run on."""
 
 
-def own_card(launch: Launch, backend: str) -> Card:
+def own_card(launch: Launch, backend: str, devices: int) -> Card:
     """This process's card."""
     try:
         address = source_address(launch.address or "127.0.0.1")
     except OSError:
         address = ""  # the connection itself will say what is wrong
-    return Card(launch.rank, socket.gethostname(), address, backend, sorted(os.sched_getaffinity(0)))
+    cores = sorted(os.sched_getaffinity(0))
+    return Card(launch.rank, socket.gethostname(), address, backend, launch.local_rank or 0, devices, cores)
 
 
 def meet(launch: Launch, mine: Card, timeout_s: float) -> tuple[dist.Store, list[Card]]:
     """Exchange cards with all ranks; returns the store and every rank's card, in rank order.
 
-    Raises UserError, on every rank that came, when ranks are missing after `timeout_s` (with their numbers), or when
-    they could not form a group.
+    Raises UserError, on every rank that came, when ranks are missing after `timeout_s`, with their numbers.
     """
     store = _open(launch, mine, timeout_s)
     store.set(f"card/{launch.rank}", json.dumps(asdict(mine)))
@@ -67,9 +70,24 @@ def meet(launch: Launch, mine: Card, timeout_s: float) -> tuple[dist.Store, list
             f"{_ranks(absent)} of {len(roll)} did not come to {place} within {timeout_s:g} s. Here: {here}. Look "
             "whether they started, and what they say; a firewall between nodes is another usual reason"
         )
-    cards = [Card(**card) for card in roll]
-    _check_backends(cards)
-    return store, cards
+    return store, [Card(**card) for card in roll]
+
+
+def check(cards: Sequence[Card]) -> None:
+    """Raises UserError if these ranks cannot form a group: on every rank, as all have the same cards."""
+    backends = {card.backend: card for card in cards}
+    if len(backends) > 1:
+        kinds = "; ".join(f"{name} on rank {card.rank} ({card.host})" for name, card in backends.items())
+        raise UserError(
+            f"the ranks have different devices: backends {kinds}. Look for the host whose accelerator is not found "
+            "(`dora-dist env` there), or set engine.accelerator to cpu for all"
+        )
+    for card in cards:
+        if card.local_rank >= card.devices > 1:  # one device: its launcher shows each rank its own
+            raise UserError(
+                f"rank {card.rank} is local rank {card.local_rank} of {card.host}, but sees {card.devices} devices: "
+                f"start at most {card.devices} ranks on it, or let every rank see one device of its own"
+            )
 
 
 def choose_interface(cards: Sequence[Card], launch: Launch) -> None:
@@ -144,16 +162,6 @@ def _await_farewells(store: dist.Store, present: int) -> None:
     deadline = time.monotonic() + _FAREWELL_S
     while store.add("farewells", 0) < present - 1 and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def _check_backends(cards: Sequence[Card]) -> None:
-    backends = {card.backend: card for card in cards}
-    if len(backends) > 1:
-        kinds = "; ".join(f"{name} on rank {card.rank} ({card.host})" for name, card in backends.items())
-        raise UserError(
-            f"the ranks have different devices: backends {kinds}. Look for the host whose accelerator is not found "
-            "(`dora-dist env` there), or set engine.accelerator to cpu for all"
-        )
 
 
 def _ranks(numbers: Sequence[int]) -> str:

@@ -17,6 +17,7 @@ needed=() useful=()
 command -v g++ >/dev/null || needed+=(g++)
 "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
     needed+=(python3-dev)
+[ "${2:-}" != test ] || command -v mpirun.mpich >/dev/null || useful+=(mpich) # tests/launch
 command -v numactl >/dev/null || useful+=(numactl)    # deepspeed --bind_cores_to_rank
 command -v mpirun >/dev/null || useful+=(openmpi-bin) # starting ranks with mpirun; the library of mpi4py
 if [ "${2:-}" = test ]; then

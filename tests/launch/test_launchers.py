@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dora_dist.launchers import free_port
 from tests import toy
 from tests.distributed.training_runs import config, metrics
 from tests.launch.test_launch import ROOT, type_in
@@ -82,6 +83,7 @@ def test_mpirun_of_mpich(folder: Path, expected: dict[int, float], monkeypatch: 
 def test_deepspeed_on_two_hosts_of_a_hostfile_without_ssh(folder: Path, expected: dict[int, float]) -> None:
     file = write_run(folder, "no-ssh")
     start = ["deepspeed", "--hostfile", folder / "two-hosts", "--no_ssh", "--master_addr", "127.0.0.1"]
+    start += ["--master_port", str(free_port())]
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda node: type_in(*start, "--node_rank", node, *TRAIN, file, timeout=300), (0, 1)))
     assert [done.returncode for done in both] == [0, 0], both
@@ -150,15 +152,17 @@ def ends(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
 
 
 def test_ranks_that_came_name_the_one_that_did_not() -> None:
-    for status, text in ends([start_rank(rank, 3, 29_611, *ENV, "--timeout", 25) for rank in (0, 2)]):
+    port = free_port()
+    for status, text in ends([start_rank(rank, 3, port, *ENV, "--timeout", 25) for rank in (0, 2)]):
         assert status == 2
-        assert "rank 1 of 3 did not come to 127.0.0.1:29611 within 25 s" in text and "Traceback" not in text
+        assert f"rank 1 of 3 did not come to 127.0.0.1:{port} within 25 s" in text and "Traceback" not in text
 
 
 def test_without_rank_0_the_message_says_where_it_was_sought() -> None:
-    ((status, text),) = ends([start_rank(1, 2, 29_612, *ENV, "--timeout", 3)])
+    port = free_port()
+    ((status, text),) = ends([start_rank(1, 2, port, *ENV, "--timeout", 3)])
     assert status == 2
-    assert "error on rank 1: rank 1 on " in text and "cannot meet the others at 127.0.0.1:29612" in text
+    assert "error on rank 1: rank 1 on " in text and f"cannot meet the others at 127.0.0.1:{port}" in text
 
 
 def test_variables_left_over_in_the_shell_are_refused(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -183,7 +187,8 @@ def test_a_rank_with_an_old_checkout_is_named(folder: Path) -> None:
     layer = old / "dora_dist/adapters/linear.py"
     layer.write_text(layer.read_text() + "# of last week\n")
     words = ("-m", "dora_dist", "train", "--config", write_run(folder, "stale"))
-    ranks = [start_rank(0, 2, 29_613, *words), start_rank(1, 2, 29_613, *words, checkout=old)]
+    port = free_port()
+    ranks = [start_rank(0, 2, port, *words), start_rank(1, 2, port, *words, checkout=old)]
     for rank, (status, text) in enumerate(ends(ranks)):
         assert status == 2, text
         assert f"error on rank {rank}: the ranks disagree" in text and "Traceback" not in text

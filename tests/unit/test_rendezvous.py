@@ -5,14 +5,13 @@ import os
 import psutil
 import pytest
 
-from dora_dist.distributed import device_index
 from dora_dist.errors import UserError
 from dora_dist.launchers import Launch
-from dora_dist.rendezvous import Card, choose_interface, core_share
+from dora_dist.rendezvous import Card, check, choose_interface, core_share
 
 
 def card(rank: int, host: str, cores: list[int], address: str = "127.0.0.1") -> Card:
-    return Card(rank, host, address, "gloo", cores)
+    return Card(rank, host, address, "gloo", rank, 0, cores)
 
 
 def test_ranks_that_may_use_all_cores_share_them() -> None:
@@ -27,11 +26,21 @@ def test_ranks_that_their_launcher_bound_keep_what_they_have() -> None:
     assert core_share(crowded, 2) == 1
 
 
-def test_devices() -> None:
-    assert [device_index(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
-    assert device_index(3, 1) == 0  # srun --gpus-per-task=1: each rank sees its own as number 0
-    with pytest.raises(UserError, match="local rank 2 finds 2 devices on this host: start at most 2"):
-        device_index(2, 2)
+def on_gpus(local_rank: int, devices: int, backend: str = "nccl") -> Card:
+    return Card(local_rank, "a", "127.0.0.1", backend, local_rank, devices, [0])
+
+
+def test_ranks_that_can_form_a_group() -> None:
+    check([on_gpus(rank, 4) for rank in range(4)])
+    check([on_gpus(rank, 1) for rank in range(4)])  # srun --gpus-per-task=1: each sees its own as number 0
+    check([on_gpus(rank, 0, "gloo") for rank in range(4)])
+
+
+def test_ranks_that_cannot_say_which_and_why() -> None:
+    with pytest.raises(UserError, match="rank 2 is local rank 2 of a, but sees 2 devices: start at most 2"):
+        check([on_gpus(rank, 2) for rank in range(4)])
+    with pytest.raises(UserError, match=r"backends nccl on rank 0 \(a\); gloo on rank 1 \(a\)"):
+        check([on_gpus(0, 1), on_gpus(1, 0, "gloo")])
 
 
 def interface_after(cards: list[Card], launch: Launch) -> str | None:
