@@ -18,6 +18,8 @@ from dora_dist.config.engine import BatchPlan
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 PathTexts = Annotated[list[PathText], Field(min_length=1)]
 Patterns = list[Annotated[str, Field(min_length=1)]]
+Task = Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq_lm", "image_text_to_text"]
+Format = Literal["instruction", "alpaca", "completion", "messages", "classification", "squad", "summarisation", "llava"]
 
 
 class Section(BaseModel):
@@ -41,13 +43,11 @@ class ModelConfig(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         default="sdpa", description="Attention code that transformers uses; eager where a model has no sdpa"
     )
-    task: Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq_lm", "image_text_to_text"] = (
-        Field(
-            default="causal_lm",
-            description="What the model is for: causal_lm predicts the next token; sequence_classification labels a text, "
-            "or rates it; question_answering finds the answer in a text; seq2seq_lm reads a text and writes another; "
-            "image_text_to_text predicts the next token of texts with pictures (LLaVA)",
-        )
+    task: Task = Field(
+        default="causal_lm",
+        description="What the model is for: causal_lm predicts the next token; sequence_classification labels a text, "
+        "or rates it; question_answering finds the answer in a text; seq2seq_lm reads a text and writes another; "
+        "image_text_to_text predicts the next token of texts with pictures (LLaVA)",
     )
     num_labels: int = Field(
         default=2, ge=1, description="Labels of sequence_classification: 0 up to this number; 1: a rating (regression)"
@@ -145,9 +145,7 @@ class DataConfig(Section):
         ge=0,
         description="Records held out from the training data for validation when there is no validation file",
     )
-    format: Literal[
-        "instruction", "alpaca", "completion", "messages", "classification", "squad", "summarisation", "llava"
-    ] = Field(
+    format: Format = Field(
         default="instruction",
         description="Records: instruction (the paper's prompt), alpaca, completion (prompt and completion as they "
         "are), messages (the chat template), classification (one or two texts and a label), squad (question, "
