@@ -23,7 +23,15 @@ from dora_dist.errors import UserError
 from dora_dist.models.hub import WANTED
 
 PACKAGES = ("deepspeed", "transformers", "dora_dist")
-OWN_TO_A_NODE = {"model.path", "model.tokenizer", "data.train", "data.validation", "data.cache", "adapter.init_from"}
+OWN_TO_A_NODE = {
+    "model.path",
+    "model.tokenizer",
+    "data.train",
+    "data.validation",
+    "data.cache",
+    "data.image_folder",
+    "adapter.init_from",
+}
 """Fields that name where something is on this node; what is there has to agree, not the path."""
 
 _MOST_SHOWN = 8

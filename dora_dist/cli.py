@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     _declare_schema(commands)
     _declare_consolidate(commands)
     _declare_import_gguf(commands)
+    _declare_assemble_llava(commands)
     _declare_evaluate(commands)
     _declare_env(commands)
     return parser
@@ -229,6 +230,55 @@ def _import_gguf(options: argparse.Namespace) -> None:
 
     import_gguf(options.file, options.output, dtype=options.dtype, overwrite=options.overwrite)
     print(options.output)
+
+
+def _declare_assemble_llava(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "assemble-llava",
+        _assemble_llava,
+        "make a LLaVA of a vision tower and a language model, with a fresh projector",
+        "dora-dist assemble-llava --vision clip/ --language vicuna/ --output llava/",
+    )
+    command.add_argument("--vision", required=True, metavar="MODEL", help="vision tower: folder or hub name")
+    command.add_argument("--language", required=True, metavar="MODEL", help="language model: folder or hub name")
+    _add_output(command, "the LLaVA")
+    command.add_argument(
+        "--image-token",
+        default="<image>",
+        metavar="TOKEN",
+        help="token that stands for pictures: one that the tokenizer has, or else a new one (%(default)s)",
+    )
+    command.add_argument(
+        "--feature-layer",
+        type=int,
+        default=-2,
+        metavar="N",
+        help="layer of the tower whose output is used (%(default)s)",
+    )
+    command.add_argument(
+        "--image-size", type=_positive, metavar="PIXELS", help="side length of pictures (default: the tower's)"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the projector (%(default)s)")
+
+
+def _assemble_llava(options: argparse.Namespace) -> None:
+    from dora_dist.config import is_local
+    from dora_dist.models.assemble import assemble_llava
+    from dora_dist.models.hub import fetch
+
+    vision, language = (Path(n) if is_local(n) else fetch(n) for n in (options.vision, options.language))
+    made = assemble_llava(
+        vision,
+        language,
+        options.output,
+        image_token=options.image_token,
+        feature_layer=options.feature_layer,
+        image_size=options.image_size,
+        seed=options.seed,
+        overwrite=options.overwrite,
+    )
+    print(f"{options.output}: {made['tensors']} tensors; a picture is {made['tokens_per_picture']} tokens")
 
 
 _DATA_FIELDS: dict[str, Any] = {"text_fields": str, "label_field": str, "cutoff_len": int, "doc_stride": int}

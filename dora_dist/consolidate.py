@@ -24,7 +24,8 @@ from dora_dist.adapters.peft_format import CONFIG_NAME, AdapterLayer, PeftFolder
 from dora_dist.config import is_local
 from dora_dist.errors import UserError
 from dora_dist.models.hub import fetch
-from dora_dist.models.names import locate, modern, prefix_between, stored_names
+from dora_dist.models.llava import is_llava
+from dora_dist.models.names import Rename, locate, modern, prefix_between, stored_names
 from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, new_folder
 
 BLOCK_BYTES = 16 << 20
@@ -97,7 +98,7 @@ def consolidate(
     output = Path(output).resolve()
     _check_output(output, base, Path(adapter_folder))
     tensors = TensorFolder.open(base)
-    outputs = _outputs(adapter, tensors, config, dtype)
+    outputs = _outputs(adapter, tensors, config, dtype, _rename(base, config))
     shards = _plan(outputs, max_shard_bytes)
     total = sum(shard.nbytes for shard in shards)
     _check_space(output, total)
@@ -203,28 +204,43 @@ def _check_space(output: Path, nbytes: int) -> None:
         raise UserError(f"{output}: disk full: {needed}; free some space or choose another place")
 
 
-def _outputs(adapter: PeftFolder, tensors: TensorFolder, config: dict[str, Any], dtype: str | None) -> list[Output]:
+def _rename(base: Path, config: dict[str, Any]) -> Rename | None:
+    """Today's names of the parts of a composite base; its folder's own names are what is written all the same."""
+    if not is_llava(config):
+        return None
+    from dora_dist.models.build import skeleton
+    from dora_dist.models.names import rename_for
+    from dora_dist.models.tasks import IMAGE_TEXT, Task
+
+    return rename_for(skeleton(base, Task(IMAGE_TEXT)))
+
+
+def _outputs(
+    adapter: PeftFolder, tensors: TensorFolder, config: dict[str, Any], dtype: str | None, rename: Rename | None
+) -> list[Output]:
     """What to write, in the order of the base's files: its tensors, adapted or replaced, then new ones."""
-    stored = stored_names(tensors.entries)
+    stored = stored_names(tensors.entries, rename)
     prefix = prefix_between([f"{module}.weight" for module in adapter.modules], stored)
     targets = _match(adapter, tensors, config, stored, prefix)
     replaced = {found: name for name in adapter.trained if (found := locate(name, stored, prefix))}
     lacks_prefix = all(not name.startswith(f"{prefix}.") for name in stored)
     outputs = []
     for entry in sorted(tensors.entries.values(), key=lambda entry: (entry.path, entry.offset)):
+        written_as = _written_as(entry, dtype)
         if entry.name in replaced:
-            name = replaced[entry.name]
-            _check_replacement(adapter, name, entry)
-            outputs.append(_trained_output(adapter, name, _written_as(entry, dtype)))
+            trained = replaced[entry.name]
+            _check_replacement(adapter, trained, entry)
+            outputs.append(_trained_output(adapter, trained, entry.name if rename else trained, written_as))
         else:
             name = f"{prefix}.{modern(entry.name)}" if prefix and lacks_prefix else modern(entry.name)
-            outputs.append(Output(name, _written_as(entry, dtype), tensors, entry, targets.get(entry.name)))
-    usual = next(output.dtype for output in outputs if output.module)
-    return outputs + [_trained_output(adapter, n, usual) for n in adapter.trained if n not in replaced.values()]
+            name = entry.name if rename else name
+            outputs.append(Output(name, written_as, tensors, entry, targets.get(entry.name)))
+    usual = next((output.dtype for output in outputs if output.module), outputs[0].dtype)
+    return outputs + [_trained_output(adapter, n, n, usual) for n in adapter.trained if n not in replaced.values()]
 
 
-def _trained_output(adapter: PeftFolder, name: str, dtype: torch.dtype) -> Output:
-    return Output(name, dtype, adapter.tensors, adapter.tensors.entries[adapter.trained[name]])
+def _trained_output(adapter: PeftFolder, trained: str, name: str, dtype: torch.dtype) -> Output:
+    return Output(name, dtype, adapter.tensors, adapter.tensors.entries[adapter.trained[trained]])
 
 
 def _check_replacement(adapter: PeftFolder, name: str, entry: TensorEntry) -> None:
@@ -250,7 +266,9 @@ def _match(
             raise UserError(f"{who} {mismatch}; give the base that it was trained on")
         if entry.dtype not in _MERGEABLE:
             raise UserError(f"{who}, stored as {entry.dtype} in {tensors.path}; give the base before quantisation")
-        if config.get("tie_word_embeddings") and module.endswith(("lm_head", "embed_tokens")):
+        if (
+            config.get("tie_word_embeddings") or config.get("text_config", {}).get("tie_word_embeddings")
+        ) and module.endswith(("lm_head", "embed_tokens")):
             raise UserError(f"{who}, which shares its weight with another module; it cannot be merged alone")
         targets[entry.name] = module
     return targets

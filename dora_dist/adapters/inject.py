@@ -25,6 +25,12 @@ FAMILY_TARGETS["deberta-v2"] = ["query_proj", "key_proj", "value_proj", "interme
 FAMILY_TARGETS["bart"] = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj", "encoder_attn.out_proj", "fc1", "fc2"]
 FAMILY_TARGETS["mpnet"] = ["attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense"]
 
+# Liu et al. (section 5.4) adapt all seven projections of LLaVA's language model.
+FAMILY_TARGETS["llava"] = [r".*\blanguage_model\..*\.(q|k|v|o|gate|up|down)_proj"]
+_APART = ("vision_tower", "multi_modal_projector")
+"""Parts of a model that the ending of a name does not reach: "q_proj" means the language model's, and "vision_tower"
+has to be said."""
+
 
 AdapterPlan = Callable[[nn.Module], dict[str, AdapterSpec]]
 """Given a model, the adapter of each linear layer that gets one, by module name."""
@@ -149,28 +155,28 @@ def _match_all(patterns: Sequence[str], linears: Sequence[str], field: str) -> s
 
 
 def _matches(pattern: str, name: str, field: str) -> bool:
-    if name == pattern or name.endswith("." + pattern):
+    if name == pattern:
         return True
+    if name.endswith("." + pattern):
+        return not any(part in name and part not in pattern for part in _APART)
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
         raise UserError(f"{field}: {pattern!r} is neither a module name nor a regular expression ({error})") from error
 
 
-def trained_in_full(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+def trained_in_full(model: nn.Module, patterns: Sequence[str], field: str = "adapter.trained_modules") -> list[str]:
     """The outermost modules with parameters that a pattern names (as in `by_pattern`), in the model's order.
 
-    Raises UserError if a pattern matches none.
+    Raises UserError, naming the `field` of the patterns, if one matches none.
     """
     modules = [name for name, m in model.named_modules() if name and next(m.parameters(), None) is not None]
     matched: set[str] = set()
     for pattern in patterns:
-        names = {name for name in modules if _matches(pattern, name, "adapter.trained_modules")}
+        names = {name for name in modules if _matches(pattern, name, field)}
         if not names:
             outer = ", ".join(name for name in modules if "." not in name)
-            raise UserError(
-                f"adapter.trained_modules: {pattern!r} matches no module with parameters; the outermost are: {outer}"
-            )
+            raise UserError(f"{field}: {pattern!r} matches no module with parameters; the outermost are: {outer}")
         matched |= names
     return [name for name in modules if name in matched and not any(_inside(name, other) for other in matched)]
 

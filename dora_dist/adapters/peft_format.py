@@ -66,6 +66,7 @@ _UNDERSTOOD = {
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 # PEFT lists these for its task types whatever the model's head is called.
 _HEADS_PEFT_ADDS = {"classifier", "score", "qa_outputs"}
+_NO_TARGETS = "dummy-target-modules"  # what PEFT takes for an adapter of trained modules alone
 # A row whose weight and update are both zero has norm 0, and PEFT computes 0/0 there. Its magnitude is 0 as
 # well, so its output is 0 whatever B is: a small B (exact in fp16 and bf16) keeps PEFT finite.
 _ZERO_ROW_B = 2.0**-10
@@ -139,7 +140,7 @@ class PeftFolder:
                 continue
             module, part = _split_name(folder.path, name)
             folder.modules.setdefault(module, {})[part] = name
-        if not folder.modules:
+        if not folder.modules and not folder.trained:
             raise UserError(f"{path}: the adapter has no tensors; save it again")
         endings = set(config.get("modules_to_save") or ()) - _HEADS_PEFT_ADDS
         if absent := sorted(e for e in endings if not any(_saved_module(name, [e]) for name in folder.trained)):
@@ -256,7 +257,7 @@ def write_peft_folder(
         "use_dora": adapter.use_dora,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": sorted(adapter.layers),
+        "target_modules": sorted(adapter.layers) or _NO_TARGETS,
         "modules_to_save": adapter.modules_to_save or None,
         "bias": "none",
         "fan_in_fan_out": False,

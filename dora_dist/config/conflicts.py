@@ -15,7 +15,7 @@ def between_fields(config: RunConfig) -> Iterator[str]:
     """What is wrong, one line each, naming the fields and the way out."""
     yield from _batches_and_warmup(config)
     yield from _validation(config)
-    yield from _adapter(config.adapter)
+    yield from _adapter(config.adapter, config.model.task)
     yield from _task(config)
     flash = config.model.attn_implementation == "flash_attention_2"
     if flash and (config.model.dtype == "fp32" or config.engine.accelerator == "cpu"):
@@ -50,7 +50,10 @@ FORMATS_OF_TASKS = {
     "sequence_classification": "classification",
     "question_answering": "squad",
     "seq2seq_lm": "summarisation",
+    "image_text_to_text": "llava",
 }
+_TASKS_WITH_HEADS = ("sequence_classification", "question_answering", "image_text_to_text")
+"""They train something in full beside adapters, or instead."""
 
 
 def _task(config: RunConfig) -> Iterator[str]:
@@ -60,6 +63,8 @@ def _task(config: RunConfig) -> Iterator[str]:
             yield (
                 f'model.task = "{task}" and data.format = "{format}": {name} and the format {its_format} go together'
             )
+    if format == "llava" and config.data.image_folder is None:
+        yield 'data.format = "llava": data.image_folder is not set; give the folder that the pictures are in'
     known = ["loss"]
     if task == "question_answering":
         known += ["f1", "exact_match"]
@@ -82,7 +87,7 @@ def _task(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _adapter(adapter: AdapterConfig) -> Iterator[str]:
+def _adapter(adapter: AdapterConfig, task: str) -> Iterator[str]:
     targets, magnitude_only = adapter.target_modules, adapter.magnitude_only_modules
     remedy = "set adapter.weight_decomposed to true"
     if not adapter.weight_decomposed and magnitude_only:
@@ -91,7 +96,8 @@ def _adapter(adapter: AdapterConfig) -> Iterator[str]:
     if not adapter.weight_decomposed and adapter.norm_gradient == "full":
         yield f'adapter.norm_gradient = "full": plain LoRA has no norm; {remedy}, or give "detached"'
     yield from _dynamic_rank(adapter)
-    if targets == [] and not magnitude_only:
+    in_full = adapter.trained_modules if adapter.trained_modules is not None else task in _TASKS_WITH_HEADS
+    if targets == [] and not magnitude_only and not in_full:
         yield "adapter.target_modules = []: nothing to train; name modules, or null for the family's default"
     yield from _bad_patterns("adapter.target_modules", targets or [])
     yield from _bad_patterns("adapter.magnitude_only_modules", magnitude_only)
@@ -103,6 +109,8 @@ def _adapter(adapter: AdapterConfig) -> Iterator[str]:
 def _dynamic_rank(adapter: AdapterConfig) -> Iterator[str]:
     if not adapter.dynamic_rank:
         return
+    if adapter.target_modules == []:
+        yield "adapter.dynamic_rank = true: adapter.target_modules = [] leaves no layer to prune; set it to false"
     if adapter.prune_start >= adapter.prune_stop:
         yield (
             f"adapter.prune_start = {adapter.prune_start}: must be before adapter.prune_stop = {adapter.prune_stop}, "

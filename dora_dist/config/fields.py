@@ -65,7 +65,8 @@ def _words(kind: dict[str, Any]) -> str:
     if kind.get("type") == "array":
         return "a list of text"
     if kind.get("type") == "object":
-        return "a JSON object"
+        values = kind.get("additionalProperties")
+        return f"a JSON object, each value {_words(values)}" if isinstance(values, dict) else "a JSON object"
     if kind.get("type") == "string":
         return "text" + (" (not empty)" if kind.get("minLength") else "")
     return f"{_WORDS[kind['type']]} {_range(kind)}".strip()

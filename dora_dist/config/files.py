@@ -30,7 +30,7 @@ def is_local(name: str) -> bool:
 
 def check(config: RunConfig) -> None:
     """Raise one UserError over everything that is missing. Hub names are not looked up."""
-    if problems := [*_model(config), *_data(config), *_starting_points(config), *_run_dir(config)]:
+    if problems := [*_model(config), *_data(config), *_pictures(config), *_starting_points(config), *_run_dir(config)]:
         title = f"{len(problems)} problems with files\n  " if len(problems) > 1 else ""
         raise UserError(title + "\n  ".join(problems))
 
@@ -79,6 +79,12 @@ def _data(config: RunConfig) -> Iterator[str]:
             yield f"{label}: unknown kind of file; give {', '.join(DATA_SUFFIXES)}"
         elif path.stat().st_size == 0:
             yield f"{label}: the file is empty"
+
+
+def _pictures(config: RunConfig) -> Iterator[str]:
+    folder = config.data.image_folder
+    if folder is not None and not Path(folder).is_dir():
+        yield f'data.image_folder = "{folder}": no such folder in {Path.cwd()}{nearby(Path(folder))}'
 
 
 def _listed(names: str | list[str] | None) -> list[str]:

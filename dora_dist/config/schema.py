@@ -18,6 +18,8 @@ from dora_dist.config.engine import BatchPlan
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 PathTexts = Annotated[list[PathText], Field(min_length=1)]
 Patterns = list[Annotated[str, Field(min_length=1)]]
+Task = Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq_lm", "image_text_to_text"]
+Format = Literal["instruction", "alpaca", "completion", "messages", "classification", "squad", "summarisation", "llava"]
 
 
 class Section(BaseModel):
@@ -41,10 +43,11 @@ class ModelConfig(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         default="sdpa", description="Attention code that transformers uses; eager where a model has no sdpa"
     )
-    task: Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq_lm"] = Field(
+    task: Task = Field(
         default="causal_lm",
         description="What the model is for: causal_lm predicts the next token; sequence_classification labels a text, "
-        "or rates it; question_answering finds the answer in a text; seq2seq_lm reads a text and writes another",
+        "or rates it; question_answering finds the answer in a text; seq2seq_lm reads a text and writes another; "
+        "image_text_to_text predicts the next token of texts with pictures (LLaVA)",
     )
     num_labels: int = Field(
         default=2, ge=1, description="Labels of sequence_classification: 0 up to this number; 1: a rating (regression)"
@@ -81,7 +84,7 @@ class AdapterConfig(Section):
     trained_modules: Patterns | None = Field(
         default=None,
         description="Modules trained in full beside the adapters (PEFT's modules_to_save); patterns as above; "
-        "null: the task's head, if it has one",
+        "null: the task's head, or a LLaVA's projector",
     )
     init_from: PathText | None = Field(
         default=None, description="PEFT LoRA or DoRA folder to start from; null: a new adapter"
@@ -142,13 +145,11 @@ class DataConfig(Section):
         ge=0,
         description="Records held out from the training data for validation when there is no validation file",
     )
-    format: Literal["instruction", "alpaca", "completion", "messages", "classification", "squad", "summarisation"] = (
-        Field(
-            default="instruction",
-            description="Records: instruction (the paper's prompt), alpaca, completion (prompt and completion as they "
-            "are), messages (the chat template), classification (one or two texts and a label), squad (question, "
-            "context, answers), or summarisation (a document and its summary)",
-        )
+    format: Format = Field(
+        default="instruction",
+        description="Records: instruction (the paper's prompt), alpaca, completion (prompt and completion as they "
+        "are), messages (the chat template), classification (one or two texts and a label), squad (question, "
+        "context, answers), summarisation (a document and its summary), or llava (conversations with pictures)",
     )
     text_fields: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=2)] = Field(
         default=["text"],
@@ -179,6 +180,26 @@ class DataConfig(Section):
         description="Folder for tokenized data: one rank of a node makes it for the others and for later runs; null: "
         "every rank tokenizes for itself",
     )
+    image_folder: PathText | None = Field(default=None, description="Where the pictures of llava records are")
+    image_aspect_ratio: Literal["pad", "processor"] = Field(
+        default="pad",
+        description="pad: fill pictures to squares with the processor's mean colour first, as LLaVA-1.5 is trained; "
+        "processor: leave their shape to the model's processor",
+    )
+    max_image_pixels: int = Field(
+        default=50_000_000, ge=1, description="Largest picture that is decoded, width times height"
+    )
+    bad_images: Literal["error", "skip"] = Field(
+        default="error",
+        description="A picture that is missing or cannot be read: ends the run, or its record is left out and counted",
+    )
+    chat_template: Literal["vicuna_v1", "plain", "model"] = Field(
+        default="vicuna_v1",
+        description="Text of llava records: vicuna_v1, plain (pictures and caption), or the model's chat template",
+    )
+    group_by_modality_length: bool = Field(
+        default=True, description="Batches of llava records are all with pictures or without, and sorted by length"
+    )
     num_workers: int = Field(default=0, ge=0, description="Loader processes per rank; 0: load in the rank itself")
 
 
@@ -186,6 +207,11 @@ class TrainingConfig(Section):
     """Optimisation: AdamW over the trainable parameters."""
 
     learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate")
+    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="Peak learning rates of single modules where they are others, by pattern as in "
+        'adapter.trained_modules: {"multi_modal_projector": 2e-5}',
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear",
         description="Learning rate after the warm-up: linear or cosine decay to 0, or constant",

@@ -2,6 +2,7 @@
 
 from dora_dist.data.build import build_data
 from dora_dist.data.collate import Collator, WithFiller
+from dora_dist.data.conversation_dataset import ConversationDataset, build_conversations
 from dora_dist.data.dataset import IGNORED, TokenizedData, TokenizedDataset, build_dataset
 from dora_dist.data.formats import FORMATS
 from dora_dist.data.labelled import LabelledCollator, LabelledDataset, WithLabelledFiller, build_labelled
@@ -15,6 +16,7 @@ __all__ = [
     "FORMATS",
     "IGNORED",
     "Collator",
+    "ConversationDataset",
     "EpochBatches",
     "EpochDataLoader",
     "LabelledCollator",
@@ -25,6 +27,7 @@ __all__ = [
     "TokenizedDataset",
     "WithFiller",
     "WithLabelledFiller",
+    "build_conversations",
     "build_data",
     "build_dataset",
     "build_labelled",

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dora_dist.data.conversation_dataset import build_conversations
 from dora_dist.data.dataset import TokenizedData, build_dataset
 from dora_dist.data.labelled import build_labelled
 from dora_dist.data.spans import build_spans
 from dora_dist.data.summaries import build_summaries
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     from dora_dist.config import RunConfig
 
 
-def build_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast, *, progress: bool = True) -> TokenizedData:
-    """Load and tokenize the data of a run for its task. Raises UserError for data that does not fit it."""
+def build_data(config: RunConfig, tokenizer: Any, *, progress: bool = True) -> TokenizedData:
+    """Load and tokenize the data of a run for its task. Raises UserError for data that does not fit it.
+
+    `tokenizer` is a fast tokenizer, or for texts with pictures a PictureProcessor.
+    """
     model, data, seed = config.model, config.data, config.training.seed
     if model.task == "sequence_classification":
         return build_labelled(data, tokenizer, num_labels=model.num_labels, seed=seed, progress=progress)
@@ -24,4 +26,6 @@ def build_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast, *, progres
         return build_spans(data, tokenizer, seed=seed, progress=progress)
     if model.task == "seq2seq_lm":
         return build_summaries(data, tokenizer, seed=seed, progress=progress)
+    if model.task == "image_text_to_text":
+        return build_conversations(data, tokenizer, seed=seed, progress=progress)
     return build_dataset(data, tokenizer, seed=seed, progress=progress)

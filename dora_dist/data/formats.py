@@ -98,13 +98,16 @@ def _completion_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFas
 
 
 def _messages_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
+    _check_messages(record["messages"])
+    return templated(record["messages"], tokenizer, spans)
+
+
+def templated(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
     """The conversation under the tokenizer's chat template; assistant turns are the answers.
 
     A turn's range is found by templating the messages before it (with the generation prompt) and up to it:
     both must begin the whole text, else the template rewrites earlier turns and no range can be trusted.
     """
-    messages = record["messages"]
-    _check_messages(messages)
     text = _template(tokenizer, messages)
     answers = []
     for turn, message in enumerate(messages):
@@ -134,7 +137,7 @@ def _check_messages(messages: list[Any]) -> None:
 
 
 def _template(
-    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], add_generation_prompt: bool = False
 ) -> str:
     from jinja2 import TemplateError
 

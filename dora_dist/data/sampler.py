@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 FILLER = -1  # where the last global batch has no sample left; `WithFiller` turns it into one masked token
+
+
+EpochOrder = Callable[[int, int], list[int]]
+"""(seed of an epoch, global batch size) -> every sample once, one global batch after the other."""
 
 
 class EpochBatches(BatchSampler):
@@ -29,8 +33,10 @@ class EpochBatches(BatchSampler):
         rank: int,
         seed: int = 0,
         shuffle: bool = True,
+        order: EpochOrder | None = None,
     ):
-        self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
+        """order: an epoch's order, where it is more than a permutation."""
+        self.num_samples, self.seed, self.shuffle, self.order = num_samples, seed, shuffle, order
         self.global_batch_size, self.batch_size = global_batch_size, micro_batch_size
         self.world_size, self.rank = world_size, rank
         self.drop_last = False
@@ -74,9 +80,12 @@ class EpochBatches(BatchSampler):
 
     def _order(self) -> list[int]:
         order = list(range(self.num_samples))
+        # One 64-bit seed from the two: adding them would make epoch 1 of seed 0 equal epoch 0 of seed 1.
+        seed = (self.seed * 1_000_003 + self.epoch) % 2**63
+        if self.order is not None:
+            return self.order(seed, self.global_batch_size)
         if self.shuffle:
-            # One 64-bit seed from the two: adding them would make epoch 1 of seed 0 equal epoch 0 of seed 1.
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+            generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(self.num_samples, generator=generator).tolist()
         return order
 

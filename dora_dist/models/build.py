@@ -14,9 +14,10 @@ from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.errors import UserError
-from dora_dist.models.names import locate, stored_names
+from dora_dist.models.llava import prepare_for_training
+from dora_dist.models.names import locate, rename_for, stored_names
 from dora_dist.models.placement import Placement
-from dora_dist.models.tasks import LANGUAGE_MODEL, Task, configure, default_trained, model_class
+from dora_dist.models.tasks import IMAGE_TEXT, LANGUAGE_MODEL, Task, configure, default_trained, model_class
 from dora_dist.safetensors_io import TensorFolder
 from dora_dist.zero3.loading import adapted_layers, load_base
 
@@ -64,15 +65,17 @@ def build_model(
     missing, misshapen or truncated tensors.
     """
     folder = TensorFolder.open(base)
-    stored = stored_names(folder.entries)
     model = skeleton(base, task, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    stored = stored_names(folder.entries, rename_for(model) if task.name == IMAGE_TEXT else None)
     if trained_modules is None:
         trained = default_trained(model, task, stored)
     else:
         trained = trained_in_full(model, trained_modules)
     adapted = inject(model, plan, trained)
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}  # shards have none
-    fresh = load_base(model, folder, placement, DTYPES[dtype], seed)
+    if task.name == IMAGE_TEXT:
+        prepare_for_training(model)
+    fresh = load_base(model, folder, stored, placement, DTYPES[dtype], seed)
     there = {n: locate(n, stored, model.base_model_prefix) for n in fresh}
     resized = {n: (list(folder.entries[found].shape), list(shapes[n])) for n, found in there.items() if found}
     norms = placement.norms(model)
@@ -139,6 +142,7 @@ def skeleton(
     from accelerate import init_empty_weights
     from transformers import AutoConfig, GenerationConfig
     from transformers.initialization import no_init_weights
+    from transformers.modeling_utils import set_zero3_state
 
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
@@ -149,7 +153,8 @@ def skeleton(
     sdpa = attn_implementation != "sdpa" or getattr(kind, "_supports_sdpa", True)
     config._attn_implementation = attn_implementation if sdpa else "eager"
     config.use_cache = False
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    # set_zero3_state: parts of a composite model would be sharded as they are made, once a Trainer has said ZeRO-3.
+    with init_empty_weights(include_buffers=False), no_init_weights(), set_zero3_state():
         model: Any = kind(config)
     model.tie_weights()
     if (base / "generation_config.json").exists():

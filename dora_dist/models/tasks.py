@@ -6,17 +6,21 @@ from typing import Any, cast
 
 from torch import nn
 
+from dora_dist.adapters.inject import trained_in_full
 from dora_dist.adapters.peft_format import PeftFolder
 from dora_dist.errors import UserError
+from dora_dist.models.llava import LLAVA_PARTS, PROJECTOR, check_family
 from dora_dist.models.names import locate
 
 CAUSAL_LM = "causal_lm"
 CLASSIFICATION = "sequence_classification"
 QUESTIONS = "question_answering"
 SEQ2SEQ_LM = "seq2seq_lm"
-GENERATIVE = (CAUSAL_LM, SEQ2SEQ_LM)
+IMAGE_TEXT = "image_text_to_text"
+GENERATIVE = (CAUSAL_LM, SEQ2SEQ_LM, IMAGE_TEXT)
 """Tasks whose answer is text, and whose models have no head of their own for it."""
 PEFT_TYPES = {
+    IMAGE_TEXT: "CAUSAL_LM",
     CAUSAL_LM: "CAUSAL_LM",
     CLASSIFICATION: "SEQ_CLS",
     QUESTIONS: "QUESTION_ANS",
@@ -25,6 +29,7 @@ PEFT_TYPES = {
 """PEFT's `task_type` of each task."""
 _MAPPINGS = {
     CAUSAL_LM: ("MODEL_FOR_CAUSAL_LM_MAPPING", "AutoModelForCausalLM"),
+    IMAGE_TEXT: ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "AutoModelForImageTextToText"),
     QUESTIONS: ("MODEL_FOR_QUESTION_ANSWERING_MAPPING", "AutoModelForQuestionAnswering"),
     CLASSIFICATION: ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "AutoModelForSequenceClassification"),
     SEQ2SEQ_LM: ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "AutoModelForSeq2SeqLM"),
@@ -58,6 +63,8 @@ def model_class(config: Any, task: Task, trust_remote_code: bool = False) -> typ
     from transformers.models.auto import modeling_auto
 
     mapping, auto_name = _MAPPINGS[task.name]
+    if task.name == IMAGE_TEXT:
+        check_family(config)
     known = getattr(modeling_auto, mapping)
     if type(config) in known:
         return cast(type[nn.Module], known[type(config)])
@@ -72,9 +79,11 @@ def model_class(config: Any, task: Task, trust_remote_code: bool = False) -> typ
 def default_trained(model: Any, task: Task, stored: Mapping[str, str]) -> list[str]:
     """The modules of `model` to train in full unless told otherwise, by name.
 
-    None for a model that writes text. Else the head, which is all that lies outside the pre-trained encoder, and
-    the encoder's own pooler where the folder (`stored_names`) has none.
+    The projector of one that sees pictures, none for another that writes text. Else the head, which is all that lies
+    outside the pre-trained encoder, and the encoder's own pooler where the folder (`stored_names`) has none.
     """
+    if task.name == IMAGE_TEXT:
+        return trained_in_full(model, [PROJECTOR])
     if task.name in GENERATIVE:
         return []
     prefix = model.base_model_prefix
@@ -90,7 +99,7 @@ def _has_parameters(module: nn.Module) -> bool:
 
 def kept_config(model: Any, task: Task) -> dict[str, Any]:
     """What the configuration of a model with an adapter has that its base's has not; plain JSON."""
-    if task.name == CAUSAL_LM:
+    if task.name in (CAUSAL_LM, IMAGE_TEXT):
         return {}
     architectures = [type(model).__name__]
     if task.name == SEQ2SEQ_LM:
@@ -103,8 +112,10 @@ def task_of_adapter(adapter: PeftFolder) -> Task:
     """The task that a saved adapter is for: from PEFT's `task_type`, and its `kept_config` if it has one.
 
     A folder of PEFT's own says nowhere how many labels there are; its head's last layer has as many rows, and they
-    are fewer than any other's.
+    are fewer than any other's. PEFT has no type for models with pictures; their parts' names tell.
     """
+    if any(part in LLAVA_PARTS for name in (*adapter.modules, *adapter.trained) for part in name.split(".")):
+        return Task(IMAGE_TEXT)
     names = {peft: name for name, peft in PEFT_TYPES.items()}
     rows = [adapter.tensors.entries[stored].shape[0] for stored in adapter.trained.values()]
     labels = len(adapter.model_config.get("id2label") or ()) or min(rows, default=2)
@@ -115,7 +126,7 @@ def task_of_model(config: Mapping[str, Any]) -> Task:
     """The task of a model folder, from its config.json; a language model's where its class says nothing else."""
     from transformers.models.auto import modeling_auto
 
-    for name in (CLASSIFICATION, QUESTIONS, SEQ2SEQ_LM):
+    for name in (CLASSIFICATION, QUESTIONS, SEQ2SEQ_LM, IMAGE_TEXT):
         known = getattr(modeling_auto, f"{_MAPPINGS[name][0]}_NAMES").get(config.get("model_type"))
         if known is not None and known in (config.get("architectures") or ()):
             return Task(name, len(config.get("id2label") or range(2)))

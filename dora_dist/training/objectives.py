@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from dora_dist.config import RunConfig
 from dora_dist.data import IGNORED, Collator, LabelledCollator, WithFiller, WithLabelledFiller
+from dora_dist.data.pictures import PictureCollator, PictureProcessor
 from dora_dist.evaluation.glue import classification_metrics, rating_metrics
 from dora_dist.evaluation.rouge import rouge_metrics
 from dora_dist.evaluation.squad import predict, squad_metrics
-from dora_dist.models.tasks import CLASSIFICATION, QUESTIONS, SEQ2SEQ_LM
+from dora_dist.models.tasks import CLASSIFICATION, IMAGE_TEXT, QUESTIONS, SEQ2SEQ_LM
 
 Batch = dict[str, Any]
 PAD_TO_MULTIPLE_OF = 8  # few shapes: fewer kernels to build
@@ -51,6 +52,8 @@ def objective(config: RunConfig, tokenizer: Any, model: Any) -> Objective:
         return SpanFinding(tokenizer, config.data.cutoff_len)
     if config.model.task == SEQ2SEQ_LM:
         return Summarising(tokenizer, model, config.data.target_len, config.training.num_beams)
+    if config.model.task == IMAGE_TEXT:
+        return PictureModelling(tokenizer)
     return LanguageModelling(tokenizer)
 
 
@@ -91,6 +94,28 @@ def labelled_positions(batch: Batch) -> Batch:
     if not len(kept):  # a batch of fillers: one position without a label, so that every rank runs every module
         kept = kept.new_zeros(1)
     return {**batch, "shift_labels": following[:, kept], "logits_to_keep": kept}
+
+
+class PictureModelling(LanguageModelling):
+    """Cross entropy per valid token of texts with pictures.
+
+    `problems` are messages about this rank's samples whose pictures could not be read; they carried no loss.
+    """
+
+    def __init__(self, processor: PictureProcessor) -> None:
+        self.collator = PictureCollator(processor.tokenizer.pad_token_id, processor.size, PAD_TO_MULTIPLE_OF)
+        self.problems: list[str] = []
+
+    def prepared(self, batch: Batch) -> Batch:
+        self.problems += batch.pop("problems", [])
+        return super().prepared(batch)
+
+    def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
+        return super().evaluate(model, (self._without_problems(batch) for batch in batches), dataset, device)
+
+    def _without_problems(self, batch: Batch) -> Batch:
+        self.problems += batch.pop("problems", [])
+        return batch
 
 
 class Labelling:

@@ -21,6 +21,8 @@ from dora_dist.errors import UserError
 from dora_dist.models.build import AdaptedModel
 from dora_dist.stopping import StopRequest
 from dora_dist.training.objectives import objective
+from dora_dist.training.rates import set_rates
+from dora_dist.training.unreadable import Unreadable
 from dora_dist.watch import Watch
 from dora_dist.zero3.checkpoint import load_checkpoint, load_pruner, pruner_state
 from dora_dist.zero3.components import ShardedComponentPruner
@@ -57,6 +59,7 @@ class DoraTrainer(Trainer):
         self.run_dir = Path(config.checkpoint.run_dir)
         self.tokens_seen = 0
         self._objective = objective(config, tokenizer, run.model)
+        self._unreadable = Unreadable(getattr(self._objective, "problems", []), config.data.bad_images, world)
         self._stop = stop
         self._saver: Saver | None = None
         self._suspect: dict[str, Any] | None = None
@@ -86,6 +89,7 @@ class DoraTrainer(Trainer):
             world_size=self.world.world_size,
             rank=self.world.rank,
             seed=training.seed,
+            order=getattr(self.data.train, "epoch_order", None),
         )
         return self._loader(self.data.train, batches)
 
@@ -108,9 +112,16 @@ class DoraTrainer(Trainer):
             num_workers=self.config.data.num_workers,
         )
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        set_rates(optimizer, self.run.model, self.config.training.learning_rates)
+        return optimizer
+
     # --- a step -------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if num_items_in_batch is not None:  # 0 where none of a last, small batch could be read
+            num_items_in_batch = max(num_items_in_batch, 1)
         loss = super().training_step(model, self._objective.prepared(inputs), num_items_in_batch)
         self.tokens_seen += int(inputs["attention_mask"].sum())
         if self._suspect is None and not math.isfinite(loss.item()):
@@ -124,10 +135,12 @@ class DoraTrainer(Trainer):
     def agree(self) -> None:
         """Learn what any rank knows, and act on it on every rank, in every optimizer step (collective)."""
         assert self._saver is not None
-        known = [self._suspect is not None, self._stop.signal is not None, self._saver.failed]
+        known = [self._suspect is not None, self._stop.signal is not None, self._saver.failed, self._unreadable.any]
         anywhere = torch.tensor(known, dtype=torch.float32, device=self.args.device)
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
-        not_finite, self.stopping, save_failed = map(bool, anywhere.tolist())
+        not_finite, self.stopping, save_failed, unreadable = map(bool, anywhere.tolist())
+        if unreadable:
+            self.log(self._unreadable.settle())
         if not_finite:
             self._end_not_finite()
         if save_failed:
@@ -160,6 +173,8 @@ class DoraTrainer(Trainer):
         loader = self.get_eval_dataloader(dataset)
         batches = (self._prepare_inputs(batch) for batch in loader)
         found = self._objective.evaluate(model, batches, dataset, self.args.device)
+        if left_out := self._unreadable.settle():
+            self.log(left_out)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

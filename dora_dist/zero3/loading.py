@@ -5,7 +5,7 @@ tensor's bytes, no rank holds a whole tensor, and no weight is broadcast.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +13,29 @@ from tqdm import tqdm
 
 from dora_dist.adapters.linear import ADAPTER_PARAMETERS, DoraLinear, initial_bound
 from dora_dist.errors import UserError
-from dora_dist.models.names import locate, stored_names
+from dora_dist.models.names import locate
 from dora_dist.models.placement import Fill, Placement
 from dora_dist.safetensors_io import TensorFolder
 
 
-def load_base(model: nn.Module, folder: TensorFolder, placement: Placement, dtype: torch.dtype, seed: int) -> list[str]:
+def load_base(
+    model: nn.Module,
+    folder: TensorFolder,
+    stored: Mapping[str, str],
+    placement: Placement,
+    dtype: torch.dtype,
+    seed: int,
+) -> list[str]:
     """Give every parameter of `model` (on the meta device) its place: base weights from `folder`, adapters by `seed`.
 
+    `stored` (`stored_names`) says what the folder calls a parameter.
     Tied parameters stay tied. A parameter that is trained in full and not in the folder (a new task head), or a head's
     that has another shape there (other labels), is initialised by `seed`; the names of these are returned. All names
     and shapes are checked before a byte is read; another missing tensor or another shape is a UserError, the same on
     every rank. Persistent buffers are read where the folder has them.
     """
     owners = _owners(model)
-    stored, prefix = stored_names(folder.entries), getattr(model, "base_model_prefix", "")
+    prefix = getattr(model, "base_model_prefix", "")
     sources = {id(p): _source_name(p, names, stored, prefix, folder) for p, names in owners.values()}
     buffers = _stored_buffers(model, stored, prefix)
     _check([(source, p) for p, _ in owners.values() if (source := sources[id(p)])] + buffers, folder)
@@ -111,7 +119,7 @@ def _owners(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[str]]]:
 
 
 def _source_name(
-    parameter: nn.Parameter, names: list[str], stored: dict[str, str], prefix: str, folder: TensorFolder
+    parameter: nn.Parameter, names: list[str], stored: Mapping[str, str], prefix: str, folder: TensorFolder
 ) -> str | None:
     """The tensor that holds a base parameter, under any of its names; None for one that is initialised instead."""
     if _is_adapters(names[0]):
@@ -124,7 +132,7 @@ def _source_name(
     return None if in_head and resized else found
 
 
-def _stored_buffers(model: nn.Module, stored: dict[str, str], prefix: str) -> list[tuple[str, Tensor]]:
+def _stored_buffers(model: nn.Module, stored: Mapping[str, str], prefix: str) -> list[tuple[str, Tensor]]:
     """The buffers that the folder has a tensor for, such as BART's bias of the logits, each with that tensor's name."""
     kept = model.state_dict().keys()
     found = [(locate(name, stored, prefix), buffer) for name, buffer in model.named_buffers() if name in kept]

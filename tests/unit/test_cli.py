@@ -16,7 +16,7 @@ from dora_dist.config.fields import field_specs
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = str(REPOSITORY / "configs/llama7b_dora.json")
-COMMANDS = ["train", "validate", "schema", "consolidate", "import-gguf", "evaluate", "env"]
+COMMANDS = ["train", "validate", "schema", "consolidate", "import-gguf", "assemble-llava", "evaluate", "env"]
 
 # Users' scripts depend on these: whoever changes one changes the interface.
 CONFIG_OPTIONS = {
@@ -28,11 +28,11 @@ CONFIG_OPTIONS = {
     ),
     "data": (
         "train validation validation_samples format text_fields label_field loss_on cutoff_len target_len doc_stride "
-        "cache "
+        "cache image_folder image_aspect_ratio max_image_pixels bad_images chat_template group_by_modality_length "
         "num_workers"
     ),
     "training": (
-        "learning_rate schedule warmup_steps warmup_ratio epochs max_steps global_batch_size "
+        "learning_rate learning_rates schedule warmup_steps warmup_ratio epochs max_steps global_batch_size "
         "micro_batch_size weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon "
         "activation_checkpointing eval_every metric num_beams seed"
     ),
@@ -50,6 +50,16 @@ OWN_OPTIONS: dict[str, list[str]] = {
     "schema": [],
     "consolidate": ["--output", "--overwrite", "--base", "--dtype", "--max-shard-size"],
     "import-gguf": ["--output", "--overwrite", "--dtype"],
+    "assemble-llava": [
+        "--vision",
+        "--language",
+        "--output",
+        "--overwrite",
+        "--image-token",
+        "--feature-layer",
+        "--image-size",
+        "--seed",
+    ],
     "evaluate": [
         "--tasks",
         "--format",
@@ -167,6 +177,7 @@ def test_validate_prints_the_deepspeed_json(capsys: pytest.CaptureFixture[str]) 
         (["train", "--config", RECIPE, "--local_rank=1"], 'error: data.train = "data/commonsense_170k.json"'),
         (["train", "--config", RECIPE, "--data.trian", "a.json"], "did you mean data.train?"),
         (["import-gguf", "nowhere.gguf", "--output", "out"], "nowhere.gguf"),
+        (["assemble-llava", "--vision", "./no", "--language", "./lm", "--output", "out"], "--language lm: holds no"),
         (["consolidate", "nowhere", "--output", "out"], "nowhere: no such folder"),
         (["evaluate", "m", "--tasks", "boolq=nowhere.json"], "nowhere.json"),
         (

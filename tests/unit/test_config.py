@@ -19,6 +19,9 @@ MINIMAL = {"model": {"path": "org/model"}, "data": {"train": "org/data"}}
 RECORD = {"instruction": "Is snow cold?", "output": "the correct answer is true", "answer": "true"}
 
 
+PICTURES = {"path": "a", "task": "image_text_to_text"}
+
+
 def with_fields(**sections: dict[str, Any]) -> dict[str, Any]:
     """MINIMAL with further fields, by section."""
     return {name: {**MINIMAL.get(name, {}), **sections.get(name, {})} for name in {**MINIMAL, **sections}}
@@ -90,7 +93,8 @@ def test_every_field_is_documented() -> None:
             "adapter.target_modules = 2: must be a list of text, or",
         ),
         (with_fields(engine={"deepspeed": [1]}), "engine.deepspeed = [1]: must be a JSON object"),
-        ({**MINIMAL, "training": 7}, "training: 7; must be a section {...} with learning_rate, schedule"),
+        (with_fields(training={"learning_rates": {"a": 0}}), "= 0: must be a JSON object, each value a number > 0"),
+        ({**MINIMAL, "training": 7}, "training: 7; must be a section {...} with learning_rate, learning_rates"),
         (
             {"model": {}, "data": {"train": "x"}},
             "model.path: missing; must be text (not empty) (Hugging Face model",
@@ -144,6 +148,10 @@ def test_every_other_name_that_is_recognised_leads_to_a_field() -> None:
             "plain LoRA has no magnitudes",
         ),
         (with_fields(adapter={"target_modules": []}), "nothing to train"),
+        (with_fields(model=PICTURES, data={"format": "llava"}), "data.image_folder is not set"),
+        (with_fields(model=PICTURES), "image_text_to_text and the format llava go together"),
+        (with_fields(adapter={"target_modules": [], "dynamic_rank": True}), "leaves no layer to prune"),
+        (with_fields(model=PICTURES, training={"metric": "accuracy"}), 'is none for model.task = "image_text_to_text"'),
         (
             with_fields(adapter={"dynamic_rank": True, "prune_start": 0.6}),
             "adapter.prune_start = 0.6: must be before adapter.prune_stop = 0.5",
@@ -442,6 +450,28 @@ def test_xsum_recipe_validates_and_has_the_papers_numbers() -> None:
     assert (training.weight_decay, training.max_grad_norm, training.warmup_ratio) == (0.01, 1.0, 0.06)
     assert (data.train, data.format, training.metric) == ("EdinburghNLP/xsum", "summarisation", "rouge2")
     assert (data.text_fields, data.label_field) == (["document"], "summary")
+
+
+LLAVA: dict[str, tuple[Any, ...]] = {
+    "llava7b_pretrain": (1e-3, {}, 256, "plain", []),
+    "llava7b_dora": (2e-4, {"multi_modal_projector": 2e-5}, 128, "vicuna_v1", None),
+    "llava13b_dora": (2e-4, {"multi_modal_projector": 2e-5}, 128, "vicuna_v1", None),
+    "llava7b_dora_dynamic": (2e-4, {"multi_modal_projector": 2e-5}, 128, "vicuna_v1", None),
+}
+
+
+@pytest.mark.parametrize("name", LLAVA)
+def test_llava_recipe_has_the_papers_numbers(name: str) -> None:
+    config = RunConfig.load(REPOSITORY / "configs" / f"{name}.json")
+    adapter, data, training = config.adapter, config.data, config.training
+    numbers = (training.learning_rate, training.learning_rates, training.global_batch_size)
+    assert (*numbers, data.chat_template, adapter.target_modules) == LLAVA[name]
+    assert (training.schedule, training.warmup_ratio, training.epochs) == ("cosine", 0.03, 1)
+    assert (data.cutoff_len, data.loss_on, data.image_aspect_ratio) == (2048, "answer", "pad")
+    if adapter.target_modules is None:
+        assert (adapter.r, adapter.lora_alpha, adapter.dropout) == (128, 256, 0.05)
+    assert adapter.dynamic_rank == name.endswith("dynamic")
+    assert [config.batch_plan(ranks).empty for ranks in (1, 2, 4, 8, 16, 32)] == [0] * 6
 
 
 def test_quickstart_trains_every_projection_with_dora() -> None:

@@ -1,0 +1,152 @@
+"""LLaVA's conversations: from records to text with a mark for every picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from dora_dist.data.formats import Rendered, templated
+from dora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MARK = "<image>"
+"""What stands for a picture in a record, whatever the model's token for it is."""
+ROLES = {"human": "user", "gpt": "assistant"}
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# LLaVA's "vicuna_v1" for tokenizers that put a beginning-of-sequence token in front by themselves.
+VICUNA_TEMPLATE = (
+    "{{ bos_token }}" + VICUNA_SYSTEM + " {% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {{ message['content'] }} ASSISTANT:"
+    "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in order, from the first user's to the last assistant's, and the pictures that their marks stand for."""
+
+    turns: tuple[tuple[str, str], ...]  # (role, text)
+    pictures: tuple[str, ...]  # paths below the image folder
+
+
+def read_conversation(record: dict[str, Any]) -> Conversation:
+    """A record of LLaVA's JSON, checked: {"image": path or paths or absent, "conversations": [{"from", "value"}]}.
+
+    Turns before the first human one are left out, as LLaVA does, and so are those after the last answer: nothing is
+    learned from either. Raises UserError for an unknown speaker, turns that do not alternate, a number of marks that
+    is not the number of pictures, and a path that leaves the image folder.
+    """
+    turns = [_turn(number, turn) for number, turn in enumerate(record["conversations"], start=1)]
+    while turns and turns[0][0] != "user":
+        turns.pop(0)
+    while turns and turns[-1][0] != "assistant":
+        turns.pop()
+    if not turns:
+        raise UserError("has no question with an answer")
+    for number, (role, _) in enumerate(turns):
+        if role != ("user", "assistant")[number % 2]:
+            raise UserError(f'"conversations" has two turns of the {role} in a row; human and gpt must take turns')
+    pictures = _pictures(record.get("image"))
+    marks = sum(text.count(MARK) for _, text in turns)
+    if marks != len(pictures):
+        raise UserError(f'has {marks} {MARK} in its text and {len(pictures)} pictures in "image"; give one for each')
+    return Conversation(tuple(turns), pictures)
+
+
+def _turn(number: int, turn: Any) -> tuple[str, str]:
+    speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+    if not isinstance(text, str):
+        raise UserError(f'turn {number} must be an object with the strings "from" and "value"')
+    if speaker not in ROLES:
+        raise UserError(f"turn {number} is from {speaker!r}; known speakers are {', '.join(ROLES)}")
+    return ROLES[speaker], text
+
+
+def _pictures(named: Any) -> tuple[str, ...]:
+    paths = [] if named is None else [named] if isinstance(named, str) else named
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise UserError('"image" must be the path of a picture, or a list of paths')
+    for path in paths:
+        parts = PurePosixPath(path)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise UserError(f'"image": {path!r} leaves data.image_folder; give a path below it')
+    return tuple(paths)
+
+
+def render(
+    conversation: Conversation, template: str, tokenizer: PreTrainedTokenizerFast, image_token: str, spans: bool
+) -> Rendered:
+    """The conversation as text with `image_token` for every picture; the assistant's turns are the answers.
+
+    `template`: "vicuna_v1" (LLaVA-1.5's), "plain" (projector pre-training: pictures and caption, no question), or
+    "model" (the tokenizer's own chat template). `spans`: whether the answers' ranges are wanted. Raises UserError if
+    the text holds the image token by itself, and as the chat template does.
+    """
+    turns = []
+    for role, text in conversation.turns:
+        if image_token != MARK and image_token in text:
+            raise UserError(f"its text holds {image_token!r}, which is the model's token for pictures; take it out")
+        turns.append((role, text.replace(MARK, image_token)))
+    if template == "model":
+        return _by_own_template(turns, tokenizer, image_token, spans)
+    return (_plain if template == "plain" else _vicuna)(turns, tokenizer, image_token)
+
+
+def _vicuna(turns: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, image_token: str) -> Rendered:
+    text, answers = f"{_start(tokenizer)}{VICUNA_SYSTEM} ", []
+    for role, content in turns:
+        if role == "user":
+            text += f"USER: {content} ASSISTANT:"
+        else:
+            start = len(text)
+            text += f" {content}{tokenizer.eos_token}"
+            answers.append((start, len(text)))
+    return Rendered(text, tuple(answers), complete=True)
+
+
+def _plain(turns: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, image_token: str) -> Rendered:
+    if len(turns) != 2:
+        raise UserError('data.chat_template = "plain" is for one question and one answer, which is the caption')
+    (_, question), (_, caption) = turns
+    text = _start(tokenizer) + image_token * question.count(image_token)
+    return Rendered(f"{text}{caption}\n", ((len(text), len(text) + len(caption) + 1),), complete=True)
+
+
+def _by_own_template(
+    turns: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, image_token: str, spans: bool
+) -> Rendered:
+    typed = _takes_parts(tokenizer, image_token)
+    messages = [{"role": role, "content": _parts(text, image_token) if typed else text} for role, text in turns]
+    return templated(messages, tokenizer, spans)
+
+
+def _parts(text: str, image_token: str) -> list[dict[str, str]]:
+    parts: list[dict[str, str]] = []
+    for number, part in enumerate(text.split(image_token)):
+        parts += [{"type": "image"}] * bool(number)
+        parts += [{"type": "text", "text": part.strip()}] * bool(part.strip())
+    return parts
+
+
+@lru_cache(maxsize=2)
+def _takes_parts(tokenizer: PreTrainedTokenizerFast, image_token: str) -> bool:
+    """Whether the chat template wants a turn's content as a list of typed parts, as those for pictures often do."""
+    try:
+        text = templated([{"role": "user", "content": _parts(f"{image_token}a", image_token)}], tokenizer, False).text
+    except UserError:
+        return False
+    return image_token in text and "'type'" not in text
+
+
+@lru_cache(maxsize=2)
+def _start(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The token that the tokenizer puts in front of a text by itself, if it does."""
+    ids = tokenizer("a").input_ids
+    return str(tokenizer.bos_token) if tokenizer.bos_token_id in ids[:1] else ""

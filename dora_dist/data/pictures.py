@@ -1,0 +1,131 @@
+"""Picture files to pixels, as the model's own processor makes them; batches of texts with pictures."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_dist.data.collate import Collator
+from dora_dist.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is decoded: pictures only, none that runs another program (as EPS does)."""
+
+
+class PictureReader:
+    """Reads one picture below a folder into what the model takes; usable in loader processes."""
+
+    def __init__(self, folder: Path, processor: Any, *, pad: bool, max_pixels: int):
+        """processor: an image processor of transformers. pad: fill to a square with its mean colour first, as
+        LLaVA-1.5 is trained. max_pixels: width x height beyond which a file is refused before it is decoded."""
+        self.folder, self.processor, self.pad, self.max_pixels = folder, processor, pad, max_pixels
+        mean = getattr(processor, "image_mean", None) or [0.5] * 3
+        self.background = tuple(int(channel * 255) for channel in mean)
+
+    def __call__(self, path: str) -> Tensor:
+        """(3, height, width) fp32. Raises UserError for a file that is missing, too large or no whole picture."""
+        from PIL import Image, UnidentifiedImageError
+
+        file = self.folder / path
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound is ours, below
+                with Image.open(file, formats=FORMATS) as image:
+                    width, height = image.size
+                    if width * height > self.max_pixels:
+                        raise UserError(
+                            f"picture {file} has {width} x {height} pixels, more than data.max_image_pixels = "
+                            f"{self.max_pixels:,}; make it smaller, or raise the bound if you trust it"
+                        )
+                    return self.pixels(image.convert("RGB"))
+        except FileNotFoundError as error:
+            raise UserError(f"picture {file} does not exist") from error
+        except UnidentifiedImageError as error:
+            raise UserError(f"picture {file} cannot be read: it is damaged, or none of {', '.join(FORMATS)}") from error
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"picture {file} cannot be read: {error}") from error
+
+    def pixels(self, image: Any) -> Tensor:
+        """(3, height, width) fp32 of a picture of PIL's in RGB."""
+        from PIL import Image
+
+        if self.pad and image.width != image.height:
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), self.background)
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
+        pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of what the model takes. Raises UserError if it depends on the picture's shape."""
+        from PIL import Image
+
+        shapes = {tuple(self.pixels(Image.new("RGB", size)).shape[1:]) for size in ((64, 64), (64, 192), (192, 64))}
+        if len(shapes) > 1:
+            raise UserError(
+                "model.path: its image processor makes pictures of several sizes, which one batch cannot hold; set "
+                'data.image_aspect_ratio to "pad"'
+            )
+        [(height, width)] = shapes
+        return height, width
+
+
+@dataclass(frozen=True)
+class PictureTokens:
+    """How pictures stand in a text: `count` tokens of id `token_id`, written `token`, for each."""
+
+    token: str
+    token_id: int
+    count: int
+
+
+@dataclass(frozen=True)
+class PictureProcessor:
+    """What makes a LLaVA's input: `size` is (height, width) of every picture as the model takes it."""
+
+    tokenizer: Any
+    reader: PictureReader
+    size: tuple[int, int]
+    stands: PictureTokens
+
+
+def missing_pictures(folder: Path, paths: Iterable[str]) -> set[str]:
+    """Those of `paths` that are not below `folder`; one listing a folder, however many pictures it holds."""
+    by_parent: dict[Path, list[str]] = {}
+    for path in paths:
+        by_parent.setdefault((folder / path).parent, []).append(path)
+    missing = set()
+    for parent, named in by_parent.items():
+        names = {entry.name for entry in parent.iterdir()} if parent.is_dir() else set()
+        missing |= {path for path in named if Path(path).name not in names}
+    return missing
+
+
+class PictureCollator(Collator):
+    """Pads texts, and stacks their pictures in order of appearance.
+
+    A batch without a picture gets a black one that no token refers to, so that every rank runs the same modules.
+    """
+
+    def __init__(self, pad_token_id: int, size: tuple[int, int], pad_to_multiple_of: int | None = None):
+        """size: (height, width) of every picture."""
+        super().__init__(pad_token_id, pad_to_multiple_of)
+        self.size = size
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """As `Collator`, with pixel_values (pictures, 3, height, width) fp32, and the samples' "problems" if any."""
+        batch: dict[str, Any] = super().__call__(samples)
+        pictures = [picture for sample in samples for picture in sample.get("pictures", ())]
+        batch["pixel_values"] = torch.stack(pictures) if pictures else torch.zeros(1, 3, *self.size)
+        if problems := [sample["problem"] for sample in samples if "problem" in sample]:
+            batch["problems"] = problems
+        return batch

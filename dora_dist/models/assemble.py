@@ -1,0 +1,262 @@
+"""A new LLaVA folder: a vision tower's folder, a language model's folder, and a fresh projector between them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_dist.errors import UserError
+from dora_dist.models.llava import LANGUAGE, PROJECTOR, TOWER, tokens_per_picture
+from dora_dist.models.names import Rename, rename_for
+from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, new_folder
+
+BLOCK_ELEMENTS = 4 << 20
+EMBEDDING_MULTIPLE = 64  # new rows are added up to a multiple of it, as LLaVA-1.5 has them
+_MEANS_AND_STDS = {
+    "clip_vision_model": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    "siglip_vision_model": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+    "dinov2": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "dinov2_with_registers": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+}
+"""What towers were trained with; used where a folder has no preprocessor_config.json."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor to write: its published name, its shape there, and where its rows come from (None: fresh)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source: TensorFolder | None = None
+    entry: TensorEntry | None = None
+
+
+def assemble_llava(
+    vision: Path,
+    language: Path,
+    output: Path,
+    *,
+    image_token: str = "<image>",
+    feature_layer: int = -2,
+    image_size: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, int]:
+    """Write the folder `output`: weights, configuration, processor and tokenizer of a LLaVA whose projector is new.
+
+    `vision` is the folder of a tower that transformers knows, or of a model with one (CLIP, SigLIP, DINOv2);
+    `language` that of a causal language model. `image_token` stands for pictures: a token that the tokenizer has, or
+    else a new one, for which the embeddings get rows (the mean of the others). Pictures are padded to squares of
+    `image_size` pixels (None: as the tower's folder says). The projector is U(±1/√inputs), by `seed`.
+    Tensors keep their dtypes and are copied in blocks: memory does not grow with the models. Returns the numbers of
+    tensors, of tokens a picture, and the image token's id. Raises UserError for folders that do not fit together.
+    """
+    text_config, tower_config = _configs(Path(vision), Path(language))
+    tokenizer, token_id = _tokenizer(Path(language), image_token)
+    config = _llava_config(tower_config, text_config, token_id, feature_layer, len(tokenizer))
+    processor = _processor(Path(vision), config, tokenizer, image_token, image_size)
+    with new_folder(output, overwrite) as folder:
+        config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        processor.image_processor.save_pretrained(folder)  # where older versions and other programs look
+        generation = Path(language) / "generation_config.json"
+        if generation.is_file():
+            (folder / generation.name).write_bytes(generation.read_bytes())
+        parts = _parts(folder, config, TensorFolder.open(Path(vision)), TensorFolder.open(Path(language)))
+        _write(folder, parts, seed)
+    return {"tensors": sum(map(len, parts)), "tokens_per_picture": config.image_seq_length, "image_token_id": token_id}
+
+
+def _configs(vision: Path, language: Path) -> tuple[Any, Any]:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    found = []
+    for option, folder in (("--language", language), ("--vision", vision)):
+        try:
+            found.append(AutoConfig.from_pretrained(folder))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{option} {folder}: holds no readable config.json: {error}") from error
+    text, tower = found
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"--language {language}: {text.model_type!r} is no causal language model")
+    tower = getattr(tower, "vision_config", tower)
+    if not hasattr(tower, "patch_size") or type(tower) not in MODEL_MAPPING:
+        raise UserError(f"--vision {vision}: {tower.model_type!r} is no vision tower that LLaVA takes")
+    if hasattr(tower, "vision_use_head"):
+        tower.vision_use_head = False  # SigLIP pools into one vector for contrastive training only
+    return text, tower
+
+
+def _tokenizer(language: Path, image_token: str) -> tuple[Any, int]:
+    from dora_dist.data.conversations import VICUNA_TEMPLATE
+    from dora_dist.models.tokenizer import load_tokenizer
+
+    tokenizer: Any = load_tokenizer(language)
+    if image_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [image_token]})
+    ids = tokenizer.encode(image_token, add_special_tokens=False)
+    if len(ids) != 1:
+        raise UserError(
+            f"--image-token {image_token!r}: is not one token of {language}; give a special token, or a new"
+        )
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = VICUNA_TEMPLATE
+    return tokenizer, ids[0]
+
+
+def _llava_config(tower: Any, text: Any, token_id: int, feature_layer: int, tokens: int) -> Any:
+    """Features are the patches of the tower's layer `feature_layer`, without the class token where there is one."""
+    from transformers import LlavaConfig
+
+    if tokens > text.vocab_size:
+        text.vocab_size = -(-tokens // EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE
+    config = LlavaConfig(
+        vision_config=tower,
+        text_config=text,
+        image_token_index=token_id,
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.dtype = text.dtype
+    return config
+
+
+def _processor(vision: Path, config: Any, tokenizer: Any, image_token: str, image_size: int | None) -> Any:
+    """The processor of `config`, which is completed by what the processor shows of it."""
+    from transformers import LlavaProcessor
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    tower = config.vision_config
+    settings = _preprocessing(vision, tower.model_type)
+    side = image_size or settings.pop("side", None) or tower.image_size
+    patches = (side // tower.patch_size) ** 2
+    extra = tokens_per_picture(config, side, side) - patches
+    if extra:
+        config.vision_feature_select_strategy = "default"  # it drops the first
+    config.image_seq_length = patches + max(extra - 1, 0)
+    images = LlavaImageProcessorPil(
+        do_pad=True,
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        **{key: settings[key] for key in ("image_mean", "image_std", "resample") if key in settings},
+    )
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=tower.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=tokenizer.chat_template,
+        image_token=image_token,
+        num_additional_image_tokens=extra,
+    )
+
+
+def _preprocessing(vision: Path, model_type: str) -> dict[str, Any]:
+    """The mean, deviation, resampling and side length that the tower's pictures had."""
+    file = vision / "preprocessor_config.json"
+    if not file.is_file():
+        if model_type not in _MEANS_AND_STDS:
+            raise UserError(f"--vision {vision}: no {file.name} in it, which says how its pictures are normalised")
+        mean, std = _MEANS_AND_STDS[model_type]
+        return {"image_mean": mean, "image_std": std}
+    try:
+        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from error
+    crops = settings.get("do_center_crop", "crop_size" in settings)
+    size = settings.get("crop_size" if crops else "size") or {}
+    return {**settings, "side": size if isinstance(size, int) else size.get("height") or size.get("shortest_edge")}
+
+
+def _parts(folder: Path, config: Any, tower: TensorFolder, text: TensorFolder) -> list[list[Part]]:
+    """What to write: one file for each file that is read, and one for the projector."""
+    from dora_dist.models.build import skeleton
+    from dora_dist.models.tasks import IMAGE_TEXT, Task
+
+    model = skeleton(folder, Task(IMAGE_TEXT))
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    rename = rename_for(model)
+    files: dict[Path, list[Part]] = {}
+    for source, top, own in ((tower, TOWER, config.vision_config.model_type), (text, LANGUAGE, "")):
+        for entry in sorted(source.entries.values(), key=lambda entry: (entry.path, entry.offset)):
+            name = _published(entry.name, top, own, rename, wanted)
+            if name is not None:
+                shape = wanted.pop(rename(name))
+                _check_shape(source, entry, shape)
+                files.setdefault(entry.path, []).append(Part(name, shape, entry.dtype, source, entry))
+    dtype = next(part.dtype for part in files[next(reversed(files))])
+    fresh = [name for name in wanted if f"{PROJECTOR}." in name]
+    if absent := sorted(set(wanted) - set(fresh)):
+        where = tower if f"{TOWER}." in absent[0] else text
+        raise UserError(
+            f"{where.path}: has no weights for {absent[0]!r}; is it the model that its config.json describes?"
+        )
+    projector = [Part(name.removeprefix("model."), wanted[name], dtype) for name in fresh]
+    return [*files.values(), projector]
+
+
+def _published(name: str, top: str, own: str, rename: Rename, wanted: dict[str, Any]) -> str | None:
+    """A tensor's name in a LLaVA folder, None for what LLaVA has no use for (CLIP's text tower, a classifier).
+
+    `own` is what a model with a tower calls it ("dinov2.encoder..."); it is left out.
+    """
+    for inner in (name, name.removeprefix(f"{own}.")):
+        if rename(f"{top}.{inner}") in wanted:
+            return f"{top}.{inner}"
+    return None
+
+
+def _check_shape(source: TensorFolder, entry: TensorEntry, shape: tuple[int, ...]) -> None:
+    grown = len(shape) == 2 and entry.shape[1:] == shape[1:] and entry.shape[0] < shape[0]
+    embeds = "embed_tokens" in entry.name or "lm_head" in entry.name
+    if entry.shape != shape and not (grown and embeds):
+        raise UserError(f"{source.path}: tensor {entry.name!r} is {entry.shape}, its config.json says {shape}")
+
+
+def _write(folder: Path, files: list[list[Part]], seed: int) -> None:
+    weight_map = {}
+    for number, parts in enumerate(files, 1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        layout = [(part.name, part.dtype, part.shape) for part in parts]
+        with TensorWriter(folder / name, layout, {"format": "pt"}) as writer:
+            for part in parts:
+                weight_map[part.name] = name
+                for block in _blocks(part, seed):
+                    writer.write(part.name, block)
+    total = sum(part.dtype.itemsize * torch.Size(part.shape).numel() for parts in files for part in parts)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _blocks(part: Part, seed: int) -> Iterator[Tensor]:
+    """A tensor's values in order, a bounded number at a time; flat."""
+    from dora_dist.zero3.loading import initial_values
+
+    if part.source is None or part.entry is None:
+        values, shape = torch.zeros(torch.Size(part.shape).numel()), torch.Size(part.shape)
+        if len(shape) == 2:
+            initial_values(part.name, shape, seed, shape[1] ** -0.5)(0, shape.numel(), values)
+        yield values.to(part.dtype)
+        return
+    rows = part.entry.shape[0] if part.entry.shape else 1
+    width = part.entry.numel // rows if rows else 0
+    total = torch.zeros(width, dtype=torch.float64)
+    grown = part.shape != part.entry.shape
+    step = max(1, BLOCK_ELEMENTS // max(width, 1))
+    for start in range(0, rows, step):
+        block = part.source.read_flat(part.entry.name, start * width, min(start + step, rows) * width)
+        if grown:
+            total += block.view(-1, width).double().sum(0)
+        yield block
+    if grown:
+        yield (total / rows).to(part.dtype).repeat(part.shape[0] - rows)

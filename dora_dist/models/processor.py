@@ -1,0 +1,41 @@
+"""What turns conversations into a LLaVA's input, from the model's folder."""
+
+from pathlib import Path
+from typing import Any
+
+from dora_dist.config import DataConfig
+from dora_dist.data.pictures import PictureProcessor, PictureReader, PictureTokens
+from dora_dist.errors import UserError
+from dora_dist.models.llava import check_family, tokens_per_picture
+from dora_dist.models.tokenizer import load_tokenizer
+
+
+def load_processor(base: Path, data: DataConfig, tokenizer: str | None = None) -> PictureProcessor:
+    """The processor of a LLaVA's folder `base`; `tokenizer` names another than the folder's.
+
+    The number of tokens of a picture is what the model's own tower makes of it, whatever the processor's settings
+    say. Raises UserError if the parts do not fit together.
+    """
+    from transformers import AutoConfig, AutoImageProcessor
+
+    config: Any = AutoConfig.from_pretrained(base)
+    check_family(config)
+    text: Any = load_tokenizer(tokenizer or str(base))
+    try:
+        # Pillow's arithmetic, with which these models were trained, whatever else is installed.
+        images = AutoImageProcessor.from_pretrained(base, backend="pil")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path: {base} has no image processor that loads (preprocessor_config.json): {error}"
+        ) from error
+    pad = data.image_aspect_ratio == "pad"
+    reader = PictureReader(Path(data.image_folder or ""), images, pad=pad, max_pixels=data.max_image_pixels)
+    token = text.convert_ids_to_tokens(config.image_token_id)
+    if token is None or text.encode(token, add_special_tokens=False) != [config.image_token_id]:
+        raise UserError(
+            f"model.tokenizer: it has no special token of id {config.image_token_id}, which stands for pictures in "
+            f"{base}; give the model's own tokenizer"
+        )
+    size = reader.size()
+    stands = PictureTokens(token, config.image_token_id, tokens_per_picture(config, *size))
+    return PictureProcessor(text, reader, size, stands)

@@ -1,0 +1,293 @@
+"""LLaVA's conversations: text and labels, pictures, truncation, order, and everything a record can get wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from dora_dist.config import DataConfig
+from dora_dist.data import FILLER, IGNORED, EpochBatches, build_conversations
+from dora_dist.data.conversations import VICUNA_SYSTEM, read_conversation, render
+from dora_dist.data.pictures import PictureCollator, PictureReader, missing_pictures
+from dora_dist.errors import UserError
+from dora_dist.models.processor import load_processor
+from tests import llava
+
+IMAGE, COUNT = 300, 4  # the toy's image token, and how many a picture is
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("conversations")
+    llava.model(folder / "base")
+    llava.write(folder, 8, 6)
+    return folder
+
+
+def data(folder: Path, **changes: Any) -> DataConfig:
+    fields = {
+        "train": str(folder / "data.json"),
+        "format": "llava",
+        "image_folder": str(folder / "pictures"),
+        "loss_on": "answer",
+        "cutoff_len": 400,
+    }
+    return DataConfig(**{**fields, **changes})
+
+
+def built(folder: Path, **changes: Any) -> Any:
+    config = data(folder, **changes)
+    return build_conversations(config, load_processor(folder / "base", config), seed=0, progress=False)
+
+
+def tokenizer(folder: Path) -> Any:
+    return load_processor(folder / "base", data(folder)).tokenizer
+
+
+def record(*turns: tuple[str, str], image: Any = None) -> dict[str, Any]:
+    return {
+        "conversations": [{"from": who, "value": text} for who, text in turns],
+        **({"image": image} if image else {}),
+    }
+
+
+TWO_TURNS = record(("human", "<image>\nis it?"), ("gpt", "no"), ("human", "sure?"), ("gpt", "yes"), image="a.png")
+
+
+def test_vicuna_v1_is_llavas_prompt_and_its_template_says_the_same(folder: Path) -> None:
+    text = tokenizer(folder)
+    rendered = render(read_conversation(TWO_TURNS), "vicuna_v1", text, "<image>", True)
+    expected = f"{VICUNA_SYSTEM} USER: <image>\nis it? ASSISTANT: no</s>USER: sure? ASSISTANT: yes</s>"
+    assert rendered.text == expected  # the toy's tokenizer puts no <s> in front by itself
+    assert [rendered.text[start:stop] for start, stop in rendered.answers] == [" no</s>", " yes</s>"]
+    own = render(read_conversation(TWO_TURNS), "model", text, "<image>", True)
+    assert own.text == f"<s>{expected}"
+    assert [own.text[start:stop] for start, stop in own.answers] == [" no</s>", " yes</s>"]
+
+
+def test_templates_that_want_typed_parts_get_them(folder: Path) -> None:
+    text = tokenizer(folder)
+    text.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}:{% for part in m['content'] %}"
+        "{% if part['type'] == 'image' %}<image>{% else %}[{{ part['text'] }}]{% endif %}{% endfor %};{% endfor %}"
+    )
+    conversation = read_conversation(record(("human", "one <image> two\n<image>"), ("gpt", "3"), image=["a", "b"]))
+    rendered = render(conversation, "model", text, "<image>", True)
+    assert rendered.text == "user:[one]<image>[two]<image>;assistant:[3];"
+
+
+def test_plain_is_pictures_and_caption(folder: Path) -> None:
+    conversation = read_conversation(record(("human", "describe <image>"), ("gpt", "a cat"), image="a.png"))
+    rendered = render(conversation, "plain", tokenizer(folder), "<image>", True)
+    assert rendered.text == "<image>a cat\n"
+    assert [rendered.text[start:stop] for start, stop in rendered.answers] == ["a cat\n"]
+    with pytest.raises(UserError, match="one question and one answer"):
+        render(read_conversation(TWO_TURNS), "plain", tokenizer(folder), "<image>", True)
+
+
+def test_tokens_are_those_of_transformers_processor_and_labels_the_answers(folder: Path) -> None:
+    from transformers import AutoProcessor
+
+    processor: Any = AutoProcessor.from_pretrained(folder / "base")
+    train = built(folder).train
+    records = json.loads((folder / "data.json").read_text())
+    assert len(train) == len(records) == 15
+    for sample, row in zip(train, records, strict=False):
+        conversation = read_conversation(row)
+        text = render(conversation, "vicuna_v1", processor.tokenizer, "<image>", True).text
+        images = [Image.open(folder / "pictures" / path).convert("RGB") for path in conversation.pictures]
+        theirs = processor(text=text, images=images or None, return_tensors="pt")
+        assert sample["input_ids"] == theirs["input_ids"][0].tolist()
+        if images:
+            torch.testing.assert_close(torch.stack(sample["pictures"]), theirs["pixel_values"], atol=0.02, rtol=0)
+        learnt = [t for t, label in zip(sample["input_ids"], sample["labels"], strict=True) if label != IGNORED]
+        answers = "".join(f" {text}</s>" for role, text in conversation.turns if role == "assistant")
+        assert processor.tokenizer.decode(learnt) == answers
+        assert all(label in (IGNORED, t) for t, label in zip(sample["input_ids"], sample["labels"], strict=True))
+
+
+def test_loss_on_everything_leaves_pictures_out(folder: Path) -> None:
+    sample = built(folder, loss_on="all").train[0]
+    assert [label for label in sample["labels"] if label == IGNORED] == [IGNORED] * COUNT
+
+
+@pytest.mark.parametrize("cutoff_len", range(100, 260, 17))
+def test_truncation_never_parts_a_picture_from_its_tokens(folder: Path, cutoff_len: int) -> None:
+    whole = built(folder, loss_on="all").train
+    cut = built(folder, loss_on="all", cutoff_len=cutoff_len)
+    for before, after in zip(whole, cut.train, strict=False):
+        ids = after["input_ids"]
+        assert ids == before["input_ids"][: len(ids)] and len(ids) <= cutoff_len
+        assert ids.count(IMAGE) == COUNT * len(after["pictures"])
+        # Cut only where it must be: at the bound, or before a picture that would cross it.
+        following = before["input_ids"][len(ids) :]
+        assert len(ids) == cutoff_len or not following or (following[0] == IMAGE and len(ids) + COUNT > cutoff_len)
+    assert cut.train_stats.truncated == sum(
+        len(a["input_ids"]) < len(b["input_ids"]) for a, b in zip(cut.train, whole, strict=True)
+    )
+
+
+def test_stats_count_tokens_of_pictures(folder: Path) -> None:
+    found = built(folder)
+    samples = list(found.train)
+    assert found.train_stats.tokens == sum(len(sample["input_ids"]) for sample in samples)
+    assert (found.train_stats.samples, found.train_stats.pictures, found.train_stats.text_only) == (15, 10, 6)
+    assert found.train.lengths.tolist() == [len(sample["input_ids"]) for sample in samples]
+    assert "6 without pictures" in str(found.train_stats)
+
+
+def test_held_out_records_are_no_training_records(folder: Path) -> None:
+    found = built(folder, validation_samples=5)
+    places = [{part.store.places[i] for i in part.index} for part in (found.train, found.validation)]
+    assert len(places[0]) == 10 and len(places[1]) == 5 and not places[0] & places[1]
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def reader(folder: Path, **changes: Any) -> PictureReader:
+    config = data(folder, **changes)
+    return load_processor(folder / "base", config).reader
+
+
+def test_padding_is_llavas(tmp_path: Path) -> None:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    sizes: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    pixels = torch.randint(0, 256, (40, 90, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(pixels.numpy())
+    image.save(tmp_path / "a.png")
+    ours = PictureReader(tmp_path, CLIPImageProcessorPil(**sizes), pad=True, max_pixels=10_000)
+    theirs = LlavaImageProcessorPil(do_pad=True, **sizes)(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(ours("a.png"), theirs)
+    cropped = PictureReader(tmp_path, CLIPImageProcessorPil(**sizes), pad=False, max_pixels=10_000)
+    assert not torch.allclose(cropped("a.png"), theirs)
+
+
+def test_a_picture_is_refused_before_it_is_decoded_if_it_is_too_large(folder: Path, tmp_path: Path) -> None:
+    Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")  # 100 kB that would be 2.7 GB
+    with pytest.raises(UserError, match=r"30000 x 30000 pixels, more than data.max_image_pixels = 50,000,000|bomb"):
+        reader(folder, image_folder=str(tmp_path))("bomb.png")
+    Image.new("RGB", (40, 40)).save(tmp_path / "small.png")
+    small = reader(folder, image_folder=str(tmp_path), max_image_pixels=1599)
+    with pytest.raises(UserError, match="40 x 40 pixels, more than data.max_image_pixels = 1,599"):
+        small("small.png")
+
+
+def test_what_is_no_whole_picture_is_refused(folder: Path, tmp_path: Path) -> None:
+    whole = (folder / "pictures" / "a" / "1-green.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "postscript.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    read = reader(folder, image_folder=str(tmp_path))
+    for name in ("cut.png", "text.png", "postscript.png"):
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            read(name)
+    with pytest.raises(UserError, match="does not exist"):
+        read("absent.png")
+
+
+def test_missing_pictures_are_found_by_one_listing_a_folder(folder: Path) -> None:
+    names = llava.pictures(folder / "pictures")
+    assert missing_pictures(folder / "pictures", [*names, "a/z.png", "b/c/d.png"]) == {"a/z.png", "b/c/d.png"}
+
+
+def test_missing_pictures_are_an_error_or_leave_their_records_out(folder: Path, tmp_path: Path) -> None:
+    records = json.loads((folder / "data.json").read_text())
+    records[2]["image"] = "a/gone.png"
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    with pytest.raises(UserError, match=r"record 3 \(id 'p2'\): picture .*gone.png does not exist \(1 pictures"):
+        built(folder, train=str(tmp_path / "data.json"))
+    found = built(folder, train=str(tmp_path / "data.json"), bad_images="skip")
+    assert (found.train_stats.samples, found.train_stats.without_picture) == (14, 1)
+
+
+def test_a_batch_without_pictures_has_a_black_one_that_nothing_refers_to(folder: Path) -> None:
+    train = built(folder).train
+    collator = PictureCollator(0, (28, 28), 8)
+    batch = collator([train[i] for i in range(9, 12)])
+    assert not batch["pixel_values"].any() and batch["pixel_values"].shape == (1, 3, 28, 28)
+    assert not (batch["input_ids"] == IMAGE).any()
+    batch = collator([train[8], train[9], train[0]])
+    assert torch.equal(batch["pixel_values"], torch.stack([*train[8]["pictures"], *train[0]["pictures"]]))
+    assert (batch["input_ids"] == IMAGE).sum(1).tolist() == [8, 0, 4]
+
+
+# --- order --------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_alike_in_modality_and_sorted_by_length(folder: Path) -> None:
+    train = built(folder).train
+    order = train.epoch_order(7, 2)
+    assert sorted(order) == list(range(15))
+    batches = [order[i : i + 2] for i in range(0, 15, 2)]
+    kinds = [{bool(train.with_pictures[i]) for i in batch} for batch in batches]
+    assert all(len(kind) == 1 for kind in kinds[:-1])
+    for first, second in batches[:-1]:
+        assert train.lengths[first] >= train.lengths[second]
+    assert train.epoch_order(7, 2) == order and train.epoch_order(8, 2) != order
+    assert built(folder, group_by_modality_length=False).train.epoch_order is None
+
+
+def test_a_grouped_order_is_cut_alike_for_every_world_size(folder: Path) -> None:
+    train = built(folder).train
+    for world_size, micro in ((1, 6), (2, 3), (3, 1), (3, 2)):
+        ranks = [
+            list(
+                EpochBatches(
+                    len(train),
+                    global_batch_size=6,
+                    micro_batch_size=micro,
+                    world_size=world_size,
+                    rank=rank,
+                    seed=3,
+                    order=train.epoch_order,
+                )
+            )
+            for rank in range(world_size)
+        ]
+        assert all(len(batches) == 3 * 6 // (micro * world_size) for batches in ranks)
+        steps = [[b for rank in ranks for b in rank[i::1][:1]] for i in range(len(ranks[0]))]
+        flat = [i for step in steps for batch in step for i in batch]
+        expected = train.epoch_order(3 * 1_000_003, 6)
+        assert [i for i in flat if i != FILLER] == expected
+
+
+# --- what a record can get wrong ----------------------------------------------------------------------------------
+
+BAD = {
+    "unknown speaker": (record(("user", "hi"), ("gpt", "ho")), "turn 1 is from 'user'; known speakers are human, gpt"),
+    "no answer": (record(("human", "hi")), "no question with an answer"),
+    "twice": (record(("human", "a"), ("human", "b"), ("gpt", "c")), "two turns of the user in a row"),
+    "mark without a picture": (record(("human", "<image> a"), ("gpt", "b")), "1 <image> in its text and 0 pictures"),
+    "picture without a mark": (record(("human", "a"), ("gpt", "b"), image="x"), "0 <image> in its text and 1 pictures"),
+    "leaves": (record(("human", "<image>"), ("gpt", "b"), image="../x.png"), "leaves data.image_folder"),
+    "leaves inside": (record(("human", "<image>"), ("gpt", "b"), image="a/../../x"), "leaves data.image_folder"),
+    "absolute": (record(("human", "<image>"), ("gpt", "b"), image="/etc/x.png"), "leaves data.image_folder"),
+    "number": (record(("human", "<image>"), ("gpt", "b"), image=7), '"image" must be the path'),
+    "no text": ({"conversations": [{"from": "human"}]}, 'strings "from" and "value"'),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_records_are_refused_by_place_and_id(folder: Path, tmp_path: Path, case: str) -> None:
+    bad, message = BAD[case]
+    (tmp_path / "data.json").write_text(json.dumps([record(("human", "a"), ("gpt", "b")), {**bad, "id": "x7"}]))
+    with pytest.raises(UserError) as caught:
+        built(folder, train=str(tmp_path / "data.json"))
+    assert message in str(caught.value) and "record 2 (id 'x7')" in str(caught.value)
+
+
+def test_turns_before_the_first_question_and_after_the_last_answer_are_left_out() -> None:
+    turns = record(("gpt", "hello"), ("human", "a"), ("gpt", "b"), ("human", "c"))
+    assert read_conversation(turns).turns == (("user", "a"), ("assistant", "b"))
+
+
+def test_a_text_that_holds_the_models_own_image_token_is_refused(folder: Path) -> None:
+    conversation = read_conversation(record(("human", "a <pad> b"), ("gpt", "c")))
+    with pytest.raises(UserError, match="its text holds '<pad>'"):
+        render(conversation, "vicuna_v1", tokenizer(folder), "<pad>", True)
