@@ -61,9 +61,16 @@ def tokenizer(texts: Sequence[str], size: int = 320) -> Any:
 
 
 def base_model(
-    folder: Path, texts: Sequence[str] = (), kind: str = "BartForConditionalGeneration", **sizes: Any
+    folder: Path,
+    texts: Sequence[str] = (),
+    kind: str = "BartForConditionalGeneration",
+    end_bias: float = 0.0,
+    **sizes: Any,
 ) -> Path:
-    """A folder of a small BART with random weights, and a tokenizer of `texts` (default: of `records`)."""
+    """A folder of a small BART with random weights, and a tokenizer of `texts` (default: of `records`).
+
+    `end_bias` makes the end of a summary likelier.
+    """
     import transformers
 
     text = tokenizer(texts or [value for record in records(30) for value in record.values()])
@@ -72,6 +79,7 @@ def base_model(
     if hasattr(model, "final_logits_bias"):  # words of the summaries, so that a random model hits upon some
         model.final_logits_bias.normal_()
         model.final_logits_bias[:, text(" film was weak great")["input_ids"][1:-1]] += 4
+        model.final_logits_bias[:, text.eos_token_id] += end_bias
     model.save_pretrained(folder)
     text.save_pretrained(folder)
     return folder
