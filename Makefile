@@ -26,7 +26,7 @@ test-cluster: $(VENV)/.installed-test  ## the tests on a Slurm cluster of two no
 	$(BIN)/python -m pytest tests/cluster
 
 lint: $(VENV)/.installed-test  ## ruff, mypy and shellcheck
-	@if command -v shellcheck; then shellcheck slurm/*.sh tools/*.sh .ci/run; \
+	@if command -v shellcheck >/dev/null; then shellcheck slurm/*.sh tools/*.sh .ci/run; \
 	else echo "shellcheck is not installed: shell scripts are not checked" >&2; fi
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

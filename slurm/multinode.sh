@@ -113,7 +113,7 @@ ranks_per_node() {
 
 # Slurm announces the end of this start (--signal, preemption). srun passes signals on to the ranks.
 ask_to_stop() {
-    say "asked to stop; the ranks save a checkpoint"
+    say "asked to stop by Slurm; passed on to the ranks"
     stopping=yes
     [ -z "$srun" ] || kill -USR1 "$srun" 2>/dev/null
 }
@@ -136,13 +136,13 @@ conclude() {
     requeue "exit codes of ranks$again"
 }
 
-# Only a job that is to go on: one that was cancelled would come back to life.
+# A job that is being cancelled would come back to life. One that lost a node is requeued by Slurm itself.
 requeue() {
     local state
     state=$(scontrol show job "$SLURM_JOB_ID")
     case $state in
         *JobState=RUNNING* | *Reason=TimeLimit*) ;;
-        *) fail 75 "$1; the job was cancelled, so it does not go on" ;;
+        *) fail 75 "$1; Slurm is ending the job, so it is not requeued from here" ;;
     esac
     say "$1: requeued"
     scontrol requeue "$SLURM_JOB_ID" || fail 75 "the job could not be requeued; submit it again to go on"

@@ -43,7 +43,8 @@ SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 MinJobAge=100000
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=5
+MessageTimeout=4
 KillWait=10
 OverTimeLimit=1
 PreemptType=preempt/partition_prio
@@ -250,7 +251,8 @@ class Cluster:
         for process in psutil.Process(self._head.pid).children(recursive=True):
             try:
                 environ = process.environ()
-                if environ.get("SLURM_JOB_ID") == number and "SLURM_PROCID" in environ and process.name() == "python":
+                step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")  # a batch script is no step
+                if step == (number, "0") and process.name() == "python":
                     found.setdefault(int(environ["SLURM_PROCID"]), process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue  # it ended just now
