@@ -1,4 +1,4 @@
-"""Accuracy on multiple-choice tasks: by generation, as in the paper, or by the answers' likelihood."""
+"""Models on files: accuracy of language models, generated as in the paper or by likelihood; other tasks' metrics."""
 
 from dora_dist.evaluation.run import as_table, evaluate, score_task
 from dora_dist.evaluation.tasks import PAPER_TASKS, Task

@@ -140,9 +140,11 @@ def evaluate(
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
     from dora_dist.models.inference import task_at
-    from dora_dist.models.tasks import CAUSAL_LM, SEQ2SEQ_LM
+    from dora_dist.models.tasks import CAUSAL_LM, IMAGE_TEXT, SEQ2SEQ_LM
 
     task, fields = task_at(str(model_path)), dict(fields or {})
+    if task.name == IMAGE_TEXT:
+        raise UserError(f"{model_path}: answers about pictures are not evaluated here; its task is {task.name}")
     common: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "progress": progress}
     if task.name == CAUSAL_LM:
         _refuse(task.name, **fields)
