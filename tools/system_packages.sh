@@ -17,13 +17,14 @@ needed=() useful=()
 command -v g++ >/dev/null || needed+=(g++)
 "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
     needed+=(python3-dev)
-[ "${2:-}" != test ] || command -v mpirun.mpich >/dev/null || useful+=(mpich) # tests/launch
 command -v numactl >/dev/null || useful+=(numactl)    # deepspeed --bind_cores_to_rank
 command -v mpirun >/dev/null || useful+=(openmpi-bin) # starting ranks with mpirun; the library of mpi4py
 if [ "${2:-}" = test ]; then
     PATH=$PATH:/usr/sbin:/sbin
     command -v shellcheck >/dev/null || useful+=(shellcheck)
-    # The Slurm cluster of tests/cluster.
+    command -v mpirun.mpich >/dev/null || useful+=(mpich) # tests/launch
+    # tests/cluster: deepspeed --hostfile, and the Slurm cluster
+    command -v pdsh >/dev/null || useful+=(pdsh)
     command -v ip >/dev/null || useful+=(iproute2)
     command -v munged >/dev/null || useful+=(munge)
     { command -v slurmctld && command -v slurmd && command -v sbatch; } >/dev/null || useful+=(slurm-wlm)

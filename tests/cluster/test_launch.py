@@ -25,7 +25,7 @@ def test_srun_computes_what_torchrun_does(workspace: Workspace, uninterrupted: d
 @pytest.mark.parametrize(
     "launcher",
     [
-        "mpirun --allow-run-as-root -np 2 -hostfile hosts -x PATH -x PYTHONPATH -x DS_ACCELERATOR python",
+        "mpirun --allow-run-as-root -hostfile hosts --bind-to none -x PATH -x PYTHONPATH -x DS_ACCELERATOR python",
         "deepspeed --hostfile hosts",
     ],
     ids=["mpirun", "deepspeed"],
