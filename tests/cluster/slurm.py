@@ -175,11 +175,10 @@ class Cluster:
 
     def _write_files(self) -> None:
         self.folder.chmod(0o755)  # Slurm's clients reach munged's socket through it
-        # Slurm does not find out by itself that a machine has the older kind of cgroups.
-        unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
         files = {
             "slurm.conf": _CONF.format(folder=self.folder),
-            "cgroup.conf": f"CgroupPlugin={'autodetect' if unified else 'cgroup/v1'}\n",
+            # None are used, so it does not matter which kind the machine has; finding out fails on some.
+            "cgroup.conf": "CgroupPlugin=cgroup/v1\n",
             "gres.conf": "NodeName=g0 Name=gpu File=/dev/zero\nNodeName=g0 Name=gpu File=/dev/full\n",
             "hosts": _HOSTS,
             "ssh": _SSH.format(folder=self.folder),
