@@ -1,0 +1,85 @@
+"""From words on a command line to one command, and from how it ends to an exit status."""
+
+import argparse
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
+
+from dora_dist.cli import env, evaluate, models, train
+from dora_dist.config import RunConfig, check_names
+from dora_dist.errors import LostRank, Stopped, UserError
+from dora_dist.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED, USERS_MISTAKE
+from dora_dist.launchers import rank_among_several
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit status, one of `exit_codes`; an error of the program is raised."""
+    tokens = sys.argv[1:] if arguments is None else list(arguments)
+    if tokens and re.match(r"--local[_-]rank=", tokens[0]):  # from `deepspeed --no_python`; the environment says it too
+        tokens = tokens[1:]
+    try:
+        if tokens[:1] in (["train"], ["validate"]):
+            check_names(tokens, RunConfig)
+        options = build_parser().parse_args(tokens)
+        options.handler(options)
+    except UserError as error:
+        # Every rank says it: the first that ends makes the launcher end the others, maybe unheard.
+        rank = rank_among_several(os.environ)
+        sys.stderr.write(f"error{'' if rank is None else f' on rank {rank}'}: {error}\n")
+        return USERS_MISTAKE
+    except LostRank as error:
+        sys.stderr.write(f"error on rank {rank_among_several(os.environ)}: {error}\n")
+        return error.code
+    except Stopped as stopped:
+        sys.stderr.write(f"stopped: {stopped}\n")
+        return STOPPED
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+    return DONE
+
+
+def run(arguments: Sequence[str] | None = None) -> NoReturn:
+    """What a shell or a launcher starts: `main`, then the end of the process, at once and with its exit status.
+
+    The interpreter's own teardown is left out: threads that libraries leave behind can abort or hang a rank in it.
+    """
+    try:
+        status = main(arguments)
+    except Exception:
+        traceback.print_exc()
+        status = FAILED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; parsed options carry the `handler` of their command."""
+    parser = argparse.ArgumentParser(
+        prog="dora-dist",
+        description="DoRA fine-tuning on DeepSpeed ZeRO-3: one JSON file is a run, one command starts it",
+        epilog="dora-dist COMMAND --help describes a command and gives an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"dora-dist {_version()}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    train.declare_train(commands)
+    train.declare_validate(commands)
+    train.declare_schema(commands)
+    models.declare_consolidate(commands)
+    models.declare_import_gguf(commands)
+    models.declare_assemble_llava(commands)
+    evaluate.declare_evaluate(commands)
+    env.declare_env(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("dora_dist")
+    except PackageNotFoundError:
+        return "(not installed)"

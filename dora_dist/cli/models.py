@@ -1,0 +1,120 @@
+"""Commands that make model folders: `consolidate`, `import-gguf`, `assemble-llava`."""
+
+import argparse
+from pathlib import Path
+
+from dora_dist.cli.options import DTYPES, Commands, add_output, declare, positive, size
+from dora_dist.errors import UserError
+
+
+def declare_consolidate(commands: Commands) -> None:
+    command = declare(
+        commands,
+        "consolidate",
+        _consolidate,
+        "merge an adapter into its base: a plain Hugging Face model folder",
+        "dora-dist consolidate runs/quickstart/train --output merged/",
+    )
+    command.add_argument("path", type=Path, metavar="PATH", help="run folder, checkpoint, or PEFT adapter folder")
+    add_output(command, "the merged model")
+    command.add_argument("--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)")
+    command.add_argument("--dtype", choices=DTYPES, help="number format to write (default: the base's)")
+    command.add_argument(
+        "--max-shard-size",
+        type=size,
+        default="5GB",
+        metavar="SIZE",
+        help="largest file (default: %(default)s)",
+    )
+
+
+def _consolidate(options: argparse.Namespace) -> None:
+    from dora_dist.consolidate import consolidate, find_adapter
+
+    adapter, found = find_adapter(options.path)
+    base = options.base or found
+    if base is None:
+        raise UserError(f"{options.path}: does not say what its base model is; give it with --base MODEL")
+    result = consolidate(
+        adapter,
+        base,
+        options.output,
+        dtype=options.dtype,
+        max_shard_bytes=options.max_shard_size,
+        overwrite=options.overwrite,
+    )
+    print(
+        f"{options.output}: {result['merged']} of {result['tensors']} tensors merged, "
+        f"{result['bytes_written'] / 1e9:.3f} GB written in {result['seconds']:.1f} s"
+    )
+
+
+def declare_import_gguf(commands: Commands) -> None:
+    command = declare(
+        commands,
+        "import-gguf",
+        _import_gguf,
+        "convert a GGUF file to a Hugging Face model folder, once",
+        "dora-dist import-gguf SmolLM2-135M-Instruct.gguf --output base/",
+    )
+    command.add_argument("file", type=Path, metavar="FILE", help="GGUF file")
+    add_output(command, "the model")
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="number format to write (default: %(default)s)"
+    )
+
+
+def _import_gguf(options: argparse.Namespace) -> None:
+    from dora_dist.models.gguf import import_gguf
+
+    import_gguf(options.file, options.output, dtype=options.dtype, overwrite=options.overwrite)
+    print(options.output)
+
+
+def declare_assemble_llava(commands: Commands) -> None:
+    command = declare(
+        commands,
+        "assemble-llava",
+        _assemble_llava,
+        "make a LLaVA of a vision tower and a language model, with a fresh projector",
+        "dora-dist assemble-llava --vision clip/ --language vicuna/ --output llava/",
+    )
+    command.add_argument("--vision", required=True, metavar="MODEL", help="vision tower: folder or hub name")
+    command.add_argument("--language", required=True, metavar="MODEL", help="language model: folder or hub name")
+    add_output(command, "the LLaVA")
+    command.add_argument(
+        "--image-token",
+        default="<image>",
+        metavar="TOKEN",
+        help="token that stands for pictures: one that the tokenizer has, or else a new one (%(default)s)",
+    )
+    command.add_argument(
+        "--feature-layer",
+        type=int,
+        default=-2,
+        metavar="N",
+        help="layer of the tower whose output is used (%(default)s)",
+    )
+    command.add_argument(
+        "--image-size", type=positive, metavar="PIXELS", help="side length of pictures (default: the tower's)"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the projector (%(default)s)")
+
+
+def _assemble_llava(options: argparse.Namespace) -> None:
+    from dora_dist.config import is_local
+    from dora_dist.models.assemble import assemble_llava
+    from dora_dist.models.hub import fetch
+
+    vision, language = (Path(n) if is_local(n) else fetch(n) for n in (options.vision, options.language))
+    made = assemble_llava(
+        vision,
+        language,
+        options.output,
+        image_token=options.image_token,
+        feature_layer=options.feature_layer,
+        image_size=options.image_size,
+        seed=options.seed,
+        overwrite=options.overwrite,
+    )
+    print(f"{options.output}: {made['tensors']} tensors; a picture is {made['tokens_per_picture']} tokens")
