@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 from torch import Tensor
 
+from dora_dist.errors import UserError
 from dora_dist.safetensors_io import TensorWriter
 
 if TYPE_CHECKING:
@@ -21,21 +23,42 @@ if TYPE_CHECKING:
 def tensors_once(folder: Path, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """What `make` returns: made by whoever comes first to `folder` with this key, memory-mapped by all others.
 
-    The lock ends with the process that holds it, however that ends, and the file appears whole or not at all.
+    The lock ends with the process that holds it, however that ends, and the file appears whole or not at all. A
+    folder that cannot be written, or locked, is done without. Raises UserError for a damaged file.
     """
-    from safetensors import safe_open
-
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{key}.safetensors"
-    with FileLock(folder / f"{key}.lock"):
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / f"{key}.lock"))
+        except (OSError, NotImplementedError) as error:
+            print(f"note: data.cache: {folder} cannot be used ({error}); every rank tokenizes for itself")
+            return dict(make())
         if not file.exists():
             made = make()
-            layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()]
-            with TensorWriter(file, layout) as writer:
-                for name, tensor in made.items():
-                    writer.write(name, tensor)
-    with safe_open(file, "pt") as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.offset_keys()}
+            try:
+                _write(file, made)
+            except UserError as error:
+                print(f"note: data.cache: {error}; every rank tokenizes for itself")
+                return dict(made)
+    return _mapped(file)
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with TensorWriter(file, layout) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def _mapped(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.offset_keys()}
+    except SafetensorError as error:
+        raise UserError(f"data.cache: {file} is damaged ({error}); delete it") from error
 
 
 def key_of(sources: Sequence[str], tokenizer: PreTrainedTokenizerFast, settings: Mapping[str, Any]) -> str | None:

@@ -3,11 +3,13 @@
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from dora_dist.config import RunConfig
 from dora_dist.data import build_dataset
 from dora_dist.data.cache import key_of, tensors_once
+from dora_dist.errors import UserError
 from tests import toy
 from tests.ranks import context
 
@@ -73,3 +75,20 @@ def test_a_run_finds_the_same_samples_with_and_without_a_cache(tmp_path: Path) -
     cache = str(tmp_path / "cache")
     assert build(None) == build(cache) == build(cache)
     assert len(list((tmp_path / "cache" / "tokenized").glob("*.safetensors"))) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    data = toy.write_records(tmp_path / "data.json", 5)
+    assert tokenize(blocked, data, tmp_path / "made").tolist() == list(range(10))
+    assert "data.cache" in capsys.readouterr().out
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+    data = toy.write_records(tmp_path / "data.json", 5)
+    tokenize(tmp_path / "cache", data, tmp_path / "made")
+    [file] = (tmp_path / "cache").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(UserError, match=rf"{file.name} is damaged .*delete it"):
+        tokenize(tmp_path / "cache", data, tmp_path / "made")
