@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +117,25 @@ def _is_up_to(line: str, step: int) -> bool:
 
 
 class InUse:
-    """At most one run at a time writes a folder: an advisory lock that ends with the process, however it ends."""
+    """At most one run at a time writes a folder: an advisory lock that ends with the process, however it ends.
 
-    def __init__(self, run_dir: Path) -> None:
-        self._lock = FileLock(run_dir / IN_USE)
+    Where the process ended with its node, a file server gives the lock free only after a lease, which is 90 s by
+    default on NFS: a run that goes on elsewhere waits for up to `patience_s`.
+    """
+
+    def __init__(self, run_dir: Path, patience_s: float = 120.0) -> None:
+        self._lock, self._patience_s = FileLock(run_dir / IN_USE), patience_s
 
     def claim(self) -> None:
         """Lock the folder, making it if need be. Raises UserError if another run holds it."""
         path = Path(self._lock.lock_file)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
+            with suppress(Timeout):
+                self._lock.acquire(timeout=0)
+                return
+            print(f"{path.parent} is in use by another run; waiting up to {self._patience_s:g} s for it to end")
+            self._lock.acquire(timeout=self._patience_s, poll_interval=0.5)
         except Timeout:
             raise UserError(
                 f"checkpoint.run_dir: {path.parent} is in use by another run; wait for it, or give another folder"

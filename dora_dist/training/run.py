@@ -47,8 +47,11 @@ def train(config: RunConfig) -> Path:
 def _run(config: RunConfig, world: World, watch: Watch, stop: StopRequest) -> Path:
     check_agreement(world, of_code() | of_configuration(config))
     run_dir = Path(config.checkpoint.run_dir)
-    resume = _resume_from(config, run_dir, world)
     with run_folder.InUse(run_dir) as in_use:
+        with together("looking whether the run folder is in use"):
+            if world.first and run_dir.exists():  # a run that cannot start makes no folder
+                in_use.claim()
+        resume = _resume_from(config, run_dir, world)
         compacting = _fine_tune(config, world, watch, stop, in_use, resume)
         if compacting:
             gc.collect()  # engine, trainer and callbacks refer to one another
@@ -262,16 +265,23 @@ def _resume_from(config: RunConfig, run_dir: Path, world: World) -> Path | None:
         elif resume is not None:
             run_folder.read_manifest(Path(resume))
             found = [Path(resume)]
-        elif earlier := run_folder.newest_checkpoint(run_dir):
-            raise UserError(
-                f"checkpoint.run_dir: {run_dir} already holds a run ({earlier.name}); go on with it by "
-                "--checkpoint.resume auto, or give another checkpoint.run_dir"
-            )
+        else:
+            _check_unused(run_dir)
     dist.broadcast_object_list(found)
     return found[0]
 
 
+def _check_unused(run_dir: Path) -> None:
+    if earlier := run_folder.newest_checkpoint(run_dir):
+        raise UserError(
+            f"checkpoint.run_dir: {run_dir} already holds a run ({earlier.name}); go on with it by "
+            "--checkpoint.resume auto, or give another checkpoint.run_dir"
+        )
+
+
 def _write_run_folder(config: RunConfig, run_dir: Path, world: World, resume: Path | None) -> None:
+    if resume is None:
+        _check_unused(run_dir)  # another run may have made the folder while this one loaded its model
     run_folder.clear_leftovers(run_dir)
     run_folder.forget_metrics_after(run_dir, run_folder.step_of(resume) if resume is not None else 0)
     run_folder.write_json(run_dir / run_folder.CONFIG, json.loads(config.to_json()))
