@@ -70,6 +70,13 @@ def base_model(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) 
     return folder
 
 
+def training_folder(folder: Path) -> Path:
+    """`base`, a LLaMA, and `data.json`, 25 records: five held out leave a last, small batch to an epoch."""
+    base_model(folder / "base")
+    write_records(folder / "data.json", 25)
+    return folder
+
+
 def tokens(rows: int = 2, length: int = 17, vocabulary: int = 300) -> Tensor:
     """Token ids (rows, length), the same at every call."""
     return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1))

@@ -16,6 +16,7 @@ from dora_dist.adapters.norms import NormRefresher
 from dora_dist.analysis.rank_map import rank_table, write_rank_map
 from dora_dist.distributed import World
 from dora_dist.run_folder import METRICS
+from dora_dist.safetensors_io import disk_errors
 
 PEAK_BF16_FLOPS = {
     "H200": 989e12,
@@ -74,7 +75,7 @@ class ReportCallback(TrainerCallback):
             record: dict[str, Any] = {"step": state.global_step, **logs}
             if "components_kept" in logs:
                 record["components_by_layer"] = self.trainer.pruner.events[-1].by_layer
-            with self._file.open("a") as file:
+            with disk_errors(self._file), self._file.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             tqdm.write(_line(record, state.max_steps))
 

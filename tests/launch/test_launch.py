@@ -20,9 +20,7 @@ LAUNCH = ["deepspeed", "--num_accelerators", "2", "launch/train.py"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launch")
-    toy.base_model(folder / "base")
-    toy.write_records(folder / "data.json", 25)
-    return folder
+    return toy.training_folder(folder)
 
 
 def type_in(*words: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:

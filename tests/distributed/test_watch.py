@@ -1,0 +1,62 @@
+"""A rank that fails alone: the others end, also from inside a collective, and know why."""
+
+import os
+import time
+
+import pytest
+
+from dora_dist import distributed
+from dora_dist.errors import UserError
+from dora_dist.exit_codes import FAILED, USERS_MISTAKE
+from dora_dist.watch import SILENCE_S, Watch
+from tests.ranks import RankError, run_ranks
+
+
+def fail_alone(error: type[Exception]) -> None:
+    """Rank 1 raises; rank 0 waits for it in a collective that can only break by a timeout."""
+    import torch.distributed as dist
+
+    world = distributed.start()
+    with Watch(world):
+        if world.rank == 1:
+            raise error("of rank 1")
+        dist.barrier()
+
+
+@pytest.mark.parametrize(("error", "code"), [(ZeroDivisionError, FAILED), (UserError, USERS_MISTAKE)])
+def test_a_rank_stuck_in_a_collective_ends_with_the_status_of_the_cause(
+    error: type[Exception], code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RankError) as found:
+        run_ranks(fail_alone, 2, error)
+    assert f"rank 0 of 2: died with exit code {code}" in str(found.value)
+    assert f"{error.__name__}: of rank 1" in str(found.value)
+    assert "error on rank 0: " in capfd.readouterr().err
+
+
+def end_well() -> None:
+    world = distributed.start()
+    for _ in range(2):  # what the first leaves in the store is not taken for the second's
+        with pytest.raises(UserError), Watch(world):
+            raise UserError("on every rank")
+    with Watch(world):
+        time.sleep(0.1 if world.first else SILENCE_S / 5)
+
+
+def test_an_error_on_all_ranks_is_each_ones_own_and_the_next_watch_starts_anew() -> None:
+    run_ranks(end_well, 2)
+
+
+def threads() -> int:
+    import torch
+    from accelerate.state import PartialState
+
+    del os.environ["OMP_NUM_THREADS"]
+    distributed.start()
+    PartialState(cpu=True)
+    return torch.get_num_threads()
+
+
+def test_ranks_share_the_cores_of_their_host_whatever_accelerate_thinks() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert run_ranks(threads, 2) == [max(1, cores // 2)] * 2
