@@ -13,7 +13,7 @@ python=$1
 
 needed=() useful=()
 "$python" -c 'import ensurepip, venv' 2>/dev/null || needed+=(python3-venv)
-# DeepSpeed compiles its shared-memory collectives the first time it runs on CPUs.
+# DeepSpeed on CPUs compiles shared-memory collectives, where a program starts it otherwise than through our `start`.
 command -v g++ >/dev/null || needed+=(g++)
 "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
     needed+=(python3-dev)

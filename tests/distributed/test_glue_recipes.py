@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests import real
+from tests.distributed.training_runs import options, train_recipes
 from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 TRAIN, HELD_OUT = 2400, 400
 
 
@@ -42,18 +42,7 @@ def overrides(base: Path, folder: Path, name: str, **fields: Any) -> list[str]:
         "logging.progress_bar": "false",
         **fields,
     }
-    return [f"--{field}={value}" for field, value in small.items()]
-
-
-def train_recipes(recipes: dict[str, list[str]]) -> None:
-    from accelerate.state import AcceleratorState
-
-    from dora_dist.config import RunConfig
-    from dora_dist.training.run import train
-
-    for name, options in recipes.items():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        train(RunConfig.load(ROOT / "configs" / f"glue_{name}.json", options, check_files=True))
+    return options(small)
 
 
 def test_recipes_scaled_down_learn_from_real_text(folder: Path) -> None:
@@ -61,8 +50,8 @@ def test_recipes_scaled_down_learn_from_real_text(folder: Path) -> None:
     faster = {"training.learning_rate": 2e-3}
     rating = {"data.label_field": "rating"}
     recipes = {
-        "sst2": overrides(base, folder, "sst2", **faster),
-        "stsb": overrides(base, folder, "stsb", **rating),
+        "glue_sst2": overrides(base, folder, "sst2", **faster),
+        "glue_stsb": overrides(base, folder, "stsb", **rating),
     }
     run_ranks(train_recipes, 2, recipes)
     assert best(folder / "sst2", "eval_accuracy") > 0.68

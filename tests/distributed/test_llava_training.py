@@ -13,7 +13,6 @@ from tests import llava
 from tests.distributed import training_runs
 from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 PROJECTOR_RATE = 0.002
 
 
@@ -259,23 +258,6 @@ def test_step_0_is_transformers_and_one_step_moves_what_trains_alone(folder: Pat
 # --- recipes and bad pictures --------------------------------------------------------------------------------------
 
 
-def train_recipes(recipes: dict[str, list[str]]) -> dict[str, dict[int, float]]:
-    """The losses of each recipe with its options."""
-    from accelerate.state import AcceleratorState
-
-    from dora_dist.config import RunConfig
-    from dora_dist.training.run import train
-
-    torch.set_num_threads(1)
-    found = {}
-    for name, options in recipes.items():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        config = RunConfig.load(ROOT / "configs" / f"{name}.json", options, check_files=True)
-        train(config)
-        found[name] = training_runs.metrics(Path(config.checkpoint.run_dir))["losses"]
-    return found
-
-
 def test_recipes_train_scaled_down_by_overrides_alone(folder: Path) -> None:
     small = {
         "model.path": folder / "base",
@@ -294,19 +276,9 @@ def test_recipes_train_scaled_down_by_overrides_alone(folder: Path) -> None:
     }
     changed = {name: {**small, "checkpoint.run_dir": folder / name} for name in RECIPES}
     changed["llava7b_pretrain"]["data.train"] = plain_records(folder)
-    options = {name: [f"--{field}={value}" for field, value in fields.items()] for name, fields in changed.items()}
-    for losses in run_ranks(train_recipes, 2, options, timeout=500)[0].values():
+    recipes = {name: training_runs.options(fields) for name, fields in changed.items()}
+    for losses in run_ranks(training_runs.train_recipes, 2, recipes, timeout=500)[0].values():
         assert min(losses[step] for step in (7, 8)) < losses[1]
-
-
-def fails(raw: dict[str, Any]) -> str:
-    from dora_dist.errors import UserError
-
-    try:
-        run(raw)
-    except UserError as error:
-        return str(error)
-    raise AssertionError("the run should have been refused")
 
 
 def with_a_broken_picture(folder: Path) -> Path:
@@ -321,7 +293,7 @@ def with_a_broken_picture(folder: Path) -> Path:
 
 def skip_then_fail(skipping: dict[str, Any], failing: dict[str, Any]) -> str:
     run(skipping)
-    return fails(failing)
+    return training_runs.fails(failing)
 
 
 def test_a_picture_that_cannot_be_read_ends_the_run_on_every_rank_or_is_counted(folder: Path) -> None:

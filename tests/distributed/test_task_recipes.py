@@ -8,9 +8,8 @@ import pytest
 
 from dora_dist import cli
 from tests import real, summaries
+from tests.distributed.training_runs import options, train_recipes
 from tests.ranks import run_ranks
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +64,7 @@ def overrides(folder: Path, base: Path, **fields: Any) -> list[str]:
         "logging.progress_bar": "false",
         **fields,
     }
-    return [f"--{field}={value}" for field, value in small.items()]
-
-
-def train_recipes(recipes: dict[str, list[str]]) -> None:
-    from accelerate.state import AcceleratorState
-
-    from dora_dist.config import RunConfig
-    from dora_dist.training.run import train
-
-    for name, options in recipes.items():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        train(RunConfig.load(ROOT / "configs" / f"{name}.json", options, check_files=True))
+    return options(small)
 
 
 def lines(run_dir: Path, key: str) -> dict[int, Any]:

@@ -9,16 +9,14 @@ import pytest
 import torch
 
 from tests import toy
-from tests.distributed.training_runs import config, run
+from tests.distributed.training_runs import config, fails, run
 from tests.ranks import RankError, run_ranks
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
-    toy.base_model(folder / "base")
-    toy.write_records(folder / "data.json", 25)  # 20 to train on: the fourth global batch of an epoch has 2
-    return folder
+    return toy.training_folder(folder)  # 20 to train on: the fourth global batch of an epoch has 2
 
 
 def toy_config(folder: Path, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
@@ -180,17 +178,6 @@ def test_no_checkpoint_beyond_keep_last_stays(runs: dict[str, Any], folder: Path
 
 
 # --- what goes wrong must go wrong on every rank ------------------------------------------------------------------
-
-
-def fails(raw: dict[str, Any]) -> str:
-    """Run on a rank, expecting a UserError; returns its message."""
-    from dora_dist.errors import UserError
-
-    try:
-        run(raw)
-    except UserError as error:
-        return str(error)
-    raise AssertionError("the run should have been refused")
 
 
 def test_a_loss_that_is_not_finite_stops_every_rank(folder: Path) -> None:

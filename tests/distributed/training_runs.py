@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.config import RunConfig
+from tests.conftest import ROOT
+
+CONFIGS = ROOT / "configs"
 
 
 def config(base: Path, data: Path, run_dir: Path, /, **changes: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +48,37 @@ def run(*configurations: dict[str, Any]) -> list[dict[str, Any]]:
         train(settings)
         results.append(metrics(Path(settings.checkpoint.run_dir)))
     return results
+
+
+def fails(raw: dict[str, Any]) -> str:
+    """Run on a rank, expecting a UserError; returns its message."""
+    from dora_dist.errors import UserError
+
+    try:
+        run(raw)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("the run should have been refused")
+
+
+def train_recipes(recipes: dict[str, list[str]]) -> dict[str, dict[int, float]]:
+    """Train files of configs/, each with its options, on this rank; returns the losses of each."""
+    from accelerate.state import AcceleratorState
+
+    from dora_dist.training.run import train
+
+    found = {}
+    for name, overrides in recipes.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        recipe = RunConfig.load(CONFIGS / f"{name}.json", overrides, check_files=True)
+        train(recipe)
+        found[name] = metrics(Path(recipe.checkpoint.run_dir))["losses"]
+    return found
+
+
+def options(fields: dict[str, Any]) -> list[str]:
+    """Fields as on a command line."""
+    return [f"--{field}={value}" for field, value in fields.items()]
 
 
 def metrics(run_dir: Path) -> dict[str, Any]:
