@@ -78,8 +78,8 @@ def start(timeout_s: float = 1800.0) -> World:
         deepspeed.ops.__compatible_ops__ = {}
         if "OMP_NUM_THREADS" not in os.environ:
             threads = rendezvous.core_share(cards, dist.get_rank())
-        torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # or accelerate would set its own, for all cores of the host
+            torch.set_num_threads(threads)
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # or accelerate would set its own, for all cores of the host
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), launch.local_rank or 0, ranks_here, host, launch.launcher)
 

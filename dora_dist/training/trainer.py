@@ -248,24 +248,26 @@ class DoraTrainer(Trainer):
         model, run = self.config.model, self.run
         origin = Origin(self.spec, model.path, model.revision, run.task, run.trained)
         self._saver = Saver(self.model_wrapped, run.model, origin, self.config.engine.start_timeout_s)
-        budget = self._budget
-        if resume_from_checkpoint is not None:
-            folder = Path(resume_from_checkpoint)
-            manifest = load_checkpoint(folder, self.model_wrapped, self.run.model)
-            _check_position(folder, manifest["position"], self._position())
-            assert self.lr_scheduler is not None and self.optimizer is not None
-            self.lr_scheduler.load_state_dict(manifest["scheduler"])
-            # The schedule writes a rate only when it steps; until then the new optimizer would use its first.
-            for group, rate in zip(self.optimizer.param_groups, manifest["scheduler"]["_last_lr"], strict=True):
-                group["lr"] = rate
-            self.run.norms.mark_stale()
-            if manifest.get("compacted"):
-                self._components, budget = manifest["components"], None
-        if budget is not None:
-            self.pruner = self._component_pruner(budget)
-            if resume_from_checkpoint is not None:
+        manifest = None if resume_from_checkpoint is None else self._go_on_from(Path(resume_from_checkpoint))
+        if manifest is not None and manifest.get("compacted"):
+            self._components = manifest["components"]
+        elif self._budget is not None:
+            self.pruner = self._component_pruner(self._budget)
+            if manifest is not None:
                 load_pruner(manifest, self.pruner)
         return prepared
+
+    def _go_on_from(self, folder: Path) -> dict[str, Any]:
+        """Restore what trains and the schedule (collective); returns the checkpoint's manifest."""
+        manifest = load_checkpoint(folder, self.model_wrapped, self.run.model)
+        _check_position(folder, manifest["position"], self._position())
+        assert self.lr_scheduler is not None and self.optimizer is not None
+        self.lr_scheduler.load_state_dict(manifest["scheduler"])
+        # The schedule writes a rate only when it steps; until then the new optimizer would use its first.
+        for group, rate in zip(self.optimizer.param_groups, manifest["scheduler"]["_last_lr"], strict=True):
+            group["lr"] = rate
+        self.run.norms.mark_stale()
+        return manifest
 
     def _component_pruner(self, budget: Budget) -> ComponentPruner:
         adapter = self.config.adapter

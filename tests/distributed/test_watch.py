@@ -24,14 +24,11 @@ def fail_alone(error: type[Exception]) -> None:
 
 
 @pytest.mark.parametrize(("error", "code"), [(ZeroDivisionError, FAILED), (UserError, USERS_MISTAKE)])
-def test_a_rank_stuck_in_a_collective_ends_with_the_status_of_the_cause(
-    error: type[Exception], code: int, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rank_stuck_in_a_collective_ends_with_the_status_of_the_cause(error: type[Exception], code: int) -> None:
     with pytest.raises(RankError) as found:
         run_ranks(fail_alone, 2, error)
     assert f"rank 0 of 2: died with exit code {code}" in str(found.value)
     assert f"{error.__name__}: of rank 1" in str(found.value)
-    assert "error on rank 0: " in capfd.readouterr().err
 
 
 def end_well() -> None:
