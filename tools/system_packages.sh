@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what pip cannot: usage `bash tools/system_packages.sh PYTHON [test]`; with "test" what only tests need, too.
+# Installs what pip cannot: usage `bash tools/system_packages.sh PYTHON [EXTRA]`, for one of pyproject.toml's extras.
 # Root on Debian or Ubuntu: with apt-get. Anyone else is told what to install; only what nothing works without is an
 # error.
 set -euo pipefail
@@ -19,6 +19,7 @@ command -v g++ >/dev/null || needed+=(g++)
     needed+=(python3-dev)
 command -v numactl >/dev/null || useful+=(numactl)    # deepspeed --bind_cores_to_rank
 command -v mpirun >/dev/null || useful+=(openmpi-bin) # starting ranks with mpirun; the library of mpi4py
+case ${2:-} in test | demo-llava) command -v npm >/dev/null || useful+=(npm) ;; esac # the pictures' package
 if [ "${2:-}" = test ]; then
     PATH=$PATH:/usr/sbin:/sbin
     command -v shellcheck >/dev/null || useful+=(shellcheck)

@@ -5,11 +5,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import quickstart
+import stages
 
 from dora_dist.config import RunConfig
 from dora_dist.data.records import load_records
+from dora_dist.errors import UserError
 from dora_dist.evaluation.tasks import candidates
-from launch import quickstart
 
 SOCIAL = "Story {i}; it ends. What will Remy want to do next? A: go: home {i}; B: stay; C: sing a song{dot}"
 
@@ -73,7 +75,7 @@ def test_the_data_are_the_same_every_time(folder: Path, archive: Path) -> None:
 
 
 def test_the_shipped_config_names_the_quickstarts_folders() -> None:
-    config = RunConfig.load(quickstart.ROOT / "configs" / "quickstart.json")
+    config = RunConfig.load(stages.ROOT / "configs" / "quickstart.json")
     assert Path(config.model.path) == quickstart.BASE
     assert config.data.train == str(quickstart.FOLDER / "data" / "train.jsonl")
     assert Path(config.checkpoint.run_dir) == quickstart.TRAINED
@@ -102,5 +104,5 @@ def test_the_table_and_the_summary(
 
 
 def test_a_failing_command_ends_the_quickstart() -> None:
-    with pytest.raises(quickstart.UserError, match="false failed with exit status 1"):
-        quickstart.run("false")
+    with pytest.raises(UserError, match="false failed with exit status 1"):
+        stages.run("false")

