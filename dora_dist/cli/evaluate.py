@@ -7,7 +7,17 @@ from typing import Any
 from dora_dist.cli.options import DTYPES, Commands, declare, positive
 from dora_dist.errors import UserError
 
-_DATA_FIELDS: dict[str, Any] = {"text_fields": str, "label_field": str, "cutoff_len": int, "doc_stride": int}
+_LABELLED = "a classifier, answer finder or summariser"
+_DATA_FIELDS: dict[str, tuple[Any, str]] = {
+    "text_fields": (str, _LABELLED),
+    "label_field": (str, _LABELLED),
+    "cutoff_len": (int, _LABELLED),
+    "doc_stride": (int, _LABELLED),
+    "image_folder": (str, "a LLaVA"),
+    "image_aspect_ratio": (str, "a LLaVA"),
+    "max_image_pixels": (int, "a LLaVA"),
+    "chat_template": (str, "a LLaVA"),
+}
 
 
 def declare_evaluate(commands: Commands) -> None:
@@ -15,9 +25,11 @@ def declare_evaluate(commands: Commands) -> None:
         commands,
         "evaluate",
         _evaluate,
-        "measure a model on files: accuracy of a language model's answers, or the metrics of its own task",
+        "measure a model on files: accuracy of a language model's answers, a LLaVA's answers about pictures, or the "
+        "metrics of the model's own task",
         "dora-dist evaluate runs/quickstart/train --tasks boolq=boolq.json piqa=piqa.json\n"
-        "          dora-dist evaluate runs/glue_sst2 --tasks sst2=dev.jsonl",
+        "          dora-dist evaluate runs/glue_sst2 --tasks sst2=dev.jsonl\n"
+        "          dora-dist evaluate runs/llava7b_dora --tasks vqav2=vqa.jsonl --image-folder val2014",
     )
     command.add_argument("model", metavar="MODEL", help="model folder, hub name, PEFT folder, checkpoint or run folder")
     command.add_argument(
@@ -31,51 +43,58 @@ def declare_evaluate(commands: Commands) -> None:
     )
     command.add_argument(
         "--format",
-        choices=("instruction", "alpaca", "completion"),
-        default="instruction",
-        help="how the records become a language model's prompts, as data.format says in training (%(default)s)",
+        choices=("instruction", "alpaca", "completion", "vqa", "multiple_choice", "pope", "captions"),
+        help="how the records become a language model's prompts, as data.format says in training: instruction (the "
+        "default), alpaca, completion; or what a LLaVA is asked: vqa (the default; text, image, answers), "
+        "multiple_choice (text, image, choices, answer), pope (text, image, label), captions (image, captions)",
+    )
+    command.add_argument(
+        "--instruction",
+        metavar="TEXT",
+        help="what follows each question to a LLaVA (what LLaVA-1.5 was trained with for the format); '' for nothing",
     )
     command.add_argument(
         "--mode",
         choices=("generate", "likelihood"),
-        default="generate",
-        help="generate: the paper's way, the first answer in the generated text; likelihood: the likeliest "
-        "answer (default: %(default)s)",
+        help="generate: read the answer from generated text, of a language model in the paper's way; likelihood: the "
+        "likeliest of the candidates (default: generate)",
     )
     command.add_argument("--batch-size", type=positive, default=8, metavar="N", help="records at a time (%(default)s)")
     command.add_argument(
-        "--num-beams", type=positive, metavar="N", help="beams when generating (4, or as a run that summarises has it)"
+        "--num-beams",
+        type=positive,
+        metavar="N",
+        help="beams when generating (4; a LLaVA: 1; or as a run that summarises has it)",
     )
     command.add_argument(
         "--max-new-tokens",
         type=positive,
         metavar="N",
-        help="tokens to generate (32, or as a run that summarises has it)",
+        help="tokens to generate (32; a LLaVA: 16, captions 64; or as a run that summarises has it)",
     )
     command.add_argument(
         "--normalise",
         choices=("sum", "mean"),
-        default="sum",
-        help="likelihood of the whole answer or of its average token (%(default)s)",
+        help="likelihood of the whole answer or of its average token (sum)",
     )
     command.add_argument("--limit", type=positive, metavar="N", help="only the first N records of each task")
     command.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="number format (bf16; for other models than language models the run's, or fp32)",
+        help="number format (bf16 for a language model; for others the run's; else bf16 for a LLaVA, fp32)",
     )
     command.add_argument("--output", type=Path, metavar="FILE", help="write the result there as JSON, too")
     _add_data_fields(command)
 
 
 def _add_data_fields(command: argparse.ArgumentParser) -> None:
-    for name, kind in _DATA_FIELDS.items():
+    for name, (kind, model) in _DATA_FIELDS.items():
         command.add_argument(
             f"--{name.replace('_', '-')}",
             nargs="+" if name == "text_fields" else None,
             type=kind,
             metavar="NAME" if kind is str else "N",
-            help=f"data.{name} for a classifier, answer finder or summariser (the run's, or as in training)",
+            help=f"data.{name} for {model} (the run's, or as in training)",
         )
 
 
@@ -90,6 +109,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         tasks,
         mode=options.mode,
         format=options.format,
+        instruction=options.instruction,
         batch_size=options.batch_size,
         num_beams=options.num_beams,
         max_new_tokens=options.max_new_tokens,

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.data.formats import Rendered, templated
+from dora_dist.data.formats import Rendered, templated, templated_prompt
 from dora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def read_conversation(record: dict[str, Any]) -> Conversation:
     for number, (role, _) in enumerate(turns):
         if role != ("user", "assistant")[number % 2]:
             raise UserError(f'"conversations" has two turns of the {role} in a row; human and gpt must take turns')
-    pictures = _pictures(record.get("image"))
+    pictures = picture_paths(record.get("image"))
     marks = sum(text.count(MARK) for _, text in turns)
     if marks != len(pictures):
         raise UserError(f'has {marks} {MARK} in its text and {len(pictures)} pictures in "image"; give one for each')
@@ -69,7 +69,8 @@ def _turn(number: int, turn: Any) -> tuple[str, str]:
     return ROLES[speaker], text
 
 
-def _pictures(named: Any) -> tuple[str, ...]:
+def picture_paths(named: Any) -> tuple[str, ...]:
+    """A record's "image" as paths below the image folder. Raises UserError for one that leaves it."""
     paths = [] if named is None else [named] if isinstance(named, str) else named
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise UserError('"image" must be the path of a picture, or a list of paths')
@@ -89,14 +90,26 @@ def render(
     "model" (the tokenizer's own chat template). `spans`: whether the answers' ranges are wanted. Raises UserError if
     the text holds the image token by itself, and as the chat template does.
     """
-    turns = []
-    for role, text in conversation.turns:
-        if image_token != MARK and image_token in text:
-            raise UserError(f"its text holds {image_token!r}, which is the model's token for pictures; take it out")
-        turns.append((role, text.replace(MARK, image_token)))
+    turns = [(role, _with_token(text, image_token)) for role, text in conversation.turns]
     if template == "model":
-        return _by_own_template(turns, tokenizer, image_token, spans)
+        return templated(_messages(turns, tokenizer, image_token), tokenizer, spans)
     return (_plain if template == "plain" else _vicuna)(turns, tokenizer, image_token)
+
+
+def render_question(question: str, template: str, tokenizer: PreTrainedTokenizerFast, image_token: str) -> str:
+    """What `render` has in front of the answer to a conversation's first turn. Raises UserError as that does."""
+    turn = ("user", _with_token(question, image_token))
+    if template == "model":
+        return templated_prompt(_messages([turn], tokenizer, image_token), tokenizer)
+    if template == "plain":
+        return _pictures_alone(turn[1], tokenizer, image_token)
+    return _vicuna([turn], tokenizer, image_token).text
+
+
+def _with_token(text: str, image_token: str) -> str:
+    if image_token != MARK and image_token in text:
+        raise UserError(f"its text holds {image_token!r}, which is the model's token for pictures; take it out")
+    return text.replace(MARK, image_token)
 
 
 def _vicuna(turns: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, image_token: str) -> Rendered:
@@ -115,16 +128,20 @@ def _plain(turns: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, ima
     if len(turns) != 2:
         raise UserError('data.chat_template = "plain" is for one question and one answer, which is the caption')
     (_, question), (_, caption) = turns
-    text = _start(tokenizer) + image_token * question.count(image_token)
+    text = _pictures_alone(question, tokenizer, image_token)
     return Rendered(f"{text}{caption}\n", ((len(text), len(text) + len(caption) + 1),), complete=True)
 
 
-def _by_own_template(
-    turns: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, image_token: str, spans: bool
-) -> Rendered:
+def _pictures_alone(question: str, tokenizer: PreTrainedTokenizerFast, image_token: str) -> str:
+    return _start(tokenizer) + image_token * question.count(image_token)
+
+
+def _messages(
+    turns: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, image_token: str
+) -> list[dict[str, Any]]:
+    """What the tokenizer's own chat template takes."""
     typed = _takes_parts(tokenizer, image_token)
-    messages = [{"role": role, "content": _parts(text, image_token) if typed else text} for role, text in turns]
-    return templated(messages, tokenizer, spans)
+    return [{"role": role, "content": _parts(text, image_token) if typed else text} for role, text in turns]
 
 
 def _parts(text: str, image_token: str) -> list[dict[str, str]]:

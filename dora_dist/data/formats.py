@@ -127,6 +127,11 @@ def templated(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast
     return Rendered(text, tuple(answers), complete=True)
 
 
+def templated_prompt(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> str:
+    """The conversation under the tokenizer's chat template, up to where the assistant answers its last message."""
+    return _template(tokenizer, messages, add_generation_prompt=True)
+
+
 def _check_messages(messages: list[Any]) -> None:
     if not messages:
         raise UserError('"messages" is empty')

@@ -87,6 +87,10 @@ class PictureTokens:
     token_id: int
     count: int
 
+    def widened(self, ids: Iterable[int]) -> list[int]:
+        """Token ids with one token for each picture as the model takes them."""
+        return [token for token in ids for _ in range(self.count if token == self.token_id else 1)]
+
 
 @dataclass(frozen=True)
 class PictureProcessor:

@@ -8,7 +8,33 @@ from typing import TYPE_CHECKING, Any
 from dora_dist.data.formats import generation_prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+
+def beam_search(
+    tokenizer: PreTrainedTokenizerFast, *, num_beams: int, max_new_tokens: int, stop: str | None = None
+) -> GenerationConfig:
+    """Beam search without sampling, up to the end of sequence or the text `stop`.
+
+    Every setting that changes it is set, lest the model folder's generation_config.json fill it in.
+    """
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=num_beams,
+        num_return_sequences=1,
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=1.0,
+        length_penalty=1.0,
+        no_repeat_ngram_size=0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        stop_strings=stop,
+    )
 
 
 def generate_texts(
@@ -26,24 +52,7 @@ def generate_texts(
     Prompts of similar length share a batch and are padded on the left. `advance` is called with the number of
     records finished, as they are.
     """
-    from transformers import GenerationConfig
-
-    # Every setting that changes beam search is set, lest the model folder's generation_config.json fill it
-    # in.
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=num_beams,
-        num_return_sequences=1,
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=1.0,
-        length_penalty=1.0,
-        no_repeat_ngram_size=0,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    config = beam_search(tokenizer, num_beams=num_beams, max_new_tokens=max_new_tokens)
     prompts = [generation_prompt(record) for record in records]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     device = next(model.parameters()).device

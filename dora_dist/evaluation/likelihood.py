@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ from dora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Inputs = Mapping[str, Tensor]
 
 # Families whose attention is a plain softmax over rotary positions, so that a mask and positions of our own
 # say all there is to say. Others get one row per candidate: the same numbers, more work.
@@ -45,6 +47,8 @@ def candidate_log_probs(
     *,
     batch_size: int,
     mean: bool = False,
+    widened: Callable[[list[int]], list[int]] = list,
+    inputs_of: Callable[[Sequence[int]], Inputs] = lambda questions: {},
     advance: Callable[[int], object] = lambda rows: None,
 ) -> list[list[float]]:
     """For each question, the log-probability of every candidate after the prompt that they share.
@@ -54,8 +58,11 @@ def candidate_log_probs(
     where candidates make the tokenizer split the end of the prompt differently, the tokens from there on, so
     that what is compared is always the probability of whole texts. Batches are of `batch_size` sequences of
     similar length. `advance` is called with the number of questions finished, as they are.
+
+    For models that read more than text: `widened` is called on a prompt's tokens for those that the model is given,
+    and `inputs_of` on a batch's questions, by number, for its further inputs.
     """
-    rows = [_row(tokenizer, i, candidates) for i, candidates in enumerate(questions)]
+    rows = [_row(tokenizer, i, candidates, widened) for i, candidates in enumerate(questions)]
     shared = _shares_prompts(model, max(map(len, rows), default=0))
     if not shared:
         rows = [Row(r.question, i, r.prefix, [branch]) for r in rows for i, branch in enumerate(r.branches)]
@@ -64,7 +71,8 @@ def candidate_log_probs(
     rows.sort(key=len, reverse=True)  # longest first: if memory is short, it shows at once
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        for row, log_probs in zip(batch, _score(model, batch, shared), strict=True):
+        inputs = inputs_of([row.question for row in batch])
+        for row, log_probs in zip(batch, _score(model, batch, shared, inputs), strict=True):
             for i, (tokens, log_prob) in enumerate(zip(row.branches, log_probs, strict=True)):
                 scores[row.question][row.first + i] = log_prob / len(tokens) if mean else log_prob
             left[row.question] -= len(row.branches)
@@ -73,7 +81,12 @@ def candidate_log_probs(
     return scores
 
 
-def _row(tokenizer: PreTrainedTokenizerFast, question: int, candidates: Sequence[Rendered]) -> Row:
+def _row(
+    tokenizer: PreTrainedTokenizerFast,
+    question: int,
+    candidates: Sequence[Rendered],
+    widened: Callable[[list[int]], list[int]],
+) -> Row:
     encoded = encode(tokenizer, candidates)
     ids = [tokens[:-1] for tokens, _ in encoded]  # without the end of sequence
     first_answer = min(answer.index(True) for _, answer in encoded)
@@ -84,7 +97,7 @@ def _row(tokenizer: PreTrainedTokenizerFast, question: int, candidates: Sequence
     if not all(branches):
         empty = candidates[branches.index([])]
         raise UserError(f"the tokenizer makes no token of candidate {empty.text[empty.answers[0][0] :]!r}")
-    return Row(question, 0, ids[0][:common], branches)
+    return Row(question, 0, widened(ids[0][:common]), branches)
 
 
 def _shares_prompts(model: PreTrainedModel, longest: int) -> bool:
@@ -99,7 +112,7 @@ def _shares_prompts(model: PreTrainedModel, longest: int) -> bool:
 
 
 @torch.no_grad()
-def _score(model: PreTrainedModel, rows: Sequence[Row], shared: bool) -> list[list[float]]:
+def _score(model: PreTrainedModel, rows: Sequence[Row], shared: bool, inputs: Inputs) -> list[list[float]]:
     """Sum of log-probabilities of every branch of every row."""
     length = max(map(len, rows))
     # Rows end together: the positions to predict from are the last ones, and only they get logits.
@@ -122,6 +135,7 @@ def _score(model: PreTrainedModel, rows: Sequence[Row], shared: bool) -> list[li
         position_ids=positions.to(device),
         logits_to_keep=keep,
         use_cache=False,
+        **inputs,
     ).logits[:, -keep:]
     return [_branch_log_probs(row, logits[i]) for i, row in enumerate(rows)]
 

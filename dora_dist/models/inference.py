@@ -43,6 +43,12 @@ def task_at(path: str) -> Task:
     return task_of_model(_config(_folder(path))) if adapter is None else task_of_adapter(PeftFolder.open(adapter))
 
 
+def base_folder(path: str) -> Path:
+    """The folder of the plain model that `load_for_inference` would load, alone or under an adapter."""
+    adapter = adapter_at(path)
+    return _folder(path) if adapter is None else _base_of(adapter)
+
+
 def adapter_at(path: str) -> Path | None:
     """The PEFT folder that `path` means; None if it is a plain model. Raises UserError if it is neither."""
     from dora_dist.consolidate import find_adapter
@@ -73,13 +79,10 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _adapted(folder: Path, dtype: str, device: torch.device | None) -> tuple[Any, Any]:
     adapter = read_peft_folder(folder)
-    name = str(run_folder.config_of(folder).get("model", {}).get("path") or adapter.base_model)
-    if not name:
-        raise UserError(f"{folder}: does not name its base model; set base_model_name_or_path in its config")
-    base_folder = Path(name) if Path(name).is_dir() else fetch(name)
+    base = _base_of(folder)
     placement = WholePlacement(device or "cpu")
     run = build_model(
-        base_folder,
+        base,
         like(adapter),
         placement,
         dtype=dtype,
@@ -87,4 +90,12 @@ def _adapted(folder: Path, dtype: str, device: torch.device | None) -> tuple[Any
         trained_modules=adapter.modules_to_save,
         start_from=adapter,
     )
-    return run.model, load_tokenizer(base_folder, generative=run.task.name in GENERATIVE)
+    return run.model, load_tokenizer(base, generative=run.task.name in GENERATIVE)
+
+
+def _base_of(adapter: Path) -> Path:
+    name = run_folder.config_of(adapter).get("model", {}).get("path")
+    name = str(name or PeftFolder.open(adapter).config.get("base_model_name_or_path") or "")
+    if not name:
+        raise UserError(f"{adapter}: does not name its base model; set base_model_name_or_path in its config")
+    return Path(name) if Path(name).is_dir() else fetch(name)
