@@ -14,7 +14,6 @@ import onnx_tower
 import pytest
 import stages
 import torch
-from dora_dist.evaluation.questions import read_questions
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
@@ -22,6 +21,7 @@ from transformers import Dinov2Config, Dinov2Model
 from dora_dist.config import RunConfig
 from dora_dist.data.conversations import read_conversation
 from dora_dist.errors import UserError
+from dora_dist.evaluation.questions import read_questions
 
 KINDS = ("Animals & Nature", "Food & Drink", "Flags")
 
@@ -152,7 +152,7 @@ def test_each_picture_is_asked_about_twice_in_either_order(data: Path) -> None:
 
 
 def test_the_shipped_configs_name_the_demos_folders() -> None:
-    before, after = (RunConfig.load(stages.ROOT / "configs" / name) for name in llava_demo.CONFIGS)
+    before, after = (RunConfig.load(stages.ROOT / name) for name in llava_demo.CONFIGS)
     assert [Path(config.model.path) for config in (before, after)] == [llava_demo.BASE, llava_demo.PRETRAINED]
     assert Path(before.checkpoint.run_dir) == llava_demo.PRETRAIN
     assert Path(after.checkpoint.run_dir) == llava_demo.TRAINED
