@@ -137,7 +137,7 @@ def _check_pictures(questions: Sequence[Question], folder: str | None) -> None:
     for question in shown:
         if absent := missing.intersection(question.pictures):
             raise UserError(
-                f"{question.place}: picture {below / min(absent)} does not exist ({len(missing):,} pictures are missing "
+                f"{question.place}: picture {below / min(absent)} does not exist ({len(missing):,} are missing "
                 "in all); give the folder that they are in (--image-folder)"
             )
 
@@ -196,19 +196,30 @@ def answer_questions(
 
 
 def likeliest_answers(
+    model: Any, processor: PictureProcessor, questions: Sequence[Question], **options: Any
+) -> list[str]:
+    """Each question's most probable candidate; `options` as of `candidate_scores`."""
+    scores = candidate_scores(model, processor, questions, **options)
+    return [
+        max(zip(row, question.candidates, strict=True), key=lambda pair: pair[0])[1]
+        for row, question in zip(scores, questions, strict=True)
+    ]
+
+
+def candidate_scores(
     model: Any,
     processor: PictureProcessor,
     questions: Sequence[Question],
     *,
     template: str = "vicuna_v1",
-    batch_size: int = 8,
     normalise: str = "sum",
+    batch_size: int = 8,
     advance: Callable[[int], object] = lambda questions: None,
-) -> list[str]:
-    """Each question's most probable candidate, in the place of a training answer after the prompt that generation has.
+) -> list[list[float]]:
+    """The log-probability of each question's candidates, in the place of training's answer after the same prompt.
 
-    The sum, or with `normalise` "mean" the average, of the log-probabilities of its tokens. Raises UserError for a
-    picture that cannot be read.
+    The sum over a candidate's tokens, or with `normalise` "mean" their average. `advance` is called as by
+    `answer_questions`. Raises UserError for a picture that cannot be read.
     """
     tokenizer, token, device = processor.tokenizer, processor.stands.token, next(model.parameters()).device
 
@@ -220,7 +231,7 @@ def likeliest_answers(
         pixels = _pixels(processor, [questions[i] for i in numbers], device)
         return {} if pixels is None else {"pixel_values": pixels}
 
-    scores = candidate_log_probs(
+    return candidate_log_probs(
         model,
         tokenizer,
         [[answered(question, candidate) for candidate in question.candidates] for question in questions],
@@ -230,10 +241,6 @@ def likeliest_answers(
         inputs_of=pictures_of,
         advance=advance,
     )
-    return [
-        max(zip(row, question.candidates, strict=True), key=lambda pair: pair[0])[1]
-        for row, question in zip(scores, questions, strict=True)
-    ]
 
 
 def _prompts(questions: Sequence[Question], template: str, processor: PictureProcessor) -> list[str]:
