@@ -180,17 +180,15 @@ def answer_questions(
         padding = [length - len(prompts[i]) for i in chosen]
         ids = torch.tensor([[tokenizer.pad_token_id] * n + prompts[i] for i, n in zip(chosen, padding, strict=True)])
         mask = (torch.arange(length) >= torch.tensor(padding)[:, None]).long()
-        pictures = _pixels(processor, [questions[i] for i in chosen], device)
-        # As embeddings, since beams repeat rows: pictures, of which a row has any number, they would put in disorder.
-        embedded = _embedded(model, ids.to(device), ((ids == stands.token_id) & (mask == 1)).to(device), pictures)
         output = model.generate(
-            inputs_embeds=embedded,
+            input_ids=ids.to(device),
             attention_mask=mask.to(device),
+            **_pictures(processor, [questions[i] for i in chosen], device),
             generation_config=search,
             tokenizer=tokenizer if stop else None,
-        )
+        )[:, length:]
         for i, text in zip(chosen, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
-            answers[i] = (text.partition(stop)[0] if stop else text).strip()
+            answers[i] = text.strip()
         advance(len(chosen))
     return answers
 
@@ -227,10 +225,6 @@ def candidate_scores(
         turns = (("user", question.text), ("assistant", answer))
         return render(Conversation(turns, question.pictures), template, tokenizer, token, spans=True)
 
-    def pictures_of(numbers: Sequence[int]) -> dict[str, Tensor]:
-        pixels = _pixels(processor, [questions[i] for i in numbers], device)
-        return {} if pixels is None else {"pixel_values": pixels}
-
     return candidate_log_probs(
         model,
         tokenizer,
@@ -238,7 +232,7 @@ def candidate_scores(
         batch_size=batch_size,
         mean=normalise == "mean",
         widened=processor.stands.widened,
-        inputs_of=pictures_of,
+        inputs_of=lambda numbers: _pictures(processor, [questions[i] for i in numbers], device),
         advance=advance,
     )
 
@@ -253,21 +247,12 @@ def _prompts(questions: Sequence[Question], template: str, processor: PicturePro
     return texts
 
 
-def _pixels(processor: PictureProcessor, questions: Sequence[Question], device: torch.device) -> Tensor | None:
-    """(pictures, 3, height, width) fp32 of all pictures in order, None if there is none."""
+def _pictures(processor: PictureProcessor, questions: Sequence[Question], device: torch.device) -> dict[str, Tensor]:
+    """pixel_values (pictures, 3, height, width) fp32 of all pictures in order; nothing if there is none."""
     found = []
     for question in questions:
         try:
             found += [processor.reader(path) for path in question.pictures]
         except UserError as error:
             raise UserError(f"{question.place}: {error}") from error
-    return torch.stack(found).to(device) if found else None
-
-
-def _embedded(model: Any, ids: Tensor, placeholders: Tensor, pictures: Tensor | None) -> Tensor:
-    """(batch, length, hidden) of token ids and placeholders (batch, length), pictures' features in their places."""
-    embedded: Tensor = model.get_input_embeddings()(ids)
-    if pictures is None:
-        return embedded
-    features = torch.cat(list(model.get_image_features(pictures, return_dict=True).pooler_output))
-    return embedded.masked_scatter(placeholders[..., None], features.to(embedded.dtype))
+    return {"pixel_values": torch.stack(found).to(device)} if found else {}
