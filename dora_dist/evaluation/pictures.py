@@ -176,17 +176,13 @@ def answer_questions(
     answers = [""] * len(questions)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        length = len(prompts[chosen[0]])
-        padding = [length - len(prompts[i]) for i in chosen]
-        ids = torch.tensor([[tokenizer.pad_token_id] * n + prompts[i] for i, n in zip(chosen, padding, strict=True)])
-        mask = (torch.arange(length) >= torch.tensor(padding)[:, None]).long()
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt")
         output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            **batch.to(device),
             **_pictures(processor, [questions[i] for i in chosen], device),
             generation_config=search,
             tokenizer=tokenizer if stop else None,
-        )[:, length:]
+        )[:, batch["input_ids"].shape[1] :]
         for i, text in zip(chosen, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
             answers[i] = text.strip()
         advance(len(chosen))
