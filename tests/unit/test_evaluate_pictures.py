@@ -309,6 +309,8 @@ FINE = {"text": "red?", "answer": "no"}
         ({**CHOICE, "choices": ["a"]}, {"format": "multiple_choice"}, "has 1 options; give 2 to 26"),
         ({"text": "red?", "label": "maybe"}, {"format": "pope"}, '"label" is \'maybe\'; it must be "yes" or "no"'),
         ({"image": "a"}, {"format": "captions"}, '"captions" must be a text'),
+        ({"captions": ["a dog"]}, {"format": "captions"}, 'has neither "image" nor "text"'),
+        (["red?"], {}, "line 1: expected an object, found"),
         (FINE, {"format": "alpaca"}, "format 'alpaca' is not about pictures; give one of vqa, multiple_choice"),
         (FINE, {"fields": {"chat_template": "plain"}}, 'under data.chat_template = "plain" a model sees no question'),
         (FINE, {"fields": {"chat_template": "v1"}}, 'data.chat_template = "v1"'),
