@@ -59,6 +59,18 @@ def declare_evaluate(commands: Commands) -> None:
         help="generate: read the answer from generated text, of a language model in the paper's way; likelihood: the "
         "likeliest of the candidates (default: generate)",
     )
+    _add_search(command)
+    command.add_argument("--limit", type=positive, metavar="N", help="only the first N records of each task")
+    command.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="number format (bf16 for a language model; for others the run's; else bf16 for a LLaVA, fp32)",
+    )
+    command.add_argument("--output", type=Path, metavar="FILE", help="write the result there as JSON, too")
+    _add_data_fields(command)
+
+
+def _add_search(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=positive, default=8, metavar="N", help="records at a time (%(default)s)")
     command.add_argument(
         "--num-beams",
@@ -77,14 +89,6 @@ def declare_evaluate(commands: Commands) -> None:
         choices=("sum", "mean"),
         help="likelihood of the whole answer or of its average token (sum)",
     )
-    command.add_argument("--limit", type=positive, metavar="N", help="only the first N records of each task")
-    command.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="number format (bf16 for a language model; for others the run's; else bf16 for a LLaVA, fp32)",
-    )
-    command.add_argument("--output", type=Path, metavar="FILE", help="write the result there as JSON, too")
-    _add_data_fields(command)
 
 
 def _add_data_fields(command: argparse.ArgumentParser) -> None:

@@ -57,7 +57,8 @@ def read_records(
 def _check_fields(place: str, record: Any, fields: Mapping[str, type]) -> None:
     needed = ", ".join(f'"{name}"' for name in fields)
     if not isinstance(record, dict):
-        raise UserError(f"{place}: expected an object with {needed}, found {_shown(record)}")
+        expected = f"an object with {needed}" if needed else "an object"
+        raise UserError(f"{place}: expected {expected}, found {_shown(record)}")
     for name, kind in fields.items():
         if record.get(name) is None:
             near = difflib.get_close_matches(name, record, n=1)

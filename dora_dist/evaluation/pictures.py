@@ -137,7 +137,7 @@ def _check_pictures(questions: Sequence[Question], folder: str | None) -> None:
     for question in shown:
         if absent := missing.intersection(question.pictures):
             raise UserError(
-                f"{question.place}: picture {below / min(absent)} does not exist ({len(missing):,} pictures are missing "
+                f"{question.place}: picture {below / min(absent)} does not exist ({len(missing):,} are missing "
                 "in all); give the folder that they are in (--image-folder)"
             )
 
@@ -176,39 +176,44 @@ def answer_questions(
     answers = [""] * len(questions)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        length = len(prompts[chosen[0]])
-        padding = [length - len(prompts[i]) for i in chosen]
-        ids = torch.tensor([[tokenizer.pad_token_id] * n + prompts[i] for i, n in zip(chosen, padding, strict=True)])
-        mask = (torch.arange(length) >= torch.tensor(padding)[:, None]).long()
-        pictures = _pixels(processor, [questions[i] for i in chosen], device)
-        # As embeddings, since beams repeat rows: pictures, of which a row has any number, they would put in disorder.
-        embedded = _embedded(model, ids.to(device), ((ids == stands.token_id) & (mask == 1)).to(device), pictures)
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt")
         output = model.generate(
-            inputs_embeds=embedded,
-            attention_mask=mask.to(device),
+            **batch.to(device),
+            **_pictures(processor, [questions[i] for i in chosen], device),
             generation_config=search,
             tokenizer=tokenizer if stop else None,
-        )
+        )[:, batch["input_ids"].shape[1] :]
         for i, text in zip(chosen, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
-            answers[i] = (text.partition(stop)[0] if stop else text).strip()
+            answers[i] = text.strip()
         advance(len(chosen))
     return answers
 
 
 def likeliest_answers(
+    model: Any, processor: PictureProcessor, questions: Sequence[Question], **options: Any
+) -> list[str]:
+    """Each question's most probable candidate; `options` as of `candidate_scores`."""
+    scores = candidate_scores(model, processor, questions, **options)
+    return [
+        max(zip(row, question.candidates, strict=True), key=lambda pair: pair[0])[1]
+        for row, question in zip(scores, questions, strict=True)
+    ]
+
+
+def candidate_scores(
     model: Any,
     processor: PictureProcessor,
     questions: Sequence[Question],
     *,
     template: str = "vicuna_v1",
-    batch_size: int = 8,
     normalise: str = "sum",
+    batch_size: int = 8,
     advance: Callable[[int], object] = lambda questions: None,
-) -> list[str]:
-    """Each question's most probable candidate, in the place of a training answer after the prompt that generation has.
+) -> list[list[float]]:
+    """The log-probability of each question's candidates, in the place of training's answer after the same prompt.
 
-    The sum, or with `normalise` "mean" the average, of the log-probabilities of its tokens. Raises UserError for a
-    picture that cannot be read.
+    The sum over a candidate's tokens, or with `normalise` "mean" their average. `advance` is called as by
+    `answer_questions`. Raises UserError for a picture that cannot be read.
     """
     tokenizer, token, device = processor.tokenizer, processor.stands.token, next(model.parameters()).device
 
@@ -216,24 +221,16 @@ def likeliest_answers(
         turns = (("user", question.text), ("assistant", answer))
         return render(Conversation(turns, question.pictures), template, tokenizer, token, spans=True)
 
-    def pictures_of(numbers: Sequence[int]) -> dict[str, Tensor]:
-        pixels = _pixels(processor, [questions[i] for i in numbers], device)
-        return {} if pixels is None else {"pixel_values": pixels}
-
-    scores = candidate_log_probs(
+    return candidate_log_probs(
         model,
         tokenizer,
         [[answered(question, candidate) for candidate in question.candidates] for question in questions],
         batch_size=batch_size,
         mean=normalise == "mean",
         widened=processor.stands.widened,
-        inputs_of=pictures_of,
+        inputs_of=lambda numbers: _pictures(processor, [questions[i] for i in numbers], device),
         advance=advance,
     )
-    return [
-        max(zip(row, question.candidates, strict=True), key=lambda pair: pair[0])[1]
-        for row, question in zip(scores, questions, strict=True)
-    ]
 
 
 def _prompts(questions: Sequence[Question], template: str, processor: PictureProcessor) -> list[str]:
@@ -246,21 +243,12 @@ def _prompts(questions: Sequence[Question], template: str, processor: PicturePro
     return texts
 
 
-def _pixels(processor: PictureProcessor, questions: Sequence[Question], device: torch.device) -> Tensor | None:
-    """(pictures, 3, height, width) fp32 of all pictures in order, None if there is none."""
+def _pictures(processor: PictureProcessor, questions: Sequence[Question], device: torch.device) -> dict[str, Tensor]:
+    """pixel_values (pictures, 3, height, width) fp32 of all pictures in order; nothing if there is none."""
     found = []
     for question in questions:
         try:
             found += [processor.reader(path) for path in question.pictures]
         except UserError as error:
             raise UserError(f"{question.place}: {error}") from error
-    return torch.stack(found).to(device) if found else None
-
-
-def _embedded(model: Any, ids: Tensor, placeholders: Tensor, pictures: Tensor | None) -> Tensor:
-    """(batch, length, hidden) of token ids and placeholders (batch, length), pictures' features in their places."""
-    embedded: Tensor = model.get_input_embeddings()(ids)
-    if pictures is None:
-        return embedded
-    features = torch.cat(list(model.get_image_features(pictures, return_dict=True).pooler_output))
-    return embedded.masked_scatter(placeholders[..., None], features.to(embedded.dtype))
+    return {"pixel_values": torch.stack(found).to(device)} if found else {}

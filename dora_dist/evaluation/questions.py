@@ -73,6 +73,8 @@ def _question(id: Any, place: str, record: Record, format: str, instruction: str
     texts = how.read(record)
     options = texts.get("options", ())
     pictures = picture_paths(record.get("image"))
+    if not (text or pictures):
+        raise UserError('has neither "image" nor "text"; there is nothing to caption')
     marks = text.count(MARK)
     if marks not in (0, len(pictures)):
         raise UserError(f'has {marks} {MARK} in its text and {len(pictures)} pictures in "image"; give one for each')

@@ -65,32 +65,45 @@ def evaluate(
         local_file(str(file))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-    from dora_dist.models.inference import task_at
-    from dora_dist.models.tasks import CAUSAL_LM, IMAGE_TEXT, SEQ2SEQ_LM
-
-    task, fields = task_at(str(model_path)), dict(fields or {})
-    common: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "progress": progress}
-    asking = _given(mode=mode, format=format, normalise=normalise)
-    searching = _given(num_beams=num_beams, max_new_tokens=max_new_tokens)
-    common |= _given(dtype=dtype)
-    if task.name == CAUSAL_LM:
-        _refuse(task.name, fields | _given(instruction=instruction))
-        result = evaluate_language_model(model_path, tasks, **asking, **searching, **common)
-    elif task.name == IMAGE_TEXT:
-        _refuse(task.name, fields, PICTURE_FIELDS)
-        result = evaluate_pictures(
-            model_path, tasks, fields=fields, instruction=instruction, **asking, **searching, **common
-        )
-    else:
-        _refuse(task.name, fields | asking | _given(instruction=instruction), ENCODER_FIELDS)
-        if task.name != SEQ2SEQ_LM:
-            _refuse(task.name, searching)
-        elif max_new_tokens is not None:
-            fields["target_len"] = max_new_tokens
-        result = evaluate_encoder(model_path, task, tasks, fields=fields, num_beams=num_beams, **common)
+    result = _by_task(
+        model_path,
+        tasks,
+        asking=_given(mode=mode, format=format, instruction=instruction, normalise=normalise),
+        searching=_given(num_beams=num_beams, max_new_tokens=max_new_tokens),
+        fields=dict(fields or {}),
+        common={"batch_size": batch_size, "limit": limit, "progress": progress, **_given(dtype=dtype)},
+    )
     if output is not None:
         output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def _by_task(
+    model_path: str | Path,
+    tasks: Mapping[str, str | Path],
+    *,
+    asking: dict[str, Any],
+    searching: dict[str, Any],
+    fields: dict[str, Any],
+    common: dict[str, Any],
+) -> dict[str, Any]:
+    """The evaluation of this kind of model. Raises UserError for a setting that means nothing to it."""
+    from dora_dist.models.inference import task_at
+    from dora_dist.models.tasks import CAUSAL_LM, IMAGE_TEXT, SEQ2SEQ_LM
+
+    task = task_at(str(model_path))
+    if task.name == CAUSAL_LM:
+        _refuse(task.name, fields | {name: value for name, value in asking.items() if name == "instruction"})
+        return evaluate_language_model(model_path, tasks, **asking, **searching, **common)
+    if task.name == IMAGE_TEXT:
+        _refuse(task.name, fields, PICTURE_FIELDS)
+        return evaluate_pictures(model_path, tasks, fields=fields, **asking, **searching, **common)
+    _refuse(task.name, fields | asking, ENCODER_FIELDS)
+    if task.name != SEQ2SEQ_LM:
+        _refuse(task.name, searching)
+    if "max_new_tokens" in searching:
+        fields["target_len"] = searching.pop("max_new_tokens")
+    return evaluate_encoder(model_path, task, tasks, fields=fields, **searching, **common)
 
 
 def _given(**settings: Any) -> dict[str, Any]:

@@ -34,7 +34,14 @@ def load_for_inference(path: str, dtype: str = "bf16") -> tuple[Any, Any]:
     else:
         model, tokenizer = _adapted(adapter, dtype, device)
     model.config.use_cache = True
+    if head := model.get_output_embeddings():
+        head.register_forward_pre_hook(_contiguous)
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _contiguous(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Generation passes on a slice, the last position of each sequence; torch would copy the weight for each one."""
+    return tuple(values.contiguous() for values in inputs)
 
 
 def task_at(path: str) -> Task:

@@ -1,6 +1,7 @@
 """LLaVA on real ranks: pictures and plain texts in one batch, the projector in full, the tower untouched."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,28 @@ def test_merged_unmerged_and_peft_give_the_same_logits(runs: dict[str, Any], fol
         assert (merged(**batch).logits - found).abs().max() <= 1e-4
         assert (peft - found).abs().max() <= 1e-4
         assert (plain - found).abs().max() > 1e-3
+
+
+def test_a_run_its_adapter_alone_and_the_merged_model_give_the_same_answers(runs: dict[str, Any], folder: Path) -> None:
+    from dora_dist.consolidate import consolidate
+    from dora_dist.evaluation import evaluate
+
+    records = [r for r in json.loads((folder / "data.json").read_text()) if len(r["conversations"]) == 2]
+    asked = [{**r, "text": r["conversations"][0]["value"], "answer": r["conversations"][1]["value"]} for r in records]
+    (folder / "asked.json").write_text(json.dumps(asked))
+    adapter = folder / "two" / "checkpoint-6" / "adapter"
+    consolidate(adapter, folder / "base", folder / "two-evaluated", progress=False)
+    shutil.copytree(adapter, folder / "two-alone")
+    given = {"fields": {"image_folder": str(folder / "pictures")}, "dtype": "fp32"}
+    results = {"two": evaluate(folder / "two", {"asked": folder / "asked.json"}, instruction="", progress=False)}
+    for name in ("two-alone", "two-evaluated", "base"):
+        results[name] = evaluate(
+            folder / name, {"asked": folder / "asked.json"}, instruction="", progress=False, **given
+        )
+    answers = {name: result["tasks"]["asked"]["predictions"] for name, result in results.items()}
+    assert answers["two"] == answers["two-alone"] == answers["two-evaluated"] != answers["base"]
+    assert results["two"]["settings"] == results["two-alone"]["settings"]  # its own configuration says the same
+    assert all(prediction["answer"] for prediction in answers["two"])
 
 
 def batch_of(folder: Path, count: int = 3) -> dict[str, Tensor]:

@@ -63,6 +63,7 @@ OWN_OPTIONS: dict[str, list[str]] = {
     "evaluate": [
         "--tasks",
         "--format",
+        "--instruction",
         "--mode",
         "--batch-size",
         "--num-beams",
@@ -75,6 +76,10 @@ OWN_OPTIONS: dict[str, list[str]] = {
         "--label-field",
         "--cutoff-len",
         "--doc-stride",
+        "--image-folder",
+        "--image-aspect-ratio",
+        "--max-image-pixels",
+        "--chat-template",
     ],
     "env": ["--json", "--timeout"],
 }
