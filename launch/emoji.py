@@ -40,7 +40,7 @@ def extract(archive: Path, folder: Path) -> list[Emoji]:
     Parts of pictures, and pictures that another one equals, are left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = {}
+    found: dict[bytes, Emoji] = {}
     with tarfile.open(archive) as package:
         listed = {
             f"{_PICTURES}{entry['image']}": Emoji(entry["image"], entry["name"].lower(), entry["category"])

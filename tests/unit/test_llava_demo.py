@@ -39,17 +39,14 @@ def exported(tmp_path: Path) -> tuple[Any, Path]:
     del tensors["embeddings.mask_token"]
     table = tensors.pop("embeddings.position_embeddings")
     constants = {"a1": table[:, :1], "a2": table[:, 1:], "decoder.weight": torch.ones(1, 3)}
-    nodes = []
+    nodes: list[Any] = []
     for name, value in tensors.items():
         bias = f"{name.removesuffix('weight')}bias"
         if value.ndim == 2 and bias in tensors:
             number = len(nodes)
             constants[f"m{number}"] = value.T
             nodes.append(helper.make_node("MatMul", [f"x{number}", f"m{number}"], [f"y{number}"]))
-            inputs = [f"onnx_tower.{bias}", f"y{number}"]
-            nodes.append(
-                helper.make_node("Add", [inputs[0].replace("onnx_tower.", "backbone."), inputs[1]], [f"z{number}"])
-            )
+            nodes.append(helper.make_node("Add", [f"backbone.{bias}", f"y{number}"], [f"z{number}"]))
         else:
             constants[f"backbone.{name}"] = value
     initializers = [numpy_helper.from_array(np.ascontiguousarray(v.numpy()), name) for name, v in constants.items()]
