@@ -126,24 +126,36 @@ class Run:
         }
 
     def step(self) -> tuple[float, float]:
-        """One optimizer step on new tokens, the same in every variant.
+        """One optimizer step on a new batch.
 
         Returns wall seconds between barriers, and this process's CPU seconds: those hardly change when something
         else shares the machine.
         """
-        settings = self.settings
-        seed = len(self.losses) * settings.ranks + dist.get_rank()
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(settings.vocab, (1, settings.tokens), generator=generator).to(self.engine.device)
+        batch = self._batch()
         self._barrier()
         started, cpu_started = time.perf_counter(), time.process_time()
-        loss = self.engine(input_ids=tokens, labels=tokens).loss
+        loss = self.engine(**batch).loss
         self.engine.backward(loss)
         self.engine.step()
         self._barrier()
         seconds = time.perf_counter() - started, time.process_time() - cpu_started
         self.losses.append(loss.item())
         return seconds
+
+    def _batch(self) -> dict[str, torch.Tensor]:
+        """One record of random tokens, after a random picture if there are pictures; the same in every variant."""
+        settings = self.settings
+        generator = torch.Generator().manual_seed(len(self.losses) * settings.ranks + dist.get_rank())
+        words = settings.vocab - settings.pictures  # the last one stands for pictures
+        tokens = torch.randint(words, (1, settings.tokens), generator=generator)
+        batch = {"input_ids": tokens, "labels": tokens}
+        if settings.pictures:
+            picture = torch.full((1, settings.picture_tokens), settings.vocab - 1)
+            batch["input_ids"] = torch.cat([picture, tokens], dim=1)
+            batch["labels"] = torch.cat([torch.full_like(picture, -100), tokens], dim=1)
+            shape = (1, 3, settings.picture_side, settings.picture_side)
+            batch["pixel_values"] = torch.randn(shape, generator=generator).to(torch.bfloat16)
+        return {name: values.to(self.engine.device) for name, values in batch.items()}
 
     def _barrier(self) -> None:
         self.accelerator.synchronize()

@@ -7,61 +7,92 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepbench.settings import TARGETS, Settings
+from dora_dist.models.tasks import CAUSAL_LM, IMAGE_TEXT, Task, auto_class
+from stepbench.settings import PATCH, TARGETS, Settings
 
 GATED = ("gated", "dynamic", "closed", "compacted")
 
 
 def write_base(folder: Path, settings: Settings) -> None:
-    """A LLaMA of the settings' size with random bf16 weights, as a Hugging Face folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """A LLaMA or LLaVA of the settings' size with random bf16 weights, as a Hugging Face folder."""
+    from dora_dist.models.build import skeleton
     from dora_dist.safetensors_io import TensorWriter
 
-    config = LlamaConfig(
-        vocab_size=settings.vocab,
-        hidden_size=settings.hidden,
-        intermediate_size=settings.ffn,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        max_position_embeddings=max(2048, settings.tokens),
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-    )
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in LlamaForCausalLM(config).named_parameters()}
+    _config(settings).save_pretrained(folder)
+    shapes = {name: tuple(p.shape) for name, p in skeleton(folder, _task(settings)).named_parameters()}
     generator = torch.Generator().manual_seed(0)
     layout = [(name, torch.bfloat16, shape) for name, shape in shapes.items()]
     with TensorWriter(folder / "model.safetensors", layout, {"format": "pt"}) as writer:
         for name, shape in shapes.items():
             if len(shape) == 1:
-                values = torch.ones(shape)
+                values = torch.full(shape, float(not name.endswith("bias")))
             else:
                 values = torch.empty(shape).normal_(0.0, 0.02, generator=generator)
             writer.write(name, values.to(torch.bfloat16))
 
 
+def _config(settings: Settings) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    text = LlamaConfig(
+        vocab_size=settings.vocab,
+        hidden_size=settings.hidden,
+        intermediate_size=settings.ffn,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        max_position_embeddings=max(2048, settings.picture_tokens + settings.tokens),
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+    )
+    if not settings.pictures:
+        return text
+    tower = CLIPVisionConfig(
+        hidden_size=settings.tower_hidden,
+        intermediate_size=settings.tower_ffn,
+        num_hidden_layers=settings.tower_layers,
+        num_attention_heads=settings.tower_heads,
+        image_size=settings.picture_side,
+        patch_size=PATCH,
+    )
+    return LlavaConfig(
+        vision_config=tower,
+        text_config=text,
+        image_token_index=settings.vocab - 1,
+        architectures=["LlavaForConditionalGeneration"],
+    )
+
+
+def _task(settings: Settings) -> Task:
+    return Task(IMAGE_TEXT if settings.pictures else CAUSAL_LM)
+
+
 def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]:
     """The variant's model, and our norm refresher where it has one. Collective.
 
-    In every variant the embedding's output requires a gradient, as in the middle of a deep stack: all layers
-    compute input gradients, and "no adapter" does all of the backward but the adapters' own.
+    In every variant the first layer's input requires a gradient, as in the middle of a deep stack: all layers compute
+    input gradients, and "no adapter" does all of the backward but the adapters' own. A projector trained in full sees
+    to that (`enable_input_require_grads` would go through a frozen tower, too). The tower is in evaluation mode, so
+    it is not checkpointed.
     """
     if variant in ("dora", "lora", *GATED):
         model, norms = _ours(variant, base, settings)
     else:
-        model, norms = _hugging_face(base), None
+        model, norms = _hugging_face(base, settings), None
         if variant == "none":
-            model.requires_grad_(False)
-            model.model.norm.weight.requires_grad_(True)  # an engine needs something to train: 4096 numbers
+            model.requires_grad_(False)  # but an engine needs something to train: 4096 numbers
+            (model.model.multi_modal_projector if settings.pictures else model.model.norm).requires_grad_(True)
         else:
             model = _peft(model, variant == "peft-dora", settings)
-    model.enable_input_require_grads()
+    if not settings.pictures:
+        model.enable_input_require_grads()
     if settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
-    return model.train(), norms
+    model.train()
+    for name, module in model.named_modules():
+        if name.endswith("vision_tower"):
+            module.eval()
+    return model, norms
 
 
 def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]:
@@ -75,14 +106,13 @@ def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
         r, alpha = settings.kept_rank, alpha * settings.kept_rank / r  # the update's scaling stays
     spec = AdapterSpec(r, alpha, weight_decomposed=variant != "lora", dropout=settings.dropout, gated=variant in GATED)
     placement = ShardedPlacement(settings.deepspeed_config())
-    adapted = build_model(base, by_pattern(spec, TARGETS), placement)
+    adapted = build_model(base, by_pattern(spec, [TARGETS]), placement, task=_task(settings))
     return adapted.model, adapted.norms
 
 
-def _hugging_face(base: Path) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa")
+def _hugging_face(base: Path, settings: Settings) -> Any:
+    kind = auto_class(_task(settings))
+    return kind.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa")
 
 
 def _peft(model: nn.Module, use_dora: bool, settings: Settings) -> nn.Module:
@@ -95,6 +125,7 @@ def _peft(model: nn.Module, use_dora: bool, settings: Settings) -> nn.Module:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=TARGETS,
+        modules_to_save=["multi_modal_projector"] if settings.pictures else None,
         use_dora=use_dora,
         task_type="CAUSAL_LM",
     )

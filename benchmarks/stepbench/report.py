@@ -107,9 +107,10 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
     for axis in (left, right):
         axis.margins(x=0.15)
     s = report["settings"]
+    picture = "a picture and " if s["pictures"] else ""
     figure.suptitle(
         f"{s['ranks']} ranks, ZeRO-3, width {s['hidden']}, ffn {s['ffn']}, {s['layers']} layers, "
-        f"{s['tokens']} tokens a rank, r={s['r']}, bf16",
+        f"{picture}{s['tokens']} tokens a rank, r={s['r']}, bf16",
         fontsize=10,
     )
     figure.savefig(path, dpi=150)

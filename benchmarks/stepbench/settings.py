@@ -18,14 +18,17 @@ VARIANTS = {
     "compacted": "this project, compacted",
 }
 DEFAULT_VARIANTS = ["dora", "lora", "none", "peft-lora", "peft-dora"]
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = r"(?!.*vision_tower).*\.(q|k|v|o|gate|up|down)_proj"
+"""The language model's seven projections; a CLIP tower's layers have some of the names too."""
+PATCH = 14
 
 
 @dataclass(frozen=True)
 class Settings:
     """Sizes are those of two LLaMA-7B layers by default; `engine` is merged into the DeepSpeed JSON last.
 
-    `kept` is the share of a layer's components that "closed" leaves open, and that "compacted" has.
+    `pictures` makes a LLaVA of it: each rank's record then begins with a picture, whose tokens come on top of
+    `tokens`; the tower's sizes are those of CLIP ViT-L/14-336. `kept` is the share of a layer's components that "closed" leaves open, and that "compacted" has.
     """
 
     hidden: int = 4096
@@ -37,6 +40,12 @@ class Settings:
     r: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
+    pictures: bool = False
+    picture_side: int = 336
+    tower_hidden: int = 1024
+    tower_ffn: int = 4096
+    tower_heads: int = 16
+    tower_layers: int = 24
     kept: float = 0.5
     checkpointing: bool = True
     peft_fp32: bool = False
@@ -74,6 +83,11 @@ class Settings:
         return _merged(config, self.engine or {})
 
     @property
+    def picture_tokens(self) -> int:
+        """Image tokens at the start of a record, one a patch of its picture."""
+        return (self.picture_side // PATCH) ** 2 if self.pictures else 0
+
+    @property
     def start_rank(self) -> int:
         """Components of a layer at the start of a dynamic-rank run: half as many again as it ends with."""
         return -(-3 * self.r // 2)
@@ -98,10 +112,13 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, argparse.Namesp
         description="Seconds, memory and bytes of one training step, side by side: "
         + "; ".join(f"{name} ({text})" for name, text in VARIANTS.items())
     )
-    numbers = {f.name: f for f in fields(Settings) if f.name not in ("checkpointing", "peft_fp32", "engine")}
+    numbers = {f.name: f for f in fields(Settings) if type(f.default) in (int, float)}
     for name, field in numbers.items():
         kind = float if isinstance(field.default, float) else int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help="%(default)s")
+    parser.add_argument(
+        "--pictures", action="store_true", help="a LLaVA: frozen tower, projector trained in full, a picture a record"
+    )
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument(
         "--peft-fp32", action="store_true", help="leave PEFT's adapters in fp32, which is its default, not in bf16"
