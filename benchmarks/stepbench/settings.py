@@ -27,8 +27,9 @@ PATCH = 14
 class Settings:
     """Sizes are those of two LLaMA-7B layers by default; `engine` is merged into the DeepSpeed JSON last.
 
-    `pictures` makes a LLaVA of it: each rank's record then begins with a picture, whose tokens come on top of
-    `tokens`; the tower's sizes are those of CLIP ViT-L/14-336. `kept` is the share of a layer's components that "closed" leaves open, and that "compacted" has.
+    `pictures` makes a LLaVA of it, with a tower of CLIP ViT-L/14-336's size: each rank's record then begins with a
+    picture, whose tokens come on top of `tokens`. `kept` is the share of a layer's components that "closed" leaves
+    open, and that "compacted" has.
     """
 
     hidden: int = 4096

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests import toy
+from dora_dist.safetensors_io import TensorFolder
+from tests import llava, toy
 from tests.cluster.workspace import Workspace
 from tests.conftest import ROOT
+from tests.distributed.training_runs import options
 
 
 def test_env_describes_every_node(workspace: Workspace) -> None:
@@ -64,6 +66,38 @@ def test_from_sbatch_to_the_merged_model(workspace: Workspace) -> None:
     assert workspace.finish(job) == "COMPLETED", workspace.said(job)
     workspace.run("dora-dist", "consolidate", "runs/quickstart/train", "--output", "merged")
     assert (workspace.folder / "merged" / "model.safetensors").exists()
+
+
+def test_llava_on_two_nodes_computes_what_one_process_does(workspace: Workspace) -> None:
+    """The batch script's own recipe, scaled down by overrides: one rank makes up 128 records by more passes."""
+    llava.model(workspace.folder / "llava")
+    data = llava.write(workspace.folder / "conversations", 60, 80)
+    small = {
+        "model.path": "llava",
+        "model.dtype": "fp32",
+        "adapter.r": 4,
+        "adapter.lora_alpha": 8,
+        "adapter.dropout": 0,
+        "data.train": data,
+        "data.image_folder": data.parent / "pictures",
+        "data.num_workers": 0,
+        "training.max_steps": 2,
+        "training.micro_batch_size": 32,
+        "logging.every": 1,
+    }
+    one, two = (options({**small, "checkpoint.run_dir": f"runs/llava-{ranks}"}) for ranks in ("one", "two"))
+    job = workspace.sbatch("slurm/llava_multinode.sh", *two)
+    workspace.run("python", ROOT / "launch" / "train.py", "--config", "configs/llava7b_dora.json", *one)
+    assert workspace.finish(job) == "COMPLETED", workspace.said(job)
+    losses = workspace.losses("llava-two")
+    assert list(losses) == [1, 2]
+    assert losses == pytest.approx(workspace.losses("llava-one"), abs=1e-5)
+    for name, passes in (("one", 4), ("two", 2)):
+        engine = json.loads((workspace.folder / f"runs/llava-{name}/deepspeed.json").read_text())
+        assert (engine["train_batch_size"], engine["gradient_accumulation_steps"]) == (128, passes)
+    adapter = workspace.folder / "runs/llava-two/checkpoint-2/adapter/adapter_model.safetensors"
+    trained = TensorFolder.open(adapter).entries
+    assert {name.split(".")[3] for name in trained} == {"language_model", "multi_modal_projector"}
 
 
 def test_one_rank_per_gpu_where_slurm_has_gpus(workspace: Workspace) -> None:
