@@ -31,6 +31,7 @@ def main() -> None:
         results = measure_all(options.variants, base, settings)
     report = summary(results, settings)
     check_first_losses(report)
+    check_sizes(report)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "step.json").write_text(json.dumps(report, indent=1))
     write_plot(report, options.output / "step.png")
@@ -68,6 +69,14 @@ def check_first_losses(report: dict[str, Any]) -> None:
     first = {variant: entry["first_loss"] for variant, entry in report["variants"].items()}
     if max(first.values()) - min(first.values()) > 2**-8 * max(first.values()):
         raise SystemExit(f"the variants do not compute the same model: first losses {first}")
+
+
+def check_sizes(report: dict[str, Any]) -> None:
+    """The same adapter has as many numbers to train here as in PEFT."""
+    trainable = {variant: entry["trainable"] for variant, entry in report["variants"].items()}
+    for variant in trainable.keys() & {"dora", "lora"}:
+        if trainable[variant] != trainable.get(f"peft-{variant}", trainable[variant]):
+            raise SystemExit(f"the variants do not train the same parameters: {trainable}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dora_dist.models.llava import prepare_for_training
 from dora_dist.models.tasks import CAUSAL_LM, IMAGE_TEXT, Task, auto_class
 from stepbench.settings import PATCH, TARGETS, Settings
 
@@ -69,10 +70,8 @@ def _task(settings: Settings) -> Task:
 def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]:
     """The variant's model, and our norm refresher where it has one. Collective.
 
-    In every variant the first layer's input requires a gradient, as in the middle of a deep stack: all layers compute
-    input gradients, and "no adapter" does all of the backward but the adapters' own. A projector trained in full sees
-    to that (`enable_input_require_grads` would go through a frozen tower, too). The tower is in evaluation mode, so
-    it is not checkpointed.
+    In every variant the embedding's output requires a gradient, as in the middle of a deep stack: all layers
+    compute input gradients, and "no adapter" does all of the backward but the adapters' own.
     """
     if variant in ("dora", "lora", *GATED):
         model, norms = _ours(variant, base, settings)
@@ -83,16 +82,11 @@ def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
             (model.model.multi_modal_projector if settings.pictures else model.model.norm).requires_grad_(True)
         else:
             model = _peft(model, variant == "peft-dora", settings)
-    if not settings.pictures:
-        model.enable_input_require_grads()
+    model.enable_input_require_grads()
     if settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
-    model.train()
-    for name, module in model.named_modules():
-        if name.endswith("vision_tower"):
-            module.eval()
-    return model, norms
+    return model.train(), norms
 
 
 def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]:
@@ -112,7 +106,11 @@ def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
 
 def _hugging_face(base: Path, settings: Settings) -> Any:
     kind = auto_class(_task(settings))
-    return kind.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = kind.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if settings.pictures:  # PEFT at its best: as it comes, its steps go backward through the frozen tower, too
+        model.model.vision_tower.requires_grad_(False)
+        prepare_for_training(model)
+    return model
 
 
 def _peft(model: nn.Module, use_dora: bool, settings: Settings) -> nn.Module:

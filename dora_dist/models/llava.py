@@ -32,14 +32,17 @@ def is_llava(config: Mapping[str, Any]) -> bool:
 def prepare_for_training(model: Any) -> None:
     """Make an adapted LLaVA fit for ranks that see different batches, in place.
 
-    A frozen tower stays in evaluation mode whatever `train()` says. A batch without placeholders may come with a
-    picture that nothing refers to: every rank then runs tower and projector, which ZeRO-3's collectives need, and
-    the projector gets a gradient of zeros.
+    A frozen tower stays in evaluation mode whatever `train()` says, and computes no gradients: transformers asks for
+    those of its patch embeddings where activations are checkpointed, which would cost a backward pass of the whole
+    tower, all of its activations, and a second gather of it. A batch without placeholders may come with a picture
+    that nothing refers to: every rank then runs tower and projector, which ZeRO-3's collectives need, and the
+    projector gets a gradient of zeros.
     """
     tower = model.model.vision_tower
     if not any(parameter.requires_grad for parameter in tower.parameters()):
         tower.train = types.MethodType(_stay_in_evaluation, tower)
         tower.eval()
+        tower.forward = torch.no_grad()(tower.forward)
     find_placeholders = model.model.get_placeholder_mask
 
     def get_placeholder_mask(input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ HIDDEN, FFN, LAYERS, R = 64, 96, 2, 4
 SIZES = f"--hidden {HIDDEN} --ffn {FFN} --heads 4 --layers {LAYERS} --tokens 32 --r {R} --vocab 50"
 # At this width the engine would keep every weight resident, or fetch the whole model ahead of its first use.
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 1000, "stage3_prefetch_bucket_size": 0}}
+TOWER = {"hidden": 32, "ffn": 512, "heads": 2, "layers": 3}
 SHAPES = [(HIDDEN, HIDDEN)] * 4 + [(FFN, HIDDEN)] * 2 + [(HIDDEN, FFN)]
 
 
@@ -75,6 +76,24 @@ def test_bytes_are_counted(report: dict[str, Any]) -> None:
     assert norm_bytes == {"dora": 4 * rows, "lora": 0, "none": 0, "peft-lora": 0, "peft-dora": 0}
 
 
+def test_of_a_llava_projector_and_language_model_train_and_the_tower_is_read_once(tmp_path: Path) -> None:
+    tower = [word for name, value in TOWER.items() for word in (f"--tower-{name}", str(value))]
+    flags = ("--rounds", "1", "--warmup", "1", "--steps", "1", "--variants", "none", "dora", "peft-lora", "peft-dora")
+    done = run("--pictures", "--picture-side", "28", *tower, *flags, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    variants = json.loads((tmp_path / "step.json").read_text())["variants"]
+    projector = HIDDEN * (TOWER["hidden"] + 1) + HIDDEN * (HIDDEN + 1)
+    factors = LAYERS * sum(R * (out + into) for out, into in SHAPES)
+    magnitudes = LAYERS * sum(out for out, _ in SHAPES)
+    trained = {"none": 0, "dora": factors + magnitudes, "peft-lora": factors, "peft-dora": factors + magnitudes}
+    assert {name: entry["trainable"] - projector for name, entry in variants.items()} == trained
+    weights = LAYERS * sum(out * into for out, into in SHAPES)
+    in_tower = TOWER["layers"] * (4 * TOWER["hidden"] ** 2 + 2 * TOWER["hidden"] * TOWER["ffn"])
+    for name, entry in variants.items():
+        rest = entry["received_bytes_by_kind"]["all_gather_into_tensor"] - weights * (5 if name == "peft-dora" else 3)
+        assert 1 <= rest / in_tower <= 1.6, name  # a tower with gradients, or recomputed, would be gathered twice
+
+
 def test_scoring_and_pruning_are_measured_beside_the_same_layer_without_them(tmp_path: Path) -> None:
     flags = ("--rounds", "1", "--warmup", "1", "--steps", "1", "--variants", "gated", "dynamic")
     done = run(*flags, "--output", str(tmp_path))
@@ -100,11 +119,14 @@ def test_compaction_drops_exactly_what_closed_gates_leave_idle(tmp_path: Path) -
 
 def test_variants_of_different_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from step import check_first_losses
+    from step import check_first_losses, check_sizes
 
     check_first_losses({"variants": {"dora": {"first_loss": 7.0}, "lora": {"first_loss": 7.01}}})
     with pytest.raises(SystemExit, match="do not compute the same model"):
         check_first_losses({"variants": {"dora": {"first_loss": 7.0}, "lora": {"first_loss": 7.1}}})
+    check_sizes({"variants": {"dora": {"trainable": 7}, "lora": {"trainable": 6}, "peft-dora": {"trainable": 7}}})
+    with pytest.raises(SystemExit, match="do not train the same parameters"):
+        check_sizes({"variants": {"lora": {"trainable": 6}, "peft-lora": {"trainable": 7}}})
 
 
 def test_summary_takes_medians_over_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

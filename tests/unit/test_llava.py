@@ -1,6 +1,7 @@
 """LLaVA's parts: loading any layout of names, which modules train, assembling from a tower and a language model."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,22 @@ def test_a_frozen_tower_stays_in_evaluation_mode(folders: Path) -> None:
     trained = build(folders / "clip", [r".*vision_tower\..*\.q_proj"]).model
     trained.train()
     assert trained.model.vision_tower.training
+
+
+def note_gradients(found: list[bool], tower: nn.Module, given: Any, output: Any) -> None:
+    found.append(output[0].requires_grad)
+
+
+@pytest.mark.parametrize("kind", llava.TOWERS)
+def test_checkpointing_activations_brings_no_gradients_into_a_frozen_tower(folders: Path, kind: str) -> None:
+    for target_modules, expected in ((None, False), ([r".*vision_tower\..*\.(q_proj|query)"], True)):
+        model = build(folders / kind, target_modules).model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        found: list[bool] = []
+        model.model.vision_tower.register_forward_hook(partial(note_gradients, found))
+        model(**inputs(folders / kind)).logits.sum().backward()
+        assert found == [expected]
+        assert all(p.grad.any() for p in model.model.multi_modal_projector.parameters())
 
 
 def test_a_picture_that_no_token_refers_to_runs_the_projector_and_changes_nothing(folders: Path) -> None:
