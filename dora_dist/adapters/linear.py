@@ -16,6 +16,7 @@ low-precision rounding is relative to the CHANGE of the magnitude, not to the ma
 """
 
 import math
+import weakref
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -82,6 +83,9 @@ class DoraLinear(nn.Module):
         self.base_norm: Tensor | None = None
         self.norm: Tensor | None = None
         self.dem_weight = 0.0  # DEM penalty per component and backward pass (`components.py`)
+        # Under activation checkpointing: whether the output of a product that has little of it for its work is kept.
+        self.keeps_output = self.in_features >= 2 * self.out_features
+        self._kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
         self.weight, self.bias = weight, bias
         weight.requires_grad_(False)
         if bias is not None:
@@ -129,6 +133,21 @@ class DoraLinear(nn.Module):
             dropped = F.dropout(x, spec.dropout)
         return _DoraFunction.apply(x, dropped, self.lora_A, self.lora_B, self.lora_gates, self.magnitude_offset, self)
 
+    def keep(self, u_to: Tensor) -> "_Kept":
+        """Hold an output until the backward pass that the holder is for."""
+        kept = _Kept(u_to)
+        self._kept.add(kept)
+        return kept
+
+    def kept_output(self) -> Tensor | None:
+        """The output that a forward pass inside of a backward pass, a recomputation, would compute again.
+
+        None outside of one, and where several are held, so that it is not known which it would be.
+        """
+        held = list(self._kept)
+        recomputing = torch._C._current_graph_task_id() != -1
+        return held[0].u_to if recomputing and len(held) == 1 else None
+
     def magnitude_excess(self) -> Tensor:
         """g − 1 per output row (out,), fp32: 0 exactly at initialisation, and where ‖V'‖ = 0."""
         if self.norm is None or self.base_norm is None or self.magnitude_offset is None:
@@ -167,6 +186,13 @@ def initial_bound(name: str, shape: torch.Size, gated: bool) -> float:
     return 1 / math.sqrt(fan_in) if name == "lora_A" else 0.0
 
 
+class _Kept:
+    """An unscaled output u (tokens, out), alive as long as the node of the graph that needs it."""
+
+    def __init__(self, u_to: Tensor) -> None:
+        self.u_to = u_to
+
+
 class _DoraFunction(torch.autograd.Function):
     """The layer's product and its gradients, on full or on gathered weights alike.
 
@@ -194,12 +220,18 @@ class _DoraFunction(torch.autograd.Function):
         ctx.two_base_products = (
             dropped is not None and magnitude_offset is not None and layer.spec.dropout_mode == "exact"
         )
-        y_to = project(x_ti, layer.weight, layer.bias)
+        # Kept past the hooks through which checkpointing drops what is saved. Where nothing sets u apart from y, a
+        # recomputation then needs no product at all.
+        keeps = layer.keeps_output and magnitude_offset is not None and layer.bias is None and not ctx.two_base_products
+        kept_to = layer.kept_output() if keeps else None
+        y_to = project(x_ti, layer.weight, layer.bias) if kept_to is None else kept_to
         hidden_tr = gated_tr = None
         if lora_A is not None and lora_B is not None:
             hidden_tr = xd_ti @ lora_A
             gated_tr = hidden_tr if lora_gates is None else hidden_tr * lora_gates
-            y_to.addmm_(gated_tr, lora_B.t(), alpha=layer.spec.scaling)
+            if kept_to is None:
+                y_to.addmm_(gated_tr, lora_B.t(), alpha=layer.spec.scaling)
+        ctx.kept = None
         if magnitude_offset is None:
             ctx.save_for_backward(xd_ti, hidden_tr, None, None)
             return y_to.view(*x.shape[:-1], -1)
@@ -211,7 +243,8 @@ class _DoraFunction(torch.autograd.Function):
         else:
             u_to = y_to if layer.bias is None else y_to - layer.bias
         excess_o = layer.magnitude_excess()
-        ctx.save_for_backward(xd_ti, hidden_tr, u_to, excess_o)
+        ctx.kept = layer.keep(u_to) if keeps and kept_to is None else None
+        ctx.save_for_backward(xd_ti, hidden_tr, None if keeps else u_to, excess_o)
         return torch.addcmul(y_to, u_to, excess_o.to(y_to.dtype)).view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -219,6 +252,8 @@ class _DoraFunction(torch.autograd.Function):
         layer: DoraLinear = ctx.layer
         lora_A, lora_B, lora_gates = layer.lora_A, layer.lora_B, layer.lora_gates
         xd_ti, hidden_tr, u_to, excess_o = ctx.saved_tensors
+        if ctx.kept is not None:
+            u_to = ctx.kept.u_to
         g_to = grads[0].reshape(-1, layer.out_features)
         need_x, need_dropped = ctx.needs_input_grad[:2]
 

@@ -237,6 +237,11 @@ class TrainingConfig(Section):
         default=True,
         description="Keep one activation per decoder layer, recompute the rest in backward: slower, smaller",
     )
+    recompute_all: bool = Field(
+        default=False,
+        description="With activation checkpointing: recompute the outputs of DoRA layers with at least twice as many "
+        "inputs (down_proj), too, which are kept otherwise: slower by a twentieth, smaller by one activation a layer",
+    )
     eval_every: int | None = Field(
         default=None, ge=1, description="Optimizer steps between evaluations; null: none in training"
     )

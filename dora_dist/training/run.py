@@ -102,6 +102,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.training.reporting import ReportCallback
     from dora_dist.training.trainer import DoraTrainer, StepCallback
     from dora_dist.zero3.checkpoint import check_budget
+    from dora_dist.zero3.loading import adapted_layers
     from dora_dist.zero3.shards import ShardedPlacement, full_numel
 
     model, deepspeed = config.model, config.deepspeed_config(world.world_size)
@@ -139,6 +140,9 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     if config.training.activation_checkpointing and not run.model.supports_gradient_checkpointing:
         kind = type(run.model).__name__
         raise UserError(f"training.activation_checkpointing = true: {kind} has none; set it to false")
+    if config.training.recompute_all:
+        for layer in adapted_layers(run.model).values():
+            layer.keeps_output = False
     weights = sum(full_numel(p) for p in run.model.parameters())
     trained = sum(full_numel(p) for p in run.model.parameters() if p.requires_grad)
     if world.first:

@@ -40,7 +40,11 @@ def runs(folder: Path) -> dict[str, Any]:
         run,
         2,
         toy_config(folder, "two", training=with_eval),
-        toy_config(folder, "two-micro3", training={"micro_batch_size": 3, "activation_checkpointing": True}),
+        toy_config(
+            folder,
+            "two-micro3",
+            training={"micro_batch_size": 3, "activation_checkpointing": True, "recompute_all": True},
+        ),
         toy_config(folder, "two-again", checkpoint={"resume": str(folder / "two" / "checkpoint-3")}),
         toy_config(folder, "two-from-one", checkpoint={"resume": str(folder / "one" / "checkpoint-3")}),
         toy_config(folder, "dropout-again", adapter={"dropout": 0.3}),

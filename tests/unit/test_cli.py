@@ -34,7 +34,7 @@ CONFIG_OPTIONS = {
     "training": (
         "learning_rate learning_rates schedule warmup_steps warmup_ratio epochs max_steps global_batch_size "
         "micro_batch_size weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon "
-        "activation_checkpointing eval_every metric num_beams seed"
+        "activation_checkpointing recompute_all eval_every metric num_beams seed"
     ),
     "checkpoint": "run_dir save_every keep_last on_failure keep_best resume",
     "engine": (

@@ -1,14 +1,17 @@
 """DoraLinear against the paper's formula in fp64, and against PEFT."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dora_dist.adapters.linear import AdapterSpec, DoraLinear
 from dora_dist.adapters.norms import NormRefresher
+from dora_dist.adapters.storage import PlainStorage
 from tests.toy import relative_error
 
 IN, OUT, R, ALPHA = 37, 53, 5, 7.0
@@ -34,9 +37,11 @@ def formula(
     return y if layer.bias is None else y + layer.bias.to(x.dtype)
 
 
-def random_layer(spec: AdapterSpec, bias: bool, dtype: torch.dtype = torch.float32) -> DoraLinear:
+def random_layer(
+    spec: AdapterSpec, bias: bool, dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (OUT, IN)
+) -> DoraLinear:
     torch.manual_seed(0)
-    layer = DoraLinear.from_linear(nn.Linear(IN, OUT, bias=bias, dtype=dtype), spec)
+    layer = DoraLinear.from_linear(nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype), spec)
     with torch.no_grad():
         for parameter in (layer.lora_B, layer.lora_gates, layer.magnitude_offset):
             if parameter is not None:
@@ -208,3 +213,59 @@ def test_twenty_steps_follow_peft(weight_decomposed: bool) -> None:
             optimizer.zero_grad()
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][-1] < 0.8 * losses[0][0]
+
+
+class CountedStorage(PlainStorage):
+    """Counts products with a weight."""
+
+    def __init__(self) -> None:
+        self.products = 0
+
+    def project(self, *arguments: Any, **options: Any) -> Tensor:
+        self.products += 1
+        return super().project(*arguments, **options)
+
+
+def gradients(layer: DoraLinear, loss: Tensor) -> list[Tensor]:
+    loss.backward()
+    found = [p.grad for p in layer.adapter_parameters().values() if p.grad is not None]
+    layer.zero_grad()
+    return found
+
+
+def after(layer: DoraLinear, x: Tensor) -> Tensor:
+    """What follows needs the layer's output in backward, so a recomputation has to have the right one."""
+    return layer(x).tanh()
+
+
+def checkpointed(layer: DoraLinear, x: Tensor) -> Tensor:
+    return checkpoint(after, layer, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_recomputation_takes_the_kept_output(gated: bool) -> None:
+    layer = random_layer(AdapterSpec(3, 6.0, gated=gated), bias=False, shape=(6, 14))
+    layer.storage = storage = CountedStorage()
+    x = torch.randn(5, 14, requires_grad=True)
+    expected, expected_x = gradients(layer, after(layer, x).square().sum()), x.grad
+    for keeps, products in ((True, 1), (False, 2)):
+        layer.keeps_output, storage.products, x.grad = keeps, 0, None
+        found = gradients(layer, checkpointed(layer, x).square().sum())
+        assert storage.products == products
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert torch.equal(x.grad, expected_x)
+
+
+def test_only_its_own_output_stands_for_a_recomputation() -> None:
+    """Not another batch's that waits for its backward, nor one whose backward never came."""
+    layer = random_layer(AdapterSpec(3, 6.0), bias=False, shape=(6, 14))
+    one, two = torch.randn(2, 5, 14)
+    expected = [gradients(layer, after(layer, x).square().sum()) for x in (one, two)]
+    losses = [checkpointed(layer, x).square().sum() for x in (one, two)]
+    assert all(torch.equal(a, b) for a, b in zip(gradients(layer, losses[1]), expected[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(layer, losses[0]), expected[0], strict=True))
+    del losses
+    checkpointed(layer, one)  # and no backward
+    loss = checkpointed(layer, two).square().sum()
+    layer(one)  # nor does a forward pass that is no recomputation
+    assert all(torch.equal(a, b) for a, b in zip(gradients(layer, loss), expected[1], strict=True))
