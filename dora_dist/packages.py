@@ -109,7 +109,7 @@ def _npm_pack(package: str, sha256: str, folder: Path) -> Path:
     if shutil.which("npm") is None:
         raise UserError(f"{package} is an npm package, and there is no npm; on Debian or Ubuntu: apt-get install npm")
     # Without a package.json around it, npm runs no script of the project; of the package it runs none in any case.
-    command = ["npm", "pack", package, "--ignore-scripts", "--silent", "--pack-destination", str(folder)]
+    command = ["npm", "pack", package, "--ignore-scripts", "--loglevel=error", "--pack-destination", "."]
     npm = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if npm.returncode != 0:
         raise _not_downloaded(package, "npm", npm.stdout + npm.stderr)
