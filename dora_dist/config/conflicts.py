@@ -65,6 +65,11 @@ def _task(config: RunConfig) -> Iterator[str]:
             )
     if format == "llava" and config.data.image_folder is None:
         yield 'data.format = "llava": data.image_folder is not set; give the folder that the pictures are in'
+    if format == "llava" and config.data.loss_on != "answer":
+        yield (
+            f'data.loss_on = "{config.data.loss_on}": of conversations with pictures only the assistant\'s turns are '
+            'learnt; set it to "answer"'
+        )
     known = ["loss"]
     if task == "question_answering":
         known += ["f1", "exact_match"]

@@ -164,9 +164,14 @@ class DataConfig(Section):
     )
     loss_on: Literal["all", "answer"] = Field(
         default="all",
-        description="Tokens that count in the loss: all (prompt and answer, as in the paper), or answer",
+        description="Tokens that count in the loss: all (prompt and answer, as in the paper), or answer (llava: this "
+        "alone)",
     )
-    cutoff_len: int = Field(default=256, ge=8, description="Longest record in tokens; longer ones are cut and counted")
+    cutoff_len: int = Field(
+        default=256,
+        ge=8,
+        description="Longest record in tokens, those of its pictures included; longer ones are cut and counted",
+    )
     target_len: int = Field(
         default=64, ge=2, description="Longest summary in tokens, in training and when one is generated (summarisation)"
     )
@@ -177,8 +182,8 @@ class DataConfig(Section):
     )
     cache: Annotated[str, Field(min_length=1)] | None = Field(
         default="~/.cache/dora_dist",
-        description="Folder for tokenized data: one rank of a node makes it for the others and for later runs; null: "
-        "every rank tokenizes for itself",
+        description="Folder for tokenized data of language models and LLaVAs: one rank of a node makes it for the "
+        "others and for later runs; null: every rank tokenizes for itself",
     )
     image_folder: PathText | None = Field(default=None, description="Where the pictures of llava records are")
     image_aspect_ratio: Literal["pad", "processor"] = Field(
@@ -198,7 +203,8 @@ class DataConfig(Section):
         description="Text of llava records: vicuna_v1, plain (pictures and caption), or the model's chat template",
     )
     group_by_modality_length: bool = Field(
-        default=True, description="Batches of llava records are all with pictures or without, and sorted by length"
+        default=True,
+        description="Batches of llava records are all with pictures or all without, and go from long records to short",
     )
     num_workers: int = Field(default=0, ge=0, description="Loader processes per rank; 0: load in the rank itself")
 

@@ -20,6 +20,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+def cached(
+    cache: str | None,
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: Mapping[str, Any],
+    make: Callable[[], Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """What `make` returns, which follows from the other arguments alone; `cache` is data.cache.
+
+    Made here where there is no cache, or a source is no file. Raises UserError as `tensors_once` does.
+    """
+    key = key_of(sources, tokenizer, settings) if cache is not None else None
+    if cache is None or key is None:
+        return dict(make())
+    return tensors_once(Path(cache).expanduser() / "tokenized", key, make)
+
+
 def tensors_once(folder: Path, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """What `make` returns: made by whoever comes first to `folder` with this key, memory-mapped by all others.
 
@@ -78,7 +95,7 @@ def key_of(sources: Sequence[str], tokenizer: PreTrainedTokenizerFast, settings:
     known = {
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "chat template": tokenizer.chat_template,
-        "end of sequence": tokenizer.eos_token_id,
+        "special tokens": tokenizer.special_tokens_map,  # chat templates may use any of them
         **settings,
     }
     digest.update(json.dumps(known, sort_keys=True, default=str).encode())

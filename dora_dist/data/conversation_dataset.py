@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dora_dist.data.cache import cached
 from dora_dist.data.conversations import read_conversation, render
-from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, encode, held_out
+from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, counts_between, encode, held_out
+from dora_dist.data.formats import Rendered
 from dora_dist.data.pictures import PictureProcessor, PictureTokens, missing_pictures
 from dora_dist.data.records import read_records
+from dora_dist.data.strings import pack, unpack
 from dora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,15 +51,27 @@ class ConversationStats:
 
 @dataclass(frozen=True)
 class _Store:
-    """All records of some sources; pictures are single tokens here. Sample i is tokens[starts[i]:starts[i + 1]]."""
+    """All records of some sources, in tensors alone, for the cache and for loader processes.
+
+    Sample i is tokens[starts[i]:starts[i + 1]], where each picture is a single token, and its pictures are
+    paths[pictures[i]:pictures[i + 1]]. Paths and places are strings (`unpack`).
+    """
 
     tokens: Tensor
     labels: Tensor
     starts: Tensor
-    pictures: list[tuple[str, ...]]
-    places: list[str]
-    truncated: list[bool]
-    absent: list[bool]
+    truncated: Tensor
+    pictures: Tensor
+    paths: Tensor
+    path_starts: Tensor
+    places: Tensor
+    place_starts: Tensor
+
+    def paths_of(self, sample: int) -> list[str]:
+        return unpack(self.paths, self.path_starts, *self.pictures[sample : sample + 2].tolist())
+
+    def place(self, sample: int) -> str:
+        return unpack(self.places, self.place_starts, sample, sample + 1)[0]
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
@@ -64,28 +80,30 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     A sample whose picture cannot be read is a filler with a "problem": what to do about it is for whoever trains.
     """
 
-    def __init__(self, store: _Store, index: Sequence[int], processor: PictureProcessor, group: bool) -> None:
-        """group: let `epoch_order` put like with like."""
-        self.store, self.index = store, list(index)
-        self.tokens, self.labels, self.starts = store.tokens, store.labels, store.starts
+    def __init__(self, store: _Store, index: Tensor, processor: PictureProcessor, group: bool) -> None:
+        """index: which samples of the store are here, int64. group: let `epoch_order` put like with like."""
         self.reader, self.stands = processor.reader, processor.stands
-        kept = torch.tensor(self.index, dtype=torch.int64)
-        self.with_pictures = torch.tensor([bool(store.pictures[i]) for i in self.index])
-        counts = torch.tensor([len(store.pictures[i]) for i in self.index])
-        self.lengths = store.starts.diff()[kept] + counts * (self.stands.count - 1)
+        self.pad_token_id = processor.tokenizer.pad_token_id
+        self._store = store
+        # All that must be the same on every rank is in tensors of this object's own, for `agreement.of_data`.
+        # Places are not: a node may have its files elsewhere.
+        self.index, self.tokens, self.labels, self.starts = index, store.tokens, store.labels, store.starts
+        self.pictures, self.paths, self.path_starts = store.pictures, store.paths, store.path_starts
+        counts = store.pictures.diff()[index]
+        self.with_pictures = counts > 0
+        self.lengths = store.starts.diff()[index] + counts * (self.stands.count - 1)
         self.epoch_order = self._grouped_order if group else None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        sample = self.index[i]
+        sample = int(self.index[i])
         part = slice(self.starts[sample], self.starts[sample + 1])
         try:
-            pictures = [self.reader(path) for path in self.store.pictures[sample]]
+            pictures = [self.reader(path) for path in self._store.paths_of(sample)]
         except UserError as error:
-            problem = f"{self.store.places[sample]}: {error}"
-            return {"input_ids": [0], "labels": [IGNORED], "problem": problem}
+            return {"input_ids": [self.pad_token_id], "labels": [IGNORED], "problem": f"{self.place(i)}: {error}"}
         ids, labels = self.tokens[part], self.labels[part]
         repeats = torch.where(ids == self.stands.token_id, self.stands.count, 1)
         return {
@@ -94,12 +112,25 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "pictures": pictures,
         }
 
-    def _grouped_order(self, seed: int, batch: int) -> list[int]:
-        """All samples in a random order of batches that are alike: with pictures or without, and neighbours in length.
+    def place(self, i: int) -> str:
+        """Where sample i was read, for messages: the source, the line or the record, and its id."""
+        return self._store.place(int(self.index[i]))
 
-        Which samples share a batch of `batch` is random within their kind; inside a batch they go from long to short,
-        so that the micro-batches cut from it hold little padding. What does not fill a batch of its kind is mixed at
-        the end. Follows from the arguments alone.
+    @property
+    def order_facts(self) -> dict[str, Any]:
+        """What an epoch's order follows from beside seed, batch size and number of samples."""
+        grouped = {"data.group_by_modality_length": self.epoch_order is not None}
+        if not self.epoch_order:
+            return grouped
+        digest = hashlib.sha256(self.lengths.numpy().tobytes() + self.with_pictures.numpy().tobytes())
+        return {**grouped, "lengths of the training samples": f"sha256 {digest.hexdigest()[:12]}"}
+
+    def _grouped_order(self, seed: int, batch: int) -> list[int]:
+        """All samples in a random order of batches whose samples all have pictures, or all have none.
+
+        Which samples of a kind share a batch of `batch` is random; inside a batch they go from long to short, so that
+        the micro-batches cut from it hold little padding. What does not fill a batch of its kind is mixed at the end.
+        Follows from the arguments and `order_facts` alone.
         """
         generator = torch.Generator().manual_seed(seed)
         shuffled = torch.randperm(len(self), generator=generator)
@@ -121,60 +152,99 @@ def build_conversations(
 ) -> TokenizedData:
     """Load, render and tokenize the run's conversations; the same on every rank, and at every world size.
 
-    Lengths count a picture's tokens. What exceeds data.cutoff_len is cut at the end, and a picture that would be cut
-    in two goes as a whole, with all that follows it. A missing file is a UserError, or with data.bad_images = "skip"
-    leaves its record out. validation_samples records, chosen by `seed`, are held out of train when `data.validation`
-    is None. Raises UserError as `load_records` does, and for a record that is no conversation.
+    The assistant's turns are labels, and nothing else. Lengths count a picture's tokens. What exceeds data.cutoff_len
+    is cut at the end, and a picture that would be cut in two goes as a whole, with all that follows it. A missing file
+    is a UserError, or with data.bad_images = "skip" leaves its record out. validation_samples records, chosen by
+    `seed`, are held out of train when `data.validation` is None. Raises UserError as `load_records` does, for a record
+    that is no conversation, and where no picture fits data.cutoff_len.
     """
-    chosen: Sequence[int]
-    rest: Sequence[int]
-    train = _tokenize(data, "train", processor, progress)
+    train = _read(data, "train", processor, progress)
+    count = len(train[0].truncated)
     if data.validation is not None:
-        validating = _tokenize(data, "validation", processor, progress)
-        chosen = range(len(validating.places))
-        rest = range(len(train.places))
+        validation = _read(data, "validation", processor, progress)
+        rest, chosen = torch.arange(count), torch.arange(len(validation[0].truncated))
     else:
-        validating, held = train, held_out(len(train.places), data.validation_samples, seed)
-        chosen = sorted(held)
-        rest = [i for i in range(len(train.places)) if i not in held]
-    training = _select(train, rest, data, processor, "train")
-    if not chosen:
+        validation, held = train, torch.zeros(count, dtype=torch.bool)
+        held[list(held_out(count, data.validation_samples, seed))] = True
+        rest, chosen = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+    training = _select(*train, rest, data, processor, "train")
+    if not len(chosen):
         return TokenizedData(*training)
-    return TokenizedData(*training, *_select(validating, chosen, data, processor, "validation"))
+    return TokenizedData(*training, *_select(*validation, chosen, data, processor, "validation"))
 
 
-def _tokenize(data: DataConfig, split: str, processor: PictureProcessor, progress: bool) -> _Store:
+def _read(data: DataConfig, split: str, processor: PictureProcessor, progress: bool) -> tuple[_Store, Tensor]:
+    """The records of a split, from the cache where they are in it, and which of them lack a picture's file now."""
+    named = getattr(data, split)
+    sources = [named] if isinstance(named, str) else named
+    settings = {name: getattr(data, name) for name in ("format", "cutoff_len", "chat_template")}
+    settings |= {"picture": asdict(processor.stands), "sources": sources}  # places name the sources
+    made = cached(
+        data.cache,
+        sources,
+        processor.tokenizer,
+        settings,
+        lambda: vars(_tokenize(sources, split, data, processor, progress)),
+    )
+    store = _Store(**made)
+    return store, _absent(store, data, processor.reader.folder)
+
+
+def _tokenize(
+    sources: Sequence[str], split: str, data: DataConfig, processor: PictureProcessor, progress: bool
+) -> _Store:
     from tqdm import tqdm
 
-    tokenizer, stands = processor.tokenizer, processor.stands
-    named = getattr(data, split)
-    rows = list(read_records([named] if isinstance(named, str) else named, {"conversations": list}, split))
-    tokens, labels, starts, pictures, places, truncated = array("i"), array("i"), [0], [], [], []
+    stands = processor.stands
+    rows = list(read_records(sources, {"conversations": list}, split))
+    tokens, labels, starts, truncated = array("i"), array("i"), [0], []
+    pictures, paths, places, named = [0], [], [], 0
     bar = tqdm(total=len(rows), desc=f"Tokenizing data.{split}", unit=" samples", delay=2.0, disable=not progress)
     with bar:
         for first in range(0, len(rows), CHUNK):
-            chunk, rendered = rows[first : first + CHUNK], []
-            for place, row in chunk:
-                places.append(f"{place} (id {row['id']!r})" if "id" in row else place)
-                try:
-                    conversation = read_conversation(row)
-                    only_answers = data.loss_on == "answer"
-                    rendered.append(render(conversation, data.chat_template, tokenizer, stands.token, only_answers))
-                except UserError as error:
-                    raise UserError(f"{places[-1]}: {error}") from error
-                pictures.append(conversation.pictures)
-            for number, (ids, answer) in enumerate(encode(tokenizer, rendered), start=first):
+            chunk = rows[first : first + CHUNK]
+            places += [f"{place} (id {row['id']!r})" if "id" in row else place for place, row in chunk]
+            texts = [
+                _render(place, row, data, processor) for place, (_, row) in zip(places[first:], chunk, strict=True)
+            ]
+            shown, rendered = zip(*texts, strict=True)
+            for its_paths, (ids, answer) in zip(shown, encode(processor.tokenizer, rendered), strict=True):
                 stop, kept = _fitting(ids, stands, data.cutoff_len)
                 truncated.append(stop < len(ids))
-                pictures[number] = pictures[number][:kept]
+                paths += its_paths[:kept]
+                pictures.append(len(paths))
+                named += len(its_paths)
                 tokens.extend(ids[:stop])
-                learnt = (a or data.loss_on == "all" for a in answer[:stop])
-                labels.extend(t if a and t != stands.token_id else IGNORED for t, a in zip(ids, learnt, strict=False))
+                learnt = zip(ids[:stop], answer[:stop], strict=True)
+                labels.extend(t if a and t != stands.token_id else IGNORED for t, a in learnt)
                 starts.append(len(tokens))
             bar.update(len(chunk))
+    if named and not paths:
+        raise UserError(f"data.{split}: {_no_room(stands, data.cutoff_len)}")
     flat_tokens, flat_labels = (torch.frombuffer(flat, dtype=torch.int32) for flat in (tokens, labels))
-    absent = _absent(data, processor.reader.folder, pictures, places)
-    return _Store(flat_tokens, flat_labels, torch.tensor(starts), pictures, places, truncated, absent)
+    counts = torch.tensor(starts), torch.tensor(truncated), torch.tensor(pictures)
+    return _Store(flat_tokens, flat_labels, *counts, *pack(paths), *pack(places))
+
+
+def _render(
+    place: str, row: dict[str, Any], data: DataConfig, processor: PictureProcessor
+) -> tuple[tuple[str, ...], Rendered]:
+    """A record's pictures, and its text."""
+    stands = processor.stands
+    try:
+        conversation = read_conversation(row)
+        if conversation.pictures and stands.count >= data.cutoff_len:
+            raise UserError(_no_room(stands, data.cutoff_len))
+        return conversation.pictures, render(conversation, data.chat_template, processor.tokenizer, stands.token, True)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def _no_room(stands: PictureTokens, cutoff_len: int) -> str:
+    return (
+        f"a picture is {stands.count} tokens, and data.cutoff_len = {cutoff_len} leaves no room for any; raise it "
+        "(LLaVA-1.5 is trained with 2048)"
+    )
 
 
 def _fitting(ids: Sequence[int], stands: PictureTokens, cutoff_len: int) -> tuple[int, int]:
@@ -188,31 +258,32 @@ def _fitting(ids: Sequence[int], stands: PictureTokens, cutoff_len: int) -> tupl
     return len(ids), pictures
 
 
-def _absent(data: DataConfig, folder: Path, pictures: list[tuple[str, ...]], places: list[str]) -> list[bool]:
+def _absent(store: _Store, data: DataConfig, folder: Path) -> Tensor:
     """Which samples lack a picture's file. Raises UserError for the first unless they are to be left out."""
-    missing = missing_pictures(folder, {path for paths in pictures for path in paths})
-    absent = [any(path in missing for path in paths) for paths in pictures]
+    paths = unpack(store.paths, store.path_starts, 0, len(store.path_starts) - 1)
+    missing = missing_pictures(folder, set(paths))
+    gone = torch.tensor([path in missing for path in paths], dtype=torch.bool)
+    absent = counts_between(gone, store.pictures) > 0
     if missing and data.bad_images == "error":
-        first = absent.index(True)
-        path = next(path for path in pictures[first] if path in missing)
+        first = int(absent.nonzero()[0])
+        path = next(path for path in store.paths_of(first) if path in missing)
         raise UserError(
-            f"{places[first]}: picture {folder / path} does not exist ({len(missing):,} pictures are missing in all); "
-            'set data.image_folder to where they are, or data.bad_images to "skip"'
+            f"{store.place(first)}: picture {folder / path} does not exist ({len(missing):,} pictures are missing in "
+            'all); set data.image_folder to where they are, or data.bad_images to "skip"'
         )
     return absent
 
 
 def _select(
-    store: _Store, samples: Sequence[int], data: DataConfig, processor: PictureProcessor, split: str
+    store: _Store, absent: Tensor, samples: Tensor, data: DataConfig, processor: PictureProcessor, split: str
 ) -> tuple[ConversationDataset, ConversationStats]:
     """Those of `samples` that have their pictures and a label to learn from, and what the selection did."""
     labelled = store.labels != IGNORED
     labelled[store.starts[:-1][store.starts.diff() > 0]] = False  # the first token of a sample is never predicted
-    before = torch.cat([torch.zeros(1, dtype=torch.int64), labelled.cumsum(0)])
-    counts = before[store.starts[1:]] - before[store.starts[:-1]]
-    complete = [i for i in samples if not store.absent[i]]
-    kept = [i for i in complete if counts[i] > 0]
-    if not kept:
+    counts = counts_between(labelled, store.starts)
+    complete = samples[~absent[samples]]
+    kept = complete[counts[complete] > 0]
+    if not len(kept):
         raise UserError(
             f"none of the {len(samples)} conversations of data.{split} has its pictures and a token to learn from "
             f"within data.cutoff_len = {data.cutoff_len} (a picture is {processor.stands.count} tokens); raise it, or "
@@ -221,11 +292,11 @@ def _select(
     dataset = ConversationDataset(store, kept, processor, data.group_by_modality_length)
     stats = ConversationStats(
         samples=len(kept),
-        pictures=sum(len(store.pictures[i]) for i in kept),
-        text_only=sum(not store.pictures[i] for i in kept),
+        pictures=int(store.pictures.diff()[kept].sum()),
+        text_only=int((~dataset.with_pictures).sum()),
         tokens=int(dataset.lengths.sum()),
         label_tokens=int(counts[kept].sum()),
-        truncated=sum(store.truncated[i] for i in samples),
+        truncated=int(store.truncated[samples].sum()),
         without_labels=len(complete) - len(kept),
         without_picture=len(samples) - len(complete),
         cutoff_len=data.cutoff_len,

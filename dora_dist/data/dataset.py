@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dora_dist.data.cache import key_of, tensors_once
+from dora_dist.data.cache import cached
 from dora_dist.data.formats import FORMATS, Rendered
 from dora_dist.data.records import FIELDS, Record, read_records
 from dora_dist.errors import UserError
@@ -50,7 +49,8 @@ class TokenizedDataset(Dataset[dict[str, list[int]]]):
 
     def __init__(self, tokens: Tensor, labels: Tensor, starts: Tensor, index: Sequence[int]):
         """tokens, labels: (T,) int32; starts: (n + 1,) int64; index: which of those n are here."""
-        self.tokens, self.labels, self.starts, self.index = tokens, labels, starts, list(index)
+        self.tokens, self.labels, self.starts = tokens, labels, starts
+        self.index = torch.tensor(index, dtype=torch.int64)  # loader processes would copy a list, page by page
 
     def __len__(self) -> int:
         return len(self.index)
@@ -146,13 +146,10 @@ def _tokenize(
     """The records of `sources` as token ids; from the cache where they are in it."""
 
     def make() -> dict[str, Tensor]:
-        return asdict(_tokenize_anew(sources, field, data, tokenizer, progress))
+        return vars(_tokenize_anew(sources, field, data, tokenizer, progress))
 
     settings = {name: getattr(data, name) for name in ("format", "loss_on", "cutoff_len")}
-    key = key_of(sources, tokenizer, settings) if data.cache is not None else None
-    if data.cache is None or key is None:
-        return _tokenize_anew(sources, field, data, tokenizer, progress)
-    return _Store(**tensors_once(Path(data.cache).expanduser() / "tokenized", key, make))
+    return _Store(**cached(data.cache, sources, tokenizer, settings, make))
 
 
 def _tokenize_anew(
@@ -200,14 +197,19 @@ def held_out(records: int, wanted: int, seed: int) -> set[int]:
     return set(torch.randperm(records, generator=torch.Generator().manual_seed(seed))[:wanted].tolist())
 
 
+def counts_between(flags: Tensor, starts: Tensor) -> Tensor:
+    """(n,) int64: how many of flags[starts[i]:starts[i + 1]] are true, for starts (n + 1,)."""
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), flags.cumsum(0)])
+    return before[starts[1:]] - before[starts[:-1]]
+
+
 def _select(
     store: _Store, samples: Sequence[int], field: str, cutoff_len: int
 ) -> tuple[TokenizedDataset, TokenizationStats]:
     """Those of `samples` that have a label to learn from, and what the selection did."""
     labelled = store.labels != IGNORED
     labelled[store.starts[:-1]] = False  # the first token of a sample is never predicted
-    before = torch.cat([torch.zeros(1, dtype=torch.int64), labelled.cumsum(0)])
-    counts = before[store.starts[1:]] - before[store.starts[:-1]]
+    counts = counts_between(labelled, store.starts)
     kept = [i for i in samples if counts[i] > 0]
     if not kept:
         raise UserError(

@@ -312,6 +312,7 @@ class DoraTrainer(Trainer):
             "training.seed": self.config.training.seed,
             "training.global_batch_size": self.config.training.global_batch_size,
             "number of training samples": len(self.data.train),
+            **getattr(self.data.train, "order_facts", {}),
         }
 
 

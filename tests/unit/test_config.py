@@ -149,6 +149,7 @@ def test_every_other_name_that_is_recognised_leads_to_a_field() -> None:
         ),
         (with_fields(adapter={"target_modules": []}), "nothing to train"),
         (with_fields(model=PICTURES, data={"format": "llava"}), "data.image_folder is not set"),
+        (with_fields(model=PICTURES, data={"format": "llava"}), 'data.loss_on = "all": of conversations with pictures'),
         (with_fields(model=PICTURES), "image_text_to_text and the format llava go together"),
         (with_fields(adapter={"target_modules": [], "dynamic_rank": True}), "leaves no layer to prune"),
         (with_fields(model=PICTURES, training={"metric": "accuracy"}), 'is none for model.task = "image_text_to_text"'),

@@ -1,6 +1,7 @@
 """LLaVA's conversations: text and labels, pictures, truncation, order, and everything a record can get wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dora_dist.agreement import of_data
 from dora_dist.config import DataConfig
 from dora_dist.data import FILLER, IGNORED, EpochBatches, build_conversations
 from dora_dist.data.conversations import VICUNA_SYSTEM, read_conversation, render
@@ -34,6 +36,7 @@ def data(folder: Path, **changes: Any) -> DataConfig:
         "image_folder": str(folder / "pictures"),
         "loss_on": "answer",
         "cutoff_len": 400,
+        "cache": None,
     }
     return DataConfig(**{**fields, **changes})
 
@@ -109,25 +112,41 @@ def test_tokens_are_those_of_transformers_processor_and_labels_the_answers(folde
         assert all(label in (IGNORED, t) for t, label in zip(sample["input_ids"], sample["labels"], strict=True))
 
 
-def test_loss_on_everything_leaves_pictures_out(folder: Path) -> None:
-    sample = built(folder, loss_on="all").train[0]
-    assert [label for label in sample["labels"] if label == IGNORED] == [IGNORED] * COUNT
-
-
-@pytest.mark.parametrize("cutoff_len", range(100, 260, 17))
-def test_truncation_never_parts_a_picture_from_its_tokens(folder: Path, cutoff_len: int) -> None:
-    whole = built(folder, loss_on="all").train
-    cut = built(folder, loss_on="all", cutoff_len=cutoff_len)
-    for before, after in zip(whole, cut.train, strict=False):
-        ids = after["input_ids"]
-        assert ids == before["input_ids"][: len(ids)] and len(ids) <= cutoff_len
-        assert ids.count(IMAGE) == COUNT * len(after["pictures"])
+def test_truncation_never_parts_a_picture_from_its_tokens(folder: Path, tmp_path: Path) -> None:
+    names = llava.pictures(folder / "pictures")
+    turns = [("human", "<image> red?"), ("gpt", "no"), ("human", "<image><image>"), ("gpt", "yes <image>")]
+    (tmp_path / "data.json").write_text(json.dumps([record(*turns, image=names[:4])]))
+    [whole] = built(folder, train=str(tmp_path / "data.json")).train
+    first = next(i for i, label in enumerate(whole["labels"]) if label != IGNORED)
+    counts = set()
+    for cutoff_len in range(first + 1, len(whole["input_ids"]) + 1):
+        cut = built(folder, train=str(tmp_path / "data.json"), cutoff_len=cutoff_len)
+        [sample] = cut.train
+        ids, following = sample["input_ids"], whole["input_ids"][len(sample["input_ids"]) :]
+        assert whole["input_ids"] == ids + following and sample["labels"] == whole["labels"][: len(ids)]
+        assert ids.count(IMAGE) == COUNT * len(sample["pictures"])
         # Cut only where it must be: at the bound, or before a picture that would cross it.
-        following = before["input_ids"][len(ids) :]
-        assert len(ids) == cutoff_len or not following or (following[0] == IMAGE and len(ids) + COUNT > cutoff_len)
-    assert cut.train_stats.truncated == sum(
-        len(a["input_ids"]) < len(b["input_ids"]) for a, b in zip(cut.train, whole, strict=True)
-    )
+        crossing = following[:1] == [IMAGE] and len(ids) < cutoff_len < len(ids) + COUNT
+        assert len(ids) == cutoff_len or crossing
+        assert cut.train_stats.truncated == bool(following)
+        counts.add(len(sample["pictures"]))
+    assert counts == {1, 2, 3, 4}
+
+
+def test_a_cutoff_that_leaves_room_for_no_picture_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    config = data(folder)
+    processor = load_processor(folder / "base", config)
+    large = replace(processor, stands=replace(processor.stands, count=400))
+    with pytest.raises(
+        UserError, match=r"record 1 \(id 'p0'\): a picture is 400 tokens, .*data.cutoff_len = 400 leaves"
+    ):
+        build_conversations(config, large, seed=0, progress=False)
+    with pytest.raises(UserError, match="data.train: a picture is 4 tokens, and data.cutoff_len = 20 leaves no room"):
+        built(folder, cutoff_len=20)  # the prompt before every picture is longer
+    texts = [row for row in json.loads((folder / "data.json").read_text()) if "image" not in row]
+    (tmp_path / "data.json").write_text(json.dumps(texts))
+    only_texts = data(folder, train=str(tmp_path / "data.json"))
+    assert len(build_conversations(only_texts, large, seed=0, progress=False).train) == 6
 
 
 def test_stats_count_tokens_of_pictures(folder: Path) -> None:
@@ -141,8 +160,24 @@ def test_stats_count_tokens_of_pictures(folder: Path) -> None:
 
 def test_held_out_records_are_no_training_records(folder: Path) -> None:
     found = built(folder, validation_samples=5)
-    places = [{part.store.places[i] for i in part.index} for part in (found.train, found.validation)]
+    places = [{part.place(i) for i in range(len(part))} for part in (found.train, found.validation)]
     assert len(places[0]) == 10 and len(places[1]) == 5 and not places[0] & places[1]
+
+
+def test_ranks_are_told_apart_by_the_names_of_pictures_alone_but_not_by_their_files(
+    folder: Path, tmp_path: Path
+) -> None:
+    names = llava.pictures(folder / "pictures")
+    records = json.loads((folder / "data.json").read_text())
+    for name, image in (("same", names[0]), ("other", names[5])):
+        records[0]["image"] = image
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    mine, same, other = (
+        of_data(built(folder, train=str(file), validation_samples=2))
+        for file in (folder / "data.json", tmp_path / "same.json", tmp_path / "other.json")
+    )
+    assert mine == same and mine.keys() == {"training data", "validation data"}
+    assert mine["training data"] != other["training data"]
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -217,6 +252,19 @@ def test_a_batch_without_pictures_has_a_black_one_that_nothing_refers_to(folder:
     assert (batch["input_ids"] == IMAGE).sum(1).tolist() == [8, 0, 4]
 
 
+def test_a_picture_that_cannot_be_read_leaves_padding_and_says_where_it_was_named(folder: Path) -> None:
+    config = data(folder, image_folder=str(folder / "nowhere"), bad_images="skip", train=str(folder / "data.json"))
+    processor = load_processor(folder / "base", data(folder))
+    processor.tokenizer.pad_token = "<s>"
+    train = build_conversations(data(folder), processor, seed=0, progress=False).train
+    train.reader = load_processor(folder / "base", config).reader
+    sample = train[8]
+    assert (
+        (sample["input_ids"], sample["labels"]) == ([processor.tokenizer.pad_token_id], [IGNORED]) != ([0], [IGNORED])
+    )
+    assert sample["problem"].startswith(f"{folder / 'data.json'}, record 9 (id 'two'): picture ")
+
+
 # --- order --------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +279,19 @@ def test_batches_are_alike_in_modality_and_sorted_by_length(folder: Path) -> Non
         assert train.lengths[first] >= train.lengths[second]
     assert train.epoch_order(7, 2) == order and train.epoch_order(8, 2) != order
     assert built(folder, group_by_modality_length=False).train.epoch_order is None
+
+
+def test_what_the_order_follows_from_is_told_to_a_resume(folder: Path, tmp_path: Path) -> None:
+    records = json.loads((folder / "data.json").read_text())
+    (tmp_path / "same.json").write_text(json.dumps([*records[:-1], {**records[-1], "id": "renamed"}]))
+    records[-1]["conversations"][1]["value"] += " indeed"
+    (tmp_path / "longer.json").write_text(json.dumps(records))
+    facts = built(folder).train.order_facts
+    assert built(folder, train=str(tmp_path / "same.json")).train.order_facts == facts
+    changed = built(folder, train=str(tmp_path / "longer.json")).train.order_facts
+    assert {name for name in facts if changed[name] != facts[name]} == {"lengths of the training samples"}
+    alone = {"data.group_by_modality_length": False}
+    assert built(folder, group_by_modality_length=False).train.order_facts == alone
 
 
 def test_a_grouped_order_is_cut_alike_for_every_world_size(folder: Path) -> None:

@@ -1,16 +1,23 @@
 """Tokenized data is made once for all ranks of a node: real processes, one killed while it makes it."""
 
+import json
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dora_dist.config import RunConfig
-from dora_dist.data import build_dataset
+from dora_dist.agreement import of_data
+from dora_dist.config import DataConfig, RunConfig
+from dora_dist.data import TokenizedData, build_conversations, build_dataset
 from dora_dist.data.cache import key_of, tensors_once
+from dora_dist.data.strings import pack, unpack
 from dora_dist.errors import UserError
-from tests import toy
+from dora_dist.models.processor import load_processor
+from tests import llava, toy
 from tests.ranks import context
 
 
@@ -58,7 +65,9 @@ def test_the_key_follows_content_tokenizer_and_settings(tmp_path: Path) -> None:
     others.append(key_of([str(data)], text, {"cutoff_len": 8}))
     text.add_tokens(["new"])
     others.append(key_of([str(data)], text, {"cutoff_len": 8}))
-    assert len({key, *others}) == 5
+    text.bos_token = "new"  # chat templates may begin with it
+    others.append(key_of([str(data)], text, {"cutoff_len": 8}))
+    assert len({key, *others}) == 6
     assert key_of([str(data), "some/hub-name"], text, {}) is None
 
 
@@ -75,6 +84,87 @@ def test_a_run_finds_the_same_samples_with_and_without_a_cache(tmp_path: Path) -
     cache = str(tmp_path / "cache")
     assert build(None) == build(cache) == build(cache)
     assert len(list((tmp_path / "cache" / "tokenized").glob("*.safetensors"))) == 1
+
+
+@pytest.fixture
+def pictured(tmp_path: Path) -> Path:
+    """A folder with a LLaVA `base`, and conversations `data.json` with `pictures`."""
+    llava.model(tmp_path / "base")
+    llava.write(tmp_path, 8, 6)
+    return tmp_path
+
+
+def conversations(folder: Path, tokens_per_picture: int = 4, **fields: Any) -> TokenizedData:
+    sections = {"train": str(folder / "data.json"), "format": "llava", "loss_on": "answer", "cutoff_len": 400}
+    data = DataConfig(**{**sections, "image_folder": str(folder / "pictures"), **fields})
+    processor = load_processor(folder / "base", data)
+    processor = replace(processor, stands=replace(processor.stands, count=tokens_per_picture))
+    return build_conversations(data, processor, seed=0, progress=False)
+
+
+def made(cache: Path) -> dict[str, int]:
+    """Files of the cache, and when they were written."""
+    return {file.name: file.stat().st_mtime_ns for file in (cache / "tokenized").glob("*.safetensors")}
+
+
+def test_conversations_are_the_same_with_and_without_a_cache(pictured: Path) -> None:
+    cache = pictured / "cache"
+    plain, first = conversations(pictured, cache=None), conversations(pictured, cache=str(cache))
+    files = made(cache)
+    again = conversations(pictured, cache=str(cache))
+    assert made(cache) == files and len(files) == 1
+    for found in (first, again):
+        assert (found.train_stats, of_data(found)) == (plain.train_stats, of_data(plain))
+        for i, (ours, theirs) in enumerate(zip(found.train, plain.train, strict=True)):
+            assert (ours["input_ids"], ours["labels"]) == (theirs["input_ids"], theirs["labels"])
+            assert [*map(torch.Tensor.tolist, ours["pictures"])] == [*map(torch.Tensor.tolist, theirs["pictures"])]
+            assert found.train.place(i) == plain.train.place(i)
+
+
+def test_pictures_are_looked_for_anew_whatever_is_cached(pictured: Path) -> None:
+    cache = str(pictured / "cache")
+    conversations(pictured, cache=cache)
+    less = Path(shutil.copytree(pictured / "pictures", pictured / "less"))
+    (less / json.loads((pictured / "data.json").read_text())[3]["image"]).unlink()
+    with pytest.raises(UserError, match=r"data.json, record 4 \(id 'p3'\): picture .*less.* does not exist"):
+        conversations(pictured, cache=cache, image_folder=str(less))
+    found = conversations(pictured, cache=cache, image_folder=str(less), bad_images="skip")
+    assert (found.train_stats.samples, found.train_stats.without_picture) == (14, 1)
+    assert len(made(pictured / "cache")) == 1
+
+
+def test_conversations_are_made_anew_for_whatever_they_follow_from(pictured: Path) -> None:
+    copy = Path(shutil.copy(pictured / "data.json", pictured / "copy.json"))
+    changes: list[dict[str, Any]] = [
+        {},
+        {"tokens_per_picture": 5},
+        {"cutoff_len": 200},
+        {"chat_template": "model"},
+        {"train": str(copy)},
+        {"train": [str(copy), str(pictured / "data.json")]},
+    ]
+    cache = pictured / "cache"
+    for number, change in enumerate(changes, start=1):
+        plain, found = (conversations(pictured, **change, cache=where) for where in (None, str(cache)))
+        assert len(made(cache)) == number
+        assert of_data(found) == of_data(plain)
+        assert [found.train.place(i) for i in (0, -1)] == [plain.train.place(i) for i in (0, -1)]  # they name the file
+
+
+def test_conversations_without_any_picture_are_cached_too(pictured: Path) -> None:
+    texts = [row for row in json.loads((pictured / "data.json").read_text()) if "image" not in row]
+    (pictured / "data.json").write_text(json.dumps(texts))
+    plain, first, again = (conversations(pictured, cache=c) for c in (None, *[str(pictured / "cache")] * 2))
+    assert of_data(plain) == of_data(first) == of_data(again)
+    assert [sample["pictures"] for sample in again.train] == [[]] * 6 and made(pictured / "cache")
+
+
+def test_strings_come_back_whole() -> None:
+    for strings in ([], [""], ["a", "", "größer/图.png", "half \ud83d"], ["\0", "\n"]):
+        text, starts = pack(strings)
+        assert unpack(text, starts, 0, len(strings)) == strings
+        assert [unpack(text, starts, i, i + 1) for i in range(len(strings))] == [[string] for string in strings]
+        assert unpack(text, starts, len(strings), len(strings)) == []
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
