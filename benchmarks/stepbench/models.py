@@ -101,6 +101,8 @@ def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
     spec = AdapterSpec(r, alpha, weight_decomposed=variant != "lora", dropout=settings.dropout, gated=variant in GATED)
     placement = ShardedPlacement(settings.deepspeed_config())
     adapted = build_model(base, by_pattern(spec, [TARGETS]), placement, task=_task(settings))
+    if settings.pictures:
+        prepare_for_training(adapted.model)
     return adapted.model, adapted.norms
 
 

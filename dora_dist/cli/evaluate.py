@@ -2,21 +2,16 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from dora_dist.cli.options import DTYPES, Commands, declare, positive
+from dora_dist.config import RunConfig
+from dora_dist.config.fields import field_specs
 from dora_dist.errors import UserError
 
 _LABELLED = "a classifier, answer finder or summariser"
-_DATA_FIELDS: dict[str, tuple[Any, str]] = {
-    "text_fields": (str, _LABELLED),
-    "label_field": (str, _LABELLED),
-    "cutoff_len": (int, _LABELLED),
-    "doc_stride": (int, _LABELLED),
-    "image_folder": (str, "a LLaVA"),
-    "image_aspect_ratio": (str, "a LLaVA"),
-    "max_image_pixels": (int, "a LLaVA"),
-    "chat_template": (str, "a LLaVA"),
+_DATA_FIELDS = {
+    **dict.fromkeys(("text_fields", "label_field", "cutoff_len", "doc_stride"), _LABELLED),
+    **dict.fromkeys(("image_folder", "image_aspect_ratio", "max_image_pixels", "chat_template"), "a LLaVA"),
 }
 
 
@@ -92,12 +87,16 @@ def _add_search(command: argparse.ArgumentParser) -> None:
 
 
 def _add_data_fields(command: argparse.ArgumentParser) -> None:
-    for name, (kind, model) in _DATA_FIELDS.items():
+    specs = field_specs(RunConfig)
+    for name, model in _DATA_FIELDS.items():
+        kind = specs[f"data.{name}"].kinds[0]
+        number = kind["type"] == "integer"
         command.add_argument(
             f"--{name.replace('_', '-')}",
-            nargs="+" if name == "text_fields" else None,
-            type=kind,
-            metavar="NAME" if kind is str else "N",
+            nargs="+" if kind["type"] == "array" else None,
+            type=int if number else str,
+            choices=kind.get("enum"),
+            metavar=None if "enum" in kind else "N" if number else "NAME",
             help=f"data.{name} for {model} (the run's, or as in training)",
         )
 

@@ -192,7 +192,11 @@ class DataConfig(Section):
         "processor: leave their shape to the model's processor",
     )
     max_image_pixels: int = Field(
-        default=50_000_000, ge=1, description="Largest picture that is decoded, width times height"
+        default=50_000_000,
+        ge=1,
+        le=178_956_970,  # where Pillow's own bound is, which is not ours to lift
+        description="Largest picture that is decoded, width times height after padding; one that is not padded is at "
+        "most 100 times as long as wide",
     )
     bad_images: Literal["error", "skip"] = Field(
         default="error",

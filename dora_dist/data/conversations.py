@@ -140,7 +140,12 @@ def _messages(
     turns: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, image_token: str
 ) -> list[dict[str, Any]]:
     """What the tokenizer's own chat template takes."""
-    typed = _takes_parts(tokenizer, image_token)
+    if not tokenizer.chat_template:
+        raise UserError(
+            'data.chat_template = "model": the tokenizer has no chat template; use "vicuna_v1", or give the '
+            "tokenizer of an instruction-tuned model"
+        )
+    typed = _takes_parts(tokenizer, str(tokenizer.chat_template), image_token)
     return [{"role": role, "content": _parts(text, image_token) if typed else text} for role, text in turns]
 
 
@@ -153,8 +158,11 @@ def _parts(text: str, image_token: str) -> list[dict[str, str]]:
 
 
 @lru_cache(maxsize=2)
-def _takes_parts(tokenizer: PreTrainedTokenizerFast, image_token: str) -> bool:
-    """Whether the chat template wants a turn's content as a list of typed parts, as those for pictures often do."""
+def _takes_parts(tokenizer: PreTrainedTokenizerFast, chat_template: str, image_token: str) -> bool:
+    """Whether the chat template wants a turn's content as a list of typed parts, as those for pictures often do.
+
+    `chat_template` is the tokenizer's own, for which this is remembered.
+    """
     try:
         text = templated([{"role": "user", "content": _parts(f"{image_token}a", image_token)}], tokenizer, False).text
     except UserError:

@@ -98,6 +98,11 @@ def _completion_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFas
 
 
 def _messages_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
+    if not tokenizer.chat_template:
+        raise UserError(
+            'format "messages" needs a tokenizer with a chat template and this one has none; '
+            'give the tokenizer of an instruction-tuned model, or use format "alpaca"'
+        )
     _check_messages(record["messages"])
     return templated(record["messages"], tokenizer, spans)
 
@@ -146,14 +151,9 @@ def _template(
 ) -> str:
     from jinja2 import TemplateError
 
-    if not tokenizer.chat_template:
-        raise UserError(
-            'format "messages" needs a tokenizer with a chat template and this one has none; '
-            'give the tokenizer of an instruction-tuned model, or use format "alpaca"'
-        )
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # such as text + list, where it knows no typed parts
         raise UserError(f"the tokenizer's chat template refuses these messages: {error}") from error
     return str(text)
 

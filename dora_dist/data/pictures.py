@@ -16,6 +16,8 @@ from dora_dist.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded: pictures only, none that runs another program (as EPS does)."""
+MOST_ELONGATED = 100
+"""Longer side to shorter, of pictures that are not padded: resizing by the shorter makes thin strips huge."""
 
 
 class PictureReader:
@@ -23,10 +25,12 @@ class PictureReader:
 
     def __init__(self, folder: Path, processor: Any, *, pad: bool, max_pixels: int):
         """processor: an image processor of transformers. pad: fill to a square with its mean colour first, as
-        LLaVA-1.5 is trained. max_pixels: width x height beyond which a file is refused before it is decoded."""
+        LLaVA-1.5 is trained. max_pixels: width x height, of the square where there will be one, beyond which a file
+        is refused before it is decoded."""
         self.folder, self.processor, self.pad, self.max_pixels = folder, processor, pad, max_pixels
         mean = getattr(processor, "image_mean", None) or [0.5] * 3
         self.background = tuple(int(channel * 255) for channel in mean)
+        self.squares = pad or bool(getattr(processor, "do_pad", False))
 
     def __call__(self, path: str) -> Tensor:
         """(3, height, width) fp32. Raises UserError for a file that is missing, too large or no whole picture."""
@@ -37,21 +41,37 @@ class PictureReader:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound is ours, below
                 with Image.open(file, formats=FORMATS) as image:
-                    width, height = image.size
-                    if width * height > self.max_pixels:
-                        raise UserError(
-                            f"picture {file} has {width} x {height} pixels, more than data.max_image_pixels = "
-                            f"{self.max_pixels:,}; make it smaller, or raise the bound if you trust it"
-                        )
+                    self._check_size(file, *image.size)
                     return self.pixels(image.convert("RGB"))
+        except UserError:
+            raise
+        except Image.DecompressionBombError as error:  # more than our bound can be
+            raise UserError(
+                f"picture {file} has more pixels than data.max_image_pixels = {self.max_pixels:,}, and than are ever "
+                "decoded; make it smaller"
+            ) from error
         except FileNotFoundError as error:
             raise UserError(f"picture {file} does not exist") from error
         except UnidentifiedImageError as error:
             raise UserError(f"picture {file} cannot be read: it is damaged, or none of {', '.join(FORMATS)}") from error
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            if isinstance(error, UserError):
-                raise
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
             raise UserError(f"picture {file} cannot be read: {error}") from error
+
+    def _check_size(self, file: Path, width: int, height: int) -> None:
+        """Raise UserError for a picture that takes too much memory on its way to the model, not only in itself."""
+        short, long = sorted((width, height))
+        made = long * long if self.squares else width * height
+        if made > self.max_pixels:
+            padded = f", padded to {long} x {long}" if made > width * height else ""
+            raise UserError(
+                f"picture {file} has {width} x {height} pixels{padded}, more than data.max_image_pixels = "
+                f"{self.max_pixels:,}; make it smaller, or raise the bound if you trust it"
+            )
+        if not self.squares and long > MOST_ELONGATED * short:
+            raise UserError(
+                f"picture {file} has {width} x {height} pixels: one side is more than {MOST_ELONGATED} times the "
+                'other; crop it, or set data.image_aspect_ratio to "pad"'
+            )
 
     def pixels(self, image: Any) -> Tensor:
         """(3, height, width) fp32 of a picture of PIL's in RGB."""

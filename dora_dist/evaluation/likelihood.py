@@ -53,11 +53,12 @@ def candidate_log_probs(
 ) -> list[list[float]]:
     """For each question, the log-probability of every candidate after the prompt that they share.
 
-    The sum over the candidate's tokens (or, with `mean`, their average) of log p(token | all before it). The
-    end of sequence is not scored. A candidate's tokens are those that answer-only training puts its loss on;
-    where candidates make the tokenizer split the end of the prompt differently, the tokens from there on, so
-    that what is compared is always the probability of whole texts. Batches are of `batch_size` sequences of
-    similar length. `advance` is called with the number of questions finished, as they are.
+    The sum over the candidate's tokens (or, with `mean`, their average) of log p(token | all before it). What
+    comes after them is not scored: the end of sequence, or in a complete text all that follows its answer. A
+    candidate's tokens are those that answer-only training puts its loss on; where candidates make the tokenizer
+    split the end of the prompt differently, the tokens from there on, so that what is compared is always the
+    probability of whole texts. Batches are of `batch_size` sequences of similar length. `advance` is called with the
+    number of questions finished, as they are.
 
     For models that read more than text: `widened` is called on a prompt's tokens for those that the model is given,
     and `inputs_of` on a batch's questions, by number, for its further inputs.
@@ -72,7 +73,7 @@ def candidate_log_probs(
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         inputs = inputs_of([row.question for row in batch])
-        for row, log_probs in zip(batch, _score(model, batch, shared, inputs), strict=True):
+        for row, log_probs in zip(batch, _score(model, batch, shared, inputs, tokenizer.pad_token_id), strict=True):
             for i, (tokens, log_prob) in enumerate(zip(row.branches, log_probs, strict=True)):
                 scores[row.question][row.first + i] = log_prob / len(tokens) if mean else log_prob
             left[row.question] -= len(row.branches)
@@ -88,7 +89,7 @@ def _row(
     widened: Callable[[list[int]], list[int]],
 ) -> Row:
     encoded = encode(tokenizer, candidates)
-    ids = [tokens[:-1] for tokens, _ in encoded]  # without the end of sequence
+    ids = [tokens[: _end(answer, one.complete)] for (tokens, answer), one in zip(encoded, candidates, strict=True)]
     first_answer = min(answer.index(True) for _, answer in encoded)
     common = 0
     while common < first_answer and len({tokens[common] for tokens in ids}) == 1:
@@ -98,6 +99,11 @@ def _row(
         empty = candidates[branches.index([])]
         raise UserError(f"the tokenizer makes no token of candidate {empty.text[empty.answers[0][0] :]!r}")
     return Row(question, 0, widened(ids[0][:common]), branches)
+
+
+def _end(answer: list[bool], complete: bool) -> int:
+    """Where an answer's tokens end, without the end of sequence that `encode` puts after a text not complete."""
+    return len(answer) - answer[::-1].index(True) - (not complete)
 
 
 def _shares_prompts(model: PreTrainedModel, longest: int) -> bool:
@@ -112,12 +118,14 @@ def _shares_prompts(model: PreTrainedModel, longest: int) -> bool:
 
 
 @torch.no_grad()
-def _score(model: PreTrainedModel, rows: Sequence[Row], shared: bool, inputs: Inputs) -> list[list[float]]:
+def _score(
+    model: PreTrainedModel, rows: Sequence[Row], shared: bool, inputs: Inputs, pad_token_id: int
+) -> list[list[float]]:
     """Sum of log-probabilities of every branch of every row."""
     length = max(map(len, rows))
     # Rows end together: the positions to predict from are the last ones, and only they get logits.
     keep = 1 + max(len(row) - len(row.prefix) for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    ids = torch.full((len(rows), length), pad_token_id)
     positions = torch.zeros_like(ids)
     # Padding sees itself, since a softmax over nothing is NaN.
     visible = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)

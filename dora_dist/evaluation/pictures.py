@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,16 +96,8 @@ def _data(path: str, tasks: Mapping[str, Any], run: Mapping[str, Any], fields: M
     image_folder is None where nothing says it, as it may be where no question has a picture.
     """
     known = {name: value for name, value in run.items() if name in PICTURE_FIELDS}
-    data = {"image_folder": None, **known, **fields}
-    raw = {
-        **data,
-        "image_folder": data["image_folder"] or ".",
-        "format": "llava",
-        "train": [str(f) for f in tasks.values()],
-    }
-    model = {"path": path, "task": "image_text_to_text"}
-    config = RunConfig.from_dict({"model": model, "data": raw}, origin="the evaluation").data
-    return config.model_copy(update={"image_folder": data["image_folder"]})
+    data = {"train": [str(file) for file in tasks.values()], **known, **fields}
+    return RunConfig.from_dict({"model": {"path": path}, "data": data}, origin="the evaluation").data
 
 
 def _processor(
@@ -219,7 +212,10 @@ def candidate_scores(
 
     def answered(question: Question, answer: str) -> Rendered:
         turns = (("user", question.text), ("assistant", answer))
-        return render(Conversation(turns, question.pictures), template, tokenizer, token, spans=True)
+        rendered = render(Conversation(turns, question.pictures), template, tokenizer, token, spans=True)
+        [(start, _)] = rendered.answers
+        end = rendered.text.index(answer, start) + len(answer)  # the turn's own end is no part of the candidate
+        return replace(rendered, answers=((start, end),))
 
     return candidate_log_probs(
         model,

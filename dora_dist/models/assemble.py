@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dora_dist.errors import UserError
-from dora_dist.models.llava import LANGUAGE, PROJECTOR, TOWER, tokens_per_picture
+from dora_dist.models.llava import LANGUAGE, PROJECTOR, TOWER, other_use, tokens_per_picture
 from dora_dist.models.names import Rename, rename_for
 from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, new_folder
 
@@ -101,12 +101,14 @@ def _tokenizer(language: Path, image_token: str) -> tuple[Any, int]:
 
     tokenizer: Any = load_tokenizer(language)
     if image_token not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [image_token]})
+        tokenizer.add_special_tokens({"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     ids = tokenizer.encode(image_token, add_special_tokens=False)
     if len(ids) != 1:
         raise UserError(
             f"--image-token {image_token!r}: is not one token of {language}; give a special token, or a new"
         )
+    if other := other_use(tokenizer, ids[0]):
+        raise UserError(f"--image-token {image_token!r}: is the {other} of {language}; give one that has no other use")
     if not tokenizer.chat_template:
         tokenizer.chat_template = VICUNA_TEMPLATE
     return tokenizer, ids[0]
@@ -140,7 +142,8 @@ def _processor(vision: Path, config: Any, tokenizer: Any, image_token: str, imag
     settings = _preprocessing(vision, tower.model_type)
     side = image_size or settings.pop("side", None) or tower.image_size
     patches = (side // tower.patch_size) ** 2
-    extra = tokens_per_picture(config, side, side) - patches
+    remedy = f"set --image-size {tower.image_size}"
+    extra = tokens_per_picture(config, side, side, f"--vision {vision}", remedy) - patches
     if extra:
         config.vision_feature_select_strategy = "default"  # it drops the first
     config.image_seq_length = patches + max(extra - 1, 0)

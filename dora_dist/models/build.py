@@ -14,7 +14,6 @@ from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.errors import UserError
-from dora_dist.models.llava import prepare_for_training
 from dora_dist.models.names import locate, rename_for, stored_names
 from dora_dist.models.placement import Placement
 from dora_dist.models.tasks import IMAGE_TEXT, LANGUAGE_MODEL, Task, configure, default_trained, model_class
@@ -73,8 +72,6 @@ def build_model(
         trained = trained_in_full(model, trained_modules)
     adapted = inject(model, plan, trained)
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}  # shards have none
-    if task.name == IMAGE_TEXT:
-        prepare_for_training(model)
     fresh = load_base(model, folder, stored, placement, DTYPES[dtype], seed)
     there = {n: locate(n, stored, model.base_model_prefix) for n in fresh}
     resized = {n: (list(folder.entries[found].shape), list(shapes[n])) for n, found in there.items() if found}

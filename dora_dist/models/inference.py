@@ -101,8 +101,8 @@ def _adapted(folder: Path, dtype: str, device: torch.device | None) -> tuple[Any
 
 
 def _base_of(adapter: Path) -> Path:
-    name = run_folder.config_of(adapter).get("model", {}).get("path")
-    name = str(name or PeftFolder.open(adapter).config.get("base_model_name_or_path") or "")
+    own, run = PeftFolder.open(adapter).config, run_folder.config_of(adapter).get("model", {})
+    name = run.get("path") or own.get("base_model_name_or_path")
     if not name:
         raise UserError(f"{adapter}: does not name its base model; set base_model_name_or_path in its config")
-    return Path(name) if Path(name).is_dir() else fetch(name)
+    return Path(name) if Path(name).is_dir() else fetch(name, (run if run.get("path") else own).get("revision"))

@@ -29,6 +29,12 @@ def is_llava(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in MODEL_TYPES
 
 
+def other_use(tokenizer: Any, token_id: int) -> str | None:
+    """What a tokenizer has a token for beside pictures: "pad_token", say. Each such token would be a picture."""
+    names = ("pad_token", "eos_token", "bos_token")
+    return next((name for name in names if getattr(tokenizer, f"{name}_id") == token_id), None)
+
+
 def prepare_for_training(model: Any) -> None:
     """Make an adapted LLaVA fit for ranks that see different batches, in place.
 
@@ -60,10 +66,16 @@ def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
     return nn.Module.train(module, False)
 
 
-def tokens_per_picture(config: Any, height: int, width: int) -> int:
+def tokens_per_picture(
+    config: Any,
+    height: int,
+    width: int,
+    field: str = "model.path",
+    remedy: str = "mend its preprocessor_config.json",
+) -> int:
     """How many features, so placeholders, a picture of `height` x `width` pixels gets; computes no feature.
 
-    `config` is a LlavaConfig. Raises UserError if the tower does not take such a picture.
+    `config` is a LlavaConfig. Raises UserError, naming `field` and `remedy`, if the tower does not take such a picture.
     """
     from transformers.modeling_utils import set_zero3_state
     from transformers.models.llava.modeling_llava import LlavaModel
@@ -81,7 +93,7 @@ def tokens_per_picture(config: Any, height: int, width: int) -> int:
             ).pooler_output
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"model.path: its image processor makes {height} x {width} pixels, which its vision tower refuses: "
-                f"{error}; mend preprocessor_config.json"
+                f"{field}: pictures are made {height} x {width} pixels, which the vision tower refuses: {error}; "
+                f"{remedy}"
             ) from error
     return int(features[0].shape[0])

@@ -6,7 +6,7 @@ from typing import Any
 from dora_dist.config import DataConfig
 from dora_dist.data.pictures import PictureProcessor, PictureReader, PictureTokens
 from dora_dist.errors import UserError
-from dora_dist.models.llava import check_family, tokens_per_picture
+from dora_dist.models.llava import check_family, other_use, tokens_per_picture
 from dora_dist.models.tokenizer import load_tokenizer
 
 
@@ -35,6 +35,11 @@ def load_processor(base: Path, data: DataConfig, tokenizer: str | None = None) -
         raise UserError(
             f"model.tokenizer: it has no special token of id {config.image_token_id}, which stands for pictures in "
             f"{base}; give the model's own tokenizer"
+        )
+    if other := other_use(text, config.image_token_id):
+        raise UserError(
+            f"model.tokenizer: its {other} is {token!r}, which stands for pictures in {base}; give it a {other} of its "
+            "own, or assemble the model with another --image-token"
         )
     size = reader.size()
     stands = PictureTokens(token, config.image_token_id, tokens_per_picture(config, *size))

@@ -22,6 +22,8 @@ def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping
             raise UserError(f"training.learning_rates: nothing in {pattern!r} is trained; leave it out, or train it")
         for group in list(optimizer.param_groups):
             moved = [p for p in group["params"] if id(p) in chosen]
-            if moved:
+            if moved and len(moved) < len(group["params"]):
                 group["params"] = [p for p in group["params"] if id(p) not in chosen]
                 optimizer.add_param_group({**group, "params": moved, "lr": rate})
+            elif moved:  # the whole group, which must not stay behind empty
+                group["lr"] = rate

@@ -122,6 +122,14 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
     assert f"example:  dora-dist {command}" in capsys.readouterr().out
 
 
+def test_evaluate_lists_the_choices_of_the_configurations_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, choices in (("--image-aspect-ratio", "pad,processor"), ("--chat-template", "vicuna_v1,plain,model")):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["evaluate", "model", "--tasks", "a=b.json", option, "other"])
+        assert left.value.code == 2
+        assert f"{option} {{{choices}}}" in capsys.readouterr().err
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(["--help"])

@@ -80,6 +80,18 @@ def test_templates_that_want_typed_parts_get_them(folder: Path) -> None:
     conversation = read_conversation(record(("human", "one <image> two\n<image>"), ("gpt", "3"), image=["a", "b"]))
     rendered = render(conversation, "model", text, "<image>", True)
     assert rendered.text == "user:[one]<image>[two]<image>;assistant:[3];"
+    text.chat_template = (  # ChatML, which adds strings; and another template than just before
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    rendered = render(conversation, "model", text, "<image>", True)
+    assert rendered.text == (
+        "<|im_start|>user\none <image> two\n<image><|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
+    )
+    assert [rendered.text[start:stop] for start, stop in rendered.answers] == ["3<|im_end|>\n"]
+    text.chat_template = None
+    with pytest.raises(UserError, match=r'data.chat_template = "model": the tokenizer has no chat template; use "vic'):
+        render(conversation, "model", text, "<image>", True)
 
 
 def test_plain_is_pictures_and_caption(folder: Path) -> None:
@@ -188,29 +200,56 @@ def reader(folder: Path, **changes: Any) -> PictureReader:
     return load_processor(folder / "base", config).reader
 
 
-def test_padding_is_llavas(tmp_path: Path) -> None:
+SIZES: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+
+
+def clip_processor() -> Any:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(**SIZES)
+
+
+def test_padding_is_llavas(tmp_path: Path) -> None:
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    sizes: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     pixels = torch.randint(0, 256, (40, 90, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     image = Image.fromarray(pixels.numpy())
     image.save(tmp_path / "a.png")
-    ours = PictureReader(tmp_path, CLIPImageProcessorPil(**sizes), pad=True, max_pixels=10_000)
-    theirs = LlavaImageProcessorPil(do_pad=True, **sizes)(image, return_tensors="pt")["pixel_values"][0]
+    ours = PictureReader(tmp_path, clip_processor(), pad=True, max_pixels=10_000)
+    theirs = LlavaImageProcessorPil(do_pad=True, **SIZES)(image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(ours("a.png"), theirs)
-    cropped = PictureReader(tmp_path, CLIPImageProcessorPil(**sizes), pad=False, max_pixels=10_000)
+    cropped = PictureReader(tmp_path, clip_processor(), pad=False, max_pixels=10_000)
     assert not torch.allclose(cropped("a.png"), theirs)
 
 
 def test_a_picture_is_refused_before_it_is_decoded_if_it_is_too_large(folder: Path, tmp_path: Path) -> None:
+    Image.new("1", (8_000, 8_000)).save(tmp_path / "large.png")
+    with pytest.raises(UserError, match="8000 x 8000 pixels, more than data.max_image_pixels = 50,000,000"):
+        reader(folder, image_folder=str(tmp_path))("large.png")
     Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")  # 100 kB that would be 2.7 GB
-    with pytest.raises(UserError, match=r"30000 x 30000 pixels, more than data.max_image_pixels = 50,000,000|bomb"):
+    with pytest.raises(UserError, match=r"bomb.png has more pixels than data.max_image_pixels = 50,000,000"):
         reader(folder, image_folder=str(tmp_path))("bomb.png")
     Image.new("RGB", (40, 40)).save(tmp_path / "small.png")
     small = reader(folder, image_folder=str(tmp_path), max_image_pixels=1599)
     with pytest.raises(UserError, match="40 x 40 pixels, more than data.max_image_pixels = 1,599"):
         small("small.png")
+
+
+def test_what_padding_or_resizing_makes_of_a_strip_is_bounded_too(folder: Path, tmp_path: Path) -> None:
+    Image.new("1", (6_000, 40)).save(tmp_path / "strip.png")  # a kilobyte; its square is 108 MB
+    Image.new("RGB", (1_000, 40)).save(tmp_path / "wide.png")
+    options = {"image_folder": str(tmp_path), "max_image_pixels": 1_000_000}
+    padded = reader(folder, **options)
+    with pytest.raises(UserError, match=r"6000 x 40 pixels, padded to 6000 x 6000, more than data.max_image_pixels"):
+        padded("strip.png")
+    assert padded("wide.png").shape == (3, 28, 28)
+    # The assembled processor pads by itself, whoever else does not; a CLIP's own resizes by the shorter side.
+    with pytest.raises(UserError, match="padded to 6000 x 6000"):
+        reader(folder, **options, image_aspect_ratio="processor")("strip.png")
+    cropping = PictureReader(tmp_path, clip_processor(), pad=False, max_pixels=1_000_000)
+    with pytest.raises(UserError, match=r"6000 x 40 pixels: one side is more than 100 times the other"):
+        cropping("strip.png")
+    assert cropping("wide.png").shape == (3, 28, 28)
 
 
 def test_what_is_no_whole_picture_is_refused(folder: Path, tmp_path: Path) -> None:

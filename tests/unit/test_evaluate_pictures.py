@@ -18,6 +18,8 @@ from dora_dist.errors import UserError
 from dora_dist.evaluation import as_table, evaluate
 from dora_dist.evaluation.pictures import answer_questions, candidate_scores, likeliest_answers
 from dora_dist.evaluation.questions import Question, read_questions
+from dora_dist.models.assemble import assemble_llava
+from dora_dist.models.inference import load_for_inference
 from dora_dist.models.processor import load_processor
 from tests import llava, toy
 
@@ -62,8 +64,6 @@ def processor(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Any:
-    from dora_dist.models.inference import load_for_inference
-
     return load_for_inference(str(folder / "base"), "fp32")[0]
 
 
@@ -210,7 +210,7 @@ def test_a_caption_under_the_plain_template_ends_with_its_line(model: Any, proce
 
 def test_scores_of_candidates_are_those_of_whole_texts(model: Any, processor: Any) -> None:
     shown = [question(one.text, *one.pictures, candidates=("Yes", "No", "it is very red")) for one in MIXED]
-    expected = [plain_scores(model, processor, one) for one in shown]
+    expected = [plain_scores(model, processor, one, "vicuna_v1", " ") for one in shown]
     assert abs(expected[0][0] - expected[4][0]) > 1e-3  # the same question about different pictures
     found = candidate_scores(model, processor, shown, batch_size=3)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-4, rtol=0)
@@ -218,15 +218,48 @@ def test_scores_of_candidates_are_those_of_whole_texts(model: Any, processor: An
     assert likeliest_answers(model, processor, shown) == likeliest
 
 
-def plain_scores(model: Any, processor: Any, one: Question) -> list[float]:
+def test_what_a_chat_template_puts_after_an_answer_is_not_scored(model: Any, processor: Any) -> None:
+    before = processor.tokenizer.chat_template
+    processor.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    try:
+        shown = [question(one.text, *one.pictures, candidates=("Yes", "No", "it is very red")) for one in MIXED[:3]]
+        expected = [plain_scores(model, processor, one, "model", "") for one in shown]
+        found = candidate_scores(model, processor, shown, template="model")
+        means = candidate_scores(model, processor, shown, template="model", normalise="mean")
+    finally:
+        processor.tokenizer.chat_template = before
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-4, rtol=0)
+    counts = torch.tensor([len(processor.tokenizer(text).input_ids) for text in shown[0].candidates])
+    torch.testing.assert_close(torch.tensor(means) * counts, torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+def test_an_image_token_of_id_0_is_not_taken_for_padding(folder: Path, tmp_path: Path) -> None:
+    text = toy.tokenizer()
+    text.pad_token = "</s>"  # so that "<pad>", whose id is 0, is free
+    language = llava.language_model(tmp_path / "language")
+    text.save_pretrained(language)
+    assemble_llava(llava.tower(tmp_path / "tower"), language, tmp_path / "base", image_token="<pad>")
+    data = DataConfig(train="-", image_folder=str(folder / "pictures"))
+    processor, model = load_processor(tmp_path / "base", data), load_for_inference(str(tmp_path / "base"), "fp32")[0]
+    assert (processor.stands.token_id, processor.tokenizer.pad_token_id) == (0, 2)
+    shown = [question(one.text, *one.pictures, candidates=("Yes", "No")) for one in MIXED]
+    together = candidate_scores(model, processor, shown, batch_size=4)
+    alone = [candidate_scores(model, processor, [one])[0] for one in shown]
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), atol=1e-4, rtol=0)
+
+
+def plain_scores(model: Any, processor: Any, one: Question, template: str, space: str) -> list[float]:
     """A forward per candidate; the log-probabilities of what follows the prompt."""
     pictures = [processor.reader(name) for name in one.pictures]
     pixels = {"pixel_values": torch.stack(pictures)} if pictures else {}
     tokenizer, scores = processor.tokenizer, []
-    prompt = render_question(one.text, "vicuna_v1", tokenizer, "<image>").replace("<image>", "<image>" * 4)
+    prompt = render_question(one.text, template, tokenizer, "<image>").replace("<image>", "<image>" * 4)
     start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
     for candidate in one.candidates:
-        ids = tokenizer(f"{prompt} {candidate}</s>", add_special_tokens=False, return_tensors="pt").input_ids
+        ids = tokenizer(f"{prompt}{space}{candidate}</s>", add_special_tokens=False, return_tensors="pt").input_ids
         with torch.no_grad():
             log_probs = model(input_ids=ids, **pixels).logits[0].log_softmax(-1)
         scores.append(sum(float(log_probs[i - 1, ids[0, i]]) for i in range(start, ids.shape[1] - 1)))

@@ -19,11 +19,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from dora_dist import run_folder
+from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
 from dora_dist.data.formats import Rendered, candidate, generation_prompt, training_prompt
 from dora_dist.errors import UserError
 from dora_dist.evaluation import PAPER_TASKS, as_table, evaluate, score_task
 from dora_dist.evaluation.likelihood import candidate_log_probs
 from dora_dist.evaluation.tasks import candidates
+from dora_dist.models.inference import base_folder
 from tests import toy
 
 # Candidates of one, two and many tokens; some begin with a piece that takes in the prompt's last space
@@ -295,6 +298,31 @@ def test_evaluate_reads_a_folder_and_writes_its_result(tmp_path: Path) -> None:
     lines = as_table(result).splitlines()
     assert [line.split()[0] for line in lines] == ["task", "boolq", "own", "average"]
     assert lines[1].split()[1:] == [f"{rows['boolq']['accuracy']:.4f}", str(rows["boolq"]["correct"]), "4"]
+
+
+def test_a_base_from_the_hub_has_the_revision_that_was_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = {"main": "0" * 40, "v1": "1" * 40, "v2": "2" * 40}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name, commit in commits.items():
+        reference, snapshot = (
+            tmp_path / "hub/models--lab--model" / part for part in (f"refs/{name}", f"snapshots/{commit}")
+        )
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(commit)
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    layer = AdapterLayer(torch.ones(2, 4), torch.ones(3, 2), torch.ones(3), 1.0)
+    adapter = PeftAdapter("lab/model", 2.0, 2, 0.0, True, {"a.b": layer}, revision="v1")
+    write_peft_folder(checkpoint / run_folder.ADAPTER, adapter)
+    run_folder.write_manifest(checkpoint, {"step": 1})
+    for run in (tmp_path / "run", checkpoint, checkpoint / run_folder.ADAPTER):  # as the adapter says
+        assert base_folder(str(run)).name == commits["v1"]
+    for revision in ("v2", None):  # as the run says
+        run_folder.write_json(tmp_path / "run/config.json", {"model": {"path": "lab/model", "revision": revision}})
+        assert base_folder(str(tmp_path / "run")).name == commits[revision or "main"]
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from dora_dist.adapters.inject import by_pattern
 from dora_dist.adapters.linear import AdapterSpec, DoraLinear
+from dora_dist.config import DataConfig
 from dora_dist.errors import UserError
 from dora_dist.models.assemble import assemble_llava
 from dora_dist.models.build import build_model
-from dora_dist.models.llava import tokens_per_picture
+from dora_dist.models.llava import prepare_for_training, tokens_per_picture
 from dora_dist.models.placement import WholePlacement
+from dora_dist.models.processor import load_processor
 from dora_dist.models.tasks import IMAGE_TEXT, Task
+from dora_dist.models.tokenizer import load_tokenizer
 from dora_dist.safetensors_io import TensorFolder
 from tests import llava
 
@@ -36,6 +39,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(folder: Path, target_modules: list[str] | None = None, **options: Any) -> Any:
     plan = by_pattern(SPEC, target_modules)
     return build_model(folder, plan, WholePlacement(), dtype="fp32", task=Task(IMAGE_TEXT), **options)
+
+
+def trainable(folder: Path, target_modules: list[str] | None = None) -> Any:
+    run = build(folder, target_modules)
+    prepare_for_training(run.model)
+    return run
 
 
 def plain(folder: Path) -> Any:
@@ -116,11 +125,11 @@ def test_only_the_language_model_is_adapted_unless_the_tower_is_named(folders: P
 
 
 def test_a_frozen_tower_stays_in_evaluation_mode(folders: Path) -> None:
-    model = build(folders / "clip").model
+    model = trainable(folders / "clip").model
     model.train()
     assert model.training and model.model.language_model.training
     assert not any(module.training for module in model.model.vision_tower.modules())
-    trained = build(folders / "clip", [r".*vision_tower\..*\.q_proj"]).model
+    trained = trainable(folders / "clip", [r".*vision_tower\..*\.q_proj"]).model
     trained.train()
     assert trained.model.vision_tower.training
 
@@ -132,7 +141,7 @@ def note_gradients(found: list[bool], tower: nn.Module, given: Any, output: Any)
 @pytest.mark.parametrize("kind", llava.TOWERS)
 def test_checkpointing_activations_brings_no_gradients_into_a_frozen_tower(folders: Path, kind: str) -> None:
     for target_modules, expected in ((None, False), ([r".*vision_tower\..*\.(q_proj|query)"], True)):
-        model = build(folders / kind, target_modules).model.train()
+        model = trainable(folders / kind, target_modules).model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         found: list[bool] = []
         model.model.vision_tower.register_forward_hook(partial(note_gradients, found))
@@ -142,7 +151,7 @@ def test_checkpointing_activations_brings_no_gradients_into_a_frozen_tower(folde
 
 
 def test_a_picture_that_no_token_refers_to_runs_the_projector_and_changes_nothing(folders: Path) -> None:
-    run = build(folders / "clip")
+    run = trainable(folders / "clip")
     batch = inputs(folders / "clip")
     ids = torch.arange(3, 20)[None]
     with_picture = run.model(input_ids=ids, pixel_values=batch["pixel_values"][:1])
@@ -152,6 +161,8 @@ def test_a_picture_that_no_token_refers_to_runs_the_projector_and_changes_nothin
     assert all(p.grad is not None and not p.grad.any() for p in projector.parameters())
     with pytest.raises(ValueError, match="do not match"):
         run.model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"][:1])
+    with pytest.raises(ValueError, match="do not match"):  # where nothing trains, it would be a picture that got lost
+        build(folders / "clip").model(input_ids=ids, pixel_values=batch["pixel_values"][:1])
 
 
 def test_tokens_of_a_picture_are_what_the_tower_makes_of_it(folders: Path) -> None:
@@ -161,6 +172,20 @@ def test_tokens_of_a_picture_are_what_the_tower_makes_of_it(folders: Path) -> No
     assert tokens_per_picture(AutoConfig.from_pretrained(folders / "dinov2"), 42, 56) == 3 * 4
     with pytest.raises(UserError, match="330 x 330 pixels"):
         tokens_per_picture(LlavaConfig(), 330, 330)
+
+
+def test_a_token_with_another_use_cannot_stand_for_pictures(folders: Path, tmp_path: Path) -> None:
+    tower, language = folders / "clip-parts" / "tower", folders / "clip-parts" / "language"
+    for token, use in (("<pad>", "pad_token"), ("</s>", "eos_token"), ("<s>", "bos_token")):
+        with pytest.raises(UserError, match=f"--image-token '{token}': is the {use} of "):
+            assemble_llava(tower, language, tmp_path / "out", image_token=token)
+    data = DataConfig(train="-")
+    assert load_processor(folders / "clip", data).stands.token == "<image>"
+    text = load_tokenizer(folders / "clip")
+    text.pad_token = "<image>"
+    text.save_pretrained(tmp_path / "padded")
+    with pytest.raises(UserError, match=r"model.tokenizer: its pad_token is '<image>', which stands for pictures in "):
+        load_processor(folders / "clip", data, str(tmp_path / "padded"))
 
 
 def test_another_family_with_pictures_is_refused(tmp_path: Path) -> None:
@@ -223,11 +248,14 @@ def test_a_whole_clip_and_a_reserved_token_serve_as_well(folders: Path, tmp_path
             {"crop_size": 14, "size": {"shortest_edge": 20}, "image_mean": [0.1, 0.2, 0.3], "image_std": [1] * 3}
         )
     )
-    language = folders / "clip-parts" / "language"
-    made = assemble_llava(tmp_path / "clip", language, tmp_path / "made", image_token="<pad>", image_size=28)
-    assert (made["image_token_id"], made["tokens_per_picture"]) == (0, 4)
+    language = llava.language_model(tmp_path / "language", vocab_size=302)
+    reserved = load_tokenizer(language)
+    reserved.add_special_tokens({"extra_special_tokens": ["<unused0>", "<unused1>"]})
+    reserved.save_pretrained(language)
+    made = assemble_llava(tmp_path / "clip", language, tmp_path / "made", image_token="<unused1>", image_size=28)
+    assert (made["image_token_id"], made["tokens_per_picture"]) == (301, 4)
     whole = tensors(tmp_path / "made")
-    assert len(whole["language_model.model.embed_tokens.weight"]) == 300
+    assert len(whole["language_model.model.embed_tokens.weight"]) == 302
     assert not any("text_model" in name or "projection" in name for name in whole)
     settings = json.loads((tmp_path / "made" / "preprocessor_config.json").read_text())
     assert settings["image_mean"] == [0.1, 0.2, 0.3] and settings["crop_size"] == {"height": 28, "width": 28}
@@ -235,6 +263,8 @@ def test_a_whole_clip_and_a_reserved_token_serve_as_well(folders: Path, tmp_path
         if name.startswith("vision_model."):
             assert torch.equal(whole[f"vision_tower.{name}"], tensor)
     assert plain(tmp_path / "made") is not None
+    assemble_llava(tmp_path / "clip", language, tmp_path / "new", image_size=28)
+    assert {"<image>", "<unused0>", "<unused1>"} <= set(load_tokenizer(tmp_path / "new").all_special_tokens)
 
 
 def test_parts_that_do_not_fit_are_refused_and_leave_nothing(folders: Path, tmp_path: Path) -> None:
@@ -244,6 +274,8 @@ def test_parts_that_do_not_fit_are_refused_and_leave_nothing(folders: Path, tmp_
         assemble_llava(tower, tower, out)
     with pytest.raises(UserError, match="--vision .* is no vision tower"):
         assemble_llava(language, language, out)
+    with pytest.raises(UserError, match=r"--vision .*: pictures are made 42 x 42 pixels.* set --image-size 28"):
+        assemble_llava(tower, language, out, image_size=42)
     with pytest.raises(UserError, match="is not one token"):
         assemble_llava(tower, language, out, image_token="")
     small = with_names(tower, tmp_path / "small", {"encoder.layers.2.": "gone."})
