@@ -84,7 +84,7 @@ def build_data(archive: Path) -> None:
 
 def models() -> dict[str, Path]:
     """What is compared: where each is."""
-    return {"fresh projector": BASE, "projector trained": PRETRAINED, "tuned with DoRA": MERGED}
+    return {"projector trained": PRETRAINED, "tuned with DoRA": MERGED}
 
 
 def evaluate(name: str, path: Path) -> dict[str, dict[str, Any]]:
