@@ -117,7 +117,7 @@ def test_a_signal_while_the_model_loads_stops_at_once(folder: Path) -> None:
 
 
 def test_a_folder_in_use_is_waited_for(folder: Path) -> None:
-    with start(folder, "shared", 1, training={"max_steps": 500}) as first:
+    with start(folder, "shared", 1, training={"max_steps": 100_000}) as first:  # far longer than the second
         first.until(lambda: steps_done(folder / "shared") >= 1)
         with start(folder, "shared", 1, "--resume", training={"max_steps": 1}) as second:
             second.until(lambda: "in use by another run" in second.said(0))
