@@ -93,6 +93,24 @@ def runs(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("kind", ["siglip", "dinov2"])
+def test_other_towers_and_adapters_in_them_train_the_same_on_any_number_of_ranks(folder: Path, kind: str) -> None:
+    """Though one rank has no picture at times, whose adapters in the tower then get gradients of zeros."""
+    base = llava.model(folder / kind, kind)
+    found = []
+    for ranks in (1, 2):
+        name = f"{kind}-{ranks}"
+        everywhere = {"target_modules": [r".*(vision_tower|language_model)\..*\.(q|v)_proj"]}
+        raw = llava_config(folder, name, model={"path": str(base)}, adapter=everywhere, training=CHECKPOINTING)
+        found.append(run_ranks(run, ranks, raw)[0][0]["losses"])
+        moved = tensors(folder / name / "checkpoint-6" / "adapter" / "adapter_model.safetensors")
+        in_tower = [tensor for tensor in moved if "vision_tower" in tensor and "lora_B" in tensor]
+        assert len(in_tower) == 2 * llava.TOWER_SIZES["num_hidden_layers"]
+        # Features are the last layer but one's: nothing reaches what comes after.
+        assert sum(bool(moved[tensor].any()) for tensor in in_tower) == len(in_tower) - 2
+    assert [found[1][step] for step in range(1, 7)] == pytest.approx([found[0][step] for step in range(1, 7)], abs=1e-5)
+
+
 def plain_records(folder: Path) -> Path:
     """The records with one question about one picture, as projector pre-training has them."""
     records = json.loads((folder / "data.json").read_text())
