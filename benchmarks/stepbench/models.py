@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dora_dist.models.build import checkpoint_activations
 from dora_dist.models.llava import prepare_for_training
 from dora_dist.models.tasks import CAUSAL_LM, IMAGE_TEXT, Task, auto_class
 from stepbench.settings import PATCH, TARGETS, Settings
@@ -83,7 +84,9 @@ def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
         else:
             model = _peft(model, variant == "peft-dora", settings)
     model.enable_input_require_grads()
-    if settings.checkpointing:
+    if settings.checkpointing and norms is not None:
+        checkpoint_activations(model)
+    elif settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
     return model.train(), norms

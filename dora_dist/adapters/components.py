@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dora_dist.adapters.linear import DoraLinear
+from dora_dist.adapters.linear import DoraLinear, before_any_forward
 
 Schedule = Literal["dora", "adalora"]
 EPSILON = 1e-8
@@ -117,8 +117,8 @@ class PruningEvent:
 class ComponentPruner:
     """Scores and prunes the gated layers of a model whose parameters are whole; after every optimizer step, by itself.
 
-    Attached to the root module and to the torch optimizer that steps (an engine's inner one), it works before the
-    first forward that follows a step, and before norms are refreshed. `settle()` does it at once: before saving, and
+    Attached to a model and to the torch optimizer that steps (an engine's inner one), it works before the first forward
+    that follows a step, of the root or of an inner module, and before norms are refreshed. `settle()` does it at once: before saving, and
     where results are wanted at the step's end. Until `budget.last` scores are smoothed, S ← β·S + (1 − β)·s, from
     S = 0 at step 1 on; afterwards the pruned gates are held at 0 whatever the optimizer does.
 
@@ -150,7 +150,7 @@ class ComponentPruner:
         self._stepped = False
         self._set_dem()
         self._handles = [
-            model.register_forward_pre_hook(lambda *_: self.settle(), prepend=True),
+            *before_any_forward(model, self.settle, prepend=True),
             optimizer.register_step_post_hook(self._on_step),
         ]
 

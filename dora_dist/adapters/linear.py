@@ -16,14 +16,16 @@ low-precision rounding is relative to the CHANGE of the magnitude, not to the ma
 """
 
 import math
-import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from dora_dist.adapters.recompute import kept_output
 from dora_dist.adapters.storage import PLAIN, WeightStorage
 
 NormGradient = Literal["detached", "full"]
@@ -83,9 +85,8 @@ class DoraLinear(nn.Module):
         self.base_norm: Tensor | None = None
         self.norm: Tensor | None = None
         self.dem_weight = 0.0  # DEM penalty per component and backward pass (`components.py`)
-        # Under activation checkpointing: whether the output of a product that has little of it for its work is kept.
+        # Under activation checkpointing: whether the output, small relative to its FLOPs, is kept (`recompute.py`).
         self.keeps_output = self.in_features >= 2 * self.out_features
-        self._kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
         self.weight, self.bias = weight, bias
         weight.requires_grad_(False)
         if bias is not None:
@@ -133,21 +134,6 @@ class DoraLinear(nn.Module):
             dropped = F.dropout(x, spec.dropout)
         return _DoraFunction.apply(x, dropped, self.lora_A, self.lora_B, self.lora_gates, self.magnitude_offset, self)
 
-    def keep(self, u_to: Tensor) -> "_Kept":
-        """Hold an output until the backward pass that the holder is for."""
-        kept = _Kept(u_to)
-        self._kept.add(kept)
-        return kept
-
-    def kept_output(self) -> Tensor | None:
-        """The output that a forward pass inside of a backward pass, a recomputation, would compute again.
-
-        None outside of one, and where several are held, so that it is not known which it would be.
-        """
-        held = list(self._kept)
-        recomputing = torch._C._current_graph_task_id() != -1
-        return held[0].u_to if recomputing and len(held) == 1 else None
-
     def magnitude_excess(self) -> Tensor:
         """g − 1 per output row (out,), fp32: 0 exactly at initialisation, and where ‖V'‖ = 0."""
         if self.norm is None or self.base_norm is None or self.magnitude_offset is None:
@@ -170,6 +156,18 @@ class DoraLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"
 
 
+def before_any_forward(model: nn.Module, act: Callable[[], None], prepend: bool = False) -> list[RemovableHandle]:
+    """Have `act()` run before the forward of every DoraLinear of `model` and of every module around one.
+
+    Whichever of them is called first after an optimizer step, the root or an inner module, acts before anything that
+    depends on it runs, and before an engine that is attached later gathers the module's weights.
+    """
+    adapted = [name for name, module in model.named_modules() if isinstance(module, DoraLinear)]
+    around = {name.rsplit(".", depth)[0] for name in adapted for depth in range(name.count(".") + 1)} | {""}
+    hooked = [module for name, module in model.named_modules() if name in around]
+    return [module.register_forward_pre_hook(lambda *_: act(), prepend=prepend) for module in hooked]
+
+
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_gates", "magnitude_offset")
 """A DoraLinear's own parameters: trained, and not read from the base."""
 
@@ -184,13 +182,6 @@ def initial_bound(name: str, shape: torch.Size, gated: bool) -> float:
     if gated and name in ("lora_A", "lora_B"):
         return math.sqrt(6 / fan_in)
     return 1 / math.sqrt(fan_in) if name == "lora_A" else 0.0
-
-
-class _Kept:
-    """An unscaled output u (tokens, out), alive as long as the node of the graph that needs it."""
-
-    def __init__(self, u_to: Tensor) -> None:
-        self.u_to = u_to
 
 
 class _DoraFunction(torch.autograd.Function):
@@ -215,36 +206,33 @@ class _DoraFunction(torch.autograd.Function):
         ctx.x_shape = x.shape
         x_ti = x.reshape(-1, x.shape[-1])
         xd_ti = x_ti if dropped is None else dropped.reshape(-1, x.shape[-1])
-        project = layer.storage.project
-
         ctx.two_base_products = (
             dropped is not None and magnitude_offset is not None and layer.spec.dropout_mode == "exact"
         )
-        # Kept past the hooks through which checkpointing drops what is saved. Where nothing sets u apart from y, a
-        # recomputation then needs no product at all.
-        keeps = layer.keeps_output and magnitude_offset is not None and layer.bias is None and not ctx.two_base_products
-        kept_to = layer.kept_output() if keeps else None
-        y_to = project(x_ti, layer.weight, layer.bias) if kept_to is None else kept_to
         hidden_tr = gated_tr = None
         if lora_A is not None and lora_B is not None:
             hidden_tr = xd_ti @ lora_A
             gated_tr = hidden_tr if lora_gates is None else hidden_tr * lora_gates
-            if kept_to is None:
+
+        def unscaled(x_ti: Tensor, bias: Tensor | None) -> Tensor:
+            y_to = layer.storage.project(x_ti, layer.weight, bias)
+            if gated_tr is not None and lora_B is not None:
                 y_to.addmm_(gated_tr, lora_B.t(), alpha=layer.spec.scaling)
-        ctx.kept = None
+            return y_to
+
+        # Where nothing sets u apart from y, a recomputation then needs no product with the weight at all.
+        keeps = layer.keeps_output and magnitude_offset is not None and layer.bias is None and not ctx.two_base_products
+        y_to = kept_output(layer, lambda: unscaled(x_ti, None)) if keeps else unscaled(x_ti, layer.bias)
         if magnitude_offset is None:
             ctx.save_for_backward(xd_ti, hidden_tr, None, None)
             return y_to.view(*x.shape[:-1], -1)
 
         if ctx.two_base_products:
-            u_to = project(xd_ti, layer.weight)
-            if gated_tr is not None and lora_B is not None:
-                u_to.addmm_(gated_tr, lora_B.t(), alpha=layer.spec.scaling)
+            u_to = unscaled(xd_ti, None)
         else:
             u_to = y_to if layer.bias is None else y_to - layer.bias
         excess_o = layer.magnitude_excess()
-        ctx.kept = layer.keep(u_to) if keeps and kept_to is None else None
-        ctx.save_for_backward(xd_ti, hidden_tr, None if keeps else u_to, excess_o)
+        ctx.save_for_backward(xd_ti, hidden_tr, u_to, excess_o)
         return torch.addcmul(y_to, u_to, excess_o.to(y_to.dtype)).view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -252,8 +240,6 @@ class _DoraFunction(torch.autograd.Function):
         layer: DoraLinear = ctx.layer
         lora_A, lora_B, lora_gates = layer.lora_A, layer.lora_B, layer.lora_gates
         xd_ti, hidden_tr, u_to, excess_o = ctx.saved_tensors
-        if ctx.kept is not None:
-            u_to = ctx.kept.u_to
         g_to = grads[0].reshape(-1, layer.out_features)
         need_x, need_dropped = ctx.needs_input_grad[:2]
 

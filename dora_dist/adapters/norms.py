@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dora_dist.adapters.linear import DoraLinear
+from dora_dist.adapters.linear import DoraLinear, before_any_forward
 
 CHUNK_ELEMENTS = 4 * 2**20
 """Elements of W0 upcast to fp32 at a time: 16 MiB."""
@@ -94,10 +94,10 @@ def _blocks(layer: DoraLinear, piece: WeightPiece, device: torch.device) -> Iter
 class NormRefresher:
     """Keeps every DoraLinear's `norm` equal to ‖V'‖ of its present parameters, for weights held whole.
 
-    Attached to the root module, it recomputes before the first forward that follows an optimizer step, whoever takes
-    that step: any torch optimizer's step marks the norms stale, the root's next forward refreshes them. Gradient
-    accumulation, evaluation and activation recompute therefore never do. Code that writes adapter parameters by hand
-    calls `mark_stale()` on every rank.
+    Attached to a model, it recomputes before the first forward that follows an optimizer step, whoever takes that
+    step, and whether the root or an inner module is called: any torch optimizer's step marks the norms stale, the next
+    forward refreshes them. Gradient accumulation, evaluation and activation recompute therefore never do. Code that
+    writes adapter parameters by hand calls `mark_stale()` on every rank.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -107,10 +107,10 @@ class NormRefresher:
         self.seconds = 0.0
         self._stale = True
         self._base_squares: dict[str, Tensor] = {}
-        self._handles = [model.register_forward_pre_hook(self._before_forward), _mark_on_optimizer_step(self)]
+        self._handles = [*before_any_forward(model, self._refresh_if_stale), _mark_on_optimizer_step(self)]
 
     def mark_stale(self) -> None:
-        """Say that adapter parameters have changed; the next forward of the root recomputes the norms."""
+        """Say that adapter parameters have changed; the next forward recomputes the norms."""
         self._stale = True
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class NormRefresher:
             add_adapter_squares(layer, WeightPiece(layer.weight.data.reshape(-1), 0), sums)
             yield name, sums
 
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
+    def _refresh_if_stale(self) -> None:
         if self._stale:
             self.refresh()
 

@@ -13,6 +13,7 @@ from dora_dist.adapters.inject import AdapterPlan, inject, trained_in_full
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.peft_format import PeftAdapter
+from dora_dist.adapters.recompute import keeping_outputs
 from dora_dist.errors import UserError
 from dora_dist.models.names import locate, rename_for, stored_names
 from dora_dist.models.placement import Placement
@@ -130,6 +131,18 @@ def _assign_trained(
                 "model.num_labels to the adapter's"
             )
         placement.assign(model.get_parameter(name), values)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Have a model of transformers keep one activation per decoder layer and recompute the rest in backward.
+
+    DoRA layers whose output is small relative to its FLOPs keep it (`adapters/recompute.py`). Raises UserError for a
+    model that has no activation checkpointing.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"training.activation_checkpointing = true: {type(model).__name__} has none; set it to false")
+    how = {"use_reentrant": False, "context_fn": keeping_outputs}
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
 
 
 def skeleton(

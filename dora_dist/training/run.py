@@ -96,7 +96,7 @@ def _fine_tune(
 
 def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, resume: Path | None) -> Any:
     # Imported here: they cost seconds, and mistakes in the configuration should show at once.
-    from dora_dist.models.build import build_model
+    from dora_dist.models.build import build_model, checkpoint_activations
     from dora_dist.models.llava import prepare_for_training
     from dora_dist.models.tasks import IMAGE_TEXT, Task
     from dora_dist.training.arguments import training_arguments
@@ -140,9 +140,8 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     )
     if model.task == IMAGE_TEXT:
         prepare_for_training(run.model)
-    if config.training.activation_checkpointing and not run.model.supports_gradient_checkpointing:
-        kind = type(run.model).__name__
-        raise UserError(f"training.activation_checkpointing = true: {kind} has none; set it to false")
+    if config.training.activation_checkpointing:
+        checkpoint_activations(run.model)
     if config.training.recompute_all:
         for layer in adapted_layers(run.model).values():
             layer.keeps_output = False

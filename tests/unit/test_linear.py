@@ -1,6 +1,7 @@
 """DoraLinear against the paper's formula in fp64, and against PEFT."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dora_dist.adapters.linear import AdapterSpec, DoraLinear
 from dora_dist.adapters.norms import NormRefresher
+from dora_dist.adapters.recompute import keeping_outputs
 from dora_dist.adapters.storage import PlainStorage
 from tests.toy import relative_error
 
@@ -238,14 +240,13 @@ def after(layer: DoraLinear, x: Tensor) -> Tensor:
     return layer(x).tanh()
 
 
-def checkpointed(layer: DoraLinear, x: Tensor) -> Tensor:
-    return checkpoint(after, layer, x, use_reentrant=False)
+def checkpointed(layer: DoraLinear, x: Tensor, segment: Callable[..., Tensor] = after) -> Tensor:
+    return checkpoint(segment, layer, x, use_reentrant=False, context_fn=keeping_outputs)
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_a_recomputation_takes_the_kept_output(gated: bool) -> None:
-    layer = random_layer(AdapterSpec(3, 6.0, gated=gated), bias=False, shape=(6, 14))
-    layer.storage = storage = CountedStorage()
+    layer, storage = counted_layer(gated)
     x = torch.randn(5, 14, requires_grad=True)
     expected, expected_x = gradients(layer, after(layer, x).square().sum()), x.grad
     for keeps, products in ((True, 1), (False, 2)):
@@ -254,6 +255,12 @@ def test_a_recomputation_takes_the_kept_output(gated: bool) -> None:
         assert storage.products == products
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         assert torch.equal(x.grad, expected_x)
+
+
+def counted_layer(gated: bool = False) -> tuple[DoraLinear, CountedStorage]:
+    layer, storage = random_layer(AdapterSpec(3, 6.0, gated=gated), bias=False, shape=(6, 14)), CountedStorage()
+    layer.storage = storage
+    return layer, storage
 
 
 def test_only_its_own_output_stands_for_a_recomputation() -> None:
@@ -267,5 +274,59 @@ def test_only_its_own_output_stands_for_a_recomputation() -> None:
     del losses
     checkpointed(layer, one)  # and no backward
     loss = checkpointed(layer, two).square().sum()
-    layer(one)  # nor does a forward pass that is no recomputation
+    layer(one)  # nor does a forward pass that is not a recomputation
     assert all(torch.equal(a, b) for a, b in zip(gradients(layer, loss), expected[1], strict=True))
+
+
+def twice(layer: DoraLinear, x: Tensor) -> Tensor:
+    return layer(x).tanh() * layer(2 * x).tanh()
+
+
+def without_and_with_gradients(layer: DoraLinear, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = layer(3 * x).mean()
+    return scale * layer(x).tanh()
+
+
+def nested(layer: DoraLinear, x: Tensor) -> Tensor:
+    return layer(x).tanh() * checkpointed(layer, 2 * x)
+
+
+def same_gradients(layer: DoraLinear, found: Tensor, expected: Tensor) -> None:
+    pairs = zip(gradients(layer, found), gradients(layer, expected), strict=True)
+    assert all(relative_error(a, b) < 1e-6 for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("segment", "recomputed"), [(after, 0), (twice, 0), (without_and_with_gradients, 0), (nested, 1)]
+)
+def test_kept_outputs_give_the_gradients_of_no_checkpointing(segment: Callable[..., Tensor], recomputed: int) -> None:
+    layer, storage = counted_layer()
+    x = torch.randn(5, 14, requires_grad=True)
+    expected = segment(layer, x).square().sum()
+    plain, storage.products = storage.products, 0
+    found = checkpointed(layer, x, segment).square().sum()
+    same_gradients(layer, found, expected)
+    assert storage.products == plain + recomputed  # an inner checkpoint's forward, once more in the outer's
+
+
+@pytest.mark.parametrize("segment", [after, twice, without_and_with_gradients])
+def test_reentrant_checkpointing_recomputes_and_is_right(segment: Callable[..., Tensor]) -> None:
+    layer = random_layer(AdapterSpec(3, 6.0), bias=False, shape=(6, 14))
+    x = torch.randn(5, 14, requires_grad=True)
+    unrelated = layer(5 * x)  # another graph of the layer that is alive
+    found = checkpoint(segment, layer, x, use_reentrant=True).square().sum()
+    same_gradients(layer, found, segment(layer, x).square().sum())
+    del unrelated
+
+
+def test_a_retained_graph_is_recomputed_as_often_as_it_is_used() -> None:
+    layer, _ = counted_layer()
+    x = torch.randn(5, 14, requires_grad=True)
+    loss = checkpointed(layer, x, twice).square().sum()
+    for retained in (True, False):
+        loss.backward(retain_graph=retained)
+    found = [p.grad.clone() for p in layer.adapter_parameters().values()]
+    layer.zero_grad()
+    for a, b in zip(found, gradients(layer, twice(layer, x).square().sum()), strict=True):
+        assert relative_error(a, 2 * b) < 1e-6

@@ -93,6 +93,29 @@ def test_one_refresh_per_optimizer_step_and_never_a_stale_norm() -> None:
     assert norms.refreshes == 4
 
 
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.body = nn.Linear(6, 6), TwoLayers()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(self.before(x))
+
+
+@pytest.mark.parametrize("inner", ["body", "body.second"])
+def test_an_inner_module_called_after_a_step_has_fresh_norms(inner: str) -> None:
+    model = Nested()
+    norms = NormRefresher(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(torch.randn(4, 6)).square().sum().backward()
+    optimizer.step()
+    module = model.get_submodule(inner)
+    module(torch.randn(4, 11 if inner.endswith("second") else 6))
+    assert_fresh(model.body)
+    model(torch.randn(4, 6))
+    assert norms.refreshes == 2
+
+
 def test_parameters_written_by_hand_need_and_get_mark_stale() -> None:
     model = TwoLayers()
     norms = NormRefresher(model)
