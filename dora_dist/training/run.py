@@ -1,6 +1,5 @@
 """One run, top to bottom: check, start ranks, build, load, train, save."""
 
-import gc
 import json
 import math
 from pathlib import Path
@@ -45,6 +44,8 @@ def train(config: RunConfig) -> Path:
 
 
 def _run(config: RunConfig, world: World, watch: Watch, stop: StopRequest) -> Path:
+    from dora_dist.zero3.teardown import collect
+
     check_agreement(world, of_code() | of_configuration(config))
     run_dir = Path(config.checkpoint.run_dir)
     with run_folder.InUse(run_dir) as in_use:
@@ -53,8 +54,8 @@ def _run(config: RunConfig, world: World, watch: Watch, stop: StopRequest) -> Pa
                 in_use.claim()
         resume = _resume_from(config, run_dir, world)
         compacting = _fine_tune(config, world, watch, stop, in_use, resume)
+        collect()
         if compacting:
-            gc.collect()  # engine, trainer and callbacks refer to one another
             _fine_tune(config, world, watch, stop, in_use, run_folder.newest_checkpoint(run_dir))
     checkpoint = run_folder.newest_checkpoint(run_dir)
     assert checkpoint is not None
@@ -70,8 +71,6 @@ def _fine_tune(
     resume: Path | None,
 ) -> bool:
     """Build and train. True if the run stopped early, to go on from its newest checkpoint with smaller adapters."""
-    from accelerate.state import AcceleratorState
-
     run_dir = Path(config.checkpoint.run_dir)
     stop.can_save = False
     trainer = _build(config, world, watch, stop, resume)
@@ -81,17 +80,14 @@ def _fine_tune(
             _write_run_folder(config, run_dir, world, resume)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.finish_saving()
-    if trainer.state.global_step >= trainer.state.max_steps:
-        return False
-    if trainer.stopping:
-        step = trainer.state.global_step
-        raise Stopped(f"asked to, at step {step} of {trainer.state.max_steps}; --resume goes on from checkpoint-{step}")
-    if world.first:
+    step, last = trainer.state.global_step, trainer.state.max_steps
+    if step < last and trainer.stopping:
+        raise Stopped(f"asked to, at step {step} of {last}; --resume goes on from checkpoint-{step}")
+    if step < last and world.first:
         print(f"the mask is final: going on without the {trainer.pruner.events[-1].pruned:,} pruned components")
-    trainer.run.norms.close()
-    trainer.model_wrapped.destroy()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return True
+    watch.before_exit = lambda: None
+    trainer.close()
+    return bool(step < last)
 
 
 def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, resume: Path | None) -> Any:

@@ -28,6 +28,7 @@ from dora_dist.zero3.checkpoint import load_checkpoint, load_pruner, pruner_stat
 from dora_dist.zero3.components import ShardedComponentPruner
 from dora_dist.zero3.saving import Origin, Saver
 from dora_dist.zero3.shards import inner_optimizer
+from dora_dist.zero3.teardown import release
 
 
 class DoraTrainer(Trainer):
@@ -237,6 +238,13 @@ class DoraTrainer(Trainer):
         assert self._saver is not None
         self._saver.close()
         self._report_saved(must_succeed=True)
+
+    def close(self) -> None:
+        """Let go of the engine (collective): its memory is free once nothing refers to this trainer any more."""
+        self.run.norms.close()
+        if self.pruner is not None:
+            self.pruner.close()
+        release(self.model_wrapped)
 
     def wait_for_saving(self, timeout_s: float = 30.0) -> None:
         """What can still be saved when the ranks end too early; not collective."""

@@ -68,7 +68,7 @@ class Saver:
         # Always gloo: the copies are in host memory, and the device's own group belongs to training.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._trainable = trainable(model)
-        self._lengths = [-(-shards.full_numel(p) // dist.get_world_size()) for _, p in self._trainable]
+        self._lengths = [shards.shard_length(p) for _, p in self._trainable]
         # Made and touched now, and kept: fresh memory costs more than copying into it.
         copies = torch.empty(len(KEYS) * sum(self._lengths), dtype=torch.float32).zero_()
         self._copies: Tensor = get_accelerator().pin_memory(copies)

@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import MultipleAllGatherHandles, ZeroParamStatus, free_param
@@ -51,7 +52,7 @@ class ShardedPlacement:
         sharded = nn.Parameter(hollow, parameter.requires_grad)
         init._convert_to_deepspeed_param(sharded)
         world, rank = sharded.ds_zero_partition_world_size, sharded.ds_zero_partition_rank
-        length = -(-sharded.ds_numel // world)
+        length = -(-sharded.ds_numel // world)  # said once: from here on it is the shard's own `ds_numel`
         start = min(rank * length, sharded.ds_numel)
         stop = min(start + length, sharded.ds_numel)
 
@@ -59,7 +60,7 @@ class ShardedPlacement:
         fill(start, stop, values[: stop - start])
         shard = values.to(init.remote_device)
         if init.pin_memory:
-            shard = deepspeed.accelerator.get_accelerator().pin_memory(shard)
+            shard = get_accelerator().pin_memory(shard)
         shard.ds_numel = length
         shard.status = PartitionedParamStatus.AVAILABLE
         shard.final_location = None
@@ -73,6 +74,7 @@ class ShardedPlacement:
     def assign(self, parameter: nn.Parameter, values: Tensor) -> None:
         start, stop = local_range(parameter)
         parameter.ds_tensor.data[: stop - start].copy_(values.flatten()[start:stop])
+        _forget_copies(parameter)
 
     def norms(self, model: nn.Module) -> NormRefresher:
         from dora_dist.zero3.norms import ShardedNormRefresher
@@ -95,16 +97,21 @@ def full_numel(parameter: nn.Parameter) -> int:
     return parameter.ds_numel if is_zero_param(parameter) else parameter.numel()
 
 
+def shard_length(parameter: Tensor) -> int:
+    """Elements of the parameter's shard, padding included; the same on every rank."""
+    return int(parameter.ds_tensor.ds_numel)
+
+
 def local_range(parameter: Tensor) -> tuple[int, int]:
     """[start, stop) of the flattened parameter held by this rank; empty on a rank that holds only padding."""
-    length = parameter.ds_tensor.ds_numel
+    length = shard_length(parameter)
     start = min(parameter.ds_zero_partition_rank * length, parameter.ds_numel)
     return start, min(start + length, parameter.ds_numel)
 
 
 def boundaries(parameter: Tensor) -> list[int]:
     """Where the flattened parameter is cut between ranks; the same on every rank."""
-    length = parameter.ds_tensor.ds_numel
+    length = shard_length(parameter)
     return list(range(length, parameter.ds_numel, length))
 
 
@@ -147,6 +154,10 @@ def _replace_gathers(parameter: nn.Parameter) -> None:
             engine_gather(wanted, *args, **options)
         elif away := [p for p in wanted if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]:
             coalesced(away).wait()
+            # The engine's own ends so, and relies on it: it gathers for the next forward on a stream of its own, which
+            # nothing else orders after the optimizer's writes to the shards on this one. Not per micro-batch: after
+            # an optimizer step, and per bucket of a norm refresh.
+            get_accelerator().synchronize()
 
     parameter.all_gather_coalesced, parameter.all_gather = coalesced, all_gather
 
@@ -157,19 +168,25 @@ def _is_plain(parameter: nn.Parameter) -> bool:
 
 
 def _frozen_once(coalesced: Callable[..., Any]) -> Callable[..., Any]:
-    """A coalesced gather that communicates a persistent frozen parameter once in its life.
+    """A coalesced gather that communicates a persistent frozen parameter once, as long as it stays what it is.
 
-    At every optimizer step the engine drops what all parameters hold, and gathers the persistent ones anew, because
+    At every optimizer step the engine drops what all parameters hold, and gathers the persistent ones again, because
     the step may have changed them. It cannot have changed a frozen one: what came the first time is kept.
     """
 
     def gather(params: Iterable[nn.Parameter], **options: Any) -> Any:
         wanted = list(params)
-        kept = [p for p in wanted if hasattr(p, "kept_whole")]
-        missing = [p for p in wanted if not hasattr(p, "kept_whole")]
+        kept = [p for p in wanted if _kept_whole(p) is not None]
+        missing = [p for p in wanted if _kept_whole(p) is None]
         return _FrozenOnce(coalesced(missing, **options) if missing else None, missing, kept)
 
     return gather
+
+
+def _kept_whole(parameter: nn.Parameter) -> Tensor | None:
+    """The whole data kept of a frozen parameter; None if it is trained by now, or its shard has been written since."""
+    whole, version = getattr(parameter, "kept_whole", (None, 0))
+    return whole if not parameter.requires_grad and version == parameter.ds_tensor._version else None
 
 
 class _FrozenOnce:
@@ -186,9 +203,9 @@ class _FrozenOnce:
             self._inner.wait(handle_dependency=handle_dependency)
         for p in self._missing:
             if p.ds_persist and not p.requires_grad:
-                p.kept_whole = p.data
+                p.kept_whole = p.data, p.ds_tensor._version
         for p in self._kept:
-            p.data = p.kept_whole
+            p.data = p.kept_whole[0]
             p.ds_status = ZeroParamStatus.AVAILABLE
         self._missing, self._kept = [], []
 
@@ -231,8 +248,8 @@ class _InPlaceGather:
         for p in params:
             assert p.ds_status is ZeroParamStatus.NOT_AVAILABLE
             p.ds_status = ZeroParamStatus.INFLIGHT
-            whole = p.ds_tensor.new_empty(p.ds_tensor.ds_numel * p.ds_zero_partition_world_size)
-            for rank, part in enumerate(whole.split(p.ds_tensor.ds_numel)):
+            whole = p.ds_tensor.new_empty(shard_length(p) * p.ds_zero_partition_world_size)
+            for rank, part in enumerate(whole.split(shard_length(p))):
                 if rank == p.ds_zero_partition_rank:
                     part.copy_(p.ds_tensor)
                 source = dist.get_global_rank(p.ds_process_group, rank)
@@ -269,17 +286,26 @@ def write_state(parameter: nn.Parameter, key: str, values: Tensor) -> None:
     if key == MASTER:
         safe_set_local_fp32_param(parameter, padded)
         parameter.ds_tensor.data.copy_(padded)
-        if parameter.ds_status is ZeroParamStatus.AVAILABLE:
-            # A resident copy is now out of date; the next use gathers it again from the shards.
-            parameter.ds_active_sub_modules.clear()
-            free_param(parameter)
+        _forget_copies(parameter)
     else:
         safe_set_local_optimizer_state(parameter, padded, key)
 
 
+def _forget_copies(parameter: nn.Parameter) -> None:
+    """Drop what else holds the parameter's old values, now that its shard is written: hpZ's second shard and whole
+    copies. The next use gathers it from the shards. On every rank alike: the gather is collective.
+    """
+    parameter.ds_secondary_tensor = None
+    if hasattr(parameter, "kept_whole"):
+        del parameter.kept_whole
+    if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+        parameter.ds_active_sub_modules.clear()
+        free_param(parameter)
+
+
 def _padded(parameter: nn.Parameter, values: Tensor) -> Tensor:
     """A rank's valid elements as a whole shard, fp32."""
-    padded = torch.zeros(parameter.ds_tensor.ds_numel, dtype=torch.float32, device=parameter.ds_tensor.device)
+    padded = torch.zeros(shard_length(parameter), dtype=torch.float32, device=parameter.ds_tensor.device)
     padded[: values.numel()].copy_(values)
     return padded
 
@@ -291,6 +317,7 @@ def zero_elements(parameter: nn.Parameter, where: Tensor, moments: Sequence[str]
     start, stop = local_range(parameter)
     local = where.flatten()[start:stop].to(parameter.ds_tensor.device)
     parameter.ds_tensor.data[: stop - start].masked_fill_(local, 0.0)
+    parameter.ds_secondary_tensor = None
     if parameter.ds_status is ZeroParamStatus.AVAILABLE:
         parameter.data.masked_fill_(where.to(parameter.device), 0.0)
     if not local.any():

@@ -1,0 +1,69 @@
+"""Every engine option gives the numbers of the plain run: from start to end, resumed, from an adapter, evaluated."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import toy
+from tests.distributed.training_runs import config, run
+from tests.ranks import run_ranks
+
+EVERYTHING = 10**9
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "hpz": {"hpz_partition_size": 2},
+    "hpz, nothing persists": {"hpz_partition_size": 2, "param_persistence_threshold": 0},
+    "offload_param": {"offload_param": "cpu"},
+    "offload_optimizer": {"offload_optimizer": "cpu"},
+    "offload both": {"offload_param": "cpu", "offload_optimizer": "cpu"},
+    "nothing persists": {"param_persistence_threshold": 0},
+    "all persists": {"param_persistence_threshold": EVERYTHING},
+    "sequential": {"allgather_sequential": True},
+    "small buckets": {"prefetch_bucket_size": 500, "reduce_bucket_size": 500, "max_live_parameters": 1000},
+    "no reuse": {"max_reuse_distance": 0, "prefetch_bucket_size": 0},
+    "fp32 communication": {"deepspeed": {"communication_data_type": "fp32"}},
+}
+DYNAMIC = {"dynamic_rank": True, "r": 4, "prune_start": 0.2, "prune_stop": 0.6, "prune_every": 2, "dem_weight": 0.1}
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.training_folder(tmp_path_factory.mktemp("engine"))
+
+
+def three_runs(folder: Path, name: str, dtype: str) -> list[dict[str, Any]]:
+    """A run with dynamic rank, compaction and evaluation; one resumed within it; one from a trained adapter."""
+    engine = {"param_persistence_threshold": 40, **OPTIONS[name]}
+    training = {"max_steps": STEPS, "eval_every": 4, "micro_batch_size": 2, "activation_checkpointing": True}
+
+    def described(kind: str, **changes: dict[str, Any]) -> dict[str, Any]:
+        sections = {"model": {"dtype": dtype}, "engine": engine, "training": training, **changes}
+        sections["checkpoint"] = {"keep_last": 9, **changes.get("checkpoint", {})}
+        return config(folder / "base", folder / "data.json", folder / f"{dtype}-{name}-{kind}", **sections)
+
+    whole = described("whole", adapter=DYNAMIC)
+    resumed = described(
+        "resumed", adapter=DYNAMIC, checkpoint={"resume": f"{whole['checkpoint']['run_dir']}/checkpoint-3"}
+    )
+    adapter = folder / f"{dtype}-plain-static" / "checkpoint-3" / "adapter"
+    static = described("static", training={**training, "max_steps": 3})
+    started = described("started", adapter={"init_from": str(adapter)}, training={**training, "max_steps": 2})
+    return [whole, resumed, *([static] if name == "plain" else []), started]
+
+
+def all_options(folder: Path, names: list[str], dtype: str) -> dict[str, list[dict[str, Any]]]:
+    return {name: run(*three_runs(folder, name, dtype)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return run_ranks(all_options, 2, folder, list(OPTIONS), "fp32", timeout=600)[0]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_changes_no_number(name: str, found: dict[str, list[dict[str, Any]]]) -> None:
+    whole, resumed, *_, started = found["plain"]
+    for ours, plain in zip((found[name][0], found[name][1], found[name][-1]), (whole, resumed, started), strict=True):
+        assert ours == plain
