@@ -95,11 +95,11 @@ class Run:
             self._profile()
         built_peak = peak_rss()
         reset_peak_rss()
-        refreshed = self.norms.seconds if self.norms else 0.0
-        scored = self.pruner.seconds if self.pruner else 0.0
+        refreshed = self.norms.stopwatch.seconds if self.norms else 0.0
+        scored = self.pruner.stopwatch.seconds if self.pruner else 0.0
         measured = [self.step() for _ in range(settings.steps)]
-        scoring = (self.pruner.seconds - scored) / settings.steps if self.pruner else 0.0
-        refresh = (self.norms.seconds - refreshed) / settings.steps if self.norms else 0.0
+        scoring = (self.pruner.stopwatch.seconds - scored) / settings.steps if self.pruner else 0.0
+        refresh = (self.norms.stopwatch.seconds - refreshed) / settings.steps if self.norms else 0.0
         refresh_bytes = self.norms.bytes_received if self.norms else 0
         with ReceivedBytes() as received:
             self.step()

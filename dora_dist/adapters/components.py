@@ -6,7 +6,6 @@ gates of the least important ones, over all layers together, to 0.
 """
 
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.adapters.linear import DoraLinear, before_any_forward
+from dora_dist.stopwatch import Stopwatch
 
 Schedule = Literal["dora", "adalora"]
 EPSILON = 1e-8
@@ -118,9 +118,9 @@ class ComponentPruner:
     """Scores and prunes the gated layers of a model whose parameters are whole; after every optimizer step, by itself.
 
     Attached to a model and to the torch optimizer that steps (an engine's inner one), it works before the first forward
-    that follows a step, of the root or of an inner module, and before norms are refreshed. `settle()` does it at once: before saving, and
-    where results are wanted at the step's end. Until `budget.last` scores are smoothed, S ← β·S + (1 − β)·s, from
-    S = 0 at step 1 on; afterwards the pruned gates are held at 0 whatever the optimizer does.
+    that follows a step, of the root or of an inner module, and before norms are refreshed. `settle()` does it at once:
+    before saving, and where results are wanted at the step's end. Until `budget.last` scores are smoothed,
+    S ← β·S + (1 − β)·s, from S = 0 at step 1 on; afterwards the pruned gates are held at 0 whatever the optimizer does.
 
     `dem` weighs the penalty R = (1/N)·Σ_i Var(A_i) + Var(B_i), whose gradient the layers add in backward: 1/`backwards`
     of it in each of a step's backward passes.
@@ -144,7 +144,8 @@ class ComponentPruner:
         self.scores = {name: torch.zeros(layer.spec.r or 0, dtype=torch.float64) for name, layer in self.layers.items()}
         self.pruned = {name: torch.zeros(layer.spec.r or 0, dtype=torch.bool) for name, layer in self.layers.items()}
         self.penalty = math.nan
-        self.seconds = 0.0
+        self.device = next(model.parameters()).device
+        self.stopwatch = Stopwatch()
         self.events: list[PruningEvent] = []
         self._optimizer, self._dem, self._backwards = optimizer, dem, backwards
         self._stepped = False
@@ -171,9 +172,12 @@ class ComponentPruner:
         """Do what follows from the last optimizer step, if that is still to do. On shards this is collective."""
         if not self._stepped:
             return
-        started = time.perf_counter()
         self._stepped = False
         self.step += 1
+        with self.stopwatch.on(self.device):
+            self._settle()
+
+    def _settle(self) -> None:
         if self.step <= self.budget.last:
             sums = self.layer_sums()
             self.penalty = sum(layer.spread() for layer in sums.values()) / self.components
@@ -184,7 +188,6 @@ class ComponentPruner:
             self._set_dem()
         else:
             self._zero(self.pruned)
-        self.seconds += time.perf_counter() - started
 
     def survivors(self) -> dict[str, Tensor]:
         """The components of each layer that the present mask leaves, as sorted indices."""

@@ -229,8 +229,10 @@ class _DoraFunction(torch.autograd.Function):
 
         if ctx.two_base_products:
             u_to = unscaled(xd_ti, None)
+        elif layer.bias is None:
+            u_to = y_to
         else:
-            u_to = y_to if layer.bias is None else y_to - layer.bias
+            u_to = y_to - layer.bias
         excess_o = layer.magnitude_excess()
         ctx.save_for_backward(xd_ti, hidden_tr, u_to, excess_o)
         return torch.addcmul(y_to, u_to, excess_o.to(y_to.dtype)).view(*x.shape[:-1], -1)

@@ -9,7 +9,6 @@ pieces of W0 add up. A whole weight is the piece [0, out·in); a ZeRO-3 shard is
 All sums are fp32. `rowsum(W0²)` never changes and is computed once.
 """
 
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_dist.adapters.linear import DoraLinear, before_any_forward
+from dora_dist.stopwatch import Stopwatch
 
 CHUNK_ELEMENTS = 4 * 2**20
 """Elements of W0 upcast to fp32 at a time: 16 MiB."""
@@ -103,8 +103,9 @@ class NormRefresher:
     def __init__(self, model: nn.Module) -> None:
         named = [(name, m) for name, m in model.named_modules() if isinstance(m, DoraLinear)]
         self.layers: dict[str, DoraLinear] = {n: m for n, m in named if m.spec.weight_decomposed}
+        self.device = next(model.parameters()).device
         self.refreshes = 0
-        self.seconds = 0.0
+        self.stopwatch = Stopwatch()
         self._stale = True
         self._base_squares: dict[str, Tensor] = {}
         self._handles = [*before_any_forward(model, self._refresh_if_stale), _mark_on_optimizer_step(self)]
@@ -121,16 +122,15 @@ class NormRefresher:
     @torch.no_grad()
     def refresh(self) -> None:
         """Recompute every layer's norm now. On shards this is collective."""
-        started = time.perf_counter()
         if not self._base_squares:
             self._base_squares = self.base_squares()
             for name, layer in self.layers.items():
                 layer.base_norm = self._base_squares[name].sqrt()
-        for name, change in self.adapter_squares():
-            self.layers[name].norm = (self._base_squares[name] + change).clamp_(min=0.0).sqrt_()
+        with self.stopwatch.on(self.device):
+            for name, change in self.adapter_squares():
+                self.layers[name].norm = (self._base_squares[name] + change).clamp_(min=0.0).sqrt_()
         self._stale = False
         self.refreshes += 1
-        self.seconds += time.perf_counter() - started
 
     def base_squares(self) -> dict[str, Tensor]:
         """rowsum(W0²) of each layer, (out,) fp32."""

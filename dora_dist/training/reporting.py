@@ -83,8 +83,8 @@ class ReportCallback(TrainerCallback):
         tokens = self.trainer.tokens_seen if self.trainer is not None else 0
         received = getattr(self._norms, "bytes_received", 0)
         pruner = self.trainer.pruner if self.trainer is not None else None
-        scoring = pruner.seconds if pruner is not None else 0.0
-        return time.perf_counter(), state.global_step, tokens, self._norms.seconds, received, scoring
+        scoring = pruner.stopwatch.seconds if pruner is not None else 0.0
+        return time.perf_counter(), state.global_step, tokens, self._norms.stopwatch.seconds, received, scoring
 
     def _throughput(self, state: Any) -> dict[str, float]:
         now = self._counters(state)

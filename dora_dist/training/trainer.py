@@ -1,7 +1,6 @@
 """Hugging Face's Trainer, with our data order, evaluation, checkpoints and stop on a loss that is not finite."""
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from dora_dist.config import RunConfig
 from dora_dist.data import EpochBatches, EpochDataLoader, TokenizedData
 from dora_dist.distributed import World, shorten_timeout
 from dora_dist.errors import UserError
-from dora_dist.models.build import AdaptedModel
+from dora_dist.models.build import DTYPES, AdaptedModel
 from dora_dist.stopping import StopRequest
+from dora_dist.training.finiteness import StepLosses
 from dora_dist.training.objectives import objective
 from dora_dist.training.rates import set_rates
 from dora_dist.training.unreadable import Unreadable
@@ -27,7 +27,7 @@ from dora_dist.watch import Watch
 from dora_dist.zero3.checkpoint import load_checkpoint, load_pruner, pruner_state
 from dora_dist.zero3.components import ShardedComponentPruner
 from dora_dist.zero3.saving import Origin, Saver
-from dora_dist.zero3.shards import inner_optimizer
+from dora_dist.zero3.shards import inner_optimizer, step_was_skipped
 from dora_dist.zero3.teardown import release
 
 
@@ -63,7 +63,7 @@ class DoraTrainer(Trainer):
         self._unreadable = Unreadable(getattr(self._objective, "problems", []), config.data.bad_images, world)
         self._stop = stop
         self._saver: Saver | None = None
-        self._suspect: dict[str, Any] | None = None
+        self._losses = StepLosses()
         self.pruner: ComponentPruner | None = None
         self._components: dict[str, Any] | None = None  # what pruning found, once it is over and forgotten
         super().__init__(
@@ -111,6 +111,7 @@ class DoraTrainer(Trainer):
             batch_sampler=batches,
             collate_fn=self._objective.collator,
             num_workers=self.config.data.num_workers,
+            pin_memory=self.args.device.type != "cpu",
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -122,24 +123,30 @@ class DoraTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if num_items_in_batch is not None:  # 0 where none of a last, small batch could be read
-            num_items_in_batch = max(num_items_in_batch, 1)
-        loss = super().training_step(model, self._objective.prepared(inputs), num_items_in_batch)
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        # `inputs` are still in host memory: what is read of them here waits for nothing.
         self.tokens_seen += int(inputs["attention_mask"].sum())
-        if self._suspect is None and not math.isfinite(loss.item()):
-            self._suspect = {
-                "rank": self.world.rank,
-                "loss": loss.item(),
-                "first_tokens": _first_tokens(inputs),
-            }
+        loss = super().training_step(model, self._objective.prepared(inputs), num_items_in_batch)
+        self._losses.add(loss, inputs["input_ids"])
         return loss
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device as the Trainer does it, but from page-locked memory (`_loader`), so that no copy waits for
+        the work that the device still has.
+        """
+        if isinstance(data, Tensor):
+            dtype = DTYPES[self.config.model.dtype] if data.is_floating_point() else data.dtype
+            return data.to(self.args.device, dtype, non_blocking=True)
+        return super()._prepare_input(data)
 
     def agree(self) -> None:
         """Learn what any rank knows, and act on it on every rank, in every optimizer step (collective)."""
         assert self._saver is not None
-        known = [self._suspect is not None, self._stop.signal is not None, self._saver.failed, self._unreadable.any]
-        anywhere = torch.tensor(known, dtype=torch.float32, device=self.args.device)
+        device = self.args.device
+        known = torch.tensor([self._stop.signal is not None, self._saver.failed, self._unreadable.any], device=device)
+        anywhere = torch.cat([known.float(), self._losses.not_finite(device)[None]])
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
-        not_finite, self.stopping, save_failed, unreadable = map(bool, anywhere.tolist())
+        self.stopping, save_failed, unreadable, not_finite = map(bool, anywhere.tolist())  # the step's one wait
         if unreadable:
             self.log(self._unreadable.settle())
         if not_finite:
@@ -149,16 +156,33 @@ class DoraTrainer(Trainer):
         self._report_saved(self.config.checkpoint.on_failure == "stop")
 
     def _end_not_finite(self) -> None:
+        """A loss on some rank is infinite or not a number (collective)."""
         suspects: list[Any] = [None] * self.world.world_size
-        dist.all_gather_object(suspects, self._suspect)
-        suspect = next(s for s in suspects if s is not None)
-        step = self.state.global_step + 1
+        dist.all_gather_object(suspects, self._losses.first_not_finite())
+        rank, suspect = next((rank, found) for rank, found in enumerate(suspects) if found is not None)
+        self._refuse_step(self.state.global_step + 1, f"the loss became {suspect['loss']}", {"rank": rank, **suspect})
+
+    def check_step_was_taken(self) -> None:
+        """After an optimizer step: raise UserError on every rank if the engine skipped it (collective).
+
+        That is what DeepSpeed does, in every number format, where a gradient is infinite or not a number although the
+        loss is; the run would count a step that nothing was learnt in.
+        """
+        if step_was_skipped(self.model_wrapped):
+            samples: list[Any] = [None] * self.world.world_size
+            dist.all_gather_object(samples, self._losses.samples())
+            what = "the loss is finite, but its gradient is not, so no step could be taken"
+            self._refuse_step(self.state.global_step, what, {"first_tokens_by_rank": samples})
+        self._losses.clear()
+
+    def _refuse_step(self, step: int, what: str, facts: dict[str, Any]) -> None:
         if self.world.first:
-            run_folder.write_json(self.run_dir / "not_finite.json", {"step": step, **suspect})
+            run_folder.write_json(self.run_dir / "not_finite.json", {"step": step, **facts})
+        where = f" on rank {facts['rank']}" if "rank" in facts else ""
         raise UserError(
-            f"the loss became {suspect['loss']} at optimizer step {step} on rank {suspect['rank']}; no checkpoint was "
-            "written for this step. Lower training.learning_rate, lengthen training.warmup_steps, or look at the batch "
-            f"recorded in {self.run_dir / 'not_finite.json'}"
+            f"optimizer step {step}{where}: {what}; no checkpoint was written for this step. Lower "
+            "training.learning_rate, lengthen training.warmup_steps, or look at the batch recorded in "
+            f"{self.run_dir / 'not_finite.json'}"
         )
 
     # --- evaluation ---------------------------------------------------------------------------------------------
@@ -348,6 +372,7 @@ class StepCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
+        self.trainer.check_step_was_taken()
         self.trainer.settle_components()
         if self.trainer.compacting:  # `run.train` goes on from the checkpoint that this writes
             control.should_save = control.should_training_stop = True
@@ -368,10 +393,6 @@ def _check_position(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) 
                 "the order of the data would not continue; set it back, or start anew from the adapter with "
                 f"--adapter.init_from {folder / run_folder.ADAPTER}"
             )
-
-
-def _first_tokens(inputs: dict[str, Any], count: int = 8) -> list[list[int]]:
-    return [row[:count] for row in inputs["input_ids"].tolist()]
 
 
 def _plain(value: Any) -> Any:

@@ -273,11 +273,23 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def read_state(parameter: nn.Parameter, key: str) -> Tensor:
-    """This rank's valid elements of the fp32 master (MASTER) or of an Adam moment, 1-D on the CPU or device."""
+    """This rank's valid elements of the fp32 master (MASTER) or of an Adam moment (0 before the first step), 1-D on the
+    CPU or device.
+    """
     start, stop = local_range(parameter)
-    master = key == MASTER
-    local = safe_get_local_fp32_param(parameter) if master else safe_get_local_optimizer_state(parameter, key)
+    if key == MASTER:
+        local = safe_get_local_fp32_param(parameter)
+    elif _has_moment(parameter, key):
+        local = safe_get_local_optimizer_state(parameter, key)
+    else:  # no step has been taken yet
+        local = torch.zeros_like(safe_get_local_fp32_param(parameter))
     return local.detach().flatten()[: stop - start]
+
+
+def _has_moment(parameter: nn.Parameter, key: str) -> bool:
+    zero3 = parameter._z3_optimizer
+    sub_group = zero3.grad_position[zero3.get_param_id(parameter)][0]
+    return key in zero3.optimizer.state.get(zero3.fp32_partitioned_groups_flat[sub_group], {})
 
 
 def write_state(parameter: nn.Parameter, key: str, values: Tensor) -> None:
@@ -332,6 +344,11 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     """The torch optimizer that steps an engine's master shards."""
     optimizer: torch.optim.Optimizer = engine.optimizer.optimizer
     return optimizer
+
+
+def step_was_skipped(engine: Any) -> bool:
+    """Whether the last optimizer step was not taken, because a gradient is infinite or not a number; on every rank."""
+    return bool(engine.optimizer.overflow)
 
 
 def optimizer_step_count(engine: Any) -> int:

@@ -33,6 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy.training_folder(tmp_path_factory.mktemp("engine"))
 
 
+def one_option(folder: Path, name: str, option: dict[str, Any]) -> list[dict[str, Any]]:
+    OPTIONS[name] = option
+    return run(*three_runs(folder, name, "fp32"))
+
+
 def three_runs(folder: Path, name: str, dtype: str) -> list[dict[str, Any]]:
     """A run with dynamic rank, compaction and evaluation; one resumed within it; one from a trained adapter."""
     engine = {"param_persistence_threshold": 40, **OPTIONS[name]}
