@@ -47,6 +47,41 @@ _DECIDED_BY = {
         )
     },
 }
+_KERNELS_READ_FP16 = "its CUDA kernels read fp16, and model.dtype is bf16 or fp32"
+_OWN_ORDER = "the order of the data is this project's own, which a resume at another world size relies on"
+# DeepSpeed options that cannot be right here, by dotted name: the value that means "off", and why.
+_IMPOSSIBLE: dict[str, tuple[Any, str]] = {
+    "zero_optimization.zero_quantized_weights": (
+        False,
+        "norms, checkpoints and the merge come from the exact weights, not from the rounded ones that products would "
+        "see",
+    ),
+    "zero_optimization.zero_quantized_nontrainable_weights": (False, _KERNELS_READ_FP16),
+    "zero_optimization.zero_quantized_gradients": (False, _KERNELS_READ_FP16),
+    "zero_optimization.zeropp_loco_param": (None, _KERNELS_READ_FP16),
+    "zero_optimization.mics_shard_size": (-1, "each rank reads a shard of its own; use engine.hpz_partition_size"),
+    "zero_optimization.offload_optimizer.ratio": (1.0, "only DeepSpeed's own CPU optimizer can split a step"),
+    "zero_optimization.offload_optimizer.super_offload": (False, "it needs DeepSpeed's own CPU optimizer"),
+    "zero_optimization.zenflow": (None, "it needs DeepSpeed's own CPU optimizer"),
+    "zero_optimization.legacy_stage1": (False, "the stage is always 3"),
+    **{
+        f"zero_optimization.{prefix}module_granularity_threshold": (
+            0,
+            "models of transformers return objects, which DeepSpeed's hooks on coarse modules do not see",
+        )
+        for prefix in ("stage3_", "")
+    },
+    "prescale_gradients": (False, "ZeRO-3 does not support it"),
+    "gradient_predivide_factor": (1.0, "ZeRO-3 does not support it"),
+    "amp": (None, "use model.dtype"),
+    "elasticity": (None, "use training.global_batch_size; a run resumes on any number of ranks"),
+    "data_efficiency": (None, _OWN_ORDER),
+    "curriculum_learning": (None, _OWN_ORDER),
+    "progressive_layer_drop": (None, "models of transformers do not take its argument"),
+    "compression_training": (None, "it replaces the layers that the adapters are in"),
+    "tensor_parallel": (None, "it splits the layers that the adapters are in"),
+    "hybrid_engine": (None, "it replaces the layers that the adapters are in"),
+}
 # Sections of DeepSpeed's JSON that we write into: something else in their place cannot be merged.
 _SECTIONS = (
     "bf16",
@@ -58,9 +93,13 @@ _SECTIONS = (
 
 
 def conflicts(options: dict[str, Any]) -> Iterator[str]:
-    """What in the user's raw engine options contradicts the schema's own fields."""
+    """What in the user's raw engine options contradicts the schema's own fields, or cannot be right here."""
     for name, value in _walk(options):
-        if name in _DECIDED_BY:
+        if name in _IMPOSSIBLE:
+            off, why = _IMPOSSIBLE[name]
+            if value not in (off, None) and not (isinstance(value, dict) and value.get("enabled") is False):
+                yield f"engine.deepspeed: {name} = {value!r}: cannot be used: {why}; leave it out"
+        elif name in _DECIDED_BY:
             yield f"engine.deepspeed: {name} is decided elsewhere; use {_DECIDED_BY[name]}"
         elif name in _SECTIONS and not isinstance(value, dict):
             yield f"engine.deepspeed: {name} = {value!r}: must be a JSON object"
@@ -137,7 +176,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def check_options(config: RunConfig) -> None:
-    """Raise UserError for ZeRO options of the user's that DeepSpeed refuses; imports deepspeed."""
+    """Raise UserError for options of the user's that DeepSpeed refuses; imports deepspeed."""
+    from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     fields = DeepSpeedZeroConfig.model_fields
@@ -153,6 +193,11 @@ def check_options(config: RunConfig) -> None:
             lines.append(f"zero_optimization.{name} = {finding['input']!r}: {finding['msg']}{hint}")
     if lines:
         raise UserError("engine.deepspeed: DeepSpeed refuses it\n  " + "\n  ".join(lines))
+    try:
+        any_batch = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+        DeepSpeedConfig(_merged({**any_batch, "zero_optimization": {"stage": 3}}, config.engine.deepspeed))
+    except Exception as error:  # it asserts, and raises errors of many kinds
+        raise UserError(f"engine.deepspeed: DeepSpeed refuses it: {error}") from error
 
 
 def _walk(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """Importance from shards, pruning in every copy, and whole runs with dynamic rank, at worlds 1, 2 and 3."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -177,7 +178,8 @@ def test_compaction_leaves_what_survived_and_its_optimizer_state(runs: dict[str,
 
 
 def sizes_around_compaction(raw: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a run trains and its optimizer holds on this rank, at the mask's step and at the end."""
+    """What a run trains and its optimizer holds on this rank, at the mask's step and at the end; and what is alive."""
+    from dora_dist.adapters.linear import DoraLinear
     from dora_dist.training.trainer import DoraTrainer
     from dora_dist.zero3 import shards
     from dora_dist.zero3.loading import adapted_layers
@@ -186,12 +188,14 @@ def sizes_around_compaction(raw: dict[str, Any]) -> list[dict[str, Any]]:
     train = DoraTrainer.train
 
     def measured(trainer: Any, *args: Any, **options: Any) -> Any:
+        alive = sum(isinstance(thing, DoraLinear) for thing in gc.get_objects())
         result = train(trainer, *args, **options)
         layers = adapted_layers(trainer.run.model)
         trained = [p for p in trainer.run.model.parameters() if p.requires_grad]
         state = shards.inner_optimizer(trainer.model_wrapped).state
         found.append(
             {
+                "alive": alive,
                 "features": {name: (layer.in_features, layer.out_features) for name, layer in layers.items()},
                 "trained": sum(shards.full_numel(p) for p in trained),
                 "masters": sum(master.numel() for master in state),
@@ -214,6 +218,9 @@ def test_parameters_and_optimizer_shrink_with_the_kept_components(
     raw = config(base, data, tmp_path / "run", adapter=DYNAMIC, training={"max_steps": 7, **QUIET})
     ranks = run_ranks(sizes_around_compaction, world_size, raw)
     before, after = ranks[0]
+    assert [[measured["alive"] for measured in rank] for rank in ranks] == [
+        [8, 8]
+    ] * world_size  # the old model is gone
     assert sum(before["kept"].values()) == 8 * 4
     assert len(set(before["kept"].values())) > 1
     for measured, kept in ((before, dict.fromkeys(before["kept"], 6)), (after, before["kept"])):

@@ -17,7 +17,7 @@ def run() -> dict[str, Any]:
 
     from dora_dist.adapters.inject import by_pattern, inject
     from dora_dist.adapters.linear import AdapterSpec
-    from dora_dist.zero3.shards import ShardedPlacement
+    from dora_dist.zero3 import shards
 
     deepspeed.init_distributed("gloo", verbose=False)
     torch.manual_seed(0)
@@ -25,11 +25,13 @@ def run() -> dict[str, Any]:
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     inject(model, by_pattern(AdapterSpec(3, 5.0), [r"layers\.\d+"]))
     config = engine_json(10**6, 1, dist.get_world_size())
-    placement = ShardedPlacement(config)
+    placement = shards.ShardedPlacement(config)
     place_everything(model, placement, weights)
     placement.norms(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    before = [shards.read_state(p, key) for p in model.parameters() if p.requires_grad for key in shards.MOMENTS]
 
     def step() -> None:
         engine.backward(engine(torch.ones(4, 6)).square().sum())
@@ -44,7 +46,23 @@ def run() -> dict[str, Any]:
     trained = sum(p.ds_numel_aligned for p in model.parameters() if p.requires_grad)
     resident = {name: p.data.clone() for name, p in model.named_parameters()}
     masters = {name: deepspeed.utils.safe_get_full_fp32_param(p) for name, p in model.named_parameters()}
-    return {"gathers": gathers, "trained": trained, "resident": resident, "masters": masters, "weights": weights}
+    written, unfrozen = (model.get_parameter(f"layers.{layer}.weight") for layer in (0, 1))
+    with deepspeed.zero.GatheredParameters([written], modifier_rank=0):
+        written.data.fill_(2.0)
+    unfrozen.requires_grad_(True)
+    unfrozen.partition()  # as the engine does at every step,
+    unfrozen.ds_tensor.data.fill_(3.0)  # and as an optimizer would write it
+    with shards.gathered([written, unfrozen]):
+        after = [weight.detach().mean().item() for weight in (written, unfrozen)]
+    return {
+        "gathers": gathers,
+        "trained": trained,
+        "resident": resident,
+        "masters": masters,
+        "weights": weights,
+        "moments before": sum(float(moment.abs().sum()) for moment in before),
+        "after": after,
+    }
 
 
 def test_a_step_gathers_the_adapters_once_and_the_base_never() -> None:
@@ -53,3 +71,5 @@ def test_a_step_gathers_the_adapters_once_and_the_base_never() -> None:
         for name, resident in rank["resident"].items():
             expected: Tensor = rank["weights"].get(name, rank["masters"][name])
             assert torch.equal(resident, expected), name
+        assert rank["moments before"] == 0.0  # there are none before the first step, which is to say 0
+        assert rank["after"] == [2.0, 3.0]  # what was kept of a frozen parameter does not outlive it

@@ -192,6 +192,19 @@ def test_a_loss_that_is_not_finite_stops_every_rank(folder: Path) -> None:
     assert not list((folder / "nan").glob("checkpoint-*"))
 
 
+def test_a_gradient_that_is_not_finite_stops_every_rank_though_the_loss_is(folder: Path) -> None:
+    # The penalty on the variance of components acts on gradients alone.
+    raw = toy_config(folder, "infinite", adapter={"dynamic_rank": True, "dem_weight": 1e43, "prune_every": 1})
+    messages = run_ranks(fails, 2, raw)
+    assert ["optimizer step 1: the loss is finite, but its gradient is not" in m for m in messages] == [True, True], (
+        messages
+    )
+    recorded = json.loads((folder / "infinite" / "not_finite.json").read_text())
+    assert recorded["step"] == 1
+    assert [len(samples) for samples in recorded["first_tokens_by_rank"]] == [3, 3]
+    assert not list((folder / "infinite").glob("checkpoint-*"))
+
+
 def test_a_checkpoint_of_another_model_or_position_is_refused(runs: dict[str, Any], folder: Path) -> None:
     resume = {"resume": str(folder / "two" / "checkpoint-3")}
     other_adapter = toy_config(folder, "x1", checkpoint=resume, adapter={"r": 5})

@@ -122,6 +122,32 @@ def test_engine_option_with_a_field_of_its_own_names_that_field(options: dict[st
     assert message in refusal(with_fields(engine={"deepspeed": options}))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"zero_optimization": {"zero_quantized_weights": True}},
+            "zero_quantized_weights = True: cannot be used: norms",
+        ),
+        ({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, "its CUDA kernels read fp16"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "its CUDA kernels read fp16"),
+        ({"zero_optimization": {"mics_shard_size": 2}}, "use engine.hpz_partition_size"),
+        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, "only DeepSpeed's own CPU optimizer can split"),
+        ({"prescale_gradients": True}, "ZeRO-3 does not support it"),
+        ({"amp": {"enabled": True}}, "use model.dtype"),
+        ({"curriculum_learning": {"enabled": True}}, "the order of the data is this project's own"),
+    ],
+)
+def test_engine_option_that_cannot_be_right_says_why(options: dict[str, Any], message: str) -> None:
+    assert message in refusal(with_fields(engine={"deepspeed": options}))
+
+
+def test_an_impossible_engine_option_may_be_switched_off() -> None:
+    off = {"zero_quantized_weights": False, "mics_shard_size": -1, "offload_optimizer": {"ratio": 1.0}}
+    options = {"zero_optimization": off, "amp": {"enabled": False}, "gradient_predivide_factor": 1.0}
+    RunConfig.from_dict(with_fields(engine={"deepspeed": options}))
+
+
 def test_engine_option_that_deepspeed_refuses_is_told_before_it_starts() -> None:
     def config(zero: dict[str, Any]) -> RunConfig:
         return RunConfig.from_dict(with_fields(engine={"deepspeed": {"zero_optimization": zero}}))
@@ -131,6 +157,9 @@ def test_engine_option_that_deepspeed_refuses_is_told_before_it_starts() -> None
         config({"sub_group_sise": 5}).check_engine_options()
     with pytest.raises(UserError, match=r"zero_optimization\.sub_group_size = 'big': .*valid integer"):
         config({"sub_group_size": "big"}).check_engine_options()
+    sparse = RunConfig.from_dict(with_fields(engine={"deepspeed": {"sparse_gradients": True}}))
+    with pytest.raises(UserError, match=r"engine\.deepspeed: DeepSpeed refuses it: .*sparse_gradients"):
+        sparse.check_engine_options()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
