@@ -1,0 +1,130 @@
+"""A device that this machine does not have: `install` makes torch, DeepSpeed and accelerate believe in "pretend"."""
+
+import datetime
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+NAME, DEVICE, BACKEND = "pretend", "pretend:0", "pretend_ccl"
+
+
+def build() -> Path:
+    """Compile pretend.cpp (ten seconds, once for each version of it and of torch)."""
+    import hashlib
+
+    from torch.utils.cpp_extension import _get_build_directory, load
+
+    source = Path(__file__).with_suffix(".cpp")
+    name = f"pretend_{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}"
+    load(name, [str(source)], extra_cflags=["-O0"], is_python_module=False)
+    return Path(_get_build_directory(name, verbose=False)) / f"{name}.so"
+
+
+def install(library: Path) -> None:
+    """Register the device for the whole process: it cannot be taken back, so a process of its own should call this."""
+    from torch.utils.backend_registration import _DummyDeviceGuard, _setup_privateuseone_for_python_backend
+
+    torch.ops.load_library(library)
+    _setup_privateuseone_for_python_backend(NAME, _module(), device_guard=_DummyDeviceGuard())
+    dist.Backend.register_backend(BACKEND, _group, devices=["cpu", NAME])
+    set_accelerator(PretendAccelerator())
+    _tell_accelerate()
+
+
+def _group(store: Any, rank: int, size: int, timeout: datetime.timedelta) -> Any:
+    """gloo under another name: what the code does over gloo alone, it does on CPUs alone."""
+    return dist.ProcessGroupGloo(store, rank, size, timeout)
+
+
+def _module() -> Any:
+    from torch.utils.backend_registration import _DummyBackendModule
+
+    class Module(_DummyBackendModule, ModuleType):
+        device = staticmethod(lambda device: nullcontext())
+        set_device = staticmethod(lambda device: None)
+        get_rng_state = staticmethod(lambda device=None: torch.get_rng_state())
+        set_rng_state = staticmethod(lambda state, device=None: torch.set_rng_state(state))
+        get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float32])
+
+    return Module(f"torch.{NAME}")
+
+
+def _tell_accelerate() -> None:
+    """accelerate has a list of devices; this one is not in it."""
+    from accelerate.state import DistributedType, PartialState
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = DEVICE
+    PartialState._prepare_backend = lambda *_: (BACKEND, DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+
+
+class _Done:
+    """Work is done when it is asked for: there is nothing to wait for."""
+
+    def wait(self, *_: Any) -> None: ...
+
+    wait_stream = wait_event = record = record_event = synchronize = wait
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream(_Done, torch.Stream):
+    """Of torch's own class, which `Tensor.record_stream` takes alone."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "_Stream":
+        kind = torch._C._autograd.DeviceType.PrivateUse1
+        return super().__new__(cls, stream_id=0, device_index=0, device_type=int(kind))
+
+
+class _Event(_Done):
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+
+class PretendAccelerator(CPU_Accelerator):
+    """What DeepSpeed asks a device: its name, and streams and events, which a CPU does not have."""
+
+    Stream, Event = _Stream, _Event  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._name, self._communication_backend_name = NAME, BACKEND
+
+    def is_synchronized_device(self) -> bool:
+        return False
+
+    def use_host_timers(self) -> bool:
+        return True
+
+    def device_name(self, device_index: int | None = None) -> str:
+        return NAME if device_index is None else f"{NAME}:{device_index}"
+
+    def device(self, device_index: int | None = None) -> Any:
+        return nullcontext()
+
+    def current_device(self) -> int:
+        return 0
+
+    def current_device_name(self) -> str:
+        return DEVICE
+
+    def device_count(self) -> int:
+        return 1
+
+    def stream(self, stream: Any) -> Any:
+        return nullcontext()
+
+    def current_stream(self, device_index: int | None = None) -> Any:
+        return _Stream()
+
+    def default_stream(self, device_index: int | None = None) -> Any:
+        return _Stream()
+
+    def on_accelerator(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == NAME
