@@ -8,6 +8,7 @@
 #include <ATen/EmptyTensor.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/util/Exception.h>
 #include <torch/library.h>
 
 #include <string>
@@ -224,8 +225,14 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_backward_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution_backward>());
 }
 
-// Collectives run over the same memory: gloo's.
+struct Silent final : c10::WarningHandler {
+  void process(const c10::Warning &) override {}
+};
+
+// Collectives run over the same memory: gloo's, in the place of kernels that hand the device's tensors to a backend.
 TORCH_LIBRARY_IMPL(c10d, PrivateUse1, m) {
+  Silent silent;  // about kernels that are replaced
+  c10::WarningUtils::WarningHandlerGuard guard(&silent);
   for (const char *name :
        {"allreduce_", "allreduce_coalesced_", "broadcast_", "barrier", "allgather_", "_allgather_base_",
         "allgather_into_tensor_coalesced_", "reduce_scatter_", "_reduce_scatter_base_",

@@ -2,7 +2,8 @@
 
 import datetime
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,7 +36,17 @@ def install(library: Path) -> None:
     _setup_privateuseone_for_python_backend(NAME, _module(), device_guard=_DummyDeviceGuard())
     dist.Backend.register_backend(BACKEND, _group, devices=["cpu", NAME])
     set_accelerator(PretendAccelerator())
-    _tell_accelerate()
+    _tell_hugging_face()
+
+
+@contextmanager
+def ranks(library: Path, store: Path) -> Iterator[None]:
+    """On a rank of `run_ranks`: the device, and in the place of its process group one that is the device's."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    install(library)
+    dist.init_process_group(BACKEND, init_method=f"file://{store}", rank=rank, world_size=world_size)
+    yield
 
 
 def _group(store: Any, rank: int, size: int, timeout: datetime.timedelta) -> Any:
@@ -56,12 +67,14 @@ def _module() -> Any:
     return Module(f"torch.{NAME}")
 
 
-def _tell_accelerate() -> None:
-    """accelerate has a list of devices; this one is not in it."""
+def _tell_hugging_face() -> None:
+    """accelerate and the Trainer have lists of devices; this one is not in them."""
     from accelerate.state import DistributedType, PartialState
+    from transformers import training_args
 
     os.environ["ACCELERATE_TORCH_DEVICE"] = DEVICE
     PartialState._prepare_backend = lambda *_: (BACKEND, DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+    training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 class _Done:
@@ -116,6 +129,9 @@ class PretendAccelerator(CPU_Accelerator):
 
     def device_count(self) -> int:
         return 1
+
+    def create_op_builder(self, op_name: str) -> None:
+        """No kernels of DeepSpeed's own: they would be compiled for a CPU."""
 
     def stream(self, stream: Any) -> Any:
         return nullcontext()
