@@ -37,6 +37,15 @@ def install(library: Path) -> None:
     dist.Backend.register_backend(BACKEND, _group, devices=["cpu", NAME])
     set_accelerator(PretendAccelerator())
     _tell_hugging_face()
+    torch.nn.modules.module.register_module_forward_pre_hook(_check_module)
+
+
+def _check_module(module: torch.nn.Module, inputs: Any) -> None:
+    """Raise if a module's own tensors are on the host: one that its forward pass moves would be moved every time."""
+    own = {**dict(module.named_buffers(recurse=False)), **vars(module)}
+    for name, value in own.items():
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dim():
+            raise RuntimeError(f"{type(module).__name__}.{name} {list(value.shape)} was left on the CPU")
 
 
 @contextmanager
