@@ -35,9 +35,10 @@ STATIC: Sections = {"adapter": {"dynamic_rank": False}, "training": {"max_steps"
 
 @dataclass
 class Case:
-    """One model with its data in `folder`: `runs` train it, and `scored` are arguments of `evaluate` for the last."""
+    """A model and its data in `folder`: `runs` train it on so many ranks, `scored` are arguments of `evaluate`."""
 
     folder: Path
+    ranks: int = 2
     runs: list[Sections] = field(default_factory=list)
     scored: list[dict[str, Any]] = field(default_factory=list)
 
@@ -68,7 +69,6 @@ DECODERS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layer_interval": 2},
 }
 ROPES = {
-    "default": {"rope_type": "default", "rope_theta": 10000.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
     "llama3": {
         "rope_type": "llama3",
@@ -96,11 +96,11 @@ def _decoder(folder: Path, family: str, **changes: Any) -> Case:
 
 
 def decoder(family: str) -> Callable[[Path], Case]:
-    """Training as by default, with recomputation; both modes of evaluation."""
+    """Training as by default, with recomputation and one projection's magnitude alone; both modes of evaluation."""
 
     def case(folder: Path) -> Case:
         case = _decoder(folder, family)
-        last = case.run("run", BF16)
+        last = case.run("run", BF16, {"adapter": {"magnitude_only_modules": ["o_proj"]}})
         for mode in ("generate", "likelihood"):
             case.score(last, task="boolq", mode=mode, limit=3, dtype="bf16", **_few_tokens(mode))
         return case
@@ -113,10 +113,11 @@ def _few_tokens(mode: str) -> dict[str, Any]:
 
 
 def rope(kind: str) -> Callable[[Path], Case]:
-    """Rotary frequencies that change in the forward pass, or are scaled; texts longer than the model was made for."""
+    """Rotary frequencies that are scaled, or change with texts longer than the model was made for; on one rank."""
 
     def case(folder: Path) -> Case:
         case = _decoder(folder, "llama", rope_parameters=ROPES[kind], max_position_embeddings=32)
+        case.ranks = 1
         case.run("run", BF16, STATIC)
         return case
 
@@ -139,7 +140,7 @@ def offloaded(parameters: str, optimizer: str) -> Callable[[Path], Case]:
 
 # --- encoders -----------------------------------------------------------------------------------------------------
 
-SENTENCES: Sections = {"data": {"format": "classification", "text_fields": ["sentence1", "sentence2"], "cutoff_len": 32}}
+PAIRS: Sections = {"data": {"format": "classification", "text_fields": ["sentence1", "sentence2"], "cutoff_len": 32}}
 
 
 def encoder(family: str) -> Callable[[Path], Case]:
@@ -158,8 +159,8 @@ def encoder(family: str) -> Callable[[Path], Case]:
             "data": {"format": "squad", "cutoff_len": 24, "doc_stride": 6},
         }
         for data, *changes in (
-            ("labels.json", SENTENCES, labels),
-            ("ratings.json", SENTENCES, rating, STATIC),
+            ("labels.json", PAIRS, labels),
+            ("ratings.json", PAIRS, rating, STATIC),
             ("questions.json", asking, STATIC),
         ):
             case.score(case.run(Path(data).stem, *changes, data=data), data, limit=5)
@@ -212,7 +213,7 @@ def llava_with(tower: str) -> Callable[[Path], Case]:
 
 CASES: dict[str, Callable[[Path], Case]] = {
     **{family: decoder(family) for family in DECODERS},
-    **{f"llama, {kind} rope": rope(kind) for kind in ROPES if kind != "default"},
+    **{f"llama, {kind} rope": rope(kind) for kind in ROPES},
     **{family: encoder(family) for family in encoders.FAMILIES},
     "bart": bart,
     **{f"llava with {tower}": llava_with(tower) for tower in llava.TOWERS},

@@ -16,16 +16,13 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 NAME, DEVICE, BACKEND = "pretend", "pretend:0", "pretend_ccl"
 
 
-def build() -> Path:
-    """Compile pretend.cpp (ten seconds, once for each version of it and of torch)."""
-    import hashlib
-
-    from torch.utils.cpp_extension import _get_build_directory, load
+def build(folder: Path) -> Path:
+    """Compile pretend.cpp into `folder`; ten seconds. Not into a shared cache, where a build cut short blocks all."""
+    from torch.utils.cpp_extension import load
 
     source = Path(__file__).with_suffix(".cpp")
-    name = f"pretend_{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}"
-    load(name, [str(source)], extra_cflags=["-O0"], is_python_module=False)
-    return Path(_get_build_directory(name, verbose=False)) / f"{name}.so"
+    load(NAME, [str(source)], extra_cflags=["-O0"], build_directory=str(folder), is_python_module=False)
+    return folder / f"{NAME}.so"
 
 
 def install(library: Path) -> None:
@@ -52,6 +49,7 @@ def _check_module(module: torch.nn.Module, inputs: Any) -> None:
 def ranks(library: Path, store: Path) -> Iterator[None]:
     """On a rank of `run_ranks`: the device, and in the place of its process group one that is the device's."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # a rank that leaves early would break the other's connection
     dist.destroy_process_group()
     install(library)
     dist.init_process_group(BACKEND, init_method=f"file://{store}", rank=rank, world_size=world_size)
@@ -82,7 +80,7 @@ def _tell_hugging_face() -> None:
     from transformers import training_args
 
     os.environ["ACCELERATE_TORCH_DEVICE"] = DEVICE
-    PartialState._prepare_backend = lambda *_: (BACKEND, DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+    PartialState._prepare_backend = lambda *_: (BACKEND, DistributedType.MULTI_GPU)
     training_args.is_torch_bf16_gpu_available = lambda: True
 
 
@@ -97,22 +95,25 @@ class _Done:
         return True
 
 
-class _Stream(_Done, torch.Stream):
+class _Stream(_Done, torch.Stream):  # type: ignore[misc]
     """Of torch's own class, which `Tensor.record_stream` takes alone."""
 
     def __new__(cls, *_: Any, **__: Any) -> "_Stream":
         kind = torch._C._autograd.DeviceType.PrivateUse1
-        return super().__new__(cls, stream_id=0, device_index=0, device_type=int(kind))
+        return super().__new__(cls, stream_id=0, device_index=0, device_type=int(kind))  # type: ignore[call-overload]
 
 
 class _Event(_Done):
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
+    def elapsed_time(self, end: "_Event") -> float:
+        return 0.0
+
 
 class PretendAccelerator(CPU_Accelerator):
     """What DeepSpeed asks a device: its name, and streams and events, which a CPU does not have."""
 
-    Stream, Event = _Stream, _Event  # type: ignore[assignment]
+    Stream, Event = _Stream, _Event
 
     def __init__(self) -> None:
         super().__init__()

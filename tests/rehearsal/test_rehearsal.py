@@ -22,8 +22,8 @@ from tests.rehearsal.cases import CASES, offloaded
 
 
 @pytest.fixture(scope="session")
-def device() -> Path:
-    return pretend.build()
+def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pretend.build(tmp_path_factory.mktemp("device"))
 
 
 def rehearse(device: Path, store: Path, *runs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -45,20 +45,26 @@ def score(device: Path, store: Path, *evaluations: dict[str, Any]) -> list[dict[
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_and_its_evaluation(device: Path, tmp_path: Path, name: str) -> None:
     case = CASES[name](tmp_path)
-    found = run_ranks(rehearse, 2, device, tmp_path / "store", *case.runs)
+    found = run_ranks(rehearse, case.ranks, device, tmp_path / "store", *case.runs)
     assert all(run["losses"] and run["eval"] for run in found[0])
     if case.scored:
         run_ranks(score, 1, device, tmp_path / "store-1", *case.scored)
 
 
-def test_offload_with_dynamic_rank(device: Path, tmp_path: Path) -> None:
-    """Where the engine keeps parameters and optimizer changes no number."""
-    found = {}
-    for parameters, optimizer in (("none", "none"), ("cpu", "none"), ("none", "cpu"), ("cpu", "cpu")):
-        folder = tmp_path / f"parameters-{parameters}-optimizer-{optimizer}"
-        folder.mkdir()
-        case = offloaded(parameters, optimizer)(folder)
-        found[folder.name] = run_ranks(rehearse, 2, device, folder / "store", *case.runs)[0]
-    first, *others = found.values()
-    for other in others:
-        assert other == first
+@pytest.fixture(scope="module")
+def without_offload(device: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return _offloaded(device, tmp_path_factory.mktemp("without-offload"), "none", "none")
+
+
+@pytest.mark.parametrize(("parameters", "optimizer"), [("cpu", "none"), ("none", "cpu"), ("cpu", "cpu")])
+def test_offload_with_dynamic_rank_changes_no_number(
+    device: Path, tmp_path: Path, without_offload: list[dict[str, Any]], parameters: str, optimizer: str
+) -> None:
+    assert _offloaded(device, tmp_path, parameters, optimizer) == without_offload
+
+
+def _offloaded(device: Path, folder: Path, parameters: str, optimizer: str) -> list[dict[str, Any]]:
+    """The losses of a rank whose engine keeps parameters and optimizer there."""
+    case = offloaded(parameters, optimizer)(folder)
+    metrics: list[dict[str, Any]] = run_ranks(rehearse, case.ranks, device, folder / "store", *case.runs)[0]
+    return metrics
