@@ -22,6 +22,8 @@ SIZES: dict[str, Any] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {"bos_token_id": 2, "eos_token_id": 3},
+    "xlm-roberta": {"bos_token_id": 2, "eos_token_id": 3},
+    "electra": {"embedding_size": 12},
     "mpnet": {"bos_token_id": 2, "eos_token_id": 3},
     "deberta-v2": {
         "relative_attention": True,

@@ -26,6 +26,7 @@ from typing import Any
 from unittest.mock import patch
 
 IMPORTED = ["torch", "deepspeed", "transformers.trainer", "dora_dist.cli", "dora_dist.training.trainer"]
+IMPORTED += ["deepspeed.runtime.zero.muon.original_muon", "matplotlib.figure", "scipy.stats", "sklearn.metrics"]  # late
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 GRACE_SECONDS = 2.0  # after a first failure: time for the other ranks to say what they saw
 

@@ -7,6 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SIZES: dict[str, Any] = {  # odd ones, so that shards cut rows and need padding
+    "hidden_size": 36,
+    "intermediate_size": 53,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 
 def records(count: int) -> list[dict[str, str]]:
     """Yes/no questions in the paper's instruction format."""
@@ -47,24 +59,12 @@ def tokenizer() -> Any:
 
 
 def base_model(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
-    """A LLaMA folder with random weights and the toy tokenizer. Odd sizes, so that shards cut rows and need padding."""
+    """A LLaMA folder with random weights and the toy tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     text = tokenizer()
-    sizes = {
-        "vocab_size": len(text),
-        "hidden_size": 36,
-        "intermediate_size": 53,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **config})).to(dtype)
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": len(text), **config})).to(dtype)
     model.save_pretrained(folder)
     text.save_pretrained(folder)
     return folder

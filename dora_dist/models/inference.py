@@ -61,7 +61,8 @@ def adapter_at(path: str) -> Path | None:
     from dora_dist.consolidate import find_adapter
 
     folder = _folder(path)
-    if any(folder.glob("*.safetensors")) and not (folder / CONFIG_NAME).exists():
+    is_adapters = any((place / CONFIG_NAME).exists() for place in (folder, folder / run_folder.ADAPTER))
+    if any(folder.glob("*.safetensors")) and not is_adapters:  # a checkpoint has its state in such a file, too
         return None
     return find_adapter(folder)[0]
 

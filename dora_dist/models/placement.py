@@ -1,4 +1,4 @@
-"""Where a model's parameters live. Chosen once, when the model is built; nothing else asks."""
+"""Where a model's parameters and buffers live. Chosen once, when the model is built; nothing else asks."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -17,6 +17,10 @@ class Placement(Protocol):
 
     def place(self, parameter: nn.Parameter, dtype: torch.dtype, fill: Fill) -> nn.Parameter:
         """A real parameter of the meta parameter's shape: the elements held here are written by `fill`."""
+        ...
+
+    def place_buffer(self, buffer: Tensor) -> Tensor:
+        """A buffer with its values and its own dtype, whole, where the model computes; on shards too."""
         ...
 
     def assign(self, parameter: nn.Parameter, values: Tensor) -> None:
@@ -45,6 +49,9 @@ class WholePlacement:
         values = torch.empty(parameter.numel(), dtype=dtype)
         fill(0, parameter.numel(), values)
         return nn.Parameter(values.view(parameter.shape).to(self.device), parameter.requires_grad)
+
+    def place_buffer(self, buffer: Tensor) -> Tensor:
+        return buffer.to(self.device)
 
     def assign(self, parameter: nn.Parameter, values: Tensor) -> None:
         parameter.data.copy_(values)

@@ -210,7 +210,9 @@ _IMPOSSIBLE = -1e4
 def _span_logits(outputs: Any, mask: Tensor) -> Tensor:
     """(rows, length, 2), fp32. Padding is impossible: how much there is would make the loss depend on the batch."""
     logits = torch.stack([outputs.start_logits, outputs.end_logits], dim=2).float()
-    return logits.masked_fill(mask[..., None] == 0, _IMPOSSIBLE)
+    # In training the mask is the loader's, from before the batch went to the device.
+    padding = mask.to(logits.device, non_blocking=True)[..., None] == 0
+    return logits.masked_fill(padding, _IMPOSSIBLE)
 
 
 def _span_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def load_base(
     Tied parameters stay tied. A parameter that is trained in full and not in the folder (a new task head), or a head's
     that has another shape there (other labels), is initialised by `seed`; the names of these are returned. All names
     and shapes are checked before a byte is read; another missing tensor or another shape is a UserError, the same on
-    every rank. Persistent buffers are read where the folder has them.
+    every rank. Persistent buffers are read where the folder has them; all buffers get their place, in their own dtype.
     """
     owners = _owners(model)
     prefix = getattr(model, "base_model_prefix", "")
@@ -41,6 +41,7 @@ def load_base(
     _check([(source, p) for p, _ in owners.values() if (source := sources[id(p)])] + buffers, folder)
     for source, buffer in buffers:
         buffer.copy_(folder.read(source, dtype=buffer.dtype))
+    _place_buffers(model, placement)
     std = getattr(getattr(model, "config", None), "initializer_range", None) or 0.02
     fresh = []
     total = sum(p.numel() for p, _ in owners.values())
@@ -137,6 +138,14 @@ def _stored_buffers(model: nn.Module, stored: Mapping[str, str], prefix: str) ->
     kept = model.state_dict().keys()
     found = [(locate(name, stored, prefix), buffer) for name, buffer in model.named_buffers() if name in kept]
     return [(source, buffer) for source, buffer in found if source is not None]
+
+
+def _place_buffers(model: nn.Module, placement: Placement) -> None:
+    """Position ids, rotary frequencies and the like: those that the folder does not have as well."""
+    placed: dict[int, Tensor] = {}  # one tensor under several names stays one
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, placed.setdefault(id(buffer), placement.place_buffer(buffer)))
 
 
 def _is_adapters(name: str) -> bool:

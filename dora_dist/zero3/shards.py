@@ -71,6 +71,9 @@ class ShardedPlacement:
             _replace_gathers(sharded)
         return sharded
 
+    def place_buffer(self, buffer: Tensor) -> Tensor:
+        return buffer.to(self._init.local_device)  # the engine moves parameters only
+
     def assign(self, parameter: nn.Parameter, values: Tensor) -> None:
         start, stop = local_range(parameter)
         parameter.ds_tensor.data[: stop - start].copy_(values.flatten()[start:stop])
@@ -326,18 +329,22 @@ def zero_elements(parameter: nn.Parameter, where: Tensor, moments: Sequence[str]
     """Set a parameter's elements to 0 where `where` (its shape, bool, whole): in the master, the low-precision shard
     and the resident copy; those of the named `moments` too. No communication.
     """
+    # With offload, shard, master and moments are on different devices: each is masked where it is.
     start, stop = local_range(parameter)
-    local = where.flatten()[start:stop].to(parameter.ds_tensor.device)
-    parameter.ds_tensor.data[: stop - start].masked_fill_(local, 0.0)
+    local = where.flatten()[start:stop]
+    _zero(parameter.ds_tensor.data[: stop - start], local)
     parameter.ds_secondary_tensor = None
     if parameter.ds_status is ZeroParamStatus.AVAILABLE:
-        parameter.data.masked_fill_(where.to(parameter.device), 0.0)
+        _zero(parameter.data, where)
     if not local.any():
         return
-    master = read_state(parameter, MASTER).masked_fill(local, 0.0)
-    safe_set_local_fp32_param(parameter, _padded(parameter, master))
+    safe_set_local_fp32_param(parameter, _padded(parameter, _zero(read_state(parameter, MASTER).clone(), local)))
     for key in moments:
-        write_state(parameter, key, read_state(parameter, key).masked_fill(local, 0.0))
+        write_state(parameter, key, _zero(read_state(parameter, key).clone(), local))
+
+
+def _zero(values: Tensor, where: Tensor) -> Tensor:
+    return values.masked_fill_(where.to(values.device), 0.0)
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
