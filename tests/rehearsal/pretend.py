@@ -34,6 +34,7 @@ def install(library: Path) -> None:
     dist.Backend.register_backend(BACKEND, _group, devices=["cpu", NAME])
     set_accelerator(PretendAccelerator())
     _tell_hugging_face()
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign] # its memory is the host's
     torch.nn.modules.module.register_module_forward_pre_hook(_check_module)
 
 
