@@ -33,6 +33,7 @@ class Request:
     method: str
     path: str
     range: str
+    authorized: bool
 
 
 @dataclass
@@ -116,7 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         hub, path = self.server.hub, urlsplit(self.path).path
-        hub.requests.append(Request(self.command, unquote(path), self.headers.get("Range", "")))
+        hub.requests.append(
+            Request(self.command, unquote(path), self.headers.get("Range", ""), "Authorization" in self.headers)
+        )
         try:
             if path.startswith("/cdn/"):
                 self._contents(path.removeprefix("/cdn"))

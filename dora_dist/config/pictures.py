@@ -10,9 +10,9 @@ _LLAVA_1_5 = {
     "textvqa/train_images": "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
     "vg/VG_100K": "https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip",
     "vg/VG_100K_2": "https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip",
-    "ocr_vqa/images": "https://drive.google.com/drive/folders/1_GYPY5UkUy7HIcR0zq3ZCFgeZN7BAfm_ (a script; all as .jpg)",
+    "ocr_vqa/images": "https://drive.google.com/drive/folders/1_GYPY5UkUy7HIcR0zq3ZCFgeZN7BAfm_ (script)",
 }
-"""Where the pictures in each folder of LLaVA-1.5's mixture are from. Each archive holds the last part of the folder."""
+"""Where the pictures in each folder of LLaVA-1.5's mixture are from."""
 _PRETRAIN = "hf download liuhaotian/LLaVA-Pretrain images.zip --repo-type dataset --local-dir data/LLaVA-Pretrain"
 
 
@@ -28,7 +28,7 @@ def how_to_get(image_folder: str, sources: Iterable[str]) -> str:
             f"  unzip -q data/LLaVA-Pretrain/images.zip -d {folder}",
         ]
     if "llava_v1_5_mix665k.json" in names:
-        lines += ["the pictures of llava_v1_5_mix665k.json go into these folders:"]
+        lines += ["the pictures of llava_v1_5_mix665k.json go into these folders (an archive holds its last folder):"]
         lines += [f"  {f'{image_folder}/{name}':<33} {place}" for name, place in _LLAVA_1_5.items()]
         lines += ["with --data.bad_images skip, records whose pictures are missing are left out"]
     return "".join(f"\n    {line}" for line in lines)
