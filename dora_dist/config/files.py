@@ -62,9 +62,9 @@ def _data(config: RunConfig) -> Iterator[str]:
         path = Path(name)
         label = f'{field} = "{name}"'
         if (data := data_set(name)) is not None:
-            folder = Path(data.repository)
-            if data.is_here and not any(folder.rglob(data.file or "*.*")):
-                yield f"{label}: no {data.file or 'file'} in that folder; give a data file, or a data set's folder"
+            if data.is_here and not data.looks_whole():
+                missing = data.file or f"{', '.join(DATA_SUFFIXES)} file"
+                yield f"{label}: no {missing} in that folder; give a data file, or the folder of a data set"
         elif not path.exists():
             yield f"{label}: no such file in {Path.cwd()}{nearby(path)}; give a data file or a hub name"
         elif path.suffix not in DATA_SUFFIXES:

@@ -35,6 +35,13 @@ class DataSet(NamedTuple):
     def is_here(self) -> bool:
         return Path(self.repository).is_dir()
 
+    def looks_whole(self) -> bool:
+        """Whether the folder holds the named file, or any data file at all."""
+        folder = Path(self.repository)
+        if self.file:
+            return (folder / self.file).is_file()
+        return any(path.suffix in DATA_SUFFIXES for path in folder.rglob("*"))
+
 
 def data_set(source: str) -> DataSet | None:
     """The data set that a data `source` names; None if the source is a file, be it there or not."""

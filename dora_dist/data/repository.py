@@ -73,17 +73,17 @@ def _guessed(folder: Path, data: DataSet, split: str, label: str) -> list[Path]:
     folders = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     alone = folders[0] if len(folders) == 1 and not any(folder.glob("*.*")) else ""
     if data.config is not None and data.config not in folders:
-        raise UserError(_choose(label, "configuration", data.config, folders))
+        raise UserError(_choose(label, data, "configuration", data.config, folders))
     try:
         files = load_dataset_builder(str(folder / (data.config or alone))).config.data_files
     except (OSError, ValueError, RuntimeError) as error:
         raise _NoData(f"{label}: {str(error).splitlines()[0]}") from error
-    files = {name: [Path(file) for file in listed] for name, listed in (files or {}).items()}
+    files = {str(name): [Path(file) for file in listed] for name, listed in (files or {}).items()}
     if any(path.suffix not in DATA_SUFFIXES for listed in files.values() for path in listed):
         return []
     wanted = data.split or split
     if wanted not in files:
-        raise UserError(_choose(label, "split", wanted, list(files)))
+        raise UserError(_choose(label, data, "split", wanted, list(files)))
     return files[wanted]
 
 
@@ -95,11 +95,11 @@ def _patterns(folder: Path, data: DataSet, split: str, label: str) -> tuple[str,
     default = [name for name, config in configs.items() if config.get("default") or name == "default"]
     name = data.config or (default or list(configs))[0]
     if name not in configs or (data.config is None and not default and len(configs) > 1):
-        raise UserError(_choose(label, "configuration", data.config, list(configs)))
+        raise UserError(_choose(label, data, "configuration", data.config, list(configs)))
     splits = _splits(configs[name]["data_files"])
     wanted = data.split or split
     if wanted not in splits:
-        raise UserError(_choose(label, "split", wanted, list(splits)))
+        raise UserError(_choose(label, data, "split", wanted, list(splits)))
     return tuple(_inside(pattern, label) for pattern in splits[wanted])
 
 
@@ -132,7 +132,10 @@ def _inside(pattern: str, label: str) -> str:
     return pattern.removeprefix("./")
 
 
-def _choose(label: str, what: str, given: str | None, there: list[str]) -> str:
+def _choose(label: str, data: DataSet, what: str, given: str | None, there: list[str]) -> str:
     missing = f"has no {what} {given!r}" if given else f"has several {what}s"
-    example = f"name:{there[0]}" if what == "configuration" and there else "name:configuration:split"
-    return f"{label}: {missing}; it has {', '.join(there) or 'none'} (name one as {example})"
+    first = there[0] if there else what.upper()
+    example = (
+        f"{data.repository}:{first}" if what == "configuration" else f"{data.repository}:{data.config or ''}:{first}"
+    )
+    return f"{label}: {missing}; it has {', '.join(there) or 'none'} (say which: {example})"

@@ -253,9 +253,9 @@ def test_a_data_set_by_its_card_by_its_file_or_as_the_hub_converts_it(hub: Hub, 
 
     wrong = ["lab/cards", "lab/cards:middle", "lab/cards:hard:test", "lab/cards:nothing.json", "lab/program-only"]
     several, unknown, split, file, program = ask(*[("data", name) for name in wrong], endpoint=hub.url, home=tmp_path)
-    assert "has several configurations; it has easy, hard (name one as name:easy)" in several
+    assert "has several configurations; it has easy, hard (say which: lab/cards:easy)" in several
     assert "has no configuration 'middle'; it has easy, hard" in unknown
-    assert "has no split 'test'; it has train" in split
+    assert "has no split 'test'; it has train (say which: lab/cards:hard:train)" in split
     assert "has no file nothing.json" in file
     assert "has no .json, .jsonl, .parquet files" in program
 
