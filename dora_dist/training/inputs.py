@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Iterator
+from datetime import timedelta
 
 from dora_dist.config import RunConfig, is_local
 from dora_dist.config.names import data_set
@@ -12,6 +13,7 @@ from dora_dist.errors import UserError
 from dora_dist.hub import CODE, TEXTS, NotReached, Repository, by_hand, wanted
 
 _SPLITS = ("train", "validation")
+_LONGEST_DOWNLOAD = timedelta(days=1)
 
 
 def fetched(config: RunConfig, world: World) -> RunConfig:
@@ -23,7 +25,7 @@ def fetched(config: RunConfig, world: World) -> RunConfig:
     sources = [source for split in _SPLITS for source in _listed(getattr(config.data, split))]
     if not any(map(data_set, sources)) and not any(_repositories(config)):
         return config
-    with together("fetching what the run needs from the hub"):
+    with together("fetching what the run needs from the hub", patience=_LONGEST_DOWNLOAD):
         if world.local_rank == 0:
             _placed(config)
     with together("finding what was fetched from the hub"):
