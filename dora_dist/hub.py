@@ -38,8 +38,20 @@ class Repository:
         """The folder of the snapshot, which is downloaded unless it is in the cache (`local_only`: found there).
 
         Files that are there whole are kept when others fail, and a connection that breaks is resumed within a file.
-        Raises NotReached if the hub does not answer, UserError if it answers that there is no such thing for us.
+        Raises NotReached if the hub does not answer, UserError if it answers that there is no such thing for us, or
+        if weights are wanted and there are none.
         """
+        folder = self._snapshot(local_only)
+        if WANTED[0] in self.patterns and not any(folder.glob(WANTED[0])):
+            raise UserError(
+                f"{self.field} = {self.name!r}: has no .safetensors file at its revision {self.revision or 'main'!r}; "
+                "weights in other formats are not read: give the revision of a conversion (refs/pr/N, where its "
+                "discussions on the hub have one), or load it with transformers, save it with save_pretrained() and "
+                "give that folder"
+            )
+        return folder
+
+    def _snapshot(self, local_only: bool) -> Path:
         from huggingface_hub import snapshot_download
 
         patterns = list(self.patterns) or None

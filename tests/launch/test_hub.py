@@ -31,6 +31,7 @@ SMALL = {
     "checkpoint.save_every": 2,
     "logging.every": 1,
 }
+WEIGHTS = {"model.safetensors": b"weights"}
 CARD = b"""---
 configs:
 - config_name: easy
@@ -172,21 +173,23 @@ def test_without_a_hub_the_message_says_what_to_type_and_that_works(hub: Hub, ba
 
 
 def test_a_revision_is_a_branch_or_a_commit_and_another_is_refused(hub: Hub, tmp_path: Path) -> None:
-    old = hub.add("lab/model", {"config.json": b'{"now": "old"}'})
-    hub.add("lab/model", {"config.json": b'{"now": "new"}'})
-    hub.add("lab/model", {"config.json": b'{"now": "else"}'}, "dev")
-    calls = [("model", "lab/model", revision) for revision in (None, old, "dev", "nowhere")]
-    *found, refused = ask(*calls, endpoint=hub.url, home=tmp_path)
+    old = hub.add("lab/model", {"config.json": b'{"now": "old"}', **WEIGHTS})
+    hub.add("lab/model", {"config.json": b'{"now": "new"}', **WEIGHTS})
+    hub.add("lab/model", {"config.json": b'{"now": "else"}', **WEIGHTS}, "dev")
+    hub.add("lab/model", {"config.json": b"{}", "pytorch_model.bin": b"a pickle"}, "pickled")
+    calls = [("model", "lab/model", revision) for revision in (None, old, "dev", "nowhere", "pickled")]
+    *found, refused, pickled = ask(*calls, endpoint=hub.url, home=tmp_path)
     assert [json.loads((Path(folder) / "config.json").read_text())["now"] for [folder] in found] == [
         "new",
         "old",
         "else",
     ]
     assert "has no branch, tag or commit 'nowhere'" in refused
+    assert "has no .safetensors file at its revision 'pickled'" in pickled and "refs/pr/N" in pickled
 
 
 def test_a_gated_repository_and_one_that_is_not_there(hub: Hub, tmp_path: Path) -> None:
-    hub.add("lab/gated", {"config.json": b"{}"}, token="hf_right")
+    hub.add("lab/gated", {"config.json": b"{}", **WEIGHTS}, token="hf_right")
     hub.add("datasets/lab/gated", {"train.json": as_json(2)}, token="hf_right")
     calls = [("model", "lab/gated"), ("data", "lab/gated"), ("model", "lab/nothing"), ("data", "lab/nothing")]
     for token in ("", "hf_wrong"):  # 401 and 403
