@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,16 @@ def test_a_connection_that_breaks_is_resumed_and_whole_files_are_not_fetched_aga
     assert "hf download lab/model" in broken
     assert hub.downloads() == {"config.json": 1, "model.safetensors": 5}
     assert Path(folder, "model.safetensors").read_bytes() == weights
+
+
+def test_nodes_that_share_a_cache_download_each_file_once(hub: Hub, tmp_path: Path) -> None:
+    files = {"config.json": b"{}", **{f"model-{part}.safetensors": os.urandom(1 << 20) for part in range(4)}}
+    hub.add("lab/model", files)
+    with ThreadPoolExecutor() as nodes:
+        both = [nodes.submit(ask, ("model", "lab/model"), endpoint=hub.url, home=tmp_path) for _ in range(2)]
+    [[one]], [[other]] = (node.result() for node in both)
+    assert one == other and folder_files(Path(one)) == files
+    assert hub.downloads() == dict.fromkeys(files, 1)
 
 
 def test_a_data_set_by_its_card_by_its_file_or_as_the_hub_converts_it(hub: Hub, tmp_path: Path) -> None:
