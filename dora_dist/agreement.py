@@ -20,7 +20,7 @@ import torch.distributed as dist
 from dora_dist.config import RunConfig
 from dora_dist.distributed import World
 from dora_dist.errors import UserError
-from dora_dist.models.hub import WANTED
+from dora_dist.hub import WANTED
 
 PACKAGES = ("deepspeed", "transformers", "dora_dist")
 OWN_TO_A_NODE = {
@@ -112,9 +112,11 @@ def of_configuration(config: RunConfig) -> dict[str, str]:
     }
 
 
-def of_model_folder(field: str, folder: Path, whole: bool = False) -> dict[str, str]:
+def of_model_folder(
+    field: str, folder: Path, whole: bool = False, *, patterns: Sequence[str] = WANTED
+) -> dict[str, str]:
     """Every file of a model or adapter folder that counts; of weights, size and header only, unless `whole`."""
-    files = sorted({path for pattern in WANTED for path in folder.glob(pattern) if path.is_file()})
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     return {f"{field}: {path.name}": _of_file(path, whole) for path in files}
 
 

@@ -116,12 +116,15 @@ def shorten_timeout(timeout_s: float) -> None:
 
 
 @contextmanager
-def together(what: str) -> Iterator[None]:
+def together(what: str, patience: timedelta | None = None) -> Iterator[None]:
     """Run a block without collectives on every rank; if it raises anywhere, every rank raises.
 
     A rank that failed alone would leave the others waiting in their next collective. The error names the ranks.
-    Raises UserError on all ranks if the failure was one anywhere, else RuntimeError.
+    `patience`: how long ranks wait for the slowest, for a block that may take longer than a collective; one that dies
+    is noticed at once. Raises UserError on all ranks if the failure was one anywhere, else RuntimeError.
     """
+    # gloo whatever the backend is: its connections break with the process at their other end.
+    waiting = dist.new_group(backend="gloo", timeout=patience) if patience and dist.get_world_size() > 1 else None
     failure: Exception | None = None
     try:
         yield
@@ -133,7 +136,9 @@ def together(what: str) -> Iterator[None]:
         return
     found: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
     mine = None if failure is None else (str(failure), isinstance(failure, UserError | OSError))
-    dist.all_gather_object(found, mine)
+    dist.all_gather_object(found, mine, group=waiting)
+    if waiting is not None:
+        dist.destroy_process_group(waiting)
     failed = {rank: text for rank, text in enumerate(found) if text is not None}
     if not failed:
         return

@@ -1,6 +1,6 @@
 """A run's configuration, one JSON file: `RunConfig.load("configs/x.json", ["--adapter.r=8"])`."""
 
-from dora_dist.config.files import is_local
+from dora_dist.config.names import is_local
 from dora_dist.config.options import add_arguments, check_names
 from dora_dist.config.schema import (
     AdapterConfig,

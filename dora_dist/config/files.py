@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_dist.config.names import DATA_SUFFIXES, data_set, is_local
+from dora_dist.config.pictures import how_to_get
 from dora_dist.config.source import nearby
 from dora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from dora_dist.config.schema import RunConfig
 
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")  # of data, with its configuration and split
 
-
-def is_local(name: str) -> bool:
-    """Whether a model or data `name` means a file or folder here rather than a hub name (org/model)."""
-    return (
-        name.startswith((".", "/", "~"))
-        or not _HUB_NAME.fullmatch(name)
-        or name.endswith((*DATA_SUFFIXES, ".model", ".gguf", ".safetensors"))
-        or Path(name).exists()
-    )
+_MADE = "`make demo` creates the quickstart's, `dora-dist import-gguf` one of a GGUF file"
+_MADE_BY = {"image_text_to_text": "`dora-dist assemble-llava` makes one, `dora-dist consolidate` one of a trained run"}
 
 
 def check(config: RunConfig) -> None:
@@ -46,7 +38,7 @@ def _model(config: RunConfig) -> Iterator[str]:
     elif not folder.exists():
         yield (
             f"{label}: no such folder in {Path.cwd()}{nearby(folder)}; give a Hugging Face model folder or "
-            "a hub name (`make demo` creates the quickstart's, `dora-dist import-gguf` one of a GGUF file)"
+            f"a hub name ({_MADE_BY.get(config.model.task, _MADE)})"
         )
     elif not (folder / "config.json").is_file():
         yield f"{label}: no config.json in it; give a folder with config.json and .safetensors files"
@@ -69,12 +61,12 @@ def _data(config: RunConfig) -> Iterator[str]:
     for field, name in named:
         path = Path(name)
         label = f'{field} = "{name}"'
-        if not is_local(name):
-            continue
-        if not path.exists():
+        if (data := data_set(name)) is not None:
+            if data.is_here and not data.looks_whole():
+                missing = data.file or f"{', '.join(DATA_SUFFIXES)} file"
+                yield f"{label}: no {missing} in that folder; give a data file, or the folder of a data set"
+        elif not path.exists():
             yield f"{label}: no such file in {Path.cwd()}{nearby(path)}; give a data file or a hub name"
-        elif path.is_dir():
-            yield f"{label}: is a folder; give its {', '.join(DATA_SUFFIXES)} files"
         elif path.suffix not in DATA_SUFFIXES:
             yield f"{label}: unknown kind of file; give {', '.join(DATA_SUFFIXES)}"
         elif path.stat().st_size == 0:
@@ -84,7 +76,8 @@ def _data(config: RunConfig) -> Iterator[str]:
 def _pictures(config: RunConfig) -> Iterator[str]:
     folder = config.data.image_folder
     if folder is not None and not Path(folder).is_dir():
-        yield f'data.image_folder = "{folder}": no such folder in {Path.cwd()}{nearby(Path(folder))}'
+        missing = f'data.image_folder = "{folder}": no such folder in {Path.cwd()}{nearby(Path(folder))}'
+        yield missing + how_to_get(folder, _listed(config.data.train))
 
 
 def _listed(names: str | list[str] | None) -> list[str]:

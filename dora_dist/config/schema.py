@@ -134,8 +134,8 @@ class DataConfig(Section):
     """What the model learns from."""
 
     train: PathText | PathTexts = Field(
-        description="Training data: .json, .jsonl or .parquet file or a hub name (name, name:config or "
-        "name:config:split), or a list of these"
+        description="Training data: .json, .jsonl or .parquet file, or a data set on the hub or in a folder (name, "
+        "name:config, name:config:split or name:file), or a list of these"
     )
     validation: PathText | PathTexts | None = Field(
         default=None, description="Validation data, as train (split validation); null: see validation_samples"

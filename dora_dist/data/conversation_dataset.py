@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dora_dist.config.pictures import how_to_get
 from dora_dist.data.cache import cached
 from dora_dist.data.conversations import read_conversation, render
 from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, counts_between, encode, held_out
@@ -270,6 +271,7 @@ def _absent(store: _Store, data: DataConfig, folder: Path) -> Tensor:
         raise UserError(
             f"{store.place(first)}: picture {folder / path} does not exist ({len(missing):,} pictures are missing in "
             'all); set data.image_folder to where they are, or data.bad_images to "skip"'
+            + how_to_get(str(folder), [data.train] if isinstance(data.train, str) else data.train)
         )
     return absent
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from dora_dist.config.names import DATA_SUFFIXES as SUFFIXES
+from dora_dist.config.names import data_set
+from dora_dist.data.repository import data_files
 from dora_dist.errors import UserError
 
 Record = dict[str, Any]
-SUFFIXES = (".json", ".jsonl", ".parquet")
 
 # For each format, the fields a record must have and the type of each.
 FIELDS: dict[str, dict[str, type]] = {
@@ -28,7 +31,8 @@ def load_records(sources: Sequence[str | Path], format: str) -> list[Record]:
 
     Args:
         sources: .json (one list of objects), .jsonl (one object a line, blank lines passed over),
-            .parquet, or a hub data set's "name", "name:config" or "name:config:split".
+            .parquet, or a data set on the hub or in a folder: "name", "name:config", "name:config:split" or
+            "name:file".
         format: a name in FIELDS.
 
     Raises UserError, naming the source and the line or the record (both counted from 1), for a missing or
@@ -69,21 +73,20 @@ def _check_fields(place: str, record: Any, fields: Mapping[str, type]) -> None:
 
 
 def local_file(source: str) -> Path | None:
-    """The file that `source` names, None if it names a hub data set. Raises UserError for a file that is not there."""
+    """The file that `source` names, None if it names a data set. Raises UserError for a file that is not there."""
     path = Path(source)
-    if path.is_dir():
-        raise UserError(f"{source} is a folder; name the data files in it ({', '.join(SUFFIXES)})")
-    if path.exists():
-        return path
-    if path.suffix in SUFFIXES or path.is_absolute():
+    if data_set(source) is not None:
+        return None
+    if not path.exists():
         raise UserError(f"data file {source} does not exist{_near(path)}")
-    return None
+    return path
 
 
 def _read(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    path = local_file(source)
+    path, data = local_file(source), data_set(source)
     if path is None:
-        return _numbered(source, _hub_rows(source, split))
+        assert data is not None
+        return chain.from_iterable(_read(str(file), split) for file in data_files(data, split))
     if path.suffix == ".jsonl":
         return _read_lines(path)
     if path.suffix == ".json":
@@ -135,17 +138,6 @@ def _parquet_rows(path: Path) -> list[Any]:
         return parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
-
-
-def _hub_rows(source: str, split: str) -> Sequence[Any]:
-    import datasets
-
-    name, _, rest = source.partition(":")
-    config, _, given = rest.partition(":")
-    try:
-        return datasets.load_dataset(name, config or None, split=given or split)
-    except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError is about loading scripts, which are no more
-        raise UserError(f"{source} is neither a file here nor a hub data set that can be loaded: {error}") from error
 
 
 def _near(path: Path) -> str:

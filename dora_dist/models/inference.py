@@ -10,8 +10,8 @@ from dora_dist import run_folder
 from dora_dist.adapters.inject import like
 from dora_dist.adapters.peft_format import CONFIG_NAME, PeftFolder, read_peft_folder
 from dora_dist.errors import UserError
+from dora_dist.hub import fetch
 from dora_dist.models.build import DTYPES, build_model
-from dora_dist.models.hub import fetch
 from dora_dist.models.placement import WholePlacement
 from dora_dist.models.tasks import GENERATIVE, Task, auto_class, task_of_adapter, task_of_model
 from dora_dist.models.tokenizer import load_tokenizer

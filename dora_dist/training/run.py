@@ -16,7 +16,7 @@ from dora_dist.agreement import check_agreement, of_code, of_configuration, of_d
 from dora_dist.config import RunConfig
 from dora_dist.distributed import World, together
 from dora_dist.errors import Stopped, UserError
-from dora_dist.models.hub import local_folder
+from dora_dist.hub import wanted
 from dora_dist.stopping import StopRequest
 from dora_dist.watch import Watch
 
@@ -96,6 +96,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.models.llava import prepare_for_training
     from dora_dist.models.tasks import IMAGE_TEXT, Task
     from dora_dist.training.arguments import training_arguments
+    from dora_dist.training.inputs import fetched
     from dora_dist.training.reporting import ReportCallback
     from dora_dist.training.trainer import DoraTrainer, StepCallback
     from dora_dist.zero3.checkpoint import check_budget
@@ -103,11 +104,12 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.zero3.shards import ShardedPlacement, full_numel
 
     model, deepspeed = config.model, config.deepspeed_config(world.world_size)
-    base = local_folder(model.path, model.revision, world)
-    tokenizer, data = _data(config, base, world)
+    local = fetched(config, world)
+    base = Path(local.model.path)
+    tokenizer, data = _data(local, base, world)
     spec, budget = adapter_spec(config), pruning_budget(config, optimizer_steps(config, len(data.train)))
     with together("reading the base model's files"):
-        files = of_model_folder("base model", base)
+        files = of_model_folder("base model", base, patterns=wanted(model.trust_remote_code))
     start_from = None
     if config.adapter.init_from:
         with together("reading adapter.init_from"):

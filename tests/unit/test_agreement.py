@@ -7,6 +7,7 @@ import torch
 from dora_dist.agreement import OWN_TO_A_NODE, differences, of_code, of_configuration, of_model_folder, where
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
+from dora_dist.hub import wanted
 from tests import toy
 
 RECIPE = Path(__file__).parents[2] / "configs/llama7b_dora.json"
@@ -38,6 +39,15 @@ def test_code_is_every_python_file_of_the_package() -> None:
     files = {f"dora_dist/{path.relative_to(package)}" for path in package.rglob("*.py")}
     assert files < set(of_code())
     assert of_code()["torch"] == torch.__version__
+
+
+def test_a_models_code_counts_where_it_is_to_run(tmp_path: Path) -> None:
+    base = toy.base_model(tmp_path / "base")
+    (base / "modeling_toy.py").write_text("pass")
+    (base / "pytorch_model.bin").write_text("a pickle")
+    assert of_model_folder("base", base).keys() == of_model_folder("base", base, patterns=wanted(False)).keys()
+    more = of_model_folder("base", base, patterns=wanted(True)).keys() - of_model_folder("base", base).keys()
+    assert more == {"base: modeling_toy.py"}
 
 
 def test_weights_count_by_header_unless_the_whole_file_is_asked_for(tmp_path: Path) -> None:

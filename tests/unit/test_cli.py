@@ -172,7 +172,7 @@ def test_validate_prints_the_deepspeed_json(capsys: pytest.CaptureFixture[str]) 
     ("arguments", "message"),
     [
         (["validate", "nowhere.json"], "error: nowhere.json: no such config file"),
-        (["validate", RECIPE], 'error: data.train = "data/commonsense_170k.json": no such file'),
+        (["validate", RECIPE, "--data.train=a.json"], 'error: data.train = "a.json": no such file'),
         (["validate", RECIPE, "--no-files", "--world-size", "32"], "no record for each of 32 ranks"),
         (
             ["validate", RECIPE, "--adapter.rank", "3"],
@@ -187,7 +187,7 @@ def test_validate_prints_the_deepspeed_json(capsys: pytest.CaptureFixture[str]) 
             ["validate", RECIPE, "--no-files", '--engine.deepspeed={"zero_optimization": {"x": 1}}'],
             "x = 1: Extra",
         ),
-        (["train", "--config", RECIPE, "--local_rank=1"], 'error: data.train = "data/commonsense_170k.json"'),
+        (["train", "--config", RECIPE, "--local_rank=1", "--data.train=a.json"], 'error: data.train = "a.json"'),
         (["train", "--config", RECIPE, "--data.trian", "a.json"], "did you mean data.train?"),
         (["import-gguf", "nowhere.gguf", "--output", "out"], "nowhere.gguf"),
         (["assemble-llava", "--vision", "./no", "--language", "./lm", "--output", "out"], "--language lm: holds no"),

@@ -337,7 +337,8 @@ def test_files_that_are_there_pass(workplace: Path) -> None:
         (["--data.train=tain.json"], 'data.train = "tain.json": no such file in'),
         (["--data.train=tain.json"], "did you mean train.json?"),
         (["--data.train=train.json,void.jsonl"], 'data.train = "void.jsonl": the file is empty'),
-        (["--data.train=base"], 'data.train = "base": is a folder; give its .json, .jsonl, .parquet files'),
+        (["--data.train=empty"], 'data.train = "empty": no .json, .jsonl, .parquet file in that folder'),
+        (["--data.train=base:train.json"], 'data.train = "base:train.json": no train.json in that folder'),
         (["--data.validation=./table.csv"], 'data.validation = "./table.csv": unknown kind of file'),
         (["--adapter.init_from=base"], 'adapter.init_from = "base": no adapter_config.json in it'),
         (["--adapter.init_from=step"], 'did you mean "step/adapter"?'),
@@ -390,8 +391,8 @@ def test_every_recipe_is_here() -> None:
 
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_recipe_validates_and_has_the_papers_numbers(name: str, workplace: Path) -> None:
-    overrides = ["--data.train=train.json"]
-    config = RunConfig.load(REPOSITORY / "configs" / f"{name}.json", overrides, check_files=True)
+    config = RunConfig.load(REPOSITORY / "configs" / f"{name}.json", check_files=True)
+    assert config.data.train == "zwhe99/commonsense_170k"
     adapter, data, training = config.adapter, config.data, config.training
     assert (config.model.path, training.learning_rate) == PAPER[name]
     assert (adapter.weight_decomposed, adapter.r, adapter.lora_alpha, adapter.dropout) == (True, 32, 64, 0.05)
@@ -472,6 +473,19 @@ def test_llava_recipe_has_the_papers_numbers(name: str) -> None:
     if adapter.target_modules is None:
         assert (adapter.r, adapter.lora_alpha, adapter.dropout) == (128, 256, 0.05)
     assert adapter.dynamic_rank == name.endswith("dynamic")
+
+
+@pytest.mark.parametrize(("name", "says"), [("llava7b_pretrain", "images.zip"), ("llava7b_dora", "gqa/images ")])
+def test_llava_recipes_say_where_their_pictures_are(name: str, says: str, workplace: Path) -> None:
+    file = REPOSITORY / "configs" / f"{name}.json"
+    with pytest.raises(UserError) as caught:
+        RunConfig.load(file, ["--model.path=base"], check_files=True)
+    text = str(caught.value)
+    assert text.startswith(f'data.image_folder = "{RunConfig.load(file).data.image_folder}": no such folder')
+    assert says in text
+    (workplace / "data/images").mkdir(parents=True)
+    (workplace / "data/pretrain_images").mkdir()
+    RunConfig.load(file, ["--model.path=base"], check_files=True)  # its conversations are on the hub
 
 
 @pytest.mark.parametrize("name", LLAVA)

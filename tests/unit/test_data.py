@@ -309,9 +309,10 @@ def test_missing_files_folders_and_unknown_names(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", toy.records(1))
     with pytest.raises(UserError, match=r"trian.jsonl does not exist; did you mean .*train.jsonl\?"):
         load_records([tmp_path / "trian.jsonl"], "instruction")
-    with pytest.raises(UserError, match="is a folder; name the data files in it"):
-        load_records([tmp_path], "instruction")
-    with pytest.raises(UserError, match="nobody/nothing is neither a file here nor a hub data set"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty'?: "):
+        load_records([tmp_path / "empty"], "instruction")
+    with pytest.raises(UserError, match="'nobody/nothing': is not whole on this machine, and HF_HUB_OFFLINE is set"):
         load_records(["nobody/nothing"], "instruction")
 
 

@@ -312,7 +312,8 @@ def test_a_base_from_the_hub_has_the_revision_that_was_trained_on(
         reference.parent.mkdir(parents=True, exist_ok=True)
         reference.write_text(commit)
         snapshot.mkdir(parents=True)
-        (snapshot / "config.json").write_text("{}")
+        for file in ("config.json", "model.safetensors"):
+            (snapshot / file).write_text("{}")
     checkpoint = tmp_path / "run" / "checkpoint-1"
     layer = AdapterLayer(torch.ones(2, 4), torch.ones(3, 2), torch.ones(3), 1.0)
     adapter = PeftAdapter("lab/model", 2.0, 2, 0.0, True, {"a.b": layer}, revision="v1")

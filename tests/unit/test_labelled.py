@@ -150,26 +150,3 @@ def test_fields_that_do_not_go_together_are_refused(model: dict, data: dict, tra
     with pytest.raises(UserError) as caught:
         RunConfig.from_dict(raw)
     assert message in str(caught.value)
-
-
-def test_hub_names_may_have_a_configuration_and_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    from dora_dist.config import is_local
-    from dora_dist.data.records import read_records
-
-    asked = []
-
-    def load_dataset(name: str, config: str | None, split: str) -> list[dict[str, str]]:
-        asked.append((name, config, split))
-        return [{"text": "a"}]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    sources = ["nyu-mll/glue:rte", "org/plain", "nyu-mll/glue:mnli:validation_matched"]
-    assert not any(is_local(source) for source in sources)
-    assert len(list(read_records(sources, {"text": str}, "validation"))) == 3
-    assert asked == [
-        ("nyu-mll/glue", "rte", "validation"),
-        ("org/plain", None, "validation"),
-        ("nyu-mll/glue", "mnli", "validation_matched"),
-    ]

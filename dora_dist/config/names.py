@@ -1,0 +1,55 @@
+"""What a name in a configuration means: something here, or something on the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def is_local(name: str) -> bool:
+    """Whether a model or tokenizer `name` means a file or folder here rather than a hub name (org/model)."""
+    return (
+        name.startswith((".", "/", "~"))
+        or not _HUB_NAME.fullmatch(name)
+        or name.endswith((*DATA_SUFFIXES, ".model", ".gguf", ".safetensors"))
+        or Path(name).exists()
+    )
+
+
+class DataSet(NamedTuple):
+    """A data set that a source names: REPOSITORY, REPOSITORY:CONFIG, REPOSITORY:CONFIG:SPLIT or REPOSITORY:FILE.
+
+    The repository is a hub name, or a folder with the files of one.
+    """
+
+    repository: str
+    config: str | None = None
+    split: str | None = None
+    file: str | None = None
+
+    @property
+    def is_here(self) -> bool:
+        return Path(self.repository).is_dir()
+
+    def looks_whole(self) -> bool:
+        """Whether the folder holds the named file, or any data file at all."""
+        folder = Path(self.repository)
+        if self.file:
+            return (folder / self.file).is_file()
+        return any(path.suffix in DATA_SUFFIXES for path in folder.rglob("*"))
+
+
+def data_set(source: str) -> DataSet | None:
+    """The data set that a data `source` names; None if the source is a file, be it there or not."""
+    repository, _, rest = source.partition(":")
+    a_file = Path(source).is_file() or repository.endswith(DATA_SUFFIXES)
+    if a_file or not (Path(repository).is_dir() or (_HUB_NAME.fullmatch(repository) and repository[0] != ".")):
+        return None
+    if rest.endswith(DATA_SUFFIXES):
+        return DataSet(repository, file=rest)
+    config, _, split = rest.partition(":")
+    return DataSet(repository, config or None, split or None)

@@ -1,0 +1,141 @@
+"""The files of a data set: of a repository on the hub, or of a folder that holds one. No code of theirs is run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dora_dist.config.names import DATA_SUFFIXES, DataSet
+from dora_dist.errors import UserError
+from dora_dist.hub import Repository
+
+CARD = "README.md"  # it says which files are which configuration and split
+CONVERTED = "refs/convert/parquet"
+"""The branch where the hub keeps public data sets as Parquet, CONFIG/SPLIT/*.parquet, whatever their own files are."""
+_DATA = tuple(f"*{suffix}" for suffix in DATA_SUFFIXES)
+
+
+def data_files(data: DataSet, split: str = "train", *, field: str = "data", local_only: bool = False) -> list[Path]:
+    """The files with the records of one split of a data set, on this machine.
+
+    `split` counts where `data` names none. From the hub only these files are fetched (`local_only`: found in the
+    cache), all of one commit. Raises NotReached if the hub does not answer, and UserError, naming `field`, for a
+    repository, configuration, split or file that is not there.
+    """
+    label = f"{field} = {data.repository!r}"
+    if data.is_here:
+        return _found(Path(data.repository), data, split, label)
+    repository = Repository(data.repository, "dataset", patterns=(data.file or CARD,), field=field)
+    folder = repository.fetch(local_only)
+    if data.file:
+        return _found(folder, data, split, label)
+    patterns = _patterns(folder, data, split, label) or _DATA
+    folder = replace(repository, revision=folder.name, patterns=(CARD, *patterns)).fetch(local_only)
+    try:
+        return _found(folder, data, split, label)
+    except _NoData:  # CSV, archives, or a program that makes them, which is not run
+        converted = replace(repository, revision=CONVERTED, patterns=("*.parquet",))
+        try:
+            return _found(converted.fetch(local_only), data, split, label)
+        except UserError as error:
+            raise UserError(f"{label}: has no {', '.join(DATA_SUFFIXES)} files ({error})") from error
+
+
+class _NoData(UserError):
+    """A data set whose folder has no file that can be read."""
+
+
+def _found(folder: Path, data: DataSet, split: str, label: str) -> list[Path]:
+    if data.file:
+        patterns: tuple[str, ...] | None = (_inside(data.file, label),)
+    else:
+        patterns = _patterns(folder, data, split, label)
+    found = sorted(_named(folder, patterns) if patterns else _guessed(folder, data, split, label))
+    if any(path.suffix not in DATA_SUFFIXES for path in found):
+        found = []
+    if not found:
+        what = f"file {data.file}" if data.file else f"{', '.join(DATA_SUFFIXES)} file for its split {split!r}"
+        raise _NoData(f"{label}: has no {what}")
+    return found
+
+
+def _named(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    return (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+
+
+def _guessed(folder: Path, data: DataSet, split: str, label: str) -> list[Path]:
+    """The files of a split where no card names them: by the names of files and folders, as the hub guesses them."""
+    from datasets import load_dataset_builder
+
+    folders = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    alone = folders[0] if len(folders) == 1 and not any(folder.glob("*.*")) else ""
+    if data.config is not None and data.config not in folders:
+        raise UserError(_choose(label, data, "configuration", data.config, folders))
+    try:
+        files = load_dataset_builder(str(folder / (data.config or alone))).config.data_files
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _NoData(f"{label}: {str(error).splitlines()[0]}") from error
+    files = {str(name): [Path(file) for file in listed] for name, listed in (files or {}).items()}
+    if any(path.suffix not in DATA_SUFFIXES for listed in files.values() for path in listed):
+        return []
+    wanted = data.split or split
+    if wanted not in files:
+        raise UserError(_choose(label, data, "split", wanted, list(files)))
+    return files[wanted]
+
+
+def _patterns(folder: Path, data: DataSet, split: str, label: str) -> tuple[str, ...] | None:
+    """The files of a split as the repository's card names them; None if it names none."""
+    configs = _configurations(folder / CARD, label)
+    if not configs:
+        return None
+    default = [name for name, config in configs.items() if config.get("default") or name == "default"]
+    name = data.config or (default or list(configs))[0]
+    if name not in configs or (data.config is None and not default and len(configs) > 1):
+        raise UserError(_choose(label, data, "configuration", data.config, list(configs)))
+    splits = _splits(configs[name]["data_files"])
+    wanted = data.split or split
+    if wanted not in splits:
+        raise UserError(_choose(label, data, "split", wanted, list(splits)))
+    return tuple(_inside(pattern, label) for pattern in splits[wanted])
+
+
+def _configurations(card: Path, label: str) -> dict[str, Mapping[str, Any]]:
+    from huggingface_hub import DatasetCard
+
+    if not card.is_file():
+        return {}
+    try:
+        configs = DatasetCard.load(card).data.to_dict().get("configs") or []
+        return {config["config_name"]: config for config in configs if config.get("data_files")}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{label}: its {CARD} says of its files what cannot be read: {error}") from error
+
+
+def _splits(files: Any) -> dict[str, list[str]]:
+    """`data_files` of a card, which may be one file, several, or several with their splits."""
+    listed = files if isinstance(files, list) else [files]
+    splits: dict[str, list[str]] = {}
+    for entry in listed:
+        name, paths = (entry.get("split", "train"), entry["path"]) if isinstance(entry, dict) else ("train", entry)
+        splits.setdefault(str(name), []).extend([paths] if isinstance(paths, str) else paths)
+    return splits
+
+
+def _inside(pattern: str, label: str) -> str:
+    """A file's name, or a pattern, that cannot leave the repository's folder."""
+    if Path(pattern).is_absolute() or ".." in re.split(r"[/\\]", pattern):
+        raise UserError(f"{label}: {pattern!r} is outside of its folder")
+    return pattern.removeprefix("./")
+
+
+def _choose(label: str, data: DataSet, what: str, given: str | None, there: list[str]) -> str:
+    missing = f"has no {what} {given!r}" if given else f"has several {what}s"
+    first = there[0] if there else what.upper()
+    example = (
+        f"{data.repository}:{first}" if what == "configuration" else f"{data.repository}:{data.config or ''}:{first}"
+    )
+    return f"{label}: {missing}; it has {', '.join(there) or 'none'} (say which: {example})"

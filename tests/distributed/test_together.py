@@ -1,0 +1,41 @@
+"""Acting together on failure, where one rank takes longer than the others may wait in a collective."""
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+
+from dora_dist.distributed import shorten_timeout, together
+from tests.ranks import RankError, run_ranks
+
+PATIENCE = timedelta(minutes=5)
+
+
+def one_is_slow(patience: timedelta | None) -> None:
+    import torch.distributed as dist
+
+    shorten_timeout(2.0)
+    with together("downloading", patience):
+        if dist.get_rank() == 0:
+            time.sleep(5.0)
+
+
+def test_the_others_wait_for_a_download_longer_than_for_a_collective() -> None:
+    run_ranks(one_is_slow, 2, PATIENCE)
+    with pytest.raises(RankError, match="imed out"):
+        run_ranks(one_is_slow, 2, None)
+
+
+def one_dies() -> None:
+    import torch.distributed as dist
+
+    with together("downloading", PATIENCE):
+        if dist.get_rank() == 0:
+            time.sleep(0.5)
+            os._exit(1)
+
+
+def test_they_do_not_wait_for_one_that_died() -> None:
+    with pytest.raises(RankError, match=r"rank 1 of 2: Traceback[\s\S]*onnection"):
+        run_ranks(one_dies, 2, timeout=120.0)
