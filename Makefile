@@ -29,7 +29,7 @@ test-cluster: $(VENV)/.installed-test  ## the tests on a Slurm cluster of two no
 	$(BIN)/python -m pytest tests/cluster
 
 # Not a part of `make test`: its checks are in tests/gpu/checks.py, which pytest does not collect by itself.
-test-gpu: $(VENV)/.installed-test  ## check this machine's GPUs with everything above, ending in a table; DEVICE=cpu rehearses it
+test-gpu: $(VENV)/.installed-test  ## check on this machine's GPUs what no test can see without one, and print a table; DEVICE=cpu rehearses it
 	DORA_DIST_TEST_DEVICE=$(or $(DEVICE),cuda) $(BIN)/python -m tests.gpu $(ARGS)
 
 lint: $(VENV)/.installed-test  ## ruff, mypy and shellcheck
