@@ -66,7 +66,7 @@ def rank_main(rank: int, settings: Settings, r: int, saves: int, folder: Path) -
 
     world = distributed.start()
     spec, config = AdapterSpec(r, 2.0 * r), settings.deepspeed_config()
-    model = build_model(folder / "base", by_pattern(spec, TARGETS), ShardedPlacement(config)).model
+    model = build_model(folder / "base", by_pattern(spec, [TARGETS]), ShardedPlacement(config)).model
     trained = [p for p in model.parameters() if p.requires_grad]
     numbers = sum(p.ds_numel for p in trained)
     engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained), config=config)[0]
