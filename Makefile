@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo demo-llava test test-cluster lint bench-step bench-rank clean
+.PHONY: help demo demo-llava test test-cluster test-gpu lint bench-step bench-rank clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -27,6 +27,10 @@ test: lint  ## set up, then lint, type-check and run every test
 
 test-cluster: $(VENV)/.installed-test  ## the tests on a Slurm cluster of two nodes inside this machine (root on Debian or Ubuntu)
 	$(BIN)/python -m pytest tests/cluster
+
+# Not a part of `make test`: its checks are in tests/gpu/checks.py, which pytest does not collect by itself.
+test-gpu: $(VENV)/.installed-test  ## check on this machine's GPUs what no test can see without one, and print a table; DEVICE=cpu rehearses it
+	DORA_DIST_TEST_DEVICE=$(or $(DEVICE),cuda) $(BIN)/python -m tests.gpu $(ARGS)
 
 lint: $(VENV)/.installed-test  ## ruff, mypy and shellcheck
 	@if command -v shellcheck >/dev/null; then shellcheck slurm/*.sh tools/*.sh .ci/run; \

@@ -1,6 +1,6 @@
 """How long training stands still for a checkpoint, beside how long writing it takes. `--help` lists the flags.
 
-Two ranks save an adapter of 50 million trained numbers by default (600 MB of master weights and moments): every time
+Ranks save an adapter of 50 million trained numbers by default (600 MB of master weights and moments): every time
 once while nothing else happens, and once while training steps go on.
 """
 
@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from stepbench.models import TARGETS, write_base
-from stepbench.settings import Settings
+from stepbench.settings import Settings, default_ranks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--millions", type=float, default=50.0, help="trained numbers, in millions (%(default)s)")
-    parser.add_argument("--ranks", type=int, default=2, help="%(default)s")
+    parser.add_argument("--ranks", type=int, default=default_ranks(), help="%(default)s")
     parser.add_argument("--saves", type=int, default=5, help="of each kind (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="folder for JSON (%(default)s)")
     options = parser.parse_args()
@@ -51,29 +51,37 @@ def rank_main(rank: int, settings: Settings, r: int, saves: int, folder: Path) -
     size = str(settings.ranks)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
-    import deepspeed
-
     from dora_dist import distributed
+
+    distributed.choose_accelerator("auto")  # before DeepSpeed is imported, which settles on one
+
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
     from dora_dist.adapters.inject import by_pattern
     from dora_dist.adapters.linear import AdapterSpec
     from dora_dist.models.build import build_model
     from dora_dist.zero3.saving import Origin, Saver
     from dora_dist.zero3.shards import ShardedPlacement
 
-    distributed.choose_accelerator("auto")
     world = distributed.start()
     spec, config = AdapterSpec(r, 2.0 * r), settings.deepspeed_config()
-    model = build_model(folder / "base", by_pattern(spec, TARGETS), ShardedPlacement(config)).model
+    model = build_model(folder / "base", by_pattern(spec, [TARGETS]), ShardedPlacement(config)).model
     trained = [p for p in model.parameters() if p.requires_grad]
     numbers = sum(p.ds_numel for p in trained)
     engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained), config=config)[0]
     ids = torch.ones(1, settings.tokens, dtype=torch.int64, device=engine.device)
 
+    def now() -> float:
+        """Seconds, once the device has done what it was given."""
+        get_accelerator().synchronize()
+        return time.perf_counter()
+
     def step() -> float:
-        started = time.perf_counter()
+        started = now()
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
-        return time.perf_counter() - started
+        return now() - started
 
     saver = Saver(engine, model, Origin(spec, "base"), 600.0)
     found: dict[str, list[float]] = {"synchronous_s": [], "stall_s": [], "step_during_save_s": []}
@@ -83,10 +91,10 @@ def rank_main(rank: int, settings: Settings, r: int, saves: int, folder: Path) -
     first = saver.ended()
     for number in range(1, saves + 1):
         torch.distributed.barrier()
-        started = time.perf_counter()
+        started = now()
         saver.save(folder / "checkpoint-1", {"step": number}, {})
         saver.wait()
-        found["synchronous_s"].append(time.perf_counter() - started)
+        found["synchronous_s"].append(now() - started)
         saver.ended()
         step()
         torch.distributed.barrier()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,7 +24,7 @@ from dora_dist.adapters.peft_format import CONFIG_NAME, AdapterLayer, PeftFolder
 from dora_dist.config import is_local
 from dora_dist.errors import UserError
 from dora_dist.hub import fetch
-from dora_dist.models.llava import is_llava
+from dora_dist.models.llava import LANGUAGE, is_llava
 from dora_dist.models.names import Rename, locate, modern, prefix_between, stored_names
 from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, new_folder
 
@@ -82,8 +82,10 @@ def consolidate(
 
     `base_folder` is a folder or a hub name. `dtype` ("bf16", "fp16", "fp32") of the output is by default that
     of the base on disk, tensor by tensor. Modules that were trained in full replace the base's, or join them; a base
-    that is the plain encoder of the adapted model gets that model's names. Memory: a few blocks of BLOCK_BYTES,
-    whatever the model's size.
+    that is the plain encoder of the adapted model gets that model's names. Where
+    an adapter changes one use of a tied weight (modules_to_save=["embed_tokens"]), each use is written on its own, with
+    tie_word_embeddings: false in config.json, as PEFT has it. Memory: a few blocks of BLOCK_BYTES, whatever the model's
+    size.
     Returns what was done: output, tensors, merged, shards, bytes_read, bytes_written, seconds.
 
     Raises UserError, with nothing left behind, when the adapter does not fit the base, a file is damaged, a
@@ -98,7 +100,8 @@ def consolidate(
     output = Path(output).resolve()
     _check_output(output, base, Path(adapter_folder))
     tensors = TensorFolder.open(base)
-    outputs = _outputs(adapter, tensors, config, dtype, _rename(base, config))
+    names = _names(adapter, base, config)
+    outputs = _outputs(adapter, tensors, dtype, names)
     shards = _plan(outputs, max_shard_bytes)
     total = sum(shard.nbytes for shard in shards)
     _check_space(output, total)
@@ -106,7 +109,7 @@ def consolidate(
         new_folder(output, overwrite) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc="consolidating", disable=not progress) as bar,
     ):
-        _copy_companions(base, folder, config, adapter.model_config, dtype)
+        _copy_companions(base, folder, config, adapter.model_config, dtype, bool(names.parted))
         for shard in shards:
             layout = [(output.name, output.dtype, output.entry.shape) for output in shard.outputs]
             with TensorWriter(folder / shard.name, layout, {"format": "pt"}) as writer:
@@ -204,37 +207,69 @@ def _check_space(output: Path, nbytes: int) -> None:
         raise UserError(f"{output}: disk full: {needed}; free some space or choose another place")
 
 
-def _rename(base: Path, config: dict[str, Any]) -> Rename | None:
-    """Today's names of the parts of a composite base; its folder's own names are what is written all the same."""
-    if not is_llava(config):
-        return None
+@dataclass(frozen=True)
+class _Names:
+    """What the base's model knows of its names: `rename` gives today's, for a composite model; its folder's own are
+    what is written all the same. `parted` are the names of each weight of which the adapter changes one use alone.
+    """
+
+    rename: Rename | None = None
+    prefix: str = ""
+    parted: tuple[list[str], ...] = ()
+
+
+def _names(adapter: PeftFolder, base: Path, config: dict[str, Any]) -> _Names:
+    # A weight that several modules share is an embedding or a head, never one of the numbered layers.
+    outer = [m for m in adapter.modules if not any(part.isdigit() for part in m.split("."))]
+    changed = [*adapter.modules_to_save(), *outer]
+    if not changed and not is_llava(config):
+        return _Names()
     from dora_dist.models.build import skeleton
     from dora_dist.models.names import rename_for
-    from dora_dist.models.tasks import IMAGE_TEXT, Task
+    from dora_dist.models.tasks import IMAGE_TEXT, Task, task_of_adapter
+    from dora_dist.models.tying import parted_names
 
-    return rename_for(skeleton(base, Task(IMAGE_TEXT)))
+    model = skeleton(base, Task(IMAGE_TEXT) if is_llava(config) else task_of_adapter(adapter))
+    parted = tuple(names for _, names in parted_names(model, changed))
+    return _Names(rename_for(model) if is_llava(config) else None, model.base_model_prefix, parted)
 
 
-def _outputs(
-    adapter: PeftFolder, tensors: TensorFolder, config: dict[str, Any], dtype: str | None, rename: Rename | None
-) -> list[Output]:
+def _entries(tensors: TensorFolder, names: _Names) -> dict[str, TensorEntry]:
+    """What the base has, by name there; and again by every other name of what the adapter parts."""
+    entries, stored = dict(tensors.entries), stored_names(tensors.entries, names.rename)
+    for shared in names.parted:
+        found = {name: locate(name, stored, names.prefix) for name in shared}
+        if source := next(filter(None, found.values()), None):
+            for name in (name for name in shared if not found[name]):
+                entries[_own_name(name, tensors.entries, names.rename)] = tensors.entries[source]
+    return entries
+
+
+def _own_name(name: str, entries: Iterable[str], rename: Rename | None) -> str:
+    """A name as the folder would have it: LLaVA's are older than today's where its others are."""
+    older = f"{LANGUAGE}.{name}"
+    return older if rename and rename(older) == name and any(n.startswith(f"{LANGUAGE}.") for n in entries) else name
+
+
+def _outputs(adapter: PeftFolder, tensors: TensorFolder, dtype: str | None, names: _Names) -> list[Output]:
     """What to write, in the order of the base's files: its tensors, adapted or replaced, then new ones."""
-    stored = stored_names(tensors.entries, rename)
+    entries, rename = _entries(tensors, names), names.rename
+    stored = stored_names(entries, rename)
     prefix = prefix_between([f"{module}.weight" for module in adapter.modules], stored)
-    targets = _match(adapter, tensors, config, stored, prefix)
+    targets = _match(adapter, tensors, entries, stored, prefix)
     replaced = {found: name for name in adapter.trained if (found := locate(name, stored, prefix))}
     lacks_prefix = all(not name.startswith(f"{prefix}.") for name in stored)
     outputs = []
-    for entry in sorted(tensors.entries.values(), key=lambda entry: (entry.path, entry.offset)):
+    for own, entry in sorted(entries.items(), key=lambda item: (item[1].path, item[1].offset)):
         written_as = _written_as(entry, dtype)
-        if entry.name in replaced:
-            trained = replaced[entry.name]
+        if own in replaced:
+            trained = replaced[own]
             _check_replacement(adapter, trained, entry)
-            outputs.append(_trained_output(adapter, trained, entry.name if rename else trained, written_as))
+            outputs.append(_trained_output(adapter, trained, own if rename else trained, written_as))
         else:
-            name = f"{prefix}.{modern(entry.name)}" if prefix and lacks_prefix else modern(entry.name)
-            name = entry.name if rename else name
-            outputs.append(Output(name, written_as, tensors, entry, targets.get(entry.name)))
+            name = f"{prefix}.{modern(own)}" if prefix and lacks_prefix else modern(own)
+            name = own if rename or own not in tensors.entries else name
+            outputs.append(Output(name, written_as, tensors, entry, targets.get(own)))
     usual = next((output.dtype for output in outputs if output.module), outputs[0].dtype)
     return outputs + [_trained_output(adapter, n, n, usual) for n in adapter.trained if n not in replaced.values()]
 
@@ -251,13 +286,14 @@ def _check_replacement(adapter: PeftFolder, name: str, entry: TensorEntry) -> No
 
 
 def _match(
-    adapter: PeftFolder, tensors: TensorFolder, config: dict[str, Any], stored: dict[str, str], prefix: str
+    adapter: PeftFolder, tensors: TensorFolder, entries: dict[str, TensorEntry], stored: dict[str, str], prefix: str
 ) -> dict[str, str]:
-    """Base tensor name -> adapted module. UserError naming the first module that the base cannot take."""
+    """Name in `entries` -> adapted module. UserError naming the first module that the base cannot take."""
     targets = {}
     for module in adapter.modules:
         weight, who = f"{module}.weight", f"{adapter.path}: it adapts {module!r}"
-        entry = tensors.entries.get(locate(weight, stored, prefix) or weight)
+        own = locate(weight, stored, prefix) or weight
+        entry = entries.get(own)
         if entry is None:
             missing = f"but {tensors.path} has no tensor {weight!r}"
             raise UserError(f"{who}, {missing}; give the base that it was trained on")
@@ -266,11 +302,7 @@ def _match(
             raise UserError(f"{who} {mismatch}; give the base that it was trained on")
         if entry.dtype not in _MERGEABLE:
             raise UserError(f"{who}, stored as {entry.dtype} in {tensors.path}; give the base before quantisation")
-        if (
-            config.get("tie_word_embeddings") or config.get("text_config", {}).get("tie_word_embeddings")
-        ) and module.endswith(("lm_head", "embed_tokens")):
-            raise UserError(f"{who}, which shares its weight with another module; it cannot be merged alone")
-        targets[entry.name] = module
+        targets[own] = module
     return targets
 
 
@@ -313,9 +345,11 @@ def _blocks(output: Output, layer: AdapterLayer | None) -> Iterator[Tensor]:
 
 
 def _copy_companions(
-    base: Path, folder: Path, config: dict[str, Any], model_config: dict[str, Any], dtype: str | None
+    base: Path, folder: Path, config: dict[str, Any], model_config: dict[str, Any], dtype: str | None, untied: bool
 ) -> None:
-    """Configuration, tokenizer and licence files; in the config, the weights' new dtype and the new head if any."""
+    """Configuration, tokenizer and licence files; in the config, the weights' new dtype, the new head if any, and that
+    a head is not the embedding any more.
+    """
     for file in sorted(base.iterdir()):
         if file.is_file() and any(fnmatch(file.name, pattern) for pattern in (*_CONFIGURATION, *_TOKENIZER)):
             shutil.copyfile(file, folder / file.name)
@@ -324,7 +358,10 @@ def _copy_companions(
             key = "dtype" if "dtype" in section else "torch_dtype"
             if key in section or section is config:
                 section[key] = str(DTYPES[dtype]).removeprefix("torch.")
-    if dtype or model_config:
+    if untied:
+        for section in (config, *([config["text_config"]] if isinstance(config.get("text_config"), dict) else [])):
+            section["tie_word_embeddings"] = False
+    if dtype or model_config or untied:
         config.update(model_config)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

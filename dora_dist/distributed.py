@@ -39,13 +39,21 @@ def choose_accelerator(name: str) -> None:
     """Settle the device, before DeepSpeed is imported: "cpu", "cuda", or "auto" for a GPU where there is one.
 
     DS_ACCELERATOR in the environment wins. With "auto", DeepSpeed alone would take a machine that has a CUDA build
-    of torch but no GPU for a GPU machine.
+    of torch but no GPU for a GPU machine. Raises UserError for "cuda" where there is none.
     """
+    if "DS_ACCELERATOR" in os.environ:
+        return
     if name == "auto":
         if torch.accelerator.is_available():
             return
         name = "cpu"
-    os.environ.setdefault("DS_ACCELERATOR", name)
+    if name == "cuda" and not torch.cuda.is_available():
+        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+        raise UserError(
+            f'engine.accelerator = "cuda": torch finds no GPU here (torch {torch.__version__} {built}); look at '
+            'CUDA_VISIBLE_DEVICES and nvidia-smi, or set it to "auto"'
+        )
+    os.environ["DS_ACCELERATOR"] = name
 
 
 def start(timeout_s: float = 1800.0) -> World:

@@ -40,10 +40,14 @@ def run(*command: str | Path) -> None:
 
 
 def train(config: str, run_dir: Path, *options: str) -> None:
-    """As a user starts it: two ranks, on GPUs if there are two, else on the CPU's cores; always from the start."""
+    """As a user starts it: on two GPUs, or one, or else on two ranks on the CPU's cores; always from the start."""
+    import torch
+
     shutil.rmtree(run_dir, ignore_errors=True)
-    launcher = ["deepspeed", "--log_level", "error", "--num_accelerators", "2"]
-    if os.environ["DS_ACCELERATOR"] == "cpu" and shutil.which("numactl"):
+    on_cpu = os.environ["DS_ACCELERATOR"] == "cpu"
+    ranks = 2 if on_cpu else min(2, torch.cuda.device_count())
+    launcher = ["deepspeed", "--log_level", "error", "--num_accelerators", str(ranks)]
+    if on_cpu and shutil.which("numactl"):
         launcher.append("--bind_cores_to_rank")
     run(*launcher, "launch/train.py", "--config", config, *options)
 
@@ -80,9 +84,8 @@ def set_environment() -> None:
     import torch
 
     os.chdir(ROOT)
-    gpus = torch.cuda.device_count()
-    if os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpus >= 2 else "cpu") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one GPU cannot serve two ranks
+    if os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.device_count() else "cpu") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for what asks torch and not DeepSpeed: evaluation
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning"  # libraries talking to each other

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from dora_dist import distributed
 from stepbench.settings import Settings
 
 
@@ -28,6 +29,8 @@ def rank_main(rank: int, variant: str, base: Path, settings: Settings, folder: P
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # never bound: the file store is the meeting point
     _quiet()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.ranks))
+
+    distributed.choose_accelerator("auto")  # before DeepSpeed is imported, which settles on one
 
     import deepspeed
     from deepspeed.accelerator import get_accelerator

@@ -2,9 +2,14 @@
 
 import argparse
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from dora_dist import distributed
 
 VARIANTS = {
     "dora": "this project, DoRA",
@@ -50,7 +55,7 @@ class Settings:
     kept: float = 0.5
     checkpointing: bool = True
     peft_fp32: bool = False
-    ranks: int = 2
+    ranks: int = 2  # `default_ranks` on the command line
     rounds: int = 3
     warmup: int = 3
     steps: int = 5
@@ -107,16 +112,22 @@ def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return {**base, **extra, **nested}
 
 
+def default_ranks() -> int:
+    """One rank for each GPU, two where there is none. Settles the device, so call it before importing deepspeed."""
+    distributed.choose_accelerator("auto")
+    return 2 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.accelerator.device_count()
+
+
 def parse(arguments: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     """The command line: the settings, and what is not a setting (variants, output, profile)."""
     parser = argparse.ArgumentParser(
         description="Seconds, memory and bytes of one training step, side by side: "
         + "; ".join(f"{name} ({text})" for name, text in VARIANTS.items())
     )
-    numbers = {f.name: f for f in fields(Settings) if type(f.default) in (int, float)}
-    for name, field in numbers.items():
-        kind = float if isinstance(field.default, float) else int
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help="%(default)s")
+    numbers = {f.name: f.default for f in fields(Settings) if type(f.default) in (int, float)}
+    for name, default in {**numbers, "ranks": default_ranks()}.items():
+        kind = float if isinstance(default, float) else int
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help="%(default)s")
     parser.add_argument(
         "--pictures", action="store_true", help="a LLaVA: frozen tower, projector trained in full, a picture a record"
     )

@@ -84,7 +84,7 @@ class AdapterConfig(Section):
     trained_modules: Patterns | None = Field(
         default=None,
         description="Modules trained in full beside the adapters (PEFT's modules_to_save); patterns as above; "
-        "null: the task's head, or a LLaVA's projector",
+        "null: the task's head, or a LLaVA's projector. One of two tied weights gets a copy of its own, as in PEFT",
     )
     init_from: PathText | None = Field(
         default=None, description="PEFT LoRA or DoRA folder to start from; null: a new adapter"

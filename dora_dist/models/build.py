@@ -18,6 +18,7 @@ from dora_dist.errors import UserError
 from dora_dist.models.names import locate, rename_for, stored_names
 from dora_dist.models.placement import Placement
 from dora_dist.models.tasks import IMAGE_TEXT, LANGUAGE_MODEL, Task, configure, default_trained, model_class
+from dora_dist.models.tying import untie
 from dora_dist.safetensors_io import TensorFolder
 from dora_dist.zero3.loading import adapted_layers, load_base
 
@@ -29,7 +30,8 @@ class AdaptedModel:
     """A model ready to train: `norms` is attached to it, `base` is the folder that its weights came from.
 
     `trained` are the modules trained in full, `fresh` those of their parameters that the folder did not have, and
-    `resized` those among these that it had in another shape, as {name: (shape there, shape here)}.
+    `resized` those among these that it had in another shape, as {name: (shape there, shape here)}. `untied` are weights
+    that other modules of the base share, and that have copies of their own here because they are trained or adapted.
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class AdaptedModel:
     trained: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     resized: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+    untied: list[str] = field(default_factory=list)
 
 
 def build_model(
@@ -60,9 +63,9 @@ def build_model(
 
     The skeleton is made without memory, the adapters are injected into it, and only then does each parameter get
     its place (whole, or this rank's shard). Adapters start as the paper says (paper section 4.1, by `seed`), or as
-    `start_from` has them. `trained_modules` are patterns of modules to train in full; None: the task's head. On
-    ZeRO-3 this is collective. Raises UserError for a folder that is no model, a plan that does not fit it, and
-    missing, misshapen or truncated tensors.
+    `start_from` has them. `trained_modules` are patterns of modules to train in full; None: the task's head. What is
+    trained or adapted of a tied weight is untied from the rest, as PEFT has it. On ZeRO-3 this is collective. Raises
+    UserError for a folder that is no model, a plan that does not fit it, and missing, misshapen or truncated tensors.
     """
     folder = TensorFolder.open(base)
     model = skeleton(base, task, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
@@ -71,6 +74,7 @@ def build_model(
         trained = default_trained(model, task, stored)
     else:
         trained = trained_in_full(model, trained_modules)
+    untied, stored = untie(model, [*trained, *plan(model)], stored)
     adapted = inject(model, plan, trained)
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}  # shards have none
     fresh = load_base(model, folder, stored, placement, DTYPES[dtype], seed)
@@ -82,7 +86,7 @@ def build_model(
         _assign(model, start_from, placement)
         _assign_trained(model, shapes, start_from, placement)
         norms.refresh()
-    return AdaptedModel(model, norms, adapted, base, folder.bytes_read, task, trained, fresh, resized)
+    return AdaptedModel(model, norms, adapted, base, folder.bytes_read, task, trained, fresh, resized, untied)
 
 
 def _assign(model: nn.Module, adapter: PeftAdapter, placement: Placement) -> None:

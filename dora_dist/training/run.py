@@ -152,6 +152,8 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         )
         if run.trained:
             print(f"trained in full: {', '.join(run.trained)}; new: {', '.join(run.fresh) or 'nothing'}")
+        if run.untied:
+            print(f"note: untied from the weight that {model.path} shares with others: {', '.join(run.untied)}")
         for name, (there, here) in run.resized.items():
             print(f"note: {name} starts anew: it is {there} in {model.path}, and {here} for model.num_labels here")
         if empty := config.batch_plan(world.world_size).empty:

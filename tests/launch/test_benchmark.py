@@ -117,6 +117,23 @@ def test_compaction_drops_exactly_what_closed_gates_leave_idle(tmp_path: Path) -
         assert variants[name]["optimizer_bytes"] == 3 * 4 * shards + 4
 
 
+def test_the_benchmark_of_saves_measures_both_kinds_of_saves(tmp_path: Path) -> None:
+    small = ["--millions", "0.3", "--saves", "1"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "save.py", *small, "--output", tmp_path],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "save.json").read_text())
+    assert len(found["synchronous_s"]) == len(found["stall_s"]) == 1
+    assert found["bytes"] > 12 * found["trained"] > 12 * 200_000  # fp32 master and two moments, and the adapter itself
+
+
 def test_variants_of_different_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from step import check_first_losses, check_sizes

@@ -11,12 +11,22 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+)
 
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
 from dora_dist.consolidate import consolidate, find_adapter
 from dora_dist.errors import UserError
+from dora_dist.models.assemble import assemble_llava
+from dora_dist.models.inference import load_for_inference
 from dora_dist.run_folder import set_best, write_manifest
+from dora_dist.safetensors_io import TensorFolder
+from tests import llava, summaries, toy
 
 TOKENS = torch.arange(24).view(2, 12) % 61
 O_PROJ = "model.layers.0.self_attn.o_proj"
@@ -54,6 +64,13 @@ def save_adapter(path: Path, base: Path, **options: Any) -> Path:
     }
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(**(settings | options)))
+    shake(model)
+    model.save_pretrained(str(path))
+    return path
+
+
+def shake(model: Any) -> None:
+    """Give what a PEFT model trains other values than it begins with."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -61,8 +78,8 @@ def save_adapter(path: Path, base: Path, **options: Any) -> Path:
                 parameter.mul_(torch.rand(parameter.shape, generator=generator) + 0.5)
             elif "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    model.save_pretrained(str(path))
-    return path
+            elif "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
 
 
 def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
@@ -118,6 +135,92 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert (logits(tmp_path / "out") - logits(base, adapter)).abs().max() < 1e-4
+
+
+TRAINED = {
+    "embedding": ["embed_tokens"],
+    "head": ["lm_head"],
+    "both": ["embed_tokens", "lm_head"],
+}
+
+
+@pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED)
+def test_a_tied_weight_that_was_trained_in_one_place_is_untied_as_peft_has_it(
+    tmp_path: Path, trained: list[str]
+) -> None:
+    """PEFT trains a copy; the other use keeps the base's weight. Merged, unmerged and PEFT say the same."""
+    base = save_base(tmp_path / "base", tied=True)
+    adapter = save_adapter(tmp_path / "adapter", base, modules_to_save=trained)
+    expected = logits(base, adapter)
+    assert (logits(base, save_adapter(tmp_path / "other", base)) - expected).abs().max() > 0.05
+    consolidate(adapter, base, tmp_path / "out", progress=False)
+    assert (logits(tmp_path / "out") - expected).abs().max() < 1e-4
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert after.keys() - before.keys() == {"lm_head.weight"}
+    for name in ("model.embed_tokens", "lm_head"):
+        same = torch.equal(after[f"{name}.weight"], before["model.embed_tokens.weight"])
+        assert same != name.endswith(tuple(trained)), name
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    unmerged, _ = unmerged_model(adapter, base)
+    assert (unmerged(TOKENS).logits - expected).abs().max() < 1e-4
+    assert unmerged.lm_head.weight is not unmerged.model.embed_tokens.weight
+
+
+def unmerged_model(adapter: Path, base: Path) -> tuple[Any, Any]:
+    """The adapter on its base, as evaluation has it; with a tokenizer, which that needs."""
+    toy.tokenizer().save_pretrained(base)
+    return load_for_inference(str(adapter), dtype="fp32")
+
+
+def test_an_adapter_on_a_tied_head_leaves_the_embedding_alone(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", tied=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    weight = model.lm_head.weight.detach().clone()
+    layer = AdapterLayer(torch.randn(4, 32) * 0.2, torch.randn(61, 4) * 0.2, weight.norm(dim=1) * 1.5, 2.0)
+    adapter = tmp_path / "adapter"
+    write_peft_folder(adapter, PeftAdapter(str(base), 8, 4, 0.0, True, {"lm_head": layer}))
+    consolidate(adapter, base, tmp_path / "out", progress=False)
+    found = logits(tmp_path / "out")
+    assert (found - logits(base, adapter)).abs().max() < 1e-4 and (found - logits(base)).abs().max() > 0.05
+    assert (unmerged_model(adapter, base)[0](TOKENS).logits - found).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("trained", [["lm_head"], ["embed_tokens"]], ids=["head", "embeddings"])
+def test_an_encoder_and_decoder_that_share_the_embedding_are_untied_too(tmp_path: Path, trained: list[str]) -> None:
+    """BART has one weight under four names, and "embed_tokens" means two of them."""
+    base = summaries.base_model(tmp_path / "base", init_std=0.1)
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(base)
+    config = LoraConfig(r=2, target_modules=["fc1"], modules_to_save=trained, task_type="SEQ_2_SEQ_LM")
+    peft = get_peft_model(model, config)
+    shake(peft)
+    peft.save_pretrained(str(tmp_path / "adapter"))
+    inputs = {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :5]}
+    expected = peft.eval()(**inputs).logits
+    consolidate(tmp_path / "adapter", base, tmp_path / "out", progress=False)
+    merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
+    unmerged, _ = load_for_inference(str(tmp_path / "adapter"), dtype="fp32")
+    for found in (merged, unmerged):
+        assert (found(**inputs).logits - expected).abs().max() < 1e-4
+
+
+def test_a_llava_whose_language_model_is_tied_is_untied(tmp_path: Path) -> None:
+    parts, base = tmp_path / "parts", tmp_path / "base"
+    language = llava.language_model(parts / "language", tie_word_embeddings=True)
+    assemble_llava(llava.tower(parts / "tower"), language, base)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(base)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    saved = {"target_modules": r".*language_model.*q_proj", "modules_to_save": ["embed_tokens"]}
+    peft = get_peft_model(model, LoraConfig(r=2, **saved))
+    shake(peft)
+    peft.save_pretrained(str(tmp_path / "adapter"))
+    expected = peft.eval()(TOKENS).logits
+    consolidate(tmp_path / "adapter", base, tmp_path / "out", progress=False)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+    merged: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    assert (merged(TOKENS).logits - expected).abs().max() < 1e-4
+    entries = TensorFolder.open(tmp_path / "out").entries
+    assert "language_model.lm_head.weight" in entries  # beside "language_model.model.embed_tokens.weight"
 
 
 def test_small_shards_and_blocks_give_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,11 +283,7 @@ def test_an_adapter_of_another_model_names_the_module(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             consolidate(adapter_of(module, out, width), base, tmp_path / "out", progress=False)
-    save_base(base, tied=True)
     tensors = load_file(base / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
-    with pytest.raises(UserError, match="'lm_head', which shares its weight"):
-        consolidate(adapter_of("lm_head", 61, 32), base, tmp_path / "out", progress=False)
     save_file(tensors | {f"{O_PROJ}.weight": torch.ones(32, 32, dtype=torch.int8)}, base / "model.safetensors")
     with pytest.raises(UserError, match="o_proj', stored as torch.int8"):
         consolidate(adapter_of(O_PROJ, 32, 32), base, tmp_path / "out", progress=False)

@@ -152,9 +152,15 @@ def test_trained_modules_that_cannot_be_are_refused(tmp_path: Path) -> None:
         build(base, trained_modules=["head"])
     with pytest.raises(UserError, match=r"both match 'bert.encoder.layer.0.attention.self.query'"):
         build(base, trained_modules=["layer.0"])
+
+
+def test_a_tied_head_that_is_trained_gets_a_weight_of_its_own(tmp_path: Path) -> None:
     tied = toy.base_model(tmp_path / "tied", tie_word_embeddings=True)
-    with pytest.raises(UserError, match=r"trained_modules: 'lm_head.weight' shares its weight with model.embed_tokens"):
-        build(tied, task=Task(), trained_modules=["lm_head"])
+    run = build(tied, task=Task(), trained_modules=["lm_head"])
+    head, embedding = run.model.get_parameter("lm_head.weight"), run.model.get_parameter("model.embed_tokens.weight")
+    assert head is not embedding and torch.equal(head, embedding)
+    assert head.requires_grad and not embedding.requires_grad
+    assert run.untied == ["lm_head.weight"] and run.fresh == []
 
 
 def test_the_outermost_module_is_meant() -> None:

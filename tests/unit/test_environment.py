@@ -3,8 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 
 from dora_dist import environment
+from dora_dist.distributed import choose_accelerator
+from dora_dist.errors import UserError
 
 
 def rank(number: int, host: str = "n0", **changes: Any) -> dict[str, Any]:
@@ -86,3 +89,10 @@ def test_the_table_folds_ranks_that_found_the_same() -> None:
     assert "rank 3 (n1): cuda (NVIDIA A100" in text
     assert text.count("GB/s") == 4 and "0.98 ms" in text and "64 KiB" in text and "1 MiB" in text
     assert text.endswith("warning: look here")
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # so that it holds on a machine with one, too
+    with pytest.raises(UserError, match=r'engine.accelerator = "cuda": torch finds no GPU here .*set it to "auto"'):
+        choose_accelerator("cuda")

@@ -1,12 +1,14 @@
 """The quickstart's data: questions become records, and none is on both sides of the split."""
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
 import pytest
 import quickstart
 import stages
+import torch
 
 from dora_dist.config import RunConfig
 from dora_dist.data.records import load_records
@@ -106,3 +108,20 @@ def test_the_table_and_the_summary(
 def test_a_failing_command_ends_the_quickstart() -> None:
     with pytest.raises(UserError, match="false failed with exit status 1"):
         stages.run("false")
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_the_demo_starts_a_rank_for_each_gpu_at_most_two(
+    gpus: int, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(stages, "run", lambda *words: typed.extend(words))
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # what the demo sets ends with this test
+    monkeypatch.chdir(tmp_path)
+    stages.set_environment()
+    stages.train("configs/quickstart.json", tmp_path / "train")
+    assert os.environ["DS_ACCELERATOR"] == ("cuda" if gpus else "cpu")
+    assert typed[typed.index("--num_accelerators") + 1] == str(ranks)
+    assert ("--bind_cores_to_rank" in typed) <= (gpus == 0)
