@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dora_dist.config import RunConfig
+from dora_dist.data import HasColumns, fingerprint
 from dora_dist.distributed import World
 from dora_dist.errors import UserError
 from dora_dist.models.hub import WANTED
@@ -119,20 +120,13 @@ def of_model_folder(field: str, folder: Path, whole: bool = False) -> dict[str, 
 
 
 def of_data(data: Any) -> dict[str, str]:
-    """The samples as tokenized (TokenizedData): number and content of what each set holds in tensors."""
-    sets = {"training data": data.train, "validation data": data.validation}
-    return {name: f"{len(rows):,} samples, {_of_tensors(rows)}" for name, rows in sets.items() if rows is not None}
-
-
-def _of_tensors(dataset: Any) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(vars(dataset).items()):
-        if isinstance(value, list | tuple | range) and all(isinstance(item, int) for item in value):
-            value = torch.tensor(list(value))
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return f"sha256 {digest.hexdigest()[:12]}"
+    """The samples as tokenized (TokenizedData): number and content of each set, by all its columns."""
+    sets: dict[str, HasColumns | None] = {"training data": data.train, "validation data": data.validation}
+    return {
+        name: f"{len(rows):,} samples, sha256 {fingerprint(rows.columns())}"
+        for name, rows in sets.items()
+        if rows is not None
+    }
 
 
 def _of_file(path: Path, whole: bool) -> str:
