@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dora_dist import run_folder
 from dora_dist.config import RunConfig
 from dora_dist.data import HasColumns, fingerprint
 from dora_dist.distributed import World
@@ -36,19 +37,34 @@ OWN_TO_A_NODE = {
 """Fields that name where something is on this node; what is there has to agree, not the path."""
 
 _MOST_SHOWN = 8
+_SAME_EVERYWHERE = "Every node needs the same code, configuration, base model and data; bring the odd one up to date"
+_SHARED_FOLDER = (
+    "All ranks read one checkpoint, so its folder has to be shared by all nodes (NFS, Lustre or the like); put "
+    "checkpoint.run_dir on such a file system, or copy the checkpoint that you mean to every node"
+)
 
 
-def check_agreement(world: World, facts: Mapping[str, str]) -> None:
+def check_agreement(world: World, facts: Mapping[str, str], remedy: str = _SAME_EVERYWHERE) -> None:
     """Compare `facts` of all ranks (collective). Raises UserError, on every rank, with field, values, ranks, hosts."""
     if world.world_size == 1:
         return
     everyone: list[tuple[str, dict[str, str]]] = [("", {})] * world.world_size
     dist.all_gather_object(everyone, (world.host, dict(facts)))
     if found := differences(everyone):
-        raise UserError(
-            "the ranks disagree. Every node needs the same code, configuration, base model and data; bring the odd "
-            "one up to date:\n  " + "\n  ".join(found)
-        )
+        raise UserError(f"the ranks disagree. {remedy}:\n  " + "\n  ".join(found))
+
+
+def check_checkpoint(world: World, folder: Path) -> None:
+    """Whether `folder` is the same checkpoint on every rank (collective). Raises UserError, on every rank, if not.
+
+    Where the run folder is local to each node, rank 0 would verify one checkpoint and the others read another.
+    """
+    manifest = folder / run_folder.MANIFEST  # holds the checksums of all other files
+    try:
+        found = _digest(manifest.read_bytes())
+    except OSError as error:
+        found = f"unreadable ({error.strerror})"
+    check_agreement(world, {f"checkpoint.resume: {manifest}": found}, _SHARED_FOLDER)
 
 
 def differences(everyone: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:

@@ -13,7 +13,7 @@ from dora_dist.adapters.components import Budget
 from dora_dist.adapters.inject import by_pattern, with_ranks
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.peft_format import read_peft_folder
-from dora_dist.agreement import check_agreement, of_code, of_configuration, of_data, of_model_folder
+from dora_dist.agreement import check_agreement, check_checkpoint, of_code, of_configuration, of_data, of_model_folder
 from dora_dist.config import RunConfig
 from dora_dist.distributed import World, together
 from dora_dist.errors import Stopped, UserError
@@ -55,10 +55,12 @@ def _run(config: RunConfig, world: World, watch: Watch, stop: StopRequest) -> Pa
         compacting = _fine_tune(config, world, watch, stop, in_use, resume)
         if compacting:
             gc.collect()  # engine, trainer and callbacks refer to one another
-            _fine_tune(config, world, watch, stop, in_use, run_folder.newest_checkpoint(run_dir))
-    checkpoint = run_folder.newest_checkpoint(run_dir)
-    assert checkpoint is not None
-    return checkpoint
+            compacted = _read_by_all(run_folder.newest_checkpoint(run_dir), world)
+            _fine_tune(config, world, watch, stop, in_use, compacted)
+    newest = [run_folder.newest_checkpoint(run_dir)]
+    dist.broadcast_object_list(newest)  # other nodes need not see rank 0's folder unless they resume from it
+    assert newest[0] is not None
+    return newest[0]
 
 
 def _fine_tune(
@@ -274,7 +276,15 @@ def _resume_from(config: RunConfig, run_dir: Path, world: World) -> Path | None:
             found = [Path(resume)]
         else:
             _check_unused(run_dir)
+    return _read_by_all(found[0], world)
+
+
+def _read_by_all(checkpoint: Path | None, world: World) -> Path | None:
+    """The checkpoint that rank 0 found (collective). Raises UserError, on every rank, if others have another there."""
+    found = [checkpoint]
     dist.broadcast_object_list(found)
+    if found[0] is not None:
+        check_checkpoint(world, found[0])
     return found[0]
 
 
