@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dora_dist.data import EpochBatches, EpochDataLoader, TokenizedData
 from dora_dist.distributed import World, shorten_timeout
 from dora_dist.errors import UserError
 from dora_dist.models.build import AdaptedModel
-from dora_dist.stopping import StopRequest
+from dora_dist.stopping import EvaluationStopped, StopRequest, StopTogether
 from dora_dist.training.objectives import objective
 from dora_dist.training.rates import set_rates
 from dora_dist.training.unreadable import Unreadable
@@ -61,6 +62,7 @@ class DoraTrainer(Trainer):
         self._objective = objective(config, tokenizer, run.model)
         self._unreadable = Unreadable(getattr(self._objective, "problems", []), config.data.bad_images, world)
         self._stop = stop
+        self._together: StopTogether | None = None
         self._saver: Saver | None = None
         self._suspect: dict[str, Any] | None = None
         self.pruner: ComponentPruner | None = None
@@ -166,13 +168,19 @@ class DoraTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The objective's metrics over the whole validation set (collective): {"eval_loss": ..., ...}."""
+        """The objective's metrics over the whole validation set (collective): {"eval_loss": ..., ...}.
+
+        {} if a rank was asked to stop: the run then saves, and ends.
+        """
         model = self.model_wrapped
         model.eval()
         dataset = eval_dataset if eval_dataset is not None else self.data.validation
         loader = self.get_eval_dataloader(dataset)
-        batches = (self._prepare_inputs(batch) for batch in loader)
-        found = self._objective.evaluate(model, batches, dataset, self.args.device)
+        try:
+            found = self._objective.evaluate(model, self._until_stopped(loader), dataset, self.args.device)
+        except EvaluationStopped:
+            self.stopping = self.control.should_save = self.control.should_training_stop = True
+            return {}
         if left_out := self._unreadable.settle():
             self.log(left_out)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
@@ -180,7 +188,17 @@ class DoraTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _until_stopped(self, loader: EpochDataLoader) -> Iterator[dict[str, Any]]:
+        if self._together is None:
+            self._together = StopTogether(self._stop, self.config.engine.step_timeout_s)
+        for batch in loader:
+            self._together.check()
+            yield self._prepare_inputs(batch)
+        self._together.finish()
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if not metrics:  # of an evaluation that was stopped
+            return False
         best = bool(super()._determine_best_metric(metrics, trial))
         if best and self.config.checkpoint.keep_best:
             self.control.should_save = True
@@ -236,6 +254,8 @@ class DoraTrainer(Trainer):
         """Wait for the last save (collective). Raises UserError if it failed: a run must not end without its result."""
         assert self._saver is not None
         self._saver.close()
+        if self._together is not None:
+            self._together.close()
         self._report_saved(must_succeed=True)
 
     def wait_for_saving(self, timeout_s: float = 30.0) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from dora_dist import run_folder
+from dora_dist.config.schema import TrainingConfig
+from dora_dist.data.dataset import held_out
 from dora_dist.exit_codes import DONE, LOST_RANK, STOPPED, USERS_MISTAKE
 from tests import toy
 from tests.distributed.training_runs import config, metrics
@@ -105,6 +107,26 @@ def test_a_signal_to_any_rank_stops_all_at_one_step_with_a_checkpoint(
     newest = run_folder.newest_checkpoint(folder / name)
     assert newest is not None and run_folder.step_of(newest) == stopped_at < 12
     assert "--resume goes on" in job.said(0)
+    go_on(folder, name, expected)
+
+
+def test_a_signal_during_a_long_evaluation_stops_all_at_its_next_batch(
+    folder: Path, expected: dict[int, float]
+) -> None:
+    """The same training samples as elsewhere here, and an evaluation that would take minutes."""
+    records, name = json.loads((folder / "data.json").read_text()), "evaluating"
+    chosen = held_out(len(records), 5, TrainingConfig().seed)
+    training = [record for i, record in enumerate(records) if i not in chosen]
+    (folder / "training.json").write_text(json.dumps(training))
+    toy.write_records(folder / "long.json", 20_000)
+    data = {"train": str(folder / "training.json"), "validation": str(folder / "long.json")}
+    with start(folder, name, 2, training={"eval_every": 3}, data={**data, "validation_samples": 0}) as job:
+        job.until(lambda: steps_done(folder / name) == 3)
+        job.send(1, signal.SIGTERM)
+        assert job.codes(timeout=30) == [STOPPED, STOPPED], job.output()
+    assert not metrics(folder / name)["eval"]  # what was not evaluated to its end is not reported
+    newest = run_folder.newest_checkpoint(folder / name)
+    assert newest is not None and run_folder.step_of(newest) == 3
     go_on(folder, name, expected)
 
 
