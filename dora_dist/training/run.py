@@ -35,8 +35,9 @@ def train(config: RunConfig) -> Path:
     distributed.choose_accelerator(config.engine.accelerator)
     config.check_engine_options()
     with StopRequest() as stop:
+        distributed.leave_nccl_errors_to_the_watch()
         world = distributed.start(config.engine.start_timeout_s)
-        with Watch(world) as watch:
+        with Watch(world, config.engine.start_timeout_s) as watch:
             checkpoint = _run(config, world, watch, stop)
     if world.first:
         print(f"done: {checkpoint} (adapter in PEFT's format: {checkpoint / run_folder.ADAPTER})")
@@ -164,7 +165,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
             print(f"{batch} records a step on {world.world_size} ranks: {empty} of {batch + empty} places stay empty")
     run_dir = Path(config.checkpoint.run_dir)
     report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
-    step = StepCallback(world, watch, stop, config.training.seed, config.engine.step_timeout_s)
+    step = StepCallback(world, watch, stop, config)
     callbacks = [step, report, *([_tensorboard(run_dir)] if config.logging.tensorboard else [])]
     trainer = DoraTrainer(run, config, spec, budget, args, data, tokenizer, world, stop, callbacks)
     step.trainer = report.trainer = trainer

@@ -17,7 +17,7 @@ from dora_dist.adapters.components import Budget, ComponentPruner
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.config import RunConfig
 from dora_dist.data import EpochBatches, EpochDataLoader, TokenizedData
-from dora_dist.distributed import World, shorten_timeout
+from dora_dist.distributed import World, limit_collectives
 from dora_dist.errors import UserError
 from dora_dist.models.build import AdaptedModel
 from dora_dist.stopping import EvaluationStopped, StopRequest, StopTogether
@@ -339,16 +339,17 @@ class DoraTrainer(Trainer):
 class StepCallback(TrainerCallback):
     """What has to happen around each optimizer step, on every rank."""
 
-    def __init__(self, world: World, watch: Watch, stop: StopRequest, seed: int, step_timeout_s: float) -> None:
+    def __init__(self, world: World, watch: Watch, stop: StopRequest, config: RunConfig) -> None:
         self.trainer: DoraTrainer | None = None
-        self._world, self._watch, self._stop = world, watch, stop
-        self._seed, self._step_timeout_s = seed, step_timeout_s
+        self._world, self._watch, self._stop, self._seed = world, watch, stop, config.training.seed
+        self._start_timeout_s, self._step_timeout_s = config.engine.start_timeout_s, config.engine.step_timeout_s
         self._steps = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
         self._watch.before_exit = self.trainer.wait_for_saving
         self._stop.can_save = True
+        limit_collectives(self._start_timeout_s)  # DeepSpeed has made its groups by now
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Dropout's randomness as a function of position: a resumed run draws what an uninterrupted one would.
@@ -368,8 +369,12 @@ class StepCallback(TrainerCallback):
             control.should_evaluate = False  # there may be little time left
         self._steps += 1
         if self._steps == 1:
-            shorten_timeout(self._step_timeout_s)
-            self._watch.limit_silence(0.9 * self._step_timeout_s)  # before the collectives give up: we know more
+            limit_collectives(self._step_timeout_s)
+            self._watch.expect_steps(self._step_timeout_s)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        limit_collectives(self._start_timeout_s)  # what follows is the last save, or another start
+        self._watch.expect_no_steps()
 
 
 def _check_position(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

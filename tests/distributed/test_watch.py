@@ -8,7 +8,7 @@ import pytest
 from dora_dist import distributed
 from dora_dist.errors import UserError
 from dora_dist.exit_codes import FAILED, USERS_MISTAKE
-from dora_dist.watch import SILENCE_S, Watch
+from dora_dist.watch import FAREWELL_S, Watch
 from tests.ranks import RankError, run_ranks
 
 
@@ -37,7 +37,7 @@ def end_well() -> None:
         with pytest.raises(UserError), Watch(world):
             raise UserError("on every rank")
     with Watch(world):
-        time.sleep(0.1 if world.first else SILENCE_S / 5)
+        time.sleep(0.1 if world.first else FAREWELL_S / 5)
 
 
 def test_an_error_on_all_ranks_is_each_ones_own_and_the_next_watch_starts_anew() -> None:

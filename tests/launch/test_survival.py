@@ -73,14 +73,38 @@ def test_a_killed_rank_ends_the_others_which_say_who_it_was(
     go_on(folder, name, expected)
 
 
-def test_a_rank_that_hangs_ends_the_others_within_the_timeout(folder: Path) -> None:
-    with start(folder, "hangs", 3, engine={"step_timeout_s": 6.0}) as job:
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_process_that_stands_still_ends_the_others_within_the_timeout(folder: Path, victim: int) -> None:
+    """Rank 0 takes the store with it that the ranks met in: it does not answer, and no connection breaks."""
+    name, others = f"stopped-{victim}", [rank for rank in range(3) if rank != victim]
+    with start(folder, name, 3, engine={"step_timeout_s": 6.0}, checkpoint={"save_every": 1000}) as job:
+        job.until(lambda: steps_done(folder / name) >= 2)
+        job.send(victim, signal.SIGSTOP)
+        for rank in others:
+            job.ranks[rank].join(40)
+        assert [job.ranks[rank].exitcode for rank in others] == [LOST_RANK, LOST_RANK], job.output()
+    assert all(f"lost rank {victim} (host " in job.said(rank) for rank in others)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_while_another_waits_for_its_device(folder: Path, victim: int) -> None:
+    """No exception reaches the one that waits, and its limit for a step is ten minutes."""
+    name, waiting = f"device-{victim}", 1 - victim
+    with start(folder, name, 2) as job:
+        job.until(lambda: steps_done(folder / name) >= 2)
+        job.hang(waiting)
+        job.send(victim, signal.SIGKILL)
+        assert job.codes(timeout=60)[waiting] == LOST_RANK, job.output()
+    assert f"lost rank {victim} (host " in job.said(waiting)
+
+
+def test_a_main_thread_that_hangs_in_a_process_that_lives_is_named(folder: Path) -> None:
+    with start(folder, "hangs", 3, engine={"step_timeout_s": 6.0}, checkpoint={"save_every": 1000}) as job:
         job.until(lambda: steps_done(folder / "hangs") >= 2)
-        job.send(2, signal.SIGSTOP)
-        job.ranks[0].join(40)
-        job.ranks[1].join(40)
-        assert [job.ranks[0].exitcode, job.ranks[1].exitcode] == [LOST_RANK, LOST_RANK], job.output()
-    assert "lost rank 2" in job.said(0) and "lost rank 2" in job.said(1)
+        job.hang(1)
+        assert job.codes(timeout=60) == [LOST_RANK] * 3, job.output()
+    for rank in range(3):
+        assert "lost rank 1 (host " in job.said(rank) and "alive, but for" in job.said(rank)
 
 
 def test_a_log_that_cannot_be_written_ends_all_ranks(folder: Path) -> None:
