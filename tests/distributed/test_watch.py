@@ -2,6 +2,7 @@
 
 import os
 import time
+from datetime import timedelta
 
 import pytest
 
@@ -42,6 +43,35 @@ def end_well() -> None:
 
 def test_an_error_on_all_ranks_is_each_ones_own_and_the_next_watch_starts_anew() -> None:
     run_ranks(end_well, 2)
+
+
+def wait_alone_in_each_group() -> list[str]:
+    """What rank 0 is told by collectives that rank 1 never enters, in torch's group and in hpZ's inside a node."""
+    import torch
+    import torch.distributed as dist
+    from deepspeed.utils import groups
+
+    world = distributed.start()
+    groups._create_zero_param_parallel_group(2)
+    of_ours = dist.new_group(timeout=timedelta(seconds=100), group_desc="saving")
+    distributed.limit_collectives(1.5)
+    assert of_ours not in distributed.training_groups()
+    said = []
+    for group in (dist.group.WORLD, groups._get_zero_param_intra_parallel_group()):
+        if world.first:
+            with pytest.raises(RuntimeError) as found:
+                dist.all_reduce(torch.ones(1), group=group)
+            said.append(str(found.value))
+    store = dist.distributed_c10d._get_default_store()
+    if world.first:
+        store.set("done", "")
+    store.wait(["done"])
+    return said
+
+
+def test_groups_that_deepspeed_makes_have_the_timeout_of_a_step_too() -> None:
+    said, _ = run_ranks(wait_alone_in_each_group, 2)
+    assert len(said) == 2 and all("1500ms" in text for text in said), said
 
 
 def threads() -> int:
