@@ -64,7 +64,7 @@ class SignsOfLife:
 
     def give(self) -> None:
         self._number += 1
-        sign = Sign(socket.gethostname(), os.getpid(), self._number, _collectives_entered())
+        sign = Sign(socket.gethostname(), os.getpid(), self._number, collectives_entered())
         with self._asking():
             self._store.set(self._names[self._world.rank], json.dumps(asdict(sign)))
 
@@ -128,7 +128,8 @@ class SignsOfLife:
                 self._open_question = None
 
 
-def _collectives_entered() -> int:
+def collectives_entered() -> int:
+    """By this rank's main thread, in all process groups that it uses; the same number on every rank at rest."""
     total = 0
     for group in training_groups():
         with suppress(RuntimeError):  # a group that is being destroyed

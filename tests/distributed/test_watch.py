@@ -3,6 +3,8 @@
 import os
 import time
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,8 @@ from dora_dist import distributed
 from dora_dist.errors import UserError
 from dora_dist.exit_codes import FAILED, USERS_MISTAKE
 from dora_dist.watch import FAREWELL_S, Watch
+from tests import toy
+from tests.distributed import training_runs
 from tests.ranks import RankError, run_ranks
 
 
@@ -72,6 +76,34 @@ def wait_alone_in_each_group() -> list[str]:
 def test_groups_that_deepspeed_makes_have_the_timeout_of_a_step_too() -> None:
     said, _ = run_ranks(wait_alone_in_each_group, 2)
     assert len(said) == 2 and all("1500ms" in text for text in said), said
+
+
+def collectives_of(configuration: dict[str, Any]) -> int:
+    """How many collectives this rank's main thread has entered after a run."""
+    import torch.distributed as dist
+
+    from dora_dist.signs import collectives_entered
+
+    training_runs.run(configuration)
+    entered = collectives_entered()
+    dist.barrier()  # the other ranks may still be asking
+    return entered
+
+
+def test_all_ranks_of_a_run_enter_as_many_collectives(tmp_path: Path) -> None:
+    """Who hangs is judged by it. The run saves, evaluates, and has hpZ's groups besides torch's and DeepSpeed's."""
+    toy.training_folder(tmp_path)
+    training = {"max_steps": 2, "eval_every": 1}
+    configuration = training_runs.config(
+        tmp_path / "base",
+        tmp_path / "data.json",
+        tmp_path / "run",
+        training=training,
+        checkpoint={"save_every": 1},
+        engine={"hpz_partition_size": 2},
+    )
+    entered = run_ranks(collectives_of, 2, configuration)
+    assert entered[0] == entered[1] > 100
 
 
 def threads() -> int:
