@@ -17,7 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dora_dist import run_folder
 from dora_dist.config import RunConfig
+from dora_dist.data import HasColumns, fingerprint
 from dora_dist.distributed import World
 from dora_dist.errors import UserError
 from dora_dist.hub import WANTED
@@ -35,19 +37,34 @@ OWN_TO_A_NODE = {
 """Fields that name where something is on this node; what is there has to agree, not the path."""
 
 _MOST_SHOWN = 8
+_SAME_EVERYWHERE = "Every node needs the same code, configuration, base model and data; bring the odd one up to date"
+_SHARED_FOLDER = (
+    "All ranks read one checkpoint, so its folder has to be shared by all nodes (NFS, Lustre or the like); put "
+    "checkpoint.run_dir on such a file system, or copy the checkpoint that you mean to every node"
+)
 
 
-def check_agreement(world: World, facts: Mapping[str, str]) -> None:
+def check_agreement(world: World, facts: Mapping[str, str], remedy: str = _SAME_EVERYWHERE) -> None:
     """Compare `facts` of all ranks (collective). Raises UserError, on every rank, with field, values, ranks, hosts."""
     if world.world_size == 1:
         return
     everyone: list[tuple[str, dict[str, str]]] = [("", {})] * world.world_size
     dist.all_gather_object(everyone, (world.host, dict(facts)))
     if found := differences(everyone):
-        raise UserError(
-            "the ranks disagree. Every node needs the same code, configuration, base model and data; bring the odd "
-            "one up to date:\n  " + "\n  ".join(found)
-        )
+        raise UserError(f"the ranks disagree. {remedy}:\n  " + "\n  ".join(found))
+
+
+def check_checkpoint(world: World, folder: Path) -> None:
+    """Whether `folder` is the same checkpoint on every rank (collective). Raises UserError, on every rank, if not.
+
+    Where the run folder is local to each node, rank 0 would verify one checkpoint and the others read another.
+    """
+    manifest = folder / run_folder.MANIFEST  # holds the checksums of all other files
+    try:
+        found = _digest(manifest.read_bytes())
+    except OSError as error:
+        found = f"unreadable ({error.strerror})"
+    check_agreement(world, {f"checkpoint.resume: {manifest}": found}, _SHARED_FOLDER)
 
 
 def differences(everyone: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
@@ -121,20 +138,13 @@ def of_model_folder(
 
 
 def of_data(data: Any) -> dict[str, str]:
-    """The samples as tokenized (TokenizedData): number and content of what each set holds in tensors."""
-    sets = {"training data": data.train, "validation data": data.validation}
-    return {name: f"{len(rows):,} samples, {_of_tensors(rows)}" for name, rows in sets.items() if rows is not None}
-
-
-def _of_tensors(dataset: Any) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(vars(dataset).items()):
-        if isinstance(value, list | tuple | range) and all(isinstance(item, int) for item in value):
-            value = torch.tensor(list(value))
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return f"sha256 {digest.hexdigest()[:12]}"
+    """The samples as tokenized (TokenizedData): number and content of each set, by all its columns."""
+    sets: dict[str, HasColumns | None] = {"training data": data.train, "validation data": data.validation}
+    return {
+        name: f"{len(rows):,} samples, sha256 {fingerprint(rows.columns())}"
+        for name, rows in sets.items()
+        if rows is not None
+    }
 
 
 def _of_file(path: Path, whole: bool) -> str:

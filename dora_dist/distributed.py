@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -118,9 +119,51 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def shorten_timeout(timeout_s: float) -> None:
-    """From now on a collective that takes longer than this is an error: set once the slow start is over."""
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), dist.distributed_c10d._get_default_group())
+def training_groups() -> list[Any]:
+    """Process groups of this rank that the main thread uses: torch's default one and those that DeepSpeed makes.
+
+    Groups of ours that work in the background (checkpoints) say so in their description, and keep time by themselves.
+    """
+    groups = list(dist.distributed_c10d._world.pg_map)
+    return [group for group in groups if group.group_desc in ("default_pg", "undefined")]
+
+
+def limit_collectives(timeout_s: float) -> None:
+    """From now on a collective that takes longer than this is an error, in all of `training_groups`.
+
+    DeepSpeed makes its groups (data parallelism, hpZ's inside a node) without a timeout: they would have torch's own,
+    30 minutes with gloo and 10 with NCCL.
+    """
+    for group in training_groups():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def broken_collective() -> str | None:
+    """What went wrong in a collective that cannot raise, as NCCL's watchdog has it: "TIMEOUT", "COMM_ERROR", ..."""
+    for group in training_groups():
+        for device in group._device_types:
+            backend = group._get_backend(device)
+            # gloo keeps no such record: its collectives raise.
+            if hasattr(backend, "get_error") and backend.get_error().name != "SUCCESS":
+                return str(backend.get_error().name)
+    return None
+
+
+def leave_nccl_errors_to_the_watch() -> None:
+    """Have NCCL's errors end a run through `Watch`, with a reason and its exit code (before any process group exists).
+
+    By itself torch's NCCL watchdog ends the process with SIGABRT and a C++ stack when a peer is gone or a collective
+    times out (TORCH_NCCL_ASYNC_ERROR_HANDLING=3, and torchrun sets 1). Modes 1 and 2 abort the communicator first:
+    kernels return with half a result, and the main thread would go on with it. With 0 the failed kernel keeps the
+    main thread where it is, the error stays readable (`broken_collective`), and the watch says who is lost.
+    TORCH_NCCL_DUMP_ON_TIMEOUT would have the rank that sees the error first tell all ranks' monitor threads to dump
+    and to end their processes, and TORCH_NCCL_ENABLE_MONITORING lets such a thread end a process whose watchdog
+    stands still for 8 minutes, maybe because a device is busy. What a user has set stays.
+    """
+    if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1") == "1":  # torchrun's, not the user's
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
 
 
 @contextmanager

@@ -32,8 +32,9 @@ def survey(timeout_s: float) -> dict[str, Any] | None:
     not find one another within `timeout_s` seconds.
     """
     distributed.choose_accelerator("auto")
+    distributed.leave_nccl_errors_to_the_watch()
     world = distributed.start(timeout_s)
-    with Watch(world):
+    with Watch(world, timeout_s):
         ranks: list[dict[str, Any]] = [{}] * world.world_size
         dist.all_gather_object(ranks, _this_rank(world))
         collectives = measure(world)

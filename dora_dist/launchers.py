@@ -24,6 +24,16 @@ _NAMES = {
 }
 """Rank, number of ranks and rank on the node, as each launcher calls them. Intel MPI's are MPICH's."""
 
+PORT_OPTIONS = {
+    "deepspeed": "deepspeed --master_port N",
+    "torchrun": "torchrun --master_port N (with a rendezvous of its own, --rdzv_endpoint HOST:N)",
+    "openmpi": "mpirun -x MASTER_PORT=N",
+    "mpich": "mpirun -genv MASTER_PORT N",
+    "intelmpi": "mpirun -genv MASTER_PORT N",
+    "srun": "MASTER_PORT=N srun",
+}
+"""How a launcher's ranks are told to meet at another port, N."""
+
 _LOCAL_SIZES = {"openmpi": "OMPI_COMM_WORLD_LOCAL_SIZE", "mpich": "MPI_LOCALNRANKS"}
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # batch scripts, interactive shells and the like are steps beyond this number
 _PORTS = range(15_000, 30_000)  # below those that Linux hands to outgoing connections

@@ -14,7 +14,7 @@ import psutil
 import torch.distributed as dist
 
 from dora_dist.errors import UserError
-from dora_dist.launchers import Launch, source_address
+from dora_dist.launchers import PORT_OPTIONS, Launch, source_address
 
 _FAREWELL_S = 10.0  # how long rank 0 keeps the store open for the others to hear who is missing
 
@@ -48,9 +48,13 @@ def own_card(launch: Launch, backend: str, devices: int) -> Card:
 def meet(launch: Launch, mine: Card, timeout_s: float) -> tuple[dist.Store, list[Card]]:
     """Exchange cards with all ranks; returns the store and every rank's card, in rank order.
 
-    Raises UserError, on every rank that came, when ranks are missing after `timeout_s`, with their numbers.
+    Raises UserError, on every rank that came, when ranks are missing after `timeout_s`, with their numbers; and where
+    another run's ranks meet, which takes no notice.
     """
     store = _open(launch, mine, timeout_s)
+    # The store that answers may be another run's, where ours could not listen: whoever came there first stays.
+    if store.add(f"claim/{launch.rank}", 1) > 1:
+        raise UserError(_taken(launch, mine, f"another run's rank {launch.rank} is there"))
     store.set(f"card/{launch.rank}", json.dumps(asdict(mine)))
     place = f"{launch.address}:{launch.port}"
     try:
@@ -59,6 +63,8 @@ def meet(launch: Launch, mine: Card, timeout_s: float) -> tuple[dist.Store, list
         else:
             store.wait(["roll"], timedelta(seconds=timeout_s + _FAREWELL_S))
         roll = json.loads(store.get("roll"))
+        if len(roll) != launch.world_size:
+            raise UserError(_taken(launch, mine, f"a run of {len(roll)} ranks meets there, not of {launch.world_size}"))
         if None in roll and launch.rank == 0:
             _await_farewells(store, len(roll) - roll.count(None))
         store.add("farewells", 1)
@@ -129,7 +135,7 @@ def _open(launch: Launch, mine: Card, timeout_s: float) -> dist.Store:
     assert launch.address is not None and launch.port is not None  # `settle` saw to it
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent keeps the store
     try:
-        return dist.TCPStore(
+        store = dist.TCPStore(
             launch.address,
             launch.port,
             is_master=launch.rank == 0 and not by_agent,
@@ -138,15 +144,24 @@ def _open(launch: Launch, mine: Card, timeout_s: float) -> dist.Store:
             multi_tenant=True,
         )
     except (dist.DistError, ValueError) as error:
-        place = f"{launch.address}:{launch.port} (MASTER_ADDR, MASTER_PORT)"
         if "EADDRINUSE" in str(error):
-            remedy = "another program uses this port; set MASTER_PORT to a free one on all ranks"
-        else:
-            remedy = "look whether rank 0 runs there, whether the name means that host here too, and at firewalls"
+            raise UserError(_taken(launch, mine, "another program listens there")) from error
         raise UserError(
-            f"rank {launch.rank} on {mine.host} cannot meet the others at {place}, tried for {timeout_s:g} s: "
-            + f"{str(error).splitlines()[0]}; {remedy}"
+            f"rank {launch.rank} on {mine.host} cannot meet the others at {launch.address}:{launch.port} (MASTER_ADDR, "
+            f"MASTER_PORT), tried for {timeout_s:g} s: {str(error).splitlines()[0]}; look whether rank 0 runs there, "
+            "whether the name means that host here too, and at firewalls"
         ) from error
+    # torchrun's agent keeps its store when it starts the ranks again, with all that the last ones have put there.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else "0"
+    return dist.PrefixStore(f"dora_dist/{attempt}", store)
+
+
+def _taken(launch: Launch, mine: Card, how: str) -> str:
+    option = PORT_OPTIONS.get(launch.launcher, "MASTER_PORT=N in the environment of all ranks")
+    return (
+        f"rank {launch.rank} on {mine.host} cannot meet the others at {launch.address}:{launch.port}: this port is "
+        f"taken, {how}. Two runs on one machine need two ports; choose a free one: {option}"
+    )
 
 
 def _roll(store: dist.Store, world_size: int, timeout_s: float) -> str:

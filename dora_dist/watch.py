@@ -1,72 +1,114 @@
-"""No rank waits for ever for one that is gone, and every rank can say which it was.
+"""No rank waits for ever for one that is gone or that hangs, and every rank can say which it was.
 
-A thread of every rank gives a sign of life each second, in the store that the ranks met in. A rank that fails leaves
-its reason there, and the others, who may be waiting for it inside a collective, end with that reason. A rank whose
-collective breaks calls the roll: whoever has stopped giving signs is lost.
+A thread of every rank gives a sign of life each second. Nothing else is needed of the main thread, which may be inside
+a collective, or wait for a device without end: with NCCL a collective only queues work, and no exception ever comes
+back to Python when another rank dies.
+
+Rank 0's thread judges the signs. A rank without a fresh one is lost. When no rank comes further, those that have
+entered the fewest collectives hang, and the others wait for them. A rank that fails leaves its reason; a rank whose
+collective breaks calls the roll first. Whatever the reason, every rank's thread sees it, and ends the process if the
+main thread does not.
 """
 
-import json
 import os
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any
 
 import torch.distributed as dist
 
-from dora_dist.distributed import World
+from dora_dist.distributed import World, broken_collective
 from dora_dist.errors import LostRank, Stopped, UserError
 from dora_dist.exit_codes import FAILED, INTERRUPTED, LOST_RANK, STOPPED, USERS_MISTAKE
+from dora_dist.signs import Reason, Sign, SignsOfLife
 
 INTERVAL_S = 1.0  # between signs of life
-SILENCE_S = 5.0  # without one a rank is lost, if a collective broke; also the time that ranks have to end by themselves
+FAREWELL_S = 5.0  # for ranks to end by themselves; a rank silent for so long is lost if a collective broke, too
+SILENCE_S = 30.0
+"""Without a sign a rank is lost, once steps are taken. A thread that has nothing to do but this is late only where its
+process does not run, or other code holds Python's lock: no step holds it for more than moments."""
+START_SILENCE_S = 120.0
+"""The same before the first step: parsing JSON holds Python's lock, and data may be gigabytes of it at 100 MB/s."""
 
 
-@dataclass(frozen=True)
-class Reason:
-    """Why the ranks end: the first failure of any of them, who said so, and the exit status that goes with it."""
+class Judge:
+    """Who is lost and who hangs, from the ranks' signs, looked at every INTERVAL_S.
 
-    rank: int
-    code: int
-    text: str
+    Time is counted in looks: while this process itself stood still (stopped, swapped out), nobody else aged.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._signs: dict[int, Sign] = {}
+        self._silent = dict.fromkeys(range(world_size), 0)
+        self._still = 0
+
+    def look(self, signs: Mapping[int, Sign]) -> None:
+        for rank in self._silent:
+            before, now = (signs[rank].number if rank in signs else None for signs in (self._signs, signs))
+            self._silent[rank] = self._silent[rank] + 1 if before == now else 0
+        self._still = self._still + 1 if self._progress(self._signs) == self._progress(signs) else 0
+        self._signs = dict(signs)
+
+    def lost(self, seconds: float) -> list[int]:
+        """Ranks without a fresh sign for so long."""
+        return [rank for rank, looks in self._silent.items() if looks * INTERVAL_S >= seconds]
+
+    def hanging(self, seconds: float) -> list[int]:
+        """Ranks that the others wait for, when none has come further for so long; none if all are equally far."""
+        entered = self._progress(self._signs)
+        if self._still * INTERVAL_S < seconds or len(set(entered.values())) < 2:
+            return []
+        return [rank for rank, count in entered.items() if count == min(entered.values())]
+
+    @staticmethod
+    def _progress(signs: Mapping[int, Sign]) -> dict[int, int]:
+        return {rank: sign.collectives for rank, sign in signs.items()}
 
 
 class Watch:
     """Watches over all ranks inside its context; on an error the context ends every rank.
 
     Leaving it well waits for the other ranks. Leaving it by an error raises that error, or LostRank if its cause is
-    that another rank is gone. A rank that cannot end by itself, because it is stuck in a collective, is ended by its
-    thread: the reason goes to stderr, `before_exit` runs, and the process ends with the reason's exit status.
+    that another rank is gone. A rank that cannot end by itself, because it is stuck in a collective or waits for a
+    device, is ended by its thread: the reason goes to stderr, `before_exit` runs, and the process ends with the
+    reason's exit status.
     """
 
-    _count = 0  # the same on every rank: what an earlier run left in the store is not ours
-
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, world: World, start_timeout_s: float = 1800.0) -> None:
+        """start_timeout_s: how long ranks may keep the others waiting while no steps are taken."""
+        self._world, self._start_timeout_s = world, start_timeout_s
         self.before_exit: Callable[[], None] = lambda: None
-        self._over = threading.Event()
-        Watch._count += 1
-        self._limit_s: float | None = None
+        self.expect_no_steps()
+        self._over, self._left = threading.Event(), threading.Event()
+        self._judge, self._broken = Judge(world.world_size), 0
+        self._holder = "rank 0"
         if world.world_size > 1:
-            # A connection of its own: this thread must not wait for what the main thread asks the store.
-            store: Any = dist.distributed_c10d._get_default_store()
-            self._store = dist.PrefixStore(f"watch/{Watch._count}", store.clone())
-            self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+            self._signs = SignsOfLife(world)
+            self._threads = [
+                threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
+                for target in (self._watch, self._watch_the_store)
+            ]
 
-    def limit_silence(self, seconds: float) -> None:
-        """From now on end every rank when one has given no sign of life for so long, even if no collective breaks."""
-        self._limit_s = seconds
+    def expect_steps(self, timeout_s: float) -> None:
+        """From now on all ranks take steps together, and none may keep the others waiting for `timeout_s`."""
+        self._limit_s = 0.9 * timeout_s  # before collectives give up, who know less
+        self._silence_s = min(SILENCE_S, self._limit_s)
+
+    def expect_no_steps(self) -> None:
+        """From now on ranks load, build or write, as before the first step."""
+        self._limit_s = 0.9 * self._start_timeout_s
+        self._silence_s = min(START_SILENCE_S, self._limit_s)
 
     def __enter__(self) -> "Watch":
         if self._world.world_size > 1:
-            self._give_sign()
-            self._thread.start()
+            self._signs.give()
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(
@@ -75,80 +117,87 @@ class Watch:
         if self._world.world_size == 1:
             return
         if error is None:
+            try:
+                dist.barrier()  # until the last has come this far, it may still be lost
+            except RuntimeError as broke:
+                self._leave(broke)
+                raise
             self._over.set()
-            self._thread.join()
-            dist.barrier()  # the store may live in a rank: none leaves before all have stopped asking it
-            return
+            self._threads[0].join()
+            self._say_ended(wait=self._world.first)
+            self._left.set()
+        else:
+            self._leave(error)
+
+    def _leave(self, error: BaseException) -> None:
+        """Agree with the others on why all end. Raises LostRank if it is not this rank's own error."""
         try:
             reason = self._reason(error)
             self._over.set()
-            self._wait_for_the_others()
+            self._say_ended(wait=True)
         except RuntimeError as gone:
-            raise LostRank(_no_store(gone)) from error
+            raise LostRank(self._no_store(gone)) from error
+        finally:
+            self._left.set()
         says_it_itself = isinstance(error, UserError | Stopped | KeyboardInterrupt)
         if not says_it_itself and (reason.rank != self._world.rank or reason.code == LOST_RANK):
             raise LostRank(reason.text, reason.code) from error
 
-    # --- the thread ------------------------------------------------------------------------------------------------
+    # --- the threads -----------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        seen: dict[int, tuple[str, float]] = {}
         while not self._over.wait(INTERVAL_S):
             try:
-                self._give_sign()
-                if self._world.first and self._limit_s is not None:
-                    self._end_if_silent(seen, self._limit_s)
-                if not self._store.check(["reason"]):
-                    continue
-                reason = self._agreed()
+                self._signs.give()
+                self._look()
+                reason = self._signs.reason()
             except RuntimeError as error:
-                reason = Reason(0, LOST_RANK, _no_store(error))
-            if not self._over.wait(SILENCE_S):  # the main thread has not noticed by itself
+                reason = Reason(0, LOST_RANK, self._no_store(error))
+            if reason is not None and not self._over.wait(FAREWELL_S):  # the main thread has not noticed by itself
                 self._end(reason)
 
-    def _end_if_silent(self, seen: dict[int, tuple[str, float]], limit_s: float) -> None:
-        now = time.monotonic()
-        for rank, sign in self._signs().items():
-            if seen.get(rank, ("", 0.0))[0] != sign:
-                seen[rank] = (sign, now)
-            elif now - seen[rank][1] > limit_s:
-                self._agree(LOST_RANK, f"lost {self._describe(rank)}: no sign of life for {limit_s:g} s")
+    def _look(self) -> None:
+        """Rank 0 looks at everyone's signs; so does a rank whose collective broke, though no exception says so."""
+        broken = broken_collective()
+        if self._holder == "rank 0":
+            self._holder = self._signs.describe([0])
+        if not self._world.first and broken is None:
+            return
+        self._judge.look(self._signs.read())
+        self._broken += broken is not None
+        called = self._broken * INTERVAL_S > FAREWELL_S
+        silence_s, limit_s = (FAREWELL_S, FAREWELL_S) if called else (self._silence_s, self._limit_s)
+        if lost := self._judge.lost(silence_s):
+            self._say_lost(lost, silence_s)
+        elif hanging := self._judge.hanging(limit_s):
+            text = f"alive, but for {limit_s:g} s the others have waited for it in a collective that it does not enter"
+            self._signs.agree(LOST_RANK, f"lost {self._signs.describe(hanging)}: {text}")
+        elif called:
+            text = (
+                f"a collective failed on rank {self._world.rank} ({broken}), though all ranks are alive and entered it"
+            )
+            self._signs.agree(LOST_RANK, f"{text}; look at the network between the nodes")
 
-    def _end(self, reason: Reason) -> None:
+    def _watch_the_store(self) -> None:
+        """The store answers within moments, or its process or host is gone, and no connection says so."""
+        question, looks = None, 0
+        while not self._left.wait(INTERVAL_S):
+            if self._signs.open_question != question or question is None:
+                question, looks = self._signs.open_question, 0
+                continue
+            looks += 1
+            if looks * INTERVAL_S >= self._silence_s:
+                silence = TimeoutError(f"no answer for {self._silence_s:g} s")
+                self._end(Reason(0, LOST_RANK, self._no_store(silence)), can_tell=False)
+
+    def _end(self, reason: Reason, can_tell: bool = True) -> None:
         sys.stderr.write(f"error on rank {self._world.rank}: {reason.text}\n")
         sys.stderr.flush()
         self.before_exit()
-        try:
-            self._store.set(f"ended/{self._world.rank}", "")
-        except RuntimeError:
-            sys.stderr.write(f"rank {self._world.rank}: the others could not be told\n")
+        if can_tell:
+            with suppress(RuntimeError):  # then the others find the store gone, too
+                self._signs.say_ended()
         os._exit(reason.code)
-
-    # --- the store -------------------------------------------------------------------------------------------------
-
-    def _give_sign(self) -> None:
-        sign = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.monotonic()}
-        self._store.set(f"sign/{self._world.rank}", json.dumps(sign))
-
-    def _signs(self) -> dict[int, str]:
-        names = {rank: f"sign/{rank}" for rank in range(self._world.world_size)}
-        there = {rank: name for rank, name in names.items() if self._store.check([name])}
-        return {rank: self._store.get(name).decode() for rank, name in there.items()}
-
-    def _describe(self, rank: int) -> str:
-        sign = self._signs().get(rank)
-        if sign is None:
-            return f"rank {rank}"
-        fields = json.loads(sign)
-        return f"rank {rank} (host {fields['host']}, process {fields['pid']})"
-
-    def _agree(self, code: int, text: str) -> Reason:
-        """Give a reason; the first one counts, and is returned."""
-        self._store.compare_set("reason", "", json.dumps(asdict(Reason(self._world.rank, code, text))))
-        return self._agreed()
-
-    def _agreed(self) -> Reason:
-        return Reason(**json.loads(self._store.get("reason").decode()))
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
@@ -156,36 +205,34 @@ class Watch:
         """Why all ranks end, seen from a rank that met an error: its own failure, or another rank's."""
         here = f"rank {self._world.rank} on {socket.gethostname()}"
         if isinstance(error, UserError):
-            return self._agree(USERS_MISTAKE, str(error))
+            return self._signs.agree(USERS_MISTAKE, str(error))
         if isinstance(error, Stopped):
-            return self._agree(STOPPED, f"{here}: {error}")
+            return self._signs.agree(STOPPED, f"{here}: {error}")
         if isinstance(error, KeyboardInterrupt):
-            return self._agree(INTERRUPTED, f"{here}: interrupted")
-        before = self._signs()
-        deadline = time.monotonic() + SILENCE_S
-        while time.monotonic() < deadline and not self._store.check(["reason"]):
+            return self._signs.agree(INTERRUPTED, f"{here}: interrupted")
+        before = self._signs.read()
+        deadline = time.monotonic() + FAREWELL_S
+        while time.monotonic() < deadline:
+            if reason := self._signs.reason():
+                return reason
             time.sleep(INTERVAL_S / 5)
-        if self._store.check(["reason"]):
-            return self._agreed()
-        after = self._signs()
-        silent = [rank for rank in range(self._world.world_size) if before.get(rank) == after.get(rank)]
-        if silent:
-            lost = ", ".join(self._describe(rank) for rank in silent)
-            return self._agree(LOST_RANK, f"lost {lost}: no sign of life for {SILENCE_S:g} s")
-        return self._agree(FAILED, f"{here}: {traceback.format_exception_only(error)[-1].strip()}")
+        after = self._signs.read()
+        if lost := [rank for rank in range(self._world.world_size) if before.get(rank) == after.get(rank)]:
+            return self._say_lost(lost, FAREWELL_S)
+        return self._signs.agree(FAILED, f"{here}: {traceback.format_exception_only(error)[-1].strip()}")
 
-    def _wait_for_the_others(self) -> None:
-        """The store may live in this rank, so it stays until the others know the reason, or will never ask."""
-        ended = [f"ended/{rank}" for rank in range(self._world.world_size)]
-        deadline = time.monotonic() + 2 * SILENCE_S + INTERVAL_S
+    def _say_lost(self, ranks: list[int], seconds: float) -> Reason:
+        return self._signs.agree(LOST_RANK, f"lost {self._signs.describe(ranks)}: no sign of life for {seconds:g} s")
+
+    def _say_ended(self, wait: bool) -> None:
+        """Tell the others that this rank asks nothing more. The store may live in rank 0, which leaves last."""
         with nullcontext() if self._world.first else suppress(RuntimeError):  # rank 0 has seen us, and left
-            self._store.set(ended[self._world.rank], "")
-            while time.monotonic() < deadline and not self._store.check(ended):
-                time.sleep(INTERVAL_S / 10)
+            self._signs.say_ended()
+            if wait:
+                self._signs.wait_for_the_others(2 * FAREWELL_S + INTERVAL_S)
         if self._world.first:
             time.sleep(INTERVAL_S / 2)  # the others' last question
 
-
-def _no_store(error: BaseException) -> str:
-    first_line = str(error).partition("\n")[0]
-    return f"lost rank 0, or whatever holds the store that the ranks met in ({first_line})"
+    def _no_store(self, error: BaseException) -> str:
+        first_line = str(error).partition("\n")[0]
+        return f"lost {self._holder}, or whatever holds the store that the ranks met in ({first_line})"

@@ -1,5 +1,6 @@
 """A training job of real processes, without a launcher that would end ranks by itself: they are killed here."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -11,6 +12,8 @@ from typing import Any
 from unittest.mock import patch
 
 from tests.ranks import ON_CPU, context
+
+_HANGS = "the main thread hangs here"
 
 
 class Job:
@@ -51,6 +54,11 @@ class Job:
         assert pid is not None
         os.kill(pid, number)
 
+    def hang(self, rank: int) -> None:
+        """Have a rank's main thread wait outside of Python for ever, as for a device; its other threads go on."""
+        self.send(rank, signal.SIGUSR2)
+        self.until(lambda: _HANGS in self.said(rank))
+
     def codes(self, timeout: float = 120.0) -> list[int | None]:
         """Every rank's exit status once all have ended; as `Process.exitcode`, so -9 for a rank that was killed."""
         deadline = time.monotonic() + timeout
@@ -82,7 +90,14 @@ def _main(environment: dict[str, str], log: Path, arguments: list[str]) -> None:
         os.dup2(file.fileno(), sys.stderr.fileno())
     from dora_dist.cli import run
 
+    signal.signal(signal.SIGUSR2, _hang)
     run(["train", *arguments])
+
+
+def _hang(*_: object) -> None:
+    print(_HANGS, flush=True)
+    while True:
+        ctypes.CDLL(None).sleep(1000)
 
 
 def _free_port() -> int:

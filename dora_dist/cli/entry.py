@@ -48,6 +48,9 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
 
     The interpreter's own teardown is left out: threads that libraries leave behind can abort or hang a rank in it.
     """
+    # torch reads this once, when it is imported, which no command has done yet. Its warnings about connections that
+    # break hold a page of C++ stack each, from every rank; what they are about, `Watch` says in words.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         status = main(arguments)
     except Exception:

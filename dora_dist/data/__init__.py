@@ -2,6 +2,7 @@
 
 from dora_dist.data.build import build_data
 from dora_dist.data.collate import Collator, WithFiller
+from dora_dist.data.columns import HasColumns, fingerprint
 from dora_dist.data.conversation_dataset import ConversationDataset, build_conversations
 from dora_dist.data.dataset import IGNORED, TokenizedData, TokenizedDataset, build_dataset
 from dora_dist.data.formats import FORMATS
@@ -19,6 +20,7 @@ __all__ = [
     "ConversationDataset",
     "EpochBatches",
     "EpochDataLoader",
+    "HasColumns",
     "LabelledCollator",
     "LabelledDataset",
     "SpanDataset",
@@ -33,5 +35,6 @@ __all__ = [
     "build_labelled",
     "build_spans",
     "build_summaries",
+    "fingerprint",
     "load_records",
 ]

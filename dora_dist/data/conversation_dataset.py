@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from dora_dist.config.pictures import how_to_get
 from dora_dist.data.cache import cached
+from dora_dist.data.columns import Columns
 from dora_dist.data.conversations import read_conversation, render
 from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, counts_between, encode, held_out
 from dora_dist.data.formats import Rendered
@@ -86,10 +87,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.reader, self.stands = processor.reader, processor.stands
         self.pad_token_id = processor.tokenizer.pad_token_id
         self._store = store
-        # All that must be the same on every rank is in tensors of this object's own, for `agreement.of_data`.
-        # Places are not: a node may have its files elsewhere.
         self.index, self.tokens, self.labels, self.starts = index, store.tokens, store.labels, store.starts
-        self.pictures, self.paths, self.path_starts = store.pictures, store.paths, store.path_starts
         counts = store.pictures.diff()[index]
         self.with_pictures = counts > 0
         self.lengths = store.starts.diff()[index] + counts * (self.stands.count - 1)
@@ -111,6 +109,20 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "input_ids": ids.repeat_interleave(repeats).tolist(),
             "labels": labels.repeat_interleave(repeats).tolist(),
             "pictures": pictures,
+        }
+
+    def columns(self) -> Columns:
+        """Without places: a node may have its files elsewhere. The content of pictures is not looked at."""
+        store, stands = self._store, self.stands
+        return {
+            "tokens": self.tokens,
+            "labels": self.labels,
+            "starts": self.starts,
+            "index": self.index,
+            "pictures": store.pictures,
+            "paths": store.paths,
+            "path starts": store.path_starts,
+            "tokens of a picture": torch.tensor([stands.token_id, stands.count]),
         }
 
     def place(self, i: int) -> str:

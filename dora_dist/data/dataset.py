@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dora_dist.data.cache import cached
+from dora_dist.data.columns import Columns
 from dora_dist.data.formats import FORMATS, Rendered
 from dora_dist.data.records import FIELDS, Record, read_records
 from dora_dist.errors import UserError
@@ -59,10 +60,13 @@ class TokenizedDataset(Dataset[dict[str, list[int]]]):
         start, stop = self.starts[self.index[i]], self.starts[self.index[i] + 1]
         return {"input_ids": self.tokens[start:stop].tolist(), "labels": self.labels[start:stop].tolist()}
 
+    def columns(self) -> Columns:
+        return {"tokens": self.tokens, "labels": self.labels, "starts": self.starts, "index": self.index}
+
 
 @dataclass(frozen=True)
 class TokenizedData:
-    """What a run trains and validates on: TokenizedDataset or LabelledDataset, and what became of the records."""
+    """What a run trains and validates on (data sets with columns), and what became of the records."""
 
     train: Any
     train_stats: Any

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dora_dist.data.collate import WithFiller
+from dora_dist.data.columns import Columns
 from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, held_out
 from dora_dist.data.records import read_records
 from dora_dist.data.sampler import FILLER
@@ -55,6 +56,15 @@ class LabelledDataset(Dataset[dict[str, Any]]):
             "input_ids": self.tokens[part].tolist(),
             "token_type_ids": self.segments[part].tolist(),
             "label": self.labels[sample].tolist(),
+        }
+
+    def columns(self) -> Columns:
+        return {
+            "tokens": self.tokens,
+            "segments": self.segments,
+            "starts": self.starts,
+            "labels": self.labels,
+            "index": torch.tensor(list(self.index), dtype=torch.int64),
         }
 
     def first(self, count: int) -> LabelledDataset:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dora_dist.data.columns import Columns
 from dora_dist.data.dataset import CHUNK, TokenizedData, held_out
 from dora_dist.data.labelled import LabelledDataset, LabelledStats
 from dora_dist.data.records import read_records
@@ -34,6 +36,12 @@ class SpanDataset(LabelledDataset):
         part = SpanDataset(self.tokens, self.segments, self.starts, self.labels, self.index[: len(windows)])
         part.questions, part.windows = self.questions[:count], windows
         return part
+
+    def columns(self) -> Columns:
+        answers = (json.dumps(question.answers) for question in self.questions)
+        places = (f"{window.question} {window.offsets}" for window in self.windows)
+        contexts = (question.context for question in self.questions)
+        return {**super().columns(), "contexts": contexts, "answers": answers, "windows": places}
 
 
 def build_spans(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dora_dist.data.columns import Columns
 from dora_dist.data.dataset import CHUNK, TokenizedData, held_out
 from dora_dist.data.records import read_records
 from dora_dist.errors import UserError
@@ -67,6 +68,16 @@ class SummaryDataset(Dataset[dict[str, list[int]]]):
     def __getitem__(self, i: int) -> dict[str, list[int]]:
         sample = self.index[i]
         return {"input_ids": self._documents[sample], "labels": self._summaries[sample]}
+
+    def columns(self) -> Columns:
+        return {
+            "documents": self._documents.tokens,
+            "document starts": self._documents.starts,
+            "summaries": self._summaries.tokens,
+            "summary starts": self._summaries.starts,
+            "references": self._references,
+            "index": torch.tensor(list(self.index), dtype=torch.int64),
+        }
 
     @property
     def references(self) -> list[str]:

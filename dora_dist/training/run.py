@@ -12,7 +12,7 @@ from dora_dist.adapters.components import Budget
 from dora_dist.adapters.inject import by_pattern, with_ranks
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.peft_format import read_peft_folder
-from dora_dist.agreement import check_agreement, of_code, of_configuration, of_data, of_model_folder
+from dora_dist.agreement import check_agreement, check_checkpoint, of_code, of_configuration, of_data, of_model_folder
 from dora_dist.config import RunConfig
 from dora_dist.distributed import World, together
 from dora_dist.errors import Stopped, UserError
@@ -34,8 +34,9 @@ def train(config: RunConfig) -> Path:
     distributed.choose_accelerator(config.engine.accelerator)
     config.check_engine_options()
     with StopRequest() as stop:
+        distributed.leave_nccl_errors_to_the_watch()
         world = distributed.start(config.engine.start_timeout_s)
-        with Watch(world) as watch:
+        with Watch(world, config.engine.start_timeout_s) as watch:
             checkpoint = _run(config, world, watch, stop)
     if world.first:
         print(f"done: {checkpoint} (adapter in PEFT's format: {checkpoint / run_folder.ADAPTER})")
@@ -56,10 +57,12 @@ def _run(config: RunConfig, world: World, watch: Watch, stop: StopRequest) -> Pa
         compacting = _fine_tune(config, world, watch, stop, in_use, resume)
         collect()
         if compacting:
-            _fine_tune(config, world, watch, stop, in_use, run_folder.newest_checkpoint(run_dir))
-    checkpoint = run_folder.newest_checkpoint(run_dir)
-    assert checkpoint is not None
-    return checkpoint
+            compacted = _read_by_all(run_folder.newest_checkpoint(run_dir), world)
+            _fine_tune(config, world, watch, stop, in_use, compacted)
+    newest = [run_folder.newest_checkpoint(run_dir)]
+    dist.broadcast_object_list(newest)  # other nodes need not see rank 0's folder unless they resume from it
+    assert newest[0] is not None
+    return newest[0]
 
 
 def _fine_tune(
@@ -161,7 +164,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
             print(f"{batch} records a step on {world.world_size} ranks: {empty} of {batch + empty} places stay empty")
     run_dir = Path(config.checkpoint.run_dir)
     report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
-    step = StepCallback(world, watch, stop, config.training.seed, config.engine.step_timeout_s)
+    step = StepCallback(world, watch, stop, config)
     callbacks = [step, report, *([_tensorboard(run_dir)] if config.logging.tensorboard else [])]
     trainer = DoraTrainer(run, config, spec, budget, args, data, tokenizer, world, stop, callbacks)
     step.trainer = report.trainer = trainer
@@ -273,7 +276,15 @@ def _resume_from(config: RunConfig, run_dir: Path, world: World) -> Path | None:
             found = [Path(resume)]
         else:
             _check_unused(run_dir)
+    return _read_by_all(found[0], world)
+
+
+def _read_by_all(checkpoint: Path | None, world: World) -> Path | None:
+    """The checkpoint that rank 0 found (collective). Raises UserError, on every rank, if others have another there."""
+    found = [checkpoint]
     dist.broadcast_object_list(found)
+    if found[0] is not None:
+        check_checkpoint(world, found[0])
     return found[0]
 
 

@@ -1,6 +1,7 @@
 """Hugging Face's Trainer, with our data order, evaluation, checkpoints and stop on a loss that is not finite."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from dora_dist.adapters.components import Budget, ComponentPruner
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.config import RunConfig
 from dora_dist.data import EpochBatches, EpochDataLoader, TokenizedData
-from dora_dist.distributed import World, shorten_timeout
+from dora_dist.distributed import World, limit_collectives
 from dora_dist.errors import UserError
 from dora_dist.models.build import DTYPES, AdaptedModel
-from dora_dist.stopping import StopRequest
+from dora_dist.stopping import EvaluationStopped, StopRequest, StopTogether
 from dora_dist.training.finiteness import StepLosses
 from dora_dist.training.objectives import objective
 from dora_dist.training.rates import set_rates
@@ -62,6 +63,7 @@ class DoraTrainer(Trainer):
         self._objective = objective(config, tokenizer, run.model)
         self._unreadable = Unreadable(getattr(self._objective, "problems", []), config.data.bad_images, world)
         self._stop = stop
+        self._together: StopTogether | None = None
         self._saver: Saver | None = None
         self._losses = StepLosses()
         self.pruner: ComponentPruner | None = None
@@ -191,13 +193,19 @@ class DoraTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The objective's metrics over the whole validation set (collective): {"eval_loss": ..., ...}."""
+        """The objective's metrics over the whole validation set (collective): {"eval_loss": ..., ...}.
+
+        {} if a rank was asked to stop: the run then saves, and ends.
+        """
         model = self.model_wrapped
         model.eval()
         dataset = eval_dataset if eval_dataset is not None else self.data.validation
         loader = self.get_eval_dataloader(dataset)
-        batches = (self._prepare_inputs(batch) for batch in loader)
-        found = self._objective.evaluate(model, batches, dataset, self.args.device)
+        try:
+            found = self._objective.evaluate(model, self._until_stopped(loader), dataset, self.args.device)
+        except EvaluationStopped:
+            self.stopping = self.control.should_save = self.control.should_training_stop = True
+            return {}
         if left_out := self._unreadable.settle():
             self.log(left_out)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
@@ -205,7 +213,17 @@ class DoraTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _until_stopped(self, loader: EpochDataLoader) -> Iterator[dict[str, Any]]:
+        if self._together is None:
+            self._together = StopTogether(self._stop, self.config.engine.step_timeout_s)
+        for batch in loader:
+            self._together.check()
+            yield self._prepare_inputs(batch)
+        self._together.finish()
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if not metrics:  # of an evaluation that was stopped
+            return False
         best = bool(super()._determine_best_metric(metrics, trial))
         if best and self.config.checkpoint.keep_best:
             self.control.should_save = True
@@ -261,6 +279,8 @@ class DoraTrainer(Trainer):
         """Wait for the last save (collective). Raises UserError if it failed: a run must not end without its result."""
         assert self._saver is not None
         self._saver.close()
+        if self._together is not None:
+            self._together.close()
         self._report_saved(must_succeed=True)
 
     def close(self) -> None:
@@ -351,16 +371,17 @@ class DoraTrainer(Trainer):
 class StepCallback(TrainerCallback):
     """What has to happen around each optimizer step, on every rank."""
 
-    def __init__(self, world: World, watch: Watch, stop: StopRequest, seed: int, step_timeout_s: float) -> None:
+    def __init__(self, world: World, watch: Watch, stop: StopRequest, config: RunConfig) -> None:
         self.trainer: DoraTrainer | None = None
-        self._world, self._watch, self._stop = world, watch, stop
-        self._seed, self._step_timeout_s = seed, step_timeout_s
+        self._world, self._watch, self._stop, self._seed = world, watch, stop, config.training.seed
+        self._start_timeout_s, self._step_timeout_s = config.engine.start_timeout_s, config.engine.step_timeout_s
         self._steps = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
         self._watch.before_exit = self.trainer.wait_for_saving
         self._stop.can_save = True
+        limit_collectives(self._start_timeout_s)  # DeepSpeed has made its groups by now
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Dropout's randomness as a function of position: a resumed run draws what an uninterrupted one would.
@@ -381,8 +402,12 @@ class StepCallback(TrainerCallback):
             control.should_evaluate = False  # there may be little time left
         self._steps += 1
         if self._steps == 1:
-            shorten_timeout(self._step_timeout_s)
-            self._watch.limit_silence(0.9 * self._step_timeout_s)  # before the collectives give up: we know more
+            limit_collectives(self._step_timeout_s)
+            self._watch.expect_steps(self._step_timeout_s)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        limit_collectives(self._start_timeout_s)  # what follows is the last save, or another start
+        self._watch.expect_no_steps()
 
 
 def _check_position(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ class Saver:
     def __init__(self, engine: Any, model: nn.Module, origin: Origin, timeout_s: float) -> None:
         self._engine, self._model, self._origin = engine, model, origin
         # Always gloo: the copies are in host memory, and the device's own group belongs to training.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s), group_desc="saving")
         self._trainable = trainable(model)
         self._lengths = [shards.shard_length(p) for _, p in self._trainable]
         # Made and touched now, and kept: fresh memory costs more than copying into it.

@@ -1,7 +1,9 @@
 """Ranks that would train different things say so before they start, on real ranks with really different files."""
 
 import json
+import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,21 @@ import pytest
 from tests import toy
 from tests.distributed.training_runs import config
 from tests.ranks import run_ranks
+
+
+def of_local_folders(folder: Path, *runs: dict[str, Any]) -> list[str]:
+    """What this rank is told by runs whose folder, a relative path, is another one for each rank."""
+    import torch.distributed as dist
+
+    mine = folder / f"node-{dist.get_rank()}"
+    mine.mkdir()
+    os.chdir(mine)
+    said = []
+    for number, run in enumerate(runs):
+        said += refusals((run, run))
+        if dist.get_rank() > 0 and number == 0:  # this node has a checkpoint of that name by itself
+            shutil.copytree(folder / "another", "run")
+    return said
 
 
 def refusals(*runs: tuple[dict[str, Any], dict[str, Any]]) -> list[str]:
@@ -66,8 +83,6 @@ def test_every_rank_is_told_the_same(said: list[list[str]]) -> None:
 
 
 def test_configuration_field_by_field(said: list[list[str]]) -> None:
-    import socket
-
     first, rest = f"rank 0 ({socket.gethostname()})", f"ranks 1-2 ({socket.gethostname()})"
     assert f"  adapter.r: 4 on {first}; 8 on {rest}" in said[0][0]
     assert f"  training.learning_rate: 0.01 on {first}; 0.02 on {rest}" in said[0][0]
@@ -91,3 +106,20 @@ def test_data_as_tokenized(said: list[list[str]]) -> None:
 
 def test_the_same_files_in_different_places_are_no_disagreement(said: list[list[str]]) -> None:
     assert said[0][-1] == "trained"
+
+
+def test_a_run_folder_that_is_local_to_each_node_is_refused_where_a_checkpoint_would_be_read(tmp_path: Path) -> None:
+    """Three nodes with local disks: a run does well, for rank 0 alone writes; going on from it would not."""
+    base, data = toy.base_model(tmp_path / "base"), toy.write_records(tmp_path / "data.json", 25)
+    once = {"training": {"max_steps": 2}, "checkpoint": {"save_every": 2}}
+    other = config(base, data, tmp_path / "another", **once, adapter={"r": 4, "target_modules": ["q_proj"]})
+    run_ranks(refusals, 1, (other, other))
+    fresh = config(base, data, Path("run"), **once)
+    resumed = {**fresh, "checkpoint": {**fresh["checkpoint"], "resume": "auto"}}
+    said = run_ranks(of_local_folders, 3, tmp_path, fresh, resumed)
+    assert [text[0] for text in said] == ["trained"] * 3
+    assert said[0] == said[1] == said[2]
+    host = socket.gethostname()
+    assert "checkpoint.resume: run/checkpoint-2/manifest.json: sha256 " in said[0][1]
+    assert f"on rank 0 ({host}); sha256 " in said[0][1] and f" on ranks 1-2 ({host})" in said[0][1]
+    assert "has to be shared by all nodes" in said[0][1]

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from dora_dist.distributed import shorten_timeout, together
+from dora_dist.distributed import limit_collectives, together
 from tests.ranks import RankError, run_ranks
 
 PATIENCE = timedelta(minutes=5)
@@ -15,7 +15,7 @@ PATIENCE = timedelta(minutes=5)
 def one_is_slow(patience: timedelta | None) -> None:
     import torch.distributed as dist
 
-    shorten_timeout(2.0)
+    limit_collectives(2.0)
     with together("downloading", patience):
         if dist.get_rank() == 0:
             time.sleep(5.0)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from dora_dist import run_folder
+from dora_dist.config.schema import TrainingConfig
+from dora_dist.data.dataset import held_out
 from dora_dist.exit_codes import DONE, LOST_RANK, STOPPED, USERS_MISTAKE
 from tests import toy
 from tests.distributed.training_runs import config, metrics
@@ -71,14 +73,38 @@ def test_a_killed_rank_ends_the_others_which_say_who_it_was(
     go_on(folder, name, expected)
 
 
-def test_a_rank_that_hangs_ends_the_others_within_the_timeout(folder: Path) -> None:
-    with start(folder, "hangs", 3, engine={"step_timeout_s": 6.0}) as job:
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_process_that_stands_still_ends_the_others_within_the_timeout(folder: Path, victim: int) -> None:
+    """Rank 0 takes the store with it that the ranks met in: it does not answer, and no connection breaks."""
+    name, others = f"stopped-{victim}", [rank for rank in range(3) if rank != victim]
+    with start(folder, name, 3, engine={"step_timeout_s": 6.0}, checkpoint={"save_every": 1000}) as job:
+        job.until(lambda: steps_done(folder / name) >= 2)
+        job.send(victim, signal.SIGSTOP)
+        for rank in others:
+            job.ranks[rank].join(40)
+        assert [job.ranks[rank].exitcode for rank in others] == [LOST_RANK, LOST_RANK], job.output()
+    assert all(f"lost rank {victim} (host " in job.said(rank) for rank in others)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_while_another_waits_for_its_device(folder: Path, victim: int) -> None:
+    """No exception reaches the one that waits, and its limit for a step is ten minutes."""
+    name, waiting = f"device-{victim}", 1 - victim
+    with start(folder, name, 2) as job:
+        job.until(lambda: steps_done(folder / name) >= 2)
+        job.hang(waiting)
+        job.send(victim, signal.SIGKILL)
+        assert job.codes(timeout=60)[waiting] == LOST_RANK, job.output()
+    assert f"lost rank {victim} (host " in job.said(waiting)
+
+
+def test_a_main_thread_that_hangs_in_a_process_that_lives_is_named(folder: Path) -> None:
+    with start(folder, "hangs", 3, engine={"step_timeout_s": 6.0}, checkpoint={"save_every": 1000}) as job:
         job.until(lambda: steps_done(folder / "hangs") >= 2)
-        job.send(2, signal.SIGSTOP)
-        job.ranks[0].join(40)
-        job.ranks[1].join(40)
-        assert [job.ranks[0].exitcode, job.ranks[1].exitcode] == [LOST_RANK, LOST_RANK], job.output()
-    assert "lost rank 2" in job.said(0) and "lost rank 2" in job.said(1)
+        job.hang(1)
+        assert job.codes(timeout=60) == [LOST_RANK] * 3, job.output()
+    for rank in range(3):
+        assert "lost rank 1 (host " in job.said(rank) and "alive, but for" in job.said(rank)
 
 
 def test_a_log_that_cannot_be_written_ends_all_ranks(folder: Path) -> None:
@@ -105,6 +131,26 @@ def test_a_signal_to_any_rank_stops_all_at_one_step_with_a_checkpoint(
     newest = run_folder.newest_checkpoint(folder / name)
     assert newest is not None and run_folder.step_of(newest) == stopped_at < 12
     assert "--resume goes on" in job.said(0)
+    go_on(folder, name, expected)
+
+
+def test_a_signal_during_a_long_evaluation_stops_all_at_its_next_batch(
+    folder: Path, expected: dict[int, float]
+) -> None:
+    """The same training samples as elsewhere here, and an evaluation that would take minutes."""
+    records, name = json.loads((folder / "data.json").read_text()), "evaluating"
+    chosen = held_out(len(records), 5, TrainingConfig().seed)
+    training = [record for i, record in enumerate(records) if i not in chosen]
+    (folder / "training.json").write_text(json.dumps(training))
+    toy.write_records(folder / "long.json", 20_000)
+    data = {"train": str(folder / "training.json"), "validation": str(folder / "long.json")}
+    with start(folder, name, 2, training={"eval_every": 3}, data={**data, "validation_samples": 0}) as job:
+        job.until(lambda: steps_done(folder / name) == 3)
+        job.send(1, signal.SIGTERM)
+        assert job.codes(timeout=30) == [STOPPED, STOPPED], job.output()
+    assert not metrics(folder / name)["eval"]  # what was not evaluated to its end is not reported
+    newest = run_folder.newest_checkpoint(folder / name)
+    assert newest is not None and run_folder.step_of(newest) == 3
     go_on(folder, name, expected)
 
 
