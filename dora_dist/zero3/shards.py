@@ -344,7 +344,7 @@ def zero_elements(parameter: nn.Parameter, where: Tensor, moments: Sequence[str]
 
 
 def _zero(values: Tensor, where: Tensor) -> Tensor:
-    return values.masked_fill_(where.to(values.device), 0.0)
+    return values.masked_fill_(where.to(values.device, non_blocking=True), 0.0)
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:

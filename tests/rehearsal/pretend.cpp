@@ -6,6 +6,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
@@ -32,6 +33,14 @@ struct Memory final : c10::Allocator {
 };
 Memory memory;
 REGISTER_ALLOCATOR(c10::DeviceType::PrivateUse1, &memory);
+
+struct Hooks final : at::PrivateUse1HooksInterface {
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  at::Allocator *getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+};
+const bool kRegistered = (at::RegisterPrivateUse1HooksInterface(new Hooks), true);
 
 bool is_here(const at::Tensor &t) { return t.defined() && t.device().type() == c10::DeviceType::PrivateUse1; }
 

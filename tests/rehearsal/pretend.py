@@ -27,10 +27,13 @@ def build(folder: Path) -> Path:
 
 def install(library: Path) -> None:
     """Register the device for the whole process: it cannot be taken back, so a process of its own should call this."""
-    from torch.utils.backend_registration import _DummyDeviceGuard, _setup_privateuseone_for_python_backend
+    from torch.utils.backend_registration import _DummyDeviceGuard
 
     torch.ops.load_library(library)
-    _setup_privateuseone_for_python_backend(NAME, _module(), device_guard=_DummyDeviceGuard())
+    torch.utils.rename_privateuse1_backend(NAME)
+    torch.utils.generate_methods_for_privateuse1_backend()
+    torch._register_device_module(NAME, _module())
+    torch._C._acc.register_python_privateuseone_device_guard(_DummyDeviceGuard())
     dist.Backend.register_backend(BACKEND, _group, devices=["cpu", NAME])
     set_accelerator(PretendAccelerator())
     _tell_hugging_face()
@@ -66,6 +69,7 @@ def _module() -> Any:
     from torch.utils.backend_registration import _DummyBackendModule
 
     class Module(_DummyBackendModule, ModuleType):
+        Stream, Event = _Stream, _Event
         device = staticmethod(lambda device: nullcontext())
         set_device = staticmethod(lambda device: None)
         get_rng_state = staticmethod(lambda device=None: torch.get_rng_state())
