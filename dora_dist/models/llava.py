@@ -42,7 +42,8 @@ def prepare_for_training(model: Any) -> None:
     those of its patch embeddings where activations are checkpointed, which would cost a backward pass of the whole
     tower, all of its activations, and a second gather of it. A batch without placeholders may come with a picture
     that nothing refers to: every rank then runs tower and projector, which ZeRO-3's collectives need, and the
-    projector gets a gradient of zeros.
+    projector gets a gradient of zeros. That placeholders and features are as many is checked on the device, which
+    transformers would wait for in every forward.
     """
     tower = model.model.vision_tower
     if not any(parameter.requires_grad for parameter in tower.parameters()):
@@ -53,9 +54,12 @@ def prepare_for_training(model: Any) -> None:
 
     def get_placeholder_mask(input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         if input_ids is not None:
-            mask = (input_ids == model.config.image_token_id).unsqueeze(-1)
-            if not mask.any():
-                return mask
+            mask = (input_ids == model.config.image_token_id).unsqueeze(-1).expand_as(inputs_embeds)
+            count = mask.sum()
+            torch._assert_async(
+                (count == 0) | (count == image_features.numel()), "Image features and image tokens do not match"
+            )
+            return mask
         found: Tensor = find_placeholders(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
         return found
 
