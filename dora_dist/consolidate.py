@@ -82,10 +82,9 @@ def consolidate(
 
     `base_folder` is a folder or a hub name. `dtype` ("bf16", "fp16", "fp32") of the output is by default that
     of the base on disk, tensor by tensor. Modules that were trained in full replace the base's, or join them; a base
-    that is the plain encoder of the adapted model gets that model's names. Where
-    an adapter changes one use of a tied weight (modules_to_save=["embed_tokens"]), each use is written on its own, with
-    tie_word_embeddings: false in config.json, as PEFT has it. Memory: a few blocks of BLOCK_BYTES, whatever the model's
-    size.
+    that is the plain encoder of the adapted model gets that model's names. Where an adapter changes one use of a tied
+    weight (modules_to_save=["embed_tokens"]), each use is written on its own, with tie_word_embeddings: false in
+    config.json, as PEFT has it. Memory: a few blocks of BLOCK_BYTES, whatever the model's size.
     Returns what was done: output, tensors, merged, shards, bytes_read, bytes_written, seconds.
 
     Raises UserError, with nothing left behind, when the adapter does not fit the base, a file is damaged, a

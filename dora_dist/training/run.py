@@ -101,7 +101,8 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.training.arguments import training_arguments
     from dora_dist.training.inputs import fetched
     from dora_dist.training.reporting import ReportCallback
-    from dora_dist.training.trainer import DoraTrainer, StepCallback
+    from dora_dist.training.steps import StepCallback
+    from dora_dist.training.trainer import DoraTrainer
     from dora_dist.zero3.checkpoint import check_budget
     from dora_dist.zero3.loading import adapted_layers
     from dora_dist.zero3.shards import ShardedPlacement, full_numel
