@@ -12,13 +12,21 @@ Without `context_fn`, and with reentrant checkpointing, which has none, nothing 
 """
 
 import threading
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
-_here = threading.local()  # backward, and so a recomputation, runs in threads of its own
+
+class _Here(threading.local):
+    """Of a thread: backward, and so a recomputation, runs in threads of its own."""
+
+    segment: "_Segment | None" = None
+
+
+_here = _Here()
 
 
 def keeping_outputs() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -29,8 +37,7 @@ def keeping_outputs() -> tuple[AbstractContextManager[None], AbstractContextMana
 
 def kept_output(layer: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
     """`compute()`, or what it gave in the forward that is being recomputed."""
-    segment: _Segment | None = getattr(_here, "segment", None)
-    return compute() if segment is None else segment.output(layer, compute)
+    return compute() if _here.segment is None else _here.segment.output(layer, compute)
 
 
 class _Segment(AbstractContextManager[None]):
@@ -42,11 +49,11 @@ class _Segment(AbstractContextManager[None]):
     def __init__(self, outputs: dict[nn.Module, list[Tensor | None]]) -> None:
         self._outputs = outputs
 
-    def output(self, layer: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def output(self, layer: nn.Module, compute: Callable[[], Tensor]) -> Tensor: ...
 
     def __enter__(self) -> None:
-        self._outer = getattr(_here, "segment", None)  # of a checkpoint around this one
+        self._outer = _here.segment  # of a checkpoint around this one
         _here.segment = self
 
     def __exit__(self, *_: object) -> None:
