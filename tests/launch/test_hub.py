@@ -21,7 +21,7 @@ from tests.distributed.training_runs import metrics
 from tests.hub_server import Files, Hub, folder_files
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL, DATA = "yahma/llama-7b-hf", "datasets/zwhe99/commonsense_170k"  # as configs/llama7b_dora.json has them
+MODEL, DATA = "huggyllama/llama-7b", "datasets/zwhe99/commonsense_170k"  # as configs/llama7b_dora.json has them
 DEAD = "http://127.0.0.1:9"  # the discard service's port: nobody answers
 SMALL = {
     "adapter.r": 4,
@@ -156,7 +156,7 @@ def test_without_a_hub_the_message_says_what_to_type_and_that_works(hub: Hub, ba
         assert done.returncode == 0, done.stderr
     assert hub.downloads()["pytorch_model.bin"] == 0
     options = shlex.split(next(line for line in failed.stderr.splitlines() if "--model.path" in line))
-    assert options == ["--model.path", "models/llama-7b-hf", "--data.train", "data/commonsense_170k"]
+    assert options == ["--model.path", "models/llama-7b", "--data.train", "data/commonsense_170k"]
     trained = type_in(*recipe, *options, endpoint=DEAD, home=tmp_path / "home", cwd=tmp_path)
     assert trained.returncode == 0, trained.stdout + trained.stderr
 

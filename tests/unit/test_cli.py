@@ -165,7 +165,7 @@ def test_validate_prints_the_deepspeed_json(capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["validate", "--world-size", "4", RECIPE, "--no-files", *overrides]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == RunConfig.load(RECIPE, overrides).deepspeed_config(4)
-    assert "DoRA r=32 on yahma/llama-7b-hf, 16 records a step; runs on 1 to 16 ranks" in printed.err
+    assert "DoRA r=32 on huggyllama/llama-7b, 16 records a step; runs on 1 to 16 ranks" in printed.err
 
 
 @pytest.mark.parametrize(

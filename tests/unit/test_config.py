@@ -365,8 +365,8 @@ def test_several_missing_files_are_told_at_once(workplace: Path) -> None:
 
 
 PAPER = {  # base model, learning rate at r = 32
-    "llama7b_dora": ("yahma/llama-7b-hf", 1e-4),
-    "llama13b_dora": ("yahma/llama-13b-hf", 2e-4),
+    "llama7b_dora": ("huggyllama/llama-7b", 1e-4),
+    "llama13b_dora": ("huggyllama/llama-13b", 2e-4),
     "llama2_7b_dora": ("meta-llama/Llama-2-7b-hf", 2e-4),
     "llama3_8b_dora": ("meta-llama/Meta-Llama-3-8B", 1e-4),
 }
