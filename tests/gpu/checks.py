@@ -28,8 +28,8 @@ Note = Callable[[str, object], None]
 FP32 = 2e-4
 """Relative. Another device adds up in another order, which changes a loss in its seventh digit (as two CPU ranks do and
 one: 1e-7). Adam divides every gradient by its own size, so those elements whose gradient is little but rounding move by
-up to a whole learning rate the other way: that, over the steps here, may reach the fifth digit. Losses fall by 1e-2 and
-more in these runs, so a wrong gradient, or a step on stale values, is seen."""
+up to a whole learning rate the other way: that, over the steps here, may reach the fifth digit. Losses of models that
+write text fall by 1e-2 and more in these runs, so a wrong gradient, or a step on stale values, is seen."""
 BF16 = 2e-2
 """Relative: bf16 keeps 8 bits (4e-3), and two devices round differently at every layer."""
 
