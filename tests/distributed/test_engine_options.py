@@ -16,12 +16,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hpz, nothing persists": {"hpz_partition_size": 2, "param_persistence_threshold": 0},
     "offload_param": {"offload_param": "cpu"},
     "offload_optimizer": {"offload_optimizer": "cpu"},
-    "offload both": {"offload_param": "cpu", "offload_optimizer": "cpu"},
     "nothing persists": {"param_persistence_threshold": 0},
     "all persists": {"param_persistence_threshold": EVERYTHING},
     "sequential": {"allgather_sequential": True},
-    "small buckets": {"prefetch_bucket_size": 500, "reduce_bucket_size": 500, "max_live_parameters": 1000},
-    "no reuse": {"max_reuse_distance": 0, "prefetch_bucket_size": 0},
+    "small buckets, no reuse": {
+        "prefetch_bucket_size": 500,
+        "reduce_bucket_size": 500,
+        "max_live_parameters": 1000,
+        "max_reuse_distance": 0,
+    },
     "fp32 communication": {"deepspeed": {"communication_data_type": "fp32"}},
     "sub-groups, no overlap": {
         "deepspeed": {
