@@ -63,7 +63,10 @@ def test_a_killed_rank_ends_the_others_which_say_who_it_was(
 ) -> None:
     name, random_step = f"killed-{victim}", random.randint(3, 9)
     with start(folder, name, 2) as job:
-        job.until(lambda: steps_done(folder / name) >= random_step)
+        # A checkpoint is written while training goes on: that of step 2 may come after the log's line of step 3.
+        job.until(
+            lambda: steps_done(folder / name) >= random_step and run_folder.newest_checkpoint(folder / name) is not None
+        )
         job.send(victim, signal.SIGKILL)
         codes = job.codes(timeout=30)
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == LOST_RANK, job.output()
