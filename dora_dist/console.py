@@ -1,7 +1,6 @@
 """What a person sees: lines and progress bars of rank 0. While a run lives, `run_log` takes everything else."""
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -96,7 +95,9 @@ def progress(total: float | None, description: str, unit: str, *, shown: bool = 
 
 def width() -> int:
     """Columns to use."""
-    return shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns if STREAMS.out.isatty() else PLAIN_WIDTH
+    with suppress(OSError, ValueError, AttributeError):  # no terminal, or one that does not say
+        return os.get_terminal_size(STREAMS.out.fileno()).columns or PLAIN_WIDTH
+    return PLAIN_WIDTH
 
 
 def is_first() -> bool:

@@ -58,8 +58,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        first, self.signal = self.signal is None, signal.Signals(number).name
-        if first and not self.can_save:
+        if self.signal is not None:
+            return
+        self.signal = signal.Signals(number).name
+        if not self.can_save:
             raise Stopped(f"{self.signal} before the first step: there was nothing to save")
 
     def _listen(self) -> None:

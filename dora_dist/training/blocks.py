@@ -129,7 +129,7 @@ def _schedule(config: RunConfig, steps: int, epochs: float) -> str:
         warmup = round((training.warmup_ratio or 0) * steps)
     shape = "constant" if training.schedule == "constant" else f"{training.schedule} decay"
     parts = [
-        f"{_count(steps, 'step')} ({epochs:.3g} epochs)",
+        f"{_count(steps, 'step')} ({f'{epochs:,.2f}'.rstrip('0').rstrip('.')} epochs)",
         f"learning rate {training.learning_rate:g}, {shape} after {_count(warmup, 'warm-up step')}",
         f"evaluated every {training.eval_every}" if training.eval_every else "",
         f"saved every {checkpoint.save_every}" if checkpoint.save_every else "saved at the end",

@@ -22,6 +22,7 @@ from dora_dist.errors import Stopped, UserError
 from dora_dist.hub import wanted
 from dora_dist.launchers import rank_among_several
 from dora_dist.run_log import RunLog
+from dora_dist.safetensors_io import DISK_IS_FULL, disk_errors
 from dora_dist.stopping import StopRequest
 from dora_dist.watch import Watch
 
@@ -44,10 +45,11 @@ def train(config: RunConfig) -> Path:
         world = distributed.start(config.engine.start_timeout_s)
         from dora_dist.training.blocks import closing
 
-        with Watch(world, config.engine.start_timeout_s) as watch:
+        run_dir = Path(config.checkpoint.run_dir)
+        with Watch(world, config.engine.start_timeout_s) as watch, disk_errors(run_dir, only=DISK_IS_FULL):
             checkpoint = _run(config, world, watch, stop, log)
         if world.first:
-            closing(Path(config.checkpoint.run_dir), checkpoint, time.perf_counter() - started)
+            closing(run_dir, checkpoint, time.perf_counter() - started)
     return checkpoint
 
 
