@@ -84,13 +84,22 @@ def complain(text: str) -> None:
     _show(text, STREAMS.err)
 
 
-def progress(total: float | None, description: str, unit: str, *, shown: bool = True, **options: Any) -> Any:
-    """A tqdm bar of rank 0 where there is a terminal: files and pipes get no carriage returns."""
+def bars() -> type:
+    """tqdm's class, with bars of rank 0 alone, and on terminals: files and pipes get no carriage returns."""
     from tqdm import tqdm  # some commands draw no bar and start faster without
 
-    stream = STREAMS.out if STREAMS.apart else STREAMS.err
-    hidden = not (shown and is_first() and stream.isatty())
-    return tqdm(total=total, desc=description, unit=unit, file=stream, disable=hidden, dynamic_ncols=True, **options)
+    class Bar(tqdm):
+        def __init__(self, *arguments: Any, disable: bool | None = False, **options: Any) -> None:
+            stream = STREAMS.out if STREAMS.apart else STREAMS.err
+            hidden = bool(disable) or not (is_first() and stream.isatty())
+            super().__init__(*arguments, **{**options, "file": stream, "disable": hidden, "dynamic_ncols": True})
+
+    return Bar
+
+
+def progress(total: float | None, description: str, unit: str, *, shown: bool = True, **options: Any) -> Any:
+    """One of `bars`."""
+    return bars()(total=total, desc=description, unit=unit, disable=not shown, **options)
 
 
 def width() -> int:

@@ -52,6 +52,8 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     The interpreter's own teardown is left out: threads that libraries leave behind can abort or hang a rank in it.
     """
     _open_standard_streams()
+    if not Lasting(sys.stderr).isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars: carriage returns do not belong in files
     # torch reads this once, when it is imported, which no command has done yet. Its warnings about connections that
     # break hold a page of C++ stack each, from every rank; what they are about, `Watch` says in words.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
