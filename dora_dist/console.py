@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from dora_dist.launchers import rank_among_several
@@ -48,6 +49,8 @@ class _Streams:
         self.apart: tuple[Lasting, Lasting] | None = None
         self.copy: Callable[[str], None] = lambda text: None
         """Gets every line as well."""
+        self.log: Path | None = None
+        """Where everything else that is printed goes."""
 
     @property
     def out(self) -> Lasting:

@@ -51,7 +51,7 @@ class RunLog:
             with suppress(AttributeError):
                 stream.close()
         sys.stdout, sys.stderr = self._streams
-        STREAMS.apart, STREAMS.copy = None, lambda text: None
+        STREAMS.apart, STREAMS.log, STREAMS.copy = None, None, lambda text: None
         for fd, saved in enumerate(self._saved, 1):
             os.dup2(saved, fd)
             os.close(saved)
@@ -71,7 +71,7 @@ class RunLog:
         self._file.seek(0)
         with suppress(OSError):  # a full disk must not end a run by its log
             target.write(self._file.read())
-        before, self._file, self.path = self._file, target, path
+        before, self._file, self.path, STREAMS.log = self._file, target, path, path
         self._divert()
         before.close()
 

@@ -72,6 +72,7 @@ def test_a_killed_rank_ends_the_others_which_say_who_it_was(
         codes = job.codes(timeout=30)
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == LOST_RANK, job.output()
     assert f"lost rank {victim}" in job.said(1 - victim)
+    assert f"{folder / name / run_folder.LOG} may have what was printed last" in job.said(1 - victim)
     newest = run_folder.newest_checkpoint(folder / name)
     assert newest is not None and run_folder.read_manifest(newest)["step"] >= 2
     go_on(folder, name, expected)
