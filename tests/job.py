@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from dora_dist.console import complain
 from tests.ranks import ON_CPU, context
 
 _HANGS = "the main thread hangs here"
@@ -95,7 +96,7 @@ def _main(environment: dict[str, str], log: Path, arguments: list[str]) -> None:
 
 
 def _hang(*_: object) -> None:
-    print(_HANGS, flush=True)
+    complain(_HANGS)  # past the run's log
     while True:
         ctypes.CDLL(None).sleep(1000)
 

@@ -176,7 +176,7 @@ def test_a_signal_during_a_long_evaluation_stops_all_at_its_next_batch(
 
 def test_a_signal_while_the_model_loads_stops_at_once(folder: Path) -> None:
     with start(folder, "early", 2) as job:
-        job.until(lambda: "training data" in job.said(0))
+        job.until(lambda: "\ndata  " in job.said(0))
         job.send(1, signal.SIGTERM)
         assert job.codes(timeout=30) == [STOPPED, STOPPED], job.output()
     assert not list((folder / "early").glob("checkpoint-*"))
