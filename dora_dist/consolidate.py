@@ -300,8 +300,6 @@ def _match(
         if entry.shape != adapter.shape(module):
             mismatch = f"as {adapter.shape(module)}, but {tensors.path} has it as {entry.shape}"
             raise UserError(f"{who} {mismatch}; give the base that it was trained on")
-        if entry.dtype not in FLOATS:
-            raise UserError(f"{who}, stored as {entry.dtype} in {tensors.path}; give the base before quantisation")
         targets[own] = module
     return targets
 

@@ -59,7 +59,7 @@ def assemble_llava(
     Tensors keep their dtypes and are copied in blocks: memory does not grow with the models. Returns the numbers of
     tensors, of tokens a picture, and the image token's id. Raises UserError for folders that do not fit together.
     """
-    seen, written = ModelFolder.open(vision), ModelFolder.open(language)
+    written, seen = ModelFolder.open(language, "--language"), ModelFolder.open(vision, "--vision")
     text_config, tower_config = _configs(seen.path, written.path)
     tokenizer, token_id = _tokenizer(Path(language), image_token)
     config = _llava_config(tower_config, text_config, token_id, feature_layer, len(tokenizer))

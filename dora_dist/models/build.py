@@ -71,8 +71,8 @@ def build_model(
     opened = ModelFolder.open(base)
     folder = opened.tensors
     model = skeleton(base, task, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
-    stored = stored_names(folder.entries, rename_for(model) if task.name == IMAGE_TEXT else None)
-    stored = untie_different(model, folder, stored)
+    named = stored_names(folder.entries, rename_for(model) if task.name == IMAGE_TEXT else None)
+    stored = untie_different(model, folder, named)
     report_unused(opened, model, stored)
     if trained_modules is None:
         trained = default_trained(model, task, stored)

@@ -49,15 +49,16 @@ class ModelFolder:
     tensors: TensorFolder
 
     @classmethod
-    def open(cls, path: Path | str) -> ModelFolder:
-        """Read and check what can be known without building the model.
+    def open(cls, path: Path | str, option: str = "") -> ModelFolder:
+        """Read and check what can be known without building the model; `option` is what named the folder.
 
         Raises UserError that names the file: for a missing or broken one, for quantised weights, which would be
         taken for plain numbers, and for sizes in config.json that these weights cannot have.
         """
         path = Path(path)
         if not path.is_dir():
-            raise UserError(f"{path}: {not_a_folder(path, 'give a Hugging Face model folder')}")
+            wrong = not_a_folder(path, "give a Hugging Face model folder")
+            raise UserError(f"{option} {path}: {wrong}".lstrip())
         config = read_config(path)
         tensors = _tensors(path)
         _refuse_settings(path, config, tensors)
@@ -217,7 +218,7 @@ def _unquantised(tensors: TensorFolder) -> str:
     program = (
         f"import transformers as t; a, b = {source!r}, {source + '-bf16'!r}; "
         "t.AutoModelForCausalLM.from_pretrained(a, dtype='bfloat16', "
-        "quantization_config=t.FineGrainedFP8Config(dequantize=True)).save_pretrained(b); "
+        "quantization_config=t.FineGrainedFP8Config(dequantize=True)).save_pretrained(b, save_original_format=False); "
         "t.AutoTokenizer.from_pretrained(a).save_pretrained(b)"
     )
     return f"{instead}, or the folder that this writes:\n    python -c {shlex.quote(program)}"

@@ -21,10 +21,18 @@ from dora_dist.models.folder import (
     transformers_config,
 )
 from dora_dist.models.placement import WholePlacement
-from dora_dist.models.tasks import GENERATIVE, Task, auto_class, model_class, task_of_adapter, task_of_model
+from dora_dist.models.tasks import (
+    CLASSIFICATION,
+    GENERATIVE,
+    Task,
+    auto_class,
+    model_class,
+    task_of_adapter,
+    task_of_model,
+)
 from dora_dist.models.tokenizer import load_tokenizer
 from dora_dist.models.unused import say_unused
-from dora_dist.models.vocabulary import refuse_tokens_without_rows
+from dora_dist.models.vocabulary import agree_on_padding, refuse_tokens_without_rows
 from dora_dist.zero3.loading import is_finite
 
 
@@ -76,7 +84,7 @@ def _plain(folder: Path, dtype: str) -> tuple[Any, Any]:
     say_unused(opened, sorted(report["unexpected_keys"]), model)
     if damaged := [name for name, values in model.named_parameters() if not is_finite(values)]:
         raise UserError(f"{folder}: tensor {damaged[0]!r} holds NaN or infinity; download or copy the folder again")
-    return model, load_tokenizer(folder, generative=task.name in GENERATIVE)
+    return model, _tokenizer(folder, task, model)
 
 
 def _contiguous(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -129,7 +137,14 @@ def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) 
         trained_modules=adapter.modules_to_save,
         start_from=adapter,
     )
-    return run.model, load_tokenizer(base, generative=run.task.name in GENERATIVE)
+    return run.model, _tokenizer(base, run.task, run.model)
+
+
+def _tokenizer(folder: Path, task: Task, model: Any) -> Any:
+    tokenizer = load_tokenizer(folder, generative=task.name in GENERATIVE)
+    if task.name == CLASSIFICATION:
+        agree_on_padding(model, tokenizer)
+    return tokenizer
 
 
 def _base_of(adapter: Path) -> Path:
