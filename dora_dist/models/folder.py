@@ -123,7 +123,7 @@ def own_code_needed(path: Path | str) -> str:
     """What to do about a model or tokenizer with code of its own, which runs on request only."""
     return (
         f"it needs its own code (auto_map), which is not run unasked: read the *.py files in {path}, then set "
-        "model.trust_remote_code to true (`evaluate` runs a model's own code only for a run that does)"
+        "model.trust_remote_code to true for training; consolidate and evaluate never run a model's own code"
     )
 
 
