@@ -20,17 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_dist import run_folder
-from dora_dist.adapters.peft_format import CONFIG_NAME, AdapterLayer, PeftFolder, read_json_object
+from dora_dist.adapters.peft_format import CONFIG_NAME, AdapterLayer, PeftFolder
 from dora_dist.config import is_local
 from dora_dist.errors import UserError
 from dora_dist.hub import fetch
+from dora_dist.models.folder import FLOATS, ModelFolder, not_a_folder
 from dora_dist.models.llava import LANGUAGE, is_llava
 from dora_dist.models.names import Rename, locate, modern, prefix_between, stored_names
 from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, new_folder
 
 BLOCK_BYTES = 16 << 20
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What makes a folder usable beside its weights; code and pickles are left behind on purpose.
 _CONFIGURATION = ("config.json", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*")
 _TOKENIZER = (
@@ -95,10 +95,10 @@ def consolidate(
         raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     adapter = PeftFolder.open(adapter_folder)
     base = _base_path(str(base_folder), adapter.config.get("revision"))
-    config = read_json_object(base / "config.json", "give a Hugging Face model folder as base")
+    opened = ModelFolder.open(base)
+    config, tensors = opened.config, opened.tensors
     output = Path(output).resolve()
     _check_output(output, base, Path(adapter_folder))
-    tensors = TensorFolder.open(base)
     names = _names(adapter, base, config)
     outputs = _outputs(adapter, tensors, dtype, names)
     shards = _plan(outputs, max_shard_bytes)
@@ -185,7 +185,8 @@ def _base_path(name: str, revision: str | None) -> Path:
     if not is_local(name):
         return fetch(name, revision)
     if not Path(name).is_dir():
-        raise UserError(f"base model {name!r}: no such folder; give the base's folder or hub name with --base")
+        wrong = not_a_folder(Path(name), "give the base's folder or hub name with --base")
+        raise UserError(f"base model {name!r}: {wrong}")
     return Path(name)
 
 
@@ -299,14 +300,12 @@ def _match(
         if entry.shape != adapter.shape(module):
             mismatch = f"as {adapter.shape(module)}, but {tensors.path} has it as {entry.shape}"
             raise UserError(f"{who} {mismatch}; give the base that it was trained on")
-        if entry.dtype not in _MERGEABLE:
-            raise UserError(f"{who}, stored as {entry.dtype} in {tensors.path}; give the base before quantisation")
         targets[own] = module
     return targets
 
 
 def _written_as(entry: TensorEntry, dtype: str | None) -> torch.dtype:
-    return DTYPES[dtype] if dtype and entry.dtype in _MERGEABLE else entry.dtype
+    return DTYPES[dtype] if dtype and entry.dtype in FLOATS else entry.dtype
 
 
 def _plan(outputs: Sequence[Output], max_shard_bytes: float) -> list[Shard]:

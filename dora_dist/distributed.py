@@ -1,5 +1,6 @@
 """The process group: who we are among the ranks, and acting together on success and failure."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,9 +41,15 @@ def choose_accelerator(name: str) -> None:
     """Settle the device, before DeepSpeed is imported: "cpu", "cuda", or "auto" for a GPU where there is one.
 
     DS_ACCELERATOR in the environment wins. With "auto", DeepSpeed alone would take a machine that has a CUDA build
-    of torch but no GPU for a GPU machine. Raises UserError for "cuda" where there is none.
+    of torch but no GPU for a GPU machine. Raises UserError for "cuda" where there is none, and for a `name` that the
+    environment contradicts.
     """
-    if "DS_ACCELERATOR" in os.environ:
+    if found := os.environ.get("DS_ACCELERATOR"):
+        if name not in ("auto", found):
+            raise UserError(
+                f'engine.accelerator = "{name}": the environment says DS_ACCELERATOR={found}, which DeepSpeed follows; '
+                'unset that, or set engine.accelerator to "auto"'
+            )
         return
     if name == "auto":
         if torch.accelerator.is_available():
@@ -55,6 +62,16 @@ def choose_accelerator(name: str) -> None:
             'CUDA_VISIBLE_DEVICES and nvidia-smi, or set it to "auto"'
         )
     os.environ["DS_ACCELERATOR"] = name
+
+
+def check_attention(implementation: str) -> None:
+    """Raise UserError for an attention implementation whose package is not installed here."""
+    packages = ("flash_attn", "kernels")  # the latter fetches the same code from the hub
+    if implementation == "flash_attention_2" and not any(map(importlib.util.find_spec, packages)):
+        raise UserError(
+            'model.attn_implementation = "flash_attention_2": its package is not installed; `pip install flash-attn`, '
+            'or set it to "sdpa"'
+        )
 
 
 def start(timeout_s: float = 1800.0) -> World:

@@ -33,11 +33,15 @@ def load_config(options: argparse.Namespace, *, check_files: bool) -> RunConfig:
 
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options, check_files=True)
+    import torch.distributed as dist
+
     from dora_dist import distributed
     from dora_dist.training.run import train
 
+    taken_over = dist.is_available() and dist.is_initialized()  # whoever formed the group leaves it
     train(config)
-    distributed.stop()
+    if not taken_over:
+        distributed.stop()
 
 
 def declare_validate(commands: Commands) -> None:
@@ -59,6 +63,10 @@ def declare_validate(commands: Commands) -> None:
 
 def _validate(options: argparse.Namespace) -> None:
     config = RunConfig.load(options.config, options.overrides, check_files=not options.no_files)
+    if not options.no_files:
+        from dora_dist.models.folder import check_base
+
+        check_base(config)
     if config.engine.deepspeed:
         config.check_engine_options()
     if options.world_size is not None:

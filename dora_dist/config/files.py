@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dora_dist.config.names import DATA_SUFFIXES, data_set, is_local
 from dora_dist.config.pictures import how_to_get
-from dora_dist.config.source import nearby
+from dora_dist.config.source import absence, nearby
 from dora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,13 +36,17 @@ def _model(config: RunConfig) -> Iterator[str]:
     elif folder.suffix == ".gguf":
         yield f"{label}: convert it with `dora-dist import-gguf {name} --output FOLDER` and give that folder"
     elif not folder.exists():
+        what = absence(folder, "folder")
+        where = f" in {Path.cwd()}" if what == "no such folder" else ""
         yield (
-            f"{label}: no such folder in {Path.cwd()}{nearby(folder)}; give a Hugging Face model folder or "
+            f"{label}: {what}{where}{nearby(folder)}; give a Hugging Face model folder or "
             f"a hub name ({_MADE_BY.get(config.model.task, _MADE)})"
         )
+    elif not folder.is_dir():
+        yield f'{label}: is a file; give the folder that it is in, "{folder.parent}"'
     elif not (folder / "config.json").is_file():
         yield f"{label}: no config.json in it; give a folder with config.json and .safetensors files"
-    elif not any(folder.glob("*.safetensors")):
+    elif not any(folder.glob("*.safetensors")) and not any(folder.glob("*.gguf")):
         yield (
             f"{label}: no .safetensors file in it; weights in other formats are not read: load the model "
             "with transformers and save it with save_pretrained()"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ def is_local(name: str) -> bool:
         name.startswith((".", "/", "~"))
         or not _HUB_NAME.fullmatch(name)
         or name.endswith((*DATA_SUFFIXES, ".model", ".gguf", ".safetensors"))
-        or Path(name).exists()
+        or os.path.lexists(name)  # a link that leads nowhere as well
     )
 
 

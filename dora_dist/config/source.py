@@ -1,7 +1,9 @@
 """Reading a config file: plain JSON, with the place of every mistake."""
 
 import difflib
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,9 +38,23 @@ def read_json(path: Path) -> dict[str, Any]:
 def nearby(path: Path) -> str:
     """`; did you mean X?` when the folder of a missing `path` holds a similar name, else nothing."""
     folder = path.parent
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    # A link that leads nowhere has the name that is looked for.
+    names = [entry.name for entry in folder.iterdir() if entry.name != path.name] if folder.is_dir() else []
     close = difflib.get_close_matches(path.name, names, 1)
     return f"; did you mean {folder / close[0]}?" if close else ""
+
+
+def absence(path: Path, kind: str = "file") -> str:
+    """Why there is no `path`: no such file (or another `kind`), or a link that leads nowhere or in a circle."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "links that lead in a circle"
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            return f"cannot be read ({error.strerror})"
+        return f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else f"no such {kind}"
+    return f"is not a {kind}"
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Columns = Mapping[str, Tensor | Iterable[str]]
+_OF_TOKENS = ("tokens", "documents", "summaries")
 
 
 class HasColumns(Protocol):
@@ -20,6 +21,11 @@ class HasColumns(Protocol):
     def columns(self) -> Columns:
         """All that its samples and its metrics follow from, and that must be the same on every rank, by name."""
         ...
+
+
+def token_ids(columns: Columns) -> list[Tensor]:
+    """Those of the columns that hold token ids, which a model looks up in its embedding."""
+    return [column for name, column in columns.items() if name in _OF_TOKENS and isinstance(column, Tensor)]
 
 
 def fingerprint(columns: Columns) -> str:

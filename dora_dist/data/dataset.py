@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dora_dist.data.cache import cached
-from dora_dist.data.columns import Columns
+from dora_dist.data.columns import Columns, token_ids
 from dora_dist.data.formats import FORMATS, Rendered
 from dora_dist.data.records import FIELDS, Record, read_records
 from dora_dist.errors import UserError
@@ -72,6 +72,11 @@ class TokenizedData:
     train_stats: Any
     validation: Any = None
     validation_stats: Any = None
+
+    def token_ids(self) -> list[Tensor]:
+        """All token ids of both sets, flat."""
+        sets = [rows for rows in (self.train, self.validation) if rows is not None]
+        return [ids for rows in sets for ids in token_ids(rows.columns())]
 
 
 def build_dataset(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dora_dist.errors import UserError
+from dora_dist.models.folder import ModelFolder, transformers_config
 from dora_dist.models.llava import LANGUAGE, PROJECTOR, TOWER, other_use, tokens_per_picture
 from dora_dist.models.names import Rename, rename_for
 from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, new_folder
@@ -58,7 +59,8 @@ def assemble_llava(
     Tensors keep their dtypes and are copied in blocks: memory does not grow with the models. Returns the numbers of
     tensors, of tokens a picture, and the image token's id. Raises UserError for folders that do not fit together.
     """
-    text_config, tower_config = _configs(Path(vision), Path(language))
+    written, seen = ModelFolder.open(language, "--language"), ModelFolder.open(vision, "--vision")
+    text_config, tower_config = _configs(seen.path, written.path)
     tokenizer, token_id = _tokenizer(Path(language), image_token)
     config = _llava_config(tower_config, text_config, token_id, feature_layer, len(tokenizer))
     processor = _processor(Path(vision), config, tokenizer, image_token, image_size)
@@ -69,22 +71,15 @@ def assemble_llava(
         generation = Path(language) / "generation_config.json"
         if generation.is_file():
             (folder / generation.name).write_bytes(generation.read_bytes())
-        parts = _parts(folder, config, TensorFolder.open(Path(vision)), TensorFolder.open(Path(language)))
+        parts = _parts(folder, config, seen.tensors, written.tensors)
         _write(folder, parts, seed)
     return {"tensors": sum(map(len, parts)), "tokens_per_picture": config.image_seq_length, "image_token_id": token_id}
 
 
 def _configs(vision: Path, language: Path) -> tuple[Any, Any]:
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-    found = []
-    for option, folder in (("--language", language), ("--vision", vision)):
-        try:
-            found.append(AutoConfig.from_pretrained(folder))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{option} {folder}: holds no readable config.json: {error}") from error
-    text, tower = found
+    text, tower = transformers_config(language), transformers_config(vision)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"--language {language}: {text.model_type!r} is no causal language model")
     tower = getattr(tower, "vision_config", tower)

@@ -15,11 +15,12 @@ from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.adapters.recompute import keeping_outputs
 from dora_dist.errors import UserError
+from dora_dist.models.folder import GENERATION_CONFIG, ModelFolder, generation_config, reason, transformers_config
 from dora_dist.models.names import locate, rename_for, stored_names
 from dora_dist.models.placement import Placement
 from dora_dist.models.tasks import IMAGE_TEXT, LANGUAGE_MODEL, Task, configure, default_trained, model_class
-from dora_dist.models.tying import untie
-from dora_dist.safetensors_io import TensorFolder
+from dora_dist.models.tying import untie, untie_different
+from dora_dist.models.unused import report_unused
 from dora_dist.zero3.loading import adapted_layers, load_base
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -67,9 +68,12 @@ def build_model(
     trained or adapted of a tied weight is untied from the rest, as PEFT has it. On ZeRO-3 this is collective. Raises
     UserError for a folder that is no model, a plan that does not fit it, and missing, misshapen or truncated tensors.
     """
-    folder = TensorFolder.open(base)
+    opened = ModelFolder.open(base)
+    folder = opened.tensors
     model = skeleton(base, task, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
-    stored = stored_names(folder.entries, rename_for(model) if task.name == IMAGE_TEXT else None)
+    named = stored_names(folder.entries, rename_for(model) if task.name == IMAGE_TEXT else None)
+    stored = untie_different(model, folder, named)
+    report_unused(opened, model, stored)
     if trained_modules is None:
         trained = default_trained(model, task, stored)
     else:
@@ -154,23 +158,25 @@ def skeleton(
 ) -> Any:
     """The model's modules with parameters on the meta device and real buffers (rotary frequencies and the like)."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, GenerationConfig
     from transformers.initialization import no_init_weights
     from transformers.modeling_utils import set_zero3_state
 
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {base} holds no readable config.json: {error}") from error
+    config = transformers_config(base, trust_remote_code)
     configure(config, task)
     kind: Any = model_class(config, task, trust_remote_code)
     sdpa = attn_implementation != "sdpa" or getattr(kind, "_supports_sdpa", True)
     config._attn_implementation = attn_implementation if sdpa else "eager"
     config.use_cache = False
     # set_zero3_state: parts of a composite model would be sharded as they are made, once a Trainer has said ZeRO-3.
-    with init_empty_weights(include_buffers=False), no_init_weights(), set_zero3_state():
-        model: Any = kind(config)
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights(), set_zero3_state():
+            model: Any = kind(config)
+    except Exception as error:  # what a family does with values that it does not check
+        raise UserError(
+            f"{base / 'config.json'}: {kind.__name__} cannot be built as it says: {reason(error)}; take the "
+            "config.json of the model's own repository"
+        ) from error
     model.tie_weights()
-    if (base / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(base)
+    if (base / GENERATION_CONFIG).exists():
+        model.generation_config = generation_config(base)
     return model

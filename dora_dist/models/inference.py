@@ -1,6 +1,5 @@
 """A model to ask questions of, in one process: plain, or with an adapter on its base."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,29 @@ from dora_dist.adapters.peft_format import CONFIG_NAME, PeftFolder, read_peft_fo
 from dora_dist.errors import UserError
 from dora_dist.hub import fetch
 from dora_dist.models.build import DTYPES, build_model
+from dora_dist.models.folder import (
+    GENERATION_CONFIG,
+    ModelFolder,
+    generation_config,
+    not_a_folder,
+    read_config,
+    reason,
+    transformers_config,
+)
 from dora_dist.models.placement import WholePlacement
-from dora_dist.models.tasks import GENERATIVE, Task, auto_class, task_of_adapter, task_of_model
+from dora_dist.models.tasks import (
+    CLASSIFICATION,
+    GENERATIVE,
+    Task,
+    auto_class,
+    model_class,
+    task_of_adapter,
+    task_of_model,
+)
 from dora_dist.models.tokenizer import load_tokenizer
+from dora_dist.models.unused import say_unused
+from dora_dist.models.vocabulary import agree_on_padding, refuse_tokens_without_rows
+from dora_dist.zero3.loading import is_finite
 
 
 def load_for_inference(path: str, dtype: str = "bf16") -> tuple[Any, Any]:
@@ -27,16 +46,45 @@ def load_for_inference(path: str, dtype: str = "bf16") -> tuple[Any, Any]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     adapter = adapter_at(path)
     if adapter is None:
-        folder = _folder(path)
-        task = task_of_model(_config(folder))
-        model: Any = auto_class(task).from_pretrained(folder, dtype=DTYPES[dtype], use_safetensors=True)
-        tokenizer = load_tokenizer(folder, generative=task.name in GENERATIVE)
+        base = _folder(path)
+        model, tokenizer = _plain(base, dtype)
     else:
-        model, tokenizer = _adapted(adapter, dtype, device)
+        base = _base_of(adapter)
+        model, tokenizer = _adapted(adapter, base, dtype, device)
+    refuse_tokens_without_rows(model, tokenizer, base)
     model.config.use_cache = True
     if head := model.get_output_embeddings():
         head.register_forward_pre_hook(_contiguous)
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _plain(folder: Path, dtype: str) -> tuple[Any, Any]:
+    """A whole model, read by transformers, which would make up what is missing and only say so in its log."""
+    opened = ModelFolder.open(folder)
+    task = task_of_model(opened.config)
+    model_class(transformers_config(folder), task)
+    if (folder / GENERATION_CONFIG).exists():
+        generation_config(folder)
+    try:
+        model, report = auto_class(task).from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # each family checks its fields in its own way
+        raise UserError(f"{folder}: transformers cannot load it: {reason(error)}") from error
+    doubt = "is this folder the model that its config.json describes?"
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{folder}: tensor {missing[0]!r} is missing ({len(missing)} in all); {doubt}")
+    for name, there, here in sorted(report["mismatched_keys"]):
+        raise UserError(f"{folder}: tensor {name!r} has shape {list(there)}, the model needs {list(here)}; {doubt}")
+    say_unused(opened, sorted(report["unexpected_keys"]), model)
+    if damaged := [name for name, values in model.named_parameters() if not is_finite(values)]:
+        raise UserError(f"{folder}: tensor {damaged[0]!r} holds NaN or infinity; download or copy the folder again")
+    return model, _tokenizer(folder, task, model)
 
 
 def _contiguous(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -47,7 +95,7 @@ def _contiguous(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tupl
 def task_at(path: str) -> Task:
     """The task of the model that `load_for_inference` would load. Raises UserError as that does."""
     adapter = adapter_at(path)
-    return task_of_model(_config(_folder(path))) if adapter is None else task_of_adapter(PeftFolder.open(adapter))
+    return task_of_model(read_config(_folder(path))) if adapter is None else task_of_adapter(PeftFolder.open(adapter))
 
 
 def base_folder(path: str) -> Path:
@@ -72,22 +120,13 @@ def _folder(path: str) -> Path:
 
     folder = Path(path) if is_local(path) else fetch(path)
     if not folder.is_dir():
-        raise UserError(f"{path}: no such folder; give a model, PEFT, checkpoint or run folder, or a hub name")
+        remedy = "give a model, PEFT, checkpoint or run folder, or a hub name"
+        raise UserError(f"{path}: {not_a_folder(folder, remedy)}")
     return folder
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: unreadable ({error}); give a Hugging Face model folder") from error
-    return config if isinstance(config, dict) else {}
-
-
-def _adapted(folder: Path, dtype: str, device: torch.device | None) -> tuple[Any, Any]:
+def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) -> tuple[Any, Any]:
     adapter = read_peft_folder(folder)
-    base = _base_of(folder)
     placement = WholePlacement(device or "cpu")
     run = build_model(
         base,
@@ -98,7 +137,14 @@ def _adapted(folder: Path, dtype: str, device: torch.device | None) -> tuple[Any
         trained_modules=adapter.modules_to_save,
         start_from=adapter,
     )
-    return run.model, load_tokenizer(base, generative=run.task.name in GENERATIVE)
+    return run.model, _tokenizer(base, run.task, run.model)
+
+
+def _tokenizer(folder: Path, task: Task, model: Any) -> Any:
+    tokenizer = load_tokenizer(folder, generative=task.name in GENERATIVE)
+    if task.name == CLASSIFICATION:
+        agree_on_padding(model, tokenizer)
+    return tokenizer
 
 
 def _base_of(adapter: Path) -> Path:

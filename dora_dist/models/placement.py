@@ -27,6 +27,10 @@ class Placement(Protocol):
         """Overwrite a placed parameter, before any optimizer exists, with whole `values` known on every rank."""
         ...
 
+    def anywhere(self, found: list[str]) -> list[str]:
+        """What any process that holds a share of the model has `found`: the same list on each (collective)."""
+        ...
+
     def norms(self, model: nn.Module) -> NormRefresher:
         """A refresher, attached to the root `model`, that knows how its weights are held."""
         ...
@@ -55,6 +59,9 @@ class WholePlacement:
 
     def assign(self, parameter: nn.Parameter, values: Tensor) -> None:
         parameter.data.copy_(values)
+
+    def anywhere(self, found: list[str]) -> list[str]:
+        return found
 
     def norms(self, model: nn.Module) -> NormRefresher:
         return NormRefresher(model)

@@ -6,6 +6,7 @@ from typing import Any
 from dora_dist.config import DataConfig
 from dora_dist.data.pictures import PictureProcessor, PictureReader, PictureTokens
 from dora_dist.errors import UserError
+from dora_dist.models.folder import reason, transformers_config
 from dora_dist.models.llava import check_family, other_use, tokens_per_picture
 from dora_dist.models.tokenizer import load_tokenizer
 
@@ -16,17 +17,17 @@ def load_processor(base: Path, data: DataConfig, tokenizer: str | None = None) -
     The number of tokens of a picture is what the model's own tower makes of it, whatever the processor's settings
     say. Raises UserError if the parts do not fit together.
     """
-    from transformers import AutoConfig, AutoImageProcessor
+    from transformers import AutoImageProcessor
 
-    config: Any = AutoConfig.from_pretrained(base)
+    config = transformers_config(base)
     check_family(config)
     text: Any = load_tokenizer(tokenizer or str(base))
     try:
         # Pillow's arithmetic, with which these models were trained, whatever else is installed.
         images = AutoImageProcessor.from_pretrained(base, backend="pil")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its classes check their settings in their own ways
         raise UserError(
-            f"model.path: {base} has no image processor that loads (preprocessor_config.json): {error}"
+            f"model.path: {base} has no image processor that loads (preprocessor_config.json): {reason(error)}"
         ) from error
     pad = data.image_aspect_ratio == "pad"
     reader = PictureReader(Path(data.image_folder or ""), images, pad=pad, max_pixels=data.max_image_pixels)

@@ -9,6 +9,7 @@ from torch import nn
 from dora_dist.adapters.inject import trained_in_full
 from dora_dist.adapters.peft_format import PeftFolder
 from dora_dist.errors import UserError
+from dora_dist.models.folder import own_code_needed
 from dora_dist.models.llava import LLAVA_PARTS, PROJECTOR, check_family
 from dora_dist.models.names import locate
 
@@ -34,7 +35,7 @@ _MAPPINGS = {
     CLASSIFICATION: ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "AutoModelForSequenceClassification"),
     SEQ2SEQ_LM: ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "AutoModelForSeq2SeqLM"),
 }
-_KEPT_FIELDS = ("architectures", "id2label", "label2id", "problem_type")
+_KEPT_FIELDS = ("architectures", "id2label", "label2id", "problem_type", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,12 @@ def model_class(config: Any, task: Task, trust_remote_code: bool = False) -> typ
     known = getattr(modeling_auto, mapping)
     if type(config) in known:
         return cast(type[nn.Module], known[type(config)])
-    if trust_remote_code and auto_name in getattr(config, "auto_map", {}):
+    if trust_remote_code and auto_name in (getattr(config, "auto_map", None) or {}):
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         return get_class_from_dynamic_module(config.auto_map[auto_name], config._name_or_path)
+    if auto_name in (getattr(config, "auto_map", None) or {}):
+        raise UserError(f"{config._name_or_path}/config.json: {own_code_needed(config._name_or_path)}")
     kind = task.name.replace("_", " ").replace("causal lm", "causal language")
     raise UserError(f"model.path: {config.model_type!r} is not a {kind} model that {auto_name} knows")
 

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_dist.adapters.peft_format import read_json_object
 from dora_dist.errors import UserError
+from dora_dist.models.folder import own_code_needed, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,12 +43,15 @@ def load_tokenizer(
             tokenizer = _from_repository(name, revision, trust_remote_code)
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # broken files make the libraries raise anything
+        _blame(Path(name))
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{name}/tokenizer_config.json: {own_code_needed(name)}") from error
         found = Path(name).exists()
         what = "holds no tokenizer that loads" if found else "is neither a folder here nor a hub name"
         raise UserError(
             f"tokenizer {name} {what}; give a folder with tokenizer.json, a tokenizer.model file or a hub "
-            f"name ({str(error).splitlines()[0]})"
+            f"name ({reason(error)})"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer {name} gives no character offsets; a fast one (tokenizer.json) is needed")
@@ -55,6 +60,24 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token or tokenizer.sep_token
     return tokenizer
+
+
+def _blame(folder: Path) -> None:
+    """Raise UserError for the file of a tokenizer's folder that is broken, if one is."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        file = folder / name
+        if file.is_file():
+            read_json_object(file, "take the file of the model's own repository")
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library's errors have no class of their own
+            raise UserError(
+                f"{folder / 'tokenizer.json'}: is no tokenizer ({reason(error)}); take the file of the model's own "
+                "repository"
+            ) from error
 
 
 def from_sentencepiece(file: Path, chat_template: str | None = None) -> PreTrainedTokenizerFast:

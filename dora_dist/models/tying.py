@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dora_dist.console import warn
 from dora_dist.models.names import locate
+from dora_dist.safetensors_io import TensorFolder
+
+_PIECE = 4 << 20  # elements
 
 
 def parted_names(model: nn.Module, modules: Iterable[str]) -> list[tuple[list[str], list[str]]]:
@@ -42,3 +46,29 @@ def untie(model: Any, modules: Iterable[str], stored: Mapping[str, str]) -> tupl
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
     return apart, sources
+
+
+def untie_different(model: Any, folder: TensorFolder, stored: Mapping[str, str]) -> Mapping[str, str]:
+    """Untie what config.json ties though `folder` has two different tensors for it, as transformers does; says so.
+
+    The model is on the meta device and changed in place. Returns `stored`, with what untied weights start from.
+    """
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        own, shared = (locate(name, stored, model.base_model_prefix) for name in (target, source))
+        if own is None or shared is None or own == shared or _equal(folder, own, shared):
+            continue
+        _, stored = untie(model, [target.rpartition(".")[0]], stored)
+        warn(
+            f"{folder.path / 'config.json'}: tie_word_embeddings = true, but the files hold {own!r} and {shared!r} "
+            "with different values: each is used as it is, as transformers does; set tie_word_embeddings to false"
+        )
+    return stored
+
+
+def _equal(folder: TensorFolder, one: str, other: str) -> bool:
+    """Whether two tensors of a folder hold the same; read piece by piece, up to the first that differs."""
+    first, second = folder.entries[one], folder.entries[other]
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    spans = ((start, min(start + _PIECE, first.numel)) for start in range(0, first.numel, _PIECE))
+    return all(torch.equal(folder.read_flat(one, *span), folder.read_flat(other, *span)) for span in spans)

@@ -16,6 +16,7 @@ from dora_dist.evaluation.glue import classification_metrics, rating_metrics
 from dora_dist.evaluation.rouge import rouge_metrics
 from dora_dist.evaluation.squad import predict, squad_metrics
 from dora_dist.models.tasks import CLASSIFICATION, IMAGE_TEXT, QUESTIONS, SEQ2SEQ_LM
+from dora_dist.models.vocabulary import agree_on_padding
 
 Batch = dict[str, Any]
 PAD_TO_MULTIPLE_OF = 8  # few shapes: fewer kernels to build
@@ -47,6 +48,7 @@ class Objective(Protocol):
 def objective(config: RunConfig, tokenizer: Any, model: Any) -> Objective:
     """The objective of a run's task, for a `model` of transformers."""
     if config.model.task == CLASSIFICATION:
+        agree_on_padding(model, tokenizer)
         return Labelling(tokenizer, config.model.num_labels)
     if config.model.task == QUESTIONS:
         return SpanFinding(tokenizer, config.data.cutoff_len)

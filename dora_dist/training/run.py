@@ -21,6 +21,7 @@ from dora_dist.distributed import World, together
 from dora_dist.errors import Stopped, UserError
 from dora_dist.hub import wanted
 from dora_dist.launchers import rank_among_several
+from dora_dist.models.folder import check_base, transformers_config
 from dora_dist.run_log import RunLog
 from dora_dist.safetensors_io import DISK_IS_FULL, disk_errors
 from dora_dist.stopping import StopRequest
@@ -35,10 +36,12 @@ def train(config: RunConfig) -> Path:
     """
     started = time.perf_counter()
     config.check_files()
+    check_base(config)
     config.deepspeed_config(distributed.launched_world_size())
     if config.training.max_steps is not None:
         pruning_budget(config, config.training.max_steps)
     distributed.choose_accelerator(config.engine.accelerator)
+    distributed.check_attention(config.model.attn_implementation)
     config.check_engine_options()
     with RunLog(rank_among_several(os.environ) or 0) as log, StopRequest() as stop:
         distributed.leave_nccl_errors_to_the_watch()
@@ -120,6 +123,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.models.build import build_model, checkpoint_activations
     from dora_dist.models.llava import prepare_for_training
     from dora_dist.models.tasks import IMAGE_TEXT, Task
+    from dora_dist.models.vocabulary import check_vocabulary
     from dora_dist.training.arguments import training_arguments
     from dora_dist.training.blocks import about_model
     from dora_dist.training.inputs import fetched
@@ -133,6 +137,9 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     model, deepspeed = config.model, config.deepspeed_config(world.world_size)
     local = fetched(config, world)
     base = Path(local.model.path)
+    with together("reading the base model's files"):  # of the hub: what is here was looked at before
+        check_base(local)
+        base_config = transformers_config(base, model.trust_remote_code)
     tokenizer, data = _data(local, base, world)
     spec, budget = adapter_spec(config), pruning_budget(config, optimizer_steps(config, len(data.train)))
     with together("reading the base model's files"):
@@ -143,6 +150,8 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
             start_from = read_peft_folder(Path(config.adapter.init_from))
             files |= of_model_folder("adapter.init_from", Path(config.adapter.init_from), whole=True)
     check_agreement(world, files | of_data(data))
+    reader = tokenizer.tokenizer if model.task == IMAGE_TEXT else tokenizer
+    check_vocabulary(reader, base_config.get_text_config().vocab_size, model.path, data.token_ids())
     plan = by_pattern(spec, config.adapter.target_modules, config.adapter.magnitude_only_modules)
     if resume is not None and budget is not None:
         with together(f"reading {resume}"):

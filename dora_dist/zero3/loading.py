@@ -32,7 +32,8 @@ def load_base(
     Tied parameters stay tied. A parameter that is trained in full and not in the folder (a new task head), or a head's
     that has another shape there (other labels), is initialised by `seed`; the names of these are returned. All names
     and shapes are checked before a byte is read; another missing tensor or another shape is a UserError, the same on
-    every rank. Persistent buffers are read where the folder has them; all buffers get their place, in their own dtype.
+    every rank, and so is a tensor with NaN or infinity in it. Persistent buffers are read where the folder has them;
+    all buffers get their place, in their own dtype.
     """
     owners = _owners(model)
     prefix = getattr(model, "base_model_prefix", "")
@@ -43,13 +44,14 @@ def load_base(
         buffer.copy_(folder.read(source, dtype=buffer.dtype))
     _place_buffers(model, placement)
     std = getattr(getattr(model, "config", None), "initializer_range", None) or 0.02
-    fresh = []
+    fresh: list[str] = []
+    not_finite: list[str] = []
     total = sum(p.numel() for p, _ in owners.values())
     with progress(total, "loading the base", "weight", unit_scale=True, leave=False, shown=placement.first) as bar:
         for parameter, names in owners.values():
             source = sources[id(parameter)]
             if source is not None:
-                fill = _read(folder, source)
+                fill = _read(folder, source, not_finite)
             elif _is_adapters(names[0]):
                 fill = _initial(model, names[0], parameter.shape, seed)
             else:
@@ -60,6 +62,11 @@ def load_base(
                 module, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(module), attribute, placed)
             bar.update(parameter.numel())
+    if damaged := placement.anywhere(not_finite):
+        raise UserError(
+            f"{folder.entries[damaged[0]].path}: tensor {damaged[0]!r} holds NaN or infinity (such tensors: "
+            f"{len(damaged)}); download or copy the file again, or save the model again"
+        )
     return fresh
 
 
@@ -154,25 +161,42 @@ def _is_adapters(name: str) -> bool:
 
 def _check(wanted: Iterable[tuple[str, Tensor]], folder: TensorFolder) -> None:
     for problem in _problems(wanted, folder):
-        raise UserError(f"model.path: {problem}; is this folder the model that its config.json describes?")
+        raise UserError(f"{problem}; is this folder the model that its config.json describes?")
 
 
 def _problems(wanted: Iterable[tuple[str, Tensor]], folder: TensorFolder) -> Iterator[str]:
     for source, tensor in wanted:
         if source not in folder.entries:
-            yield f"{folder.path} has no tensor {source!r} (it has {len(folder.entries)} others)"
+            yield f"{folder.path}: has no tensor {source!r} (it has {len(folder.entries)} others)"
         elif tuple(folder.entries[source].shape) != tuple(tensor.shape):
             yield (
                 f"tensor {source!r} in {folder.entries[source].path} has shape "
-                f"{list(folder.entries[source].shape)}, the model needs {list(tensor.shape)}"
+                f"{list(folder.entries[source].shape)}, the model needs {list(tensor.shape)}{_vocabulary(source)}"
             )
 
 
-def _read(folder: TensorFolder, name: str) -> Fill:
+def _vocabulary(tensor: str) -> str:
+    return (
+        " (vocab_size in config.json)"
+        if any(part in tensor for part in ("embed_tokens", "word_embeddings", "lm_head"))
+        else ""
+    )
+
+
+def _read(folder: TensorFolder, name: str, not_finite: list[str]) -> Fill:
+    """Reads a tensor's elements; adds its name to `not_finite` if there is NaN or infinity among them."""
+
     def fill(start: int, stop: int, out: Tensor) -> None:
         folder.read_flat(name, start, stop, out=out)
+        if not is_finite(out):
+            not_finite.append(name)
 
     return fill
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether all elements are; the sum tells, without memory for the answers, unless it overflows by itself."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def adapted_layers(model: nn.Module) -> dict[str, DoraLinear]:

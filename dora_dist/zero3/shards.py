@@ -79,6 +79,11 @@ class ShardedPlacement:
         parameter.ds_tensor.data[: stop - start].copy_(values.flatten()[start:stop])
         _forget_copies(parameter)
 
+    def anywhere(self, found: list[str]) -> list[str]:
+        everyone: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everyone, found)
+        return list(dict.fromkeys(name for names in everyone for name in names))
+
     def norms(self, model: nn.Module) -> NormRefresher:
         from dora_dist.zero3.norms import ShardedNormRefresher
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import encoders
+from tests import encoders, toy
 from tests.distributed.training_runs import config, run
 from tests.ranks import run_ranks
 
@@ -18,9 +18,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classification")
     encoders.plain_encoder(folder / "bert")
     encoders.plain_encoder(folder / "roberta", "roberta")
+    unpadded(toy.base_model(folder / "llama"))
     encoders.write_labelled(folder / "labels.json", 27)  # 22 to train on: the fourth global batch has 4
     encoders.write_labelled(folder / "ratings.json", 27, rating=True)
     return folder
+
+
+def unpadded(base: Path) -> None:
+    """Take the padding token out of a folder, as most LLaMAs have none."""
+    for name, field in (("config.json", "pad_token_id"), ("tokenizer_config.json", "pad_token")):
+        settings = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps({**settings, field: None}))
 
 
 def classify(folder: Path, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +69,10 @@ def runs(folder: Path) -> Path:
     again = {"resume": str(folder / "one" / "checkpoint-3"), "keep_best": True}
     bf16 = classify(folder, "bf16", model={"path": str(folder / "roberta"), "dtype": "bf16"})
     larger = {"micro_batch_size": 3}
-    run_ranks(run, 2, classify(folder, "two", training=larger), rate(folder, "rate-two", training=checkpointed), bf16)
+    decoder = classify(folder, "decoder", model={"path": str(folder / "llama")}, training=larger)
+    run_ranks(
+        run, 2, classify(folder, "two", training=larger), rate(folder, "rate-two", training=checkpointed), bf16, decoder
+    )
     run_ranks(run, 3, classify(folder, "three"), classify(folder, "three-from-one", checkpoint=again))
     return folder
 
@@ -126,6 +137,39 @@ def test_merged_unmerged_and_peft_give_the_same_logits(runs: Path, name: str, ba
     assert (found[0] - found[2]).abs().max() <= 1e-5
     assert (found[1] - found[2]).abs().max() <= 1e-5
     assert merged.config.problem_type == ("regression" if labels == 1 else "single_label_classification")
+
+
+def test_a_decoder_without_a_padding_token_pads_the_same_in_training_evaluation_and_merged(runs: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    from dora_dist.consolidate import consolidate
+    from dora_dist.evaluation.run import evaluate
+    from dora_dist.models.inference import load_for_inference
+
+    adapter = runs / "decoder" / "checkpoint-6" / "adapter"
+    consolidate(adapter, runs / "llama", runs / "merged-decoder", progress=False)
+    assert json.loads((runs / "merged-decoder" / "config.json").read_text())["pad_token_id"] == 2
+    merged: Any = AutoModelForSequenceClassification.from_pretrained(runs / "merged-decoder")
+    unmerged, tokenizer = load_for_inference(str(adapter), dtype="fp32")
+    assert tokenizer.pad_token_id == unmerged.config.pad_token_id == 2
+    long, short = toy.tokens()[0], toy.tokens()[1, :5]
+    padded = torch.stack([long, torch.cat([short, torch.full((12,), 2)])])
+    with torch.no_grad():
+        alone = [unmerged(input_ids=ids[None]).logits[0] for ids in (long, short)]
+        for model in (unmerged, merged.eval()):
+            found = model(input_ids=padded, attention_mask=(padded != 2).long()).logits
+            assert (found - torch.stack(alone)).abs().max() <= 1e-5
+    # The whole validation set again, one text at a time, where nothing is padded but to a multiple of 8.
+    scores = [
+        evaluate(str(runs / name), {"all": runs / "labels.json"}, batch_size=size, progress=False, **options)
+        for name, size, options in (
+            ("decoder/checkpoint-6", 1, {}),
+            ("decoder/checkpoint-6", 27, {}),
+            ("merged-decoder", 4, {"fields": {"text_fields": ["sentence1", "sentence2"], "cutoff_len": 32}}),
+        )
+    ]
+    losses = [score["tasks"]["all"]["loss"] for score in scores]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
 
 
 def goes_on(same: dict[str, Any], other: dict[str, Any]) -> tuple[dict[str, Any], str]:

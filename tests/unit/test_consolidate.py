@@ -285,7 +285,7 @@ def test_an_adapter_of_another_model_names_the_module(tmp_path: Path) -> None:
             consolidate(adapter_of(module, out, width), base, tmp_path / "out", progress=False)
     tensors = load_file(base / "model.safetensors")
     save_file(tensors | {f"{O_PROJ}.weight": torch.ones(32, 32, dtype=torch.int8)}, base / "model.safetensors")
-    with pytest.raises(UserError, match="o_proj', stored as torch.int8"):
+    with pytest.raises(UserError, match="o_proj.weight' is quantised: int8"):
         consolidate(adapter_of(O_PROJ, 32, 32), base, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
@@ -333,7 +333,7 @@ def test_bad_bases_and_options_are_user_errors(tmp_path: Path, monkeypatch: pyte
     (base / "pytorch_model.bin").write_text("x")
     assert "pickled weights only" in failure()
     (base / "config.json").unlink()
-    assert "config.json: not readable as JSON" in failure()
+    assert "config.json: no such file" in failure()
 
 
 def test_an_interrupted_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +400,7 @@ def test_memory_is_a_few_blocks_whatever_the_size_of_base_and_tensor(tmp_path: P
     width, rows = 4096, 12288  # 201 MB a tensor in fp32, 402 MB the base in bf16
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(4)]
     (tmp_path / "base").mkdir()
-    (tmp_path / "base/config.json").write_text("{}")
+    (tmp_path / "base/config.json").write_text('{"model_type": "llama"}')
     weight = torch.full((rows, width), 0.5, dtype=torch.bfloat16)
     save_file({f"{n}.weight": weight.clone() for n in names}, tmp_path / "base/model.safetensors")
     magnitude = torch.full((rows,), 16.0)  # half the norm of a row
