@@ -94,7 +94,8 @@ def consolidate(
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     adapter = PeftFolder.open(adapter_folder)
-    base = _base_path(str(base_folder), adapter.config.get("revision"))
+    own = str(base_folder) == adapter.config.get("base_model_name_or_path")
+    base = base_path(str(base_folder), adapter.config.get("revision") if own else None, str(adapter.path))
     config = read_json_object(base / "config.json", "give a Hugging Face model folder as base")
     output = Path(output).resolve()
     _check_output(output, base, Path(adapter_folder))
@@ -180,22 +181,41 @@ def _trained_on(adapter: Path, run: Path | None = None) -> str | None:
     return None
 
 
-def _base_path(name: str, revision: str | None) -> Path:
-    """The base's folder: a local one, or a hub name's snapshot."""
+def base_path(name: str, revision: str | None, named_by: str) -> Path:
+    """The folder of the base model `name`: a local one, or a hub name's snapshot.
+
+    `named_by`, the adapter folder or the option that names it, is for messages. Raises UserError where it is not to be
+    had.
+    """
+    remedy = f"it is the base that {named_by} names: if it was moved, or the name is relative to another working "
+    remedy += "directory, give its folder or hub name with --base MODEL"
+    if named_by == "--base":
+        remedy = "give the folder or hub name of a model with --base"
     if not is_local(name):
-        return fetch(name, revision)
-    if not Path(name).is_dir():
-        raise UserError(f"base model {name!r}: no such folder; give the base's folder or hub name with --base")
-    return Path(name)
+        try:
+            return fetch(name, revision, field="base model")
+        except UserError as error:
+            raise UserError(f"{error}\n  {remedy}") from error
+    if not Path(name).expanduser().is_dir():
+        what = "is a file" if Path(name).is_file() else "no such folder"
+        raise UserError(f"base model {name!r}: {what}; {remedy}")
+    return Path(name).expanduser()
 
 
 def _check_output(output: Path, base: Path, adapter: Path) -> None:
-    """Refuse to replace an input, or (when overwriting) a folder that holds something else than a model."""
-    for kind, folder in (("base", base), ("adapter", adapter)):
-        if folder.resolve().is_relative_to(output):
+    """Refuse to replace an input, to write into one, or (when overwriting) a folder that holds something else than a
+    model.
+    """
+    inputs = [("base", base.resolve()), ("adapter", adapter.resolve())]
+    if (adapter.resolve().parent / run_folder.MANIFEST).is_file():
+        inputs.append(("checkpoint", adapter.resolve().parent))
+    for kind, folder in inputs:
+        if folder.is_relative_to(output):
             raise UserError(f"{output}: holds the {kind} that is to be merged; choose another output folder")
+        if output.is_relative_to(folder):
+            raise UserError(f"{output}: lies in the {kind} {folder}, which must stay as it is; choose another folder")
     if output.is_dir() and any(output.iterdir()) and not any(output.glob("model*.safetensors")):
-        raise UserError(f"{output}: already exists and is no merged model; choose another output folder")
+        raise UserError(f"{output}: already exists and is not a merged model; choose another output folder")
 
 
 def _check_space(output: Path, nbytes: int) -> None:
@@ -339,7 +359,7 @@ def _blocks(output: Output, layer: AdapterLayer | None) -> Iterator[Tensor]:
         if block.is_floating_point() and dtype.itemsize > 1 and not bool(torch.isfinite(block).all()):
             origin = "source" if layer is None else "base, adapter or their sum"
             cause = f"its {origin} holds NaN, infinity or a value too large for {dtype}"
-            raise UserError(f"tensor {output.name!r} would not be finite: {cause}; mend it, or try another --dtype")
+            raise UserError(f"tensor {output.name!r} would not be finite: {cause}; try --dtype bf16 or fp32, or fix it")
         yield block
 
 

@@ -229,11 +229,7 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path).resolve()
     if path.exists() and not (overwrite and path.is_dir()):
-        remedy = (
-            "choose another name, or replace it with --overwrite (overwrite=True)"
-            if path.is_dir()
-            else "choose another"
-        )
+        remedy = "choose another name, or replace it with --overwrite" if path.is_dir() else "choose another"
         raise UserError(f"{path}: already exists; {remedy}")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
