@@ -26,6 +26,7 @@ from dora_dist.errors import UserError
 from dora_dist.hub import fetch
 from dora_dist.models.llava import LANGUAGE, is_llava
 from dora_dist.models.names import Rename, locate, modern, prefix_between, stored_names
+from dora_dist.notes import note
 from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, new_folder
 
 BLOCK_BYTES = 16 << 20
@@ -103,6 +104,8 @@ def consolidate(
     names = _names(adapter, base, config)
     outputs = _outputs(adapter, tensors, dtype, names)
     shards = _plan(outputs, max_shard_bytes)
+    if larger := sum(output.nbytes > max_shard_bytes for output in outputs):
+        note(f"{larger:,} of {len(outputs):,} tensors are larger than --max-shard-size and get files of their own")
     total = sum(shard.nbytes for shard in shards)
     _check_space(output, total)
     with (

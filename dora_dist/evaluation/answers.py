@@ -73,6 +73,11 @@ def exchange(record: Record, format: str, answer: str, tokenizer: PreTrainedToke
         if not rendered.text[:start].strip():
             raise UserError("its prompt is empty: there is nothing to answer")
         return Exchange(rendered.text[:start], rendered.text, start, stop, complete=False)
+    if not tokenizer.chat_template:
+        raise UserError(
+            "--format messages: the tokenizer has no chat template; evaluate a model whose tokenizer has one, or give "
+            "another --format"
+        )
     before, turn = _last_turn(record)
     prompt = templated_prompt(before, tokenizer)
     text = templated([*before, {**turn, "content": answer}], tokenizer, False).text

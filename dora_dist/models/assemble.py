@@ -59,6 +59,7 @@ def assemble_llava(
     tensors, of tokens a picture, and the image token's id. Raises UserError for folders that do not fit together.
     """
     text_config, tower_config = _configs(Path(vision), Path(language))
+    _check_geometry(tower_config, feature_layer, image_size)
     tokenizer, token_id = _tokenizer(Path(language), image_token)
     config = _llava_config(tower_config, text_config, token_id, feature_layer, len(tokenizer))
     processor = _processor(Path(vision), config, tokenizer, image_token, image_size)
@@ -80,6 +81,8 @@ def _configs(vision: Path, language: Path) -> tuple[Any, Any]:
 
     found = []
     for option, folder in (("--language", language), ("--vision", vision)):
+        if not folder.is_dir():
+            raise UserError(f"{option} {folder}: no such folder; give a model folder or a hub name")
         try:
             found.append(AutoConfig.from_pretrained(folder))
         except (OSError, ValueError) as error:
@@ -93,6 +96,21 @@ def _configs(vision: Path, language: Path) -> tuple[Any, Any]:
     if hasattr(tower, "vision_use_head"):
         tower.vision_use_head = False  # SigLIP pools into one vector for contrastive training only
     return text, tower
+
+
+def _check_geometry(tower: Any, feature_layer: int, image_size: int | None) -> None:
+    layers, patch = tower.num_hidden_layers, tower.patch_size
+    if not -layers - 1 <= feature_layer <= layers:
+        raise UserError(
+            f"--feature-layer {feature_layer}: the tower has {layers} layers; give -{layers + 1} to {layers}, where "
+            "0 are the embeddings and -1 is the last layer"
+        )
+    if image_size is not None and image_size != tower.image_size and image_size % patch:
+        near = max(1, image_size // patch) * patch
+        raise UserError(
+            f"--image-size {image_size}: the tower cuts pictures into patches of {patch} pixels, and the rest would be "
+            f"lost; give a multiple such as {near}, or {tower.image_size}, for which it was trained"
+        )
 
 
 def _tokenizer(language: Path, image_token: str) -> tuple[Any, int]:
