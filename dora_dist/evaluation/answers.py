@@ -175,7 +175,7 @@ def _comparison(texts: Sequence[str], gold: Sequence[str], task: str) -> dict[st
     else:
         found, gold, name = [_plain(text) for text in texts], [_plain(text) for text in gold], "exact_match"
     correct = sum(text == wanted for text, wanted in zip(found, gold, strict=True))
-    return {name: correct / len(gold), "correct": correct}
+    return {name: correct / len(gold), "correct": correct, "total": len(gold)}
 
 
 def _plain(text: str) -> str:
