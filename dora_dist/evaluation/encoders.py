@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from dora_dist.config import RunConfig
 from dora_dist.config.conflicts import FORMATS_OF_TASKS
-from dora_dist.errors import UserError
-from dora_dist.evaluation.lengths import positions_of
 
 if TYPE_CHECKING:
     from dora_dist.models.tasks import Task
@@ -35,7 +33,7 @@ def evaluate_encoder(
     `dtype` are by default those of the run, if `model_path` is a run folder, a checkpoint or a checkpoint's adapter;
     else the configuration's defaults, and fp32. Raises UserError for records that do not fit the task.
     """
-    from dora_dist.models.inference import base_folder, load_for_inference, run_of
+    from dora_dist.models.inference import load_for_inference, run_of
 
     run = run_of(str(model_path))
     model_fields, training_fields = run.get("model", {}), run.get("training", {})
@@ -48,7 +46,6 @@ def evaluate_encoder(
     model_of = {"path": str(model_path), "task": task.name, "num_labels": task.num_labels}
     configs = {name: _config(model_of, {**data, "train": str(file)}, training) for name, file in tasks.items()}
     dtype = dtype or model_fields.get("dtype", "fp32")
-    _check_cutoff(next(iter(configs.values())), base_folder(str(model_path), base))
     started = time.perf_counter()
     model, tokenizer = load_for_inference(str(model_path), dtype, base)
     loaded = time.perf_counter()
@@ -65,12 +62,6 @@ def evaluate_encoder(
         "load_seconds": round(loaded - started, 3),
         "seconds": round(time.perf_counter() - loaded, 3),
     }
-
-
-def _check_cutoff(config: RunConfig, base: Path) -> None:
-    positions, cutoff_len = positions_of(base, config.model.trust_remote_code), config.data.cutoff_len
-    if positions is not None and cutoff_len > positions:
-        raise UserError(f"--cutoff-len {cutoff_len}: {base} reads {positions:,} tokens at most; give at most that")
 
 
 def _config(model: dict[str, Any], data: dict[str, Any], training: dict[str, Any]) -> RunConfig:

@@ -93,7 +93,7 @@ class _FiniteLogits:
         )
 
     def __call__(self, model: torch.nn.Module, inputs: Any, outputs: Any) -> None:
-        for name, values in outputs.items():
+        for name, values in outputs.items() if isinstance(outputs, dict) else ():  # custom code may give a tuple
             # The largest is NaN if any is; single logits of minus infinity are how some models forbid a token.
             if name.endswith("logits") and values.numel() and not torch.isfinite(values.amax()):
                 raise UserError(self._message)

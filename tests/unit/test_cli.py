@@ -191,7 +191,10 @@ def test_validate_prints_the_deepspeed_json(capsys: pytest.CaptureFixture[str]) 
         (["train", "--config", RECIPE, "--local_rank=1", "--data.train=a.json"], 'error: data.train = "a.json"'),
         (["train", "--config", RECIPE, "--data.trian", "a.json"], "did you mean data.train?"),
         (["import-gguf", "nowhere.gguf", "--output", "out"], "nowhere.gguf"),
-        (["assemble-llava", "--vision", "./no", "--language", "./lm", "--output", "out"], "--language lm: holds no"),
+        (
+            ["assemble-llava", "--vision", "./no", "--language", "./lm", "--output", "out"],
+            "--language lm: no such folder",
+        ),
         (["consolidate", "nowhere", "--output", "out"], "nowhere: no such folder"),
         (["evaluate", "m", "--tasks", "boolq=nowhere.json"], "nowhere.json"),
         (

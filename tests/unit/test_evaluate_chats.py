@@ -62,12 +62,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(LlamaConfig(**toy.SIZES, vocab_size=len(tokenizer)))
     batch, optimizer = labelled(tokenizer), torch.optim.AdamW(model.parameters(), 5e-3)
+    losses = []
     for _ in range(150):
         optimizer.zero_grad()
         loss = answer_loss(model, batch)
         loss.backward()
         optimizer.step()
-    assert loss < 0.02
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.02
     model.save_pretrained(folder / "base")
     (folder / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chats()))
     return folder
@@ -122,7 +124,7 @@ def test_the_loss_is_that_of_training_on_the_last_answers(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.08 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter.add_(0.08 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         model.save_pretrained(folder / "noisy")
         expected = float(answer_loss(model, labelled(AutoTokenizer.from_pretrained(folder / "base"))))
     AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "noisy")
