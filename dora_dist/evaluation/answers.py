@@ -190,7 +190,7 @@ def _generated(
     **search: int,
 ) -> list[str]:
     """The model's answers in their own words: what the template writes around an answer is taken off."""
-    ends, stop = _turn_ends(exchanges, tokenizer)
+    ends, stop = turn_ends(exchanges, tokenizer)
     texts = generate_texts(
         model,
         tokenizer,
@@ -211,7 +211,7 @@ def _decoded(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def _turn_ends(exchanges: Sequence[Exchange], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], str | None]:
+def turn_ends(exchanges: Sequence[Exchange], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], str | None]:
     """What ends an assistant's turn: the special tokens that the chat template has there (which need not be the
     tokenizer's end of sequence), or, where it has none, the text that it has there, unless answers hold that, too."""
     ends: dict[int, None] = {}

@@ -207,7 +207,8 @@ class FreeAnswers:
             )
         said = zip(self._places, scores.texts, self._gold, strict=False)
         predictions = [{"record": place, "answer": text, "reference": gold} for place, text, gold in said]
-        return {**scores.metrics, "total": total, **({"predictions": predictions} if predictions else {})}
+        searched = {"max_new_tokens": self._new, "predictions": predictions} if asking.mode == "generate" else {}
+        return {**scores.metrics, "total": total, **searched}
 
 
 def _exchange(place: str, record: Record, format: str, tokenizer: PreTrainedTokenizerFast) -> Exchange:

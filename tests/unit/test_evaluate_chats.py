@@ -15,6 +15,7 @@ from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft
 from dora_dist.data.dataset import encode
 from dora_dist.data.formats import FORMATS
 from dora_dist.evaluation import as_table, evaluate
+from dora_dist.evaluation.answers import exchange, reference, turn_ends
 from tests import toy
 
 # Turns end with a token that is not the tokenizer's end of sequence, which nothing here is trained to say.
@@ -148,6 +149,35 @@ def test_the_papers_labels_are_read_from_chats_and_candidates_take_the_answers_p
     (tmp_path / "mine.json").write_text(json.dumps(choices))
     result = evaluate(folder / "base", {"mine": tmp_path / "mine.json"}, mode="likelihood", **options)
     assert result["average"] == 1.0
+
+
+THINKING = (
+    "{% for m in messages %}[{{ m.role }}]{% if loop.last and m.role == 'assistant' %}<think></think> {% endif %}"
+    "{{ m.content }}[end]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_what_a_template_writes_around_an_answer_is_not_the_answer() -> None:
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = THINKING
+    chat = chats()[5]
+    found = exchange(chat, "messages", reference(chat, "messages"), tokenizer)
+    before = "[system]answer 5[end][user]is it even?[end][assistant]question[end][user]is 5 even?[end][assistant]"
+    assert (found.prompt, found.lead, found.end) == (before, "<think></think> ", "[end]")
+    assert found.words == ANSWERS[5]
+    assert turn_ends([found], tokenizer) == ([], "[end]")  # no special token: the text ends it
+    itself = exchange(chat, "messages", "the [end] of it", tokenizer)
+    assert turn_ends([found, itself], tokenizer) == ([], None)
+    tokenizer.add_tokens("[end]", special_tokens=True)
+    assert turn_ends([found], tokenizer) == ([tokenizer.convert_tokens_to_ids("[end]")], None)
+
+
+def test_a_table_of_tasks_with_other_metrics_keeps_its_columns() -> None:
+    tasks = {"boolq": {"accuracy": 0.5, "total": 4, "loss": 1.0}, "dev": {"exact_match": 0.25, "total": 4, "loss": 2.0}}
+    lines = as_table({"tasks": tasks}).splitlines()
+    assert lines[0].split() == ["task", "accuracy", "total", "loss", "exact_match"]
+    for line, cell, column in ((lines[1], "0.5000", "accuracy"), (lines[2], "0.2500", "exact_match")):
+        assert line.index(cell) + len(cell) == lines[0].index(column) + len(column)
 
 
 def run_on(folder: Path, base: str) -> None:
