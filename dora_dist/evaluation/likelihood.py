@@ -81,7 +81,8 @@ def answer_log_probs(
     rows = []
     for i, (tokens, answer) in enumerate(encode(tokenizer, answers) if answers else []):
         first = max(1, answer.index(True))  # nothing predicts a text's very first token
-        rows.append(Row(i, 0, tokens[:first], [tokens[first:]]))
+        end = _end(answer, complete=True)  # with the end of sequence, where `encode` has put one
+        rows.append(Row(i, 0, tokens[:first], [tokens[first:end]]))
     scores = _log_probs(model, rows, tokenizer.pad_token_id, batch_size, lambda questions: {}, advance)
     return [score for [score] in scores]
 
