@@ -7,6 +7,7 @@ base row, so a tensor is merged in blocks of rows, in fp32, and written as it go
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,7 @@ from dora_dist.hub import fetch
 from dora_dist.models.llava import LANGUAGE, is_llava
 from dora_dist.models.names import Rename, locate, modern, prefix_between, stored_names
 from dora_dist.notes import note
-from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, new_folder
+from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, check_model_output, new_folder
 
 BLOCK_BYTES = 16 << 20
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -165,6 +166,9 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
     checkpoint = run_folder.best_checkpoint(path) or run_folder.newest_checkpoint(path)
     if checkpoint is None:
         what = "no such folder" if not path.is_dir() else "no adapter_config.json and no complete checkpoint-* in it"
+        if (path / "deepspeed.json").is_file():
+            what = "a run that has no complete checkpoint yet; wait for its first (checkpoint.save_every), or"
+            raise UserError(f"{path}: {what} give another run's folder")
         raise UserError(f"{path}: {what}; give a PEFT folder, a checkpoint or a run folder")
     return find_adapter(checkpoint)
 
@@ -206,19 +210,13 @@ def base_path(name: str, revision: str | None, named_by: str) -> Path:
 
 
 def _check_output(output: Path, base: Path, adapter: Path) -> None:
-    """Refuse to replace an input, to write into one, or (when overwriting) a folder that holds something else than a
-    model.
-    """
-    inputs = [("base", base.resolve()), ("adapter", adapter.resolve())]
+    """Refuse to replace an input or to write into one, and what a run would take for a checkpoint of its own."""
+    if re.fullmatch(r"checkpoint-\d+", output.name):
+        raise UserError(f"{output}: is named as a run's checkpoints are, and would be taken for one; give another name")
+    inputs = {"base": base, "adapter": adapter}
     if (adapter.resolve().parent / run_folder.MANIFEST).is_file():
-        inputs.append(("checkpoint", adapter.resolve().parent))
-    for kind, folder in inputs:
-        if folder.is_relative_to(output):
-            raise UserError(f"{output}: holds the {kind} that is to be merged; choose another output folder")
-        if output.is_relative_to(folder):
-            raise UserError(f"{output}: lies in the {kind} {folder}, which must stay as it is; choose another folder")
-    if output.is_dir() and any(output.iterdir()) and not any(output.glob("model*.safetensors")):
-        raise UserError(f"{output}: already exists and is not a merged model; choose another output folder")
+        inputs["checkpoint"] = adapter.resolve().parent
+    check_model_output(output, inputs)
 
 
 def _check_space(output: Path, nbytes: int) -> None:

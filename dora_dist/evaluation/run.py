@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,15 +91,16 @@ def check_output(output: Path) -> None:
     """Make the folder of a result's file. Raises UserError where it cannot be written, or would replace a file that is
     not a result: what took long to compute is not to be lost for it.
     """
-    if output.is_dir():
+    if os.path.isdir(output):  # which, other than Path's, takes any text for an answer
         raise UserError(f"--output {output}: is a folder; give the name of a file in it")
-    if output.exists() and not output.is_file():
+    if os.path.exists(output) and not output.is_file():
         return  # a device or a pipe
-    if output.exists() and not _is_result(output):
+    if os.path.exists(output) and not _is_result(output):
         raise UserError(f"--output {output}: is there already and is not a result of evaluate; give another name")
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output.parent).close()
+        _partial(output).touch()
+        _partial(output).unlink()
 
 
 def _is_result(file: Path) -> bool:
@@ -111,10 +111,14 @@ def _is_result(file: Path) -> bool:
     return isinstance(found, dict) and {"model", "tasks", "settings"} <= set(found)
 
 
+def _partial(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial-{os.getpid()}")
+
+
 def write_result(result: Mapping[str, Any], output: Path) -> None:
     """Write the result of `evaluate` as JSON; a file takes its name only when it is whole. Raises UserError."""
     text = json.dumps(result, indent=2) + "\n"
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    partial = _partial(output)
     with disk_errors(output):
         if output.exists() and not output.is_file():
             output.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from torch import Tensor
 from dora_dist.errors import UserError
 from dora_dist.models.llava import LANGUAGE, PROJECTOR, TOWER, other_use, tokens_per_picture
 from dora_dist.models.names import Rename, rename_for
-from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, new_folder
+from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, check_model_output, new_folder
 
 BLOCK_ELEMENTS = 4 << 20
 EMBEDDING_MULTIPLE = 64  # new rows are added up to a multiple of it, as LLaVA-1.5 has them
@@ -58,6 +58,7 @@ def assemble_llava(
     Tensors keep their dtypes and are copied in blocks: memory does not grow with the models. Returns the numbers of
     tensors, of tokens a picture, and the image token's id. Raises UserError for folders that do not fit together.
     """
+    check_model_output(Path(output), {"vision tower": Path(vision), "language model": Path(language)})
     text_config, tower_config = _configs(Path(vision), Path(language))
     _check_geometry(tower_config, feature_layer, image_size)
     tokenizer, token_id = _tokenizer(Path(language), image_token)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dora_dist.errors import UserError
-from dora_dist.safetensors_io import new_folder
+from dora_dist.safetensors_io import check_model_output, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +27,7 @@ def import_gguf(file: Path, output: Path, dtype: str = "bf16", overwrite: bool =
     """
     file = Path(file)
     _check_file(file)
+    check_model_output(Path(output), {"GGUF file": file})
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     if importlib.util.find_spec("gguf") is None:

@@ -16,6 +16,7 @@ from dora_dist.models.build import DTYPES, build_model, skeleton
 from dora_dist.models.placement import WholePlacement
 from dora_dist.models.tasks import GENERATIVE, Task, auto_class, task_of_adapter, task_of_model
 from dora_dist.models.tokenizer import load_tokenizer
+from dora_dist.safetensors_io import TensorFolder
 
 
 def load_for_inference(path: str, dtype: str = "bf16", base: str | None = None) -> tuple[Any, Any]:
@@ -73,6 +74,8 @@ def adapter_at(path: str) -> Path | None:
     is_adapters = any((place / CONFIG_NAME).exists() for place in (folder, folder / run_folder.ADAPTER))
     if any(folder.glob("*.safetensors")) and not is_adapters:  # a checkpoint has its state in such a file, too
         return None
+    if any(folder.glob("*.bin")) and not is_adapters:
+        TensorFolder.open(folder)  # refuses pickles
     return find_adapter(folder)[0]
 
 

@@ -268,9 +268,10 @@ def adapter_without_a_base(folder: Folder) -> Words:
     return evaluate(folder, model="adapter")
 
 
-@CASES.bad(says=("run:", "no complete checkpoint"))
+@CASES.bad(says=("run: a run that has no complete checkpoint yet", "wait for its first (checkpoint.save_every)"))
 def run_without_a_checkpoint(folder: Folder) -> Words:
     shutil.rmtree(run(folder) / "checkpoint-2")
+    folder.text("run/deepspeed.json", "{}")
     return evaluate(folder, model="run")
 
 
@@ -278,6 +279,12 @@ def run_without_a_checkpoint(folder: Folder) -> Words:
 def folder_of_nothing(folder: Folder) -> Words:
     (folder / "empty").mkdir()
     return evaluate(folder, model="empty")
+
+
+@CASES.bad(says=("base:", "pickled weights only, which are never loaded: save the model as safetensors first"))
+def pickles_as_model(folder: Folder) -> Words:
+    (folder.base() / "model.safetensors").rename(folder / "base/pytorch_model.bin")
+    return evaluate(folder)
 
 
 @CASES.bad(says="give a model, PEFT, checkpoint or run folder, or a hub name")
@@ -369,6 +376,11 @@ def result_where_nothing_can_be_made(folder: Folder) -> Words:
     return evaluate(folder, "--output", "/proc/nowhere/result.json")
 
 
+@CASES.bad(says=("x.json: cannot be written: File name too long"))
+def result_of_a_long_name(folder: Folder) -> Words:
+    return evaluate(folder, "--output", f"{'x' * 250}.json")
+
+
 @CASES.bad(says="--output data.json: is there already and is not a result of evaluate; give another name")
 def result_over_the_data(folder: Folder) -> Words:
     return evaluate(folder, "--output", "data.json")
@@ -396,7 +408,7 @@ def merged_already(folder: Folder) -> list[Words]:
     return [consolidate(folder), consolidate(folder)]
 
 
-@CASES.bad(says="holds the base that is to be merged; choose another output folder")
+@CASES.bad(says="holds the base that is to be read; choose another output folder")
 def merged_over_the_base(folder: Folder) -> Words:
     return consolidate(folder, "--overwrite", output="base")
 
@@ -412,7 +424,12 @@ def merged_into_a_checkpoint(folder: Folder) -> Words:
     return consolidate(folder, path="run", output="run/checkpoint-2/merged")
 
 
-@CASES.bad(says="notes: already exists and is not a merged model")
+@CASES.bad(says="checkpoint-9: is named as a run's checkpoints are, and would be taken for one; give another name")
+def merged_model_named_as_a_checkpoint(folder: Folder) -> Words:
+    return consolidate(folder, output="run/checkpoint-9")
+
+
+@CASES.bad(says="notes: already exists and does not hold a model")
 def merged_over_something_else(folder: Folder) -> Words:
     folder.text("notes/todo.txt", "keep me")
     return consolidate(folder, "--overwrite", output="notes")
@@ -423,6 +440,11 @@ def merged_below_a_file(folder: Folder) -> Words:
     folder.base("other")
     adapter(folder, base="other")
     return consolidate(folder, output="base/config.json/merged")
+
+
+@CASES.bad(says="cannot be written: File name too long")
+def merged_to_a_long_name(folder: Folder) -> Words:
+    return consolidate(folder, output="x" * 250)
 
 
 @CASES.bad(says=("tensor 'model.norm.weight' would not be finite", "too large for torch.float16", "--dtype bf16"))
@@ -519,7 +541,12 @@ def tower_without_its_weights(folder: Folder) -> Words:
     return assemble(folder)
 
 
-@CASES.bad(says="llava: already exists")
+@CASES.bad(says="holds the vision tower that is to be read; choose another output folder")
+def llava_over_its_tower(folder: Folder) -> Words:
+    return [*assemble(folder)[:-1], "tower", "--overwrite"]
+
+
+@CASES.bad(says="llava: already exists and does not hold a model; choose another output folder")
 def llava_already(folder: Folder) -> Words:
     folder.text("llava/notes.txt", "keep me")
     return assemble(folder)
@@ -566,7 +593,13 @@ def gguf_folder(folder: Folder) -> Words:
     return gguf("base")
 
 
-@CASES.bad(says="imported: already exists")
+@CASES.bad(says="holds the GGUF file that is to be read; choose another output folder")
+def gguf_over_itself(folder: Folder) -> Words:
+    folder.text("imported/a.gguf", b"GGUF\x03\x00\x00\x00\x05")
+    return [*gguf("imported/a.gguf"), "--overwrite"]
+
+
+@CASES.bad(says="imported: already exists and does not hold a model; choose another output folder")
 def gguf_over_something(folder: Folder) -> Words:
     folder.text("imported/notes.txt", "keep me")
     folder.text("a.gguf", b"GGUF\x03\x00\x00\x00\x05")

@@ -305,7 +305,7 @@ def test_existing_outputs_and_inputs_are_safe(tmp_path: Path) -> None:
             consolidate(adapter, base, output, overwrite=True, progress=False)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.png").write_text("")
-    with pytest.raises(UserError, match="is not a merged model"):
+    with pytest.raises(UserError, match="does not hold a model"):
         consolidate(adapter, base, tmp_path / "photos", overwrite=True, progress=False)
     assert (tmp_path / "photos/a.png").exists() and len(list(tmp_path.iterdir())) == 4
 
