@@ -12,7 +12,6 @@ main thread does not.
 
 import os
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -22,6 +21,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from dora_dist.console import complain
 from dora_dist.distributed import World, broken_collective
 from dora_dist.errors import LostRank, Stopped, UserError
 from dora_dist.exit_codes import FAILED, INTERRUPTED, LOST_RANK, STOPPED, USERS_MISTAKE
@@ -191,8 +191,7 @@ class Watch:
                 self._end(Reason(0, LOST_RANK, self._no_store(silence)), can_tell=False)
 
     def _end(self, reason: Reason, can_tell: bool = True) -> None:
-        sys.stderr.write(f"error on rank {self._world.rank}: {reason.text}\n")
-        sys.stderr.flush()
+        complain(f"error on rank {self._world.rank}: {reason.text}")
         self.before_exit()
         if can_tell:
             with suppress(RuntimeError):  # then the others find the store gone, too
