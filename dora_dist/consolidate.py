@@ -23,11 +23,11 @@ from tqdm import tqdm
 from dora_dist import run_folder
 from dora_dist.adapters.peft_format import CONFIG_NAME, AdapterLayer, PeftFolder, read_json_object
 from dora_dist.config import is_local
+from dora_dist.console import note
 from dora_dist.errors import UserError
 from dora_dist.hub import fetch
 from dora_dist.models.llava import LANGUAGE, is_llava
 from dora_dist.models.names import Rename, locate, modern, prefix_between, stored_names
-from dora_dist.notes import note
 from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, check_model_output, new_folder
 
 BLOCK_BYTES = 16 << 20

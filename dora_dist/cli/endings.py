@@ -1,23 +1,12 @@
-"""How commands that compute something in one process end: their output's reader gone, or asked to stop."""
+"""How commands that compute something in one process end when they are asked to stop."""
 
-import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from dora_dist.errors import Stopped
-
-
-def say(text: str) -> None:
-    """Print an answer. A reader that has gone (`| head -1`) does not end the command."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        with open(os.devnull, "w") as nowhere:  # what is still in the buffer would break again at the end
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from dora_dist.cli.endings import ended_by_signals, say
+from dora_dist.cli.endings import ended_by_signals
 from dora_dist.cli.options import DTYPES, Commands, declare, positive
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
+from dora_dist.console import say
 from dora_dist.errors import UserError
 
 _LABELLED = "a classifier, answer finder or summariser"

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from dora_dist.cli.endings import ended_by_signals, say
+from dora_dist.cli.endings import ended_by_signals
 from dora_dist.cli.options import DTYPES, Commands, add_output, declare, positive, size
+from dora_dist.console import say
 from dora_dist.errors import UserError
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from dora_dist.console import note
 from dora_dist.data.records import FIELDS, Record, read_records
 from dora_dist.errors import UserError
 from dora_dist.evaluation.answers import ANSWERED, PAPER, Exchange, exchange, gold_answers, reference, score_answers
 from dora_dist.evaluation.labels import check_format, right_answer, score_task, texts_of
 from dora_dist.evaluation.lengths import check_lengths, positions_of
-from dora_dist.notes import note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
