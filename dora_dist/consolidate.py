@@ -7,6 +7,7 @@ base row, so a tensor is merged in blocks of rows, in fp32, and written as it go
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,12 +23,13 @@ from tqdm import tqdm
 from dora_dist import run_folder
 from dora_dist.adapters.peft_format import CONFIG_NAME, AdapterLayer, PeftFolder
 from dora_dist.config import is_local
+from dora_dist.console import note
 from dora_dist.errors import UserError
 from dora_dist.hub import fetch
 from dora_dist.models.folder import FLOATS, ModelFolder, not_a_folder
 from dora_dist.models.llava import LANGUAGE, is_llava
 from dora_dist.models.names import Rename, locate, modern, prefix_between, stored_names
-from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, new_folder
+from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, check_model_output, new_folder
 
 BLOCK_BYTES = 16 << 20
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -94,7 +96,8 @@ def consolidate(
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     adapter = PeftFolder.open(adapter_folder)
-    base = _base_path(str(base_folder), adapter.config.get("revision"))
+    own = str(base_folder) == adapter.config.get("base_model_name_or_path")
+    base = base_path(str(base_folder), adapter.config.get("revision") if own else None, str(adapter.path))
     opened = ModelFolder.open(base)
     config, tensors = opened.config, opened.tensors
     output = Path(output).resolve()
@@ -102,6 +105,8 @@ def consolidate(
     names = _names(adapter, base, config)
     outputs = _outputs(adapter, tensors, dtype, names)
     shards = _plan(outputs, max_shard_bytes)
+    if larger := sum(output.nbytes > max_shard_bytes for output in outputs):
+        note(f"{larger:,} of {len(outputs):,} tensors are larger than --max-shard-size and get files of their own")
     total = sum(shard.nbytes for shard in shards)
     _check_space(output, total)
     with (
@@ -161,6 +166,9 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
     checkpoint = run_folder.best_checkpoint(path) or run_folder.newest_checkpoint(path)
     if checkpoint is None:
         what = "no such folder" if not path.is_dir() else "no adapter_config.json and no complete checkpoint-* in it"
+        if (path / "deepspeed.json").is_file():
+            what = "a run that has no complete checkpoint yet; wait for its first (checkpoint.save_every), or"
+            raise UserError(f"{path}: {what} give another run's folder")
         raise UserError(f"{path}: {what}; give a PEFT folder, a checkpoint or a run folder")
     return find_adapter(checkpoint)
 
@@ -180,23 +188,35 @@ def _trained_on(adapter: Path, run: Path | None = None) -> str | None:
     return None
 
 
-def _base_path(name: str, revision: str | None) -> Path:
-    """The base's folder: a local one, or a hub name's snapshot."""
+def base_path(name: str, revision: str | None, named_by: str) -> Path:
+    """The folder of the base model `name`: a local one, or a hub name's snapshot.
+
+    `named_by`, the adapter folder or the option that names it, is for messages. Raises UserError where it is not to be
+    had.
+    """
+    remedy = f"it is the base that {named_by} names: if it was moved, or the name is relative to another working "
+    remedy += "directory, give its folder or hub name with --base MODEL"
+    if named_by == "--base":
+        remedy = "give the folder or hub name of a model with --base"
     if not is_local(name):
-        return fetch(name, revision)
-    if not Path(name).is_dir():
-        wrong = not_a_folder(Path(name), "give the base's folder or hub name with --base")
-        raise UserError(f"base model {name!r}: {wrong}")
-    return Path(name)
+        try:
+            return fetch(name, revision, field="base model")
+        except UserError as error:
+            raise UserError(f"{error}\n  {remedy}") from error
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"base model {name!r}: {not_a_folder(folder, remedy)}")
+    return folder
 
 
 def _check_output(output: Path, base: Path, adapter: Path) -> None:
-    """Refuse to replace an input, or (when overwriting) a folder that holds something else than a model."""
-    for kind, folder in (("base", base), ("adapter", adapter)):
-        if folder.resolve().is_relative_to(output):
-            raise UserError(f"{output}: holds the {kind} that is to be merged; choose another output folder")
-    if output.is_dir() and any(output.iterdir()) and not any(output.glob("model*.safetensors")):
-        raise UserError(f"{output}: already exists and is no merged model; choose another output folder")
+    """Refuse to replace an input or to write into one, and what a run would take for a checkpoint of its own."""
+    if re.fullmatch(r"checkpoint-\d+", output.name):
+        raise UserError(f"{output}: is named as a run's checkpoints are, and would be taken for one; give another name")
+    inputs = {"base": base, "adapter": adapter}
+    if (adapter.resolve().parent / run_folder.MANIFEST).is_file():
+        inputs["checkpoint"] = adapter.resolve().parent
+    check_model_output(output, inputs)
 
 
 def _check_space(output: Path, nbytes: int) -> None:
@@ -338,7 +358,7 @@ def _blocks(output: Output, layer: AdapterLayer | None) -> Iterator[Tensor]:
         if block.is_floating_point() and dtype.itemsize > 1 and not bool(torch.isfinite(block).all()):
             origin = "source" if layer is None else "base, adapter or their sum"
             cause = f"its {origin} holds NaN, infinity or a value too large for {dtype}"
-            raise UserError(f"tensor {output.name!r} would not be finite: {cause}; mend it, or try another --dtype")
+            raise UserError(f"tensor {output.name!r} would not be finite: {cause}; try --dtype bf16 or fp32, or fix it")
         yield block
 
 

@@ -219,6 +219,21 @@ class TensorWriter:
         self._partial.unlink(missing_ok=True)
 
 
+def check_model_output(output: Path, inputs: Mapping[str, Path]) -> None:
+    """Raise UserError where a model written to the folder `output` would replace one of `inputs` (what each is, and its
+    file or folder), lie in one, or replace a folder that holds something else than a model.
+    """
+    output = Path(output).resolve()
+    for kind, place in inputs.items():
+        place = place.resolve()
+        if place.is_relative_to(output):
+            raise UserError(f"{output}: holds the {kind} that is to be read; choose another output folder")
+        if output.is_relative_to(place):
+            raise UserError(f"{output}: lies in the {kind} {place}, which must stay as it is; choose another folder")
+    if os.path.isdir(output) and any(output.iterdir()) and not any(output.glob("model*.safetensors")):
+        raise UserError(f"{output}: already exists and does not hold a model; choose another output folder")
+
+
 @contextmanager
 def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to fill; it becomes `path` only when the block ends well.
@@ -227,12 +242,8 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     as it was. Raises UserError when `path` exists and `overwrite` is False, and when the disk is full.
     """
     path = Path(path).resolve()
-    if path.exists() and not (overwrite and path.is_dir()):
-        remedy = (
-            "choose another name, or replace it with --overwrite (overwrite=True)"
-            if path.is_dir()
-            else "choose another"
-        )
+    if os.path.exists(path) and not (overwrite and path.is_dir()):
+        remedy = "choose another name, or replace it with --overwrite" if path.is_dir() else "choose another"
         raise UserError(f"{path}: already exists; {remedy}")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:

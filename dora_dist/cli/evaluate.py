@@ -3,9 +3,11 @@
 import argparse
 from pathlib import Path
 
+from dora_dist.cli.endings import ended_by_signals
 from dora_dist.cli.options import DTYPES, Commands, declare, positive
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
+from dora_dist.console import say
 from dora_dist.errors import UserError
 
 _LABELLED = "a classifier, answer finder or summariser"
@@ -38,9 +40,10 @@ def declare_evaluate(commands: Commands) -> None:
     )
     command.add_argument(
         "--format",
-        choices=("instruction", "alpaca", "completion", "vqa", "multiple_choice", "pope", "captions"),
-        help="how the records become a language model's prompts, as data.format says in training: instruction (the "
-        "default), alpaca, completion; or what a LLaVA is asked: vqa (the default; text, image, answers), "
+        choices=("instruction", "alpaca", "completion", "messages", "vqa", "multiple_choice", "pope", "captions"),
+        help="how the records become a language model's prompts, as data.format says in training (default: the run's, "
+        "else instruction): instruction, alpaca, completion, messages (chats: the last assistant turn is the "
+        "reference); or what a LLaVA is asked: vqa (the default; text, image, answers), "
         "multiple_choice (text, image, choices, answer), pope (text, image, label), captions (image, captions)",
     )
     command.add_argument(
@@ -50,9 +53,13 @@ def declare_evaluate(commands: Commands) -> None:
     )
     command.add_argument(
         "--mode",
-        choices=("generate", "likelihood"),
-        help="generate: read the answer from generated text, of a language model in the paper's way; likelihood: the "
-        "likeliest of the candidates (default: generate)",
+        choices=("generate", "likelihood", "loss"),
+        help="generate: read the answer from generated text, in the paper's way for instruction records, else compared "
+        "with the whole reference, whose loss is given, too; likelihood: the likeliest of the candidates; loss: loss "
+        "and perplexity of the references alone (default: generate)",
+    )
+    command.add_argument(
+        "--base", metavar="MODEL", help="base model folder or hub name of an adapter (default: the run's own)"
     )
     _add_search(command)
     command.add_argument("--limit", type=positive, metavar="N", help="only the first N records of each task")
@@ -71,13 +78,14 @@ def _add_search(command: argparse.ArgumentParser) -> None:
         "--num-beams",
         type=positive,
         metavar="N",
-        help="beams when generating (4; a LLaVA: 1; or as a run that summarises has it)",
+        help="beams when generating (4 in the paper's way, else 1; or as a run that summarises has it)",
     )
     command.add_argument(
         "--max-new-tokens",
         type=positive,
         metavar="N",
-        help="tokens to generate (32; a LLaVA: 16, captions 64; or as a run that summarises has it)",
+        help="tokens to generate (32 in the paper's way, else as the longest reference needs; a LLaVA: 16, captions "
+        "64; or as a run that summarises has it)",
     )
     command.add_argument(
         "--normalise",
@@ -105,24 +113,29 @@ def _evaluate(options: argparse.Namespace) -> None:
     tasks = dict(options.tasks)
     if len(tasks) < len(options.tasks):
         raise UserError(f"--tasks: a name is given twice in {', '.join(name for name, _ in options.tasks)}")
-    from dora_dist.evaluation.run import as_table, evaluate
+    from dora_dist.evaluation.run import as_table, check_output, evaluate, write_result
 
-    result = evaluate(
-        options.model,
-        tasks,
-        mode=options.mode,
-        format=options.format,
-        instruction=options.instruction,
-        batch_size=options.batch_size,
-        num_beams=options.num_beams,
-        max_new_tokens=options.max_new_tokens,
-        normalise=options.normalise,
-        limit=options.limit,
-        dtype=options.dtype,
-        output=options.output,
-        fields={name: getattr(options, name) for name in _DATA_FIELDS if getattr(options, name) is not None},
-    )
-    print(as_table(result))
+    if options.output is not None:
+        check_output(options.output)
+    with ended_by_signals():
+        result = evaluate(
+            options.model,
+            tasks,
+            mode=options.mode,
+            format=options.format,
+            instruction=options.instruction,
+            batch_size=options.batch_size,
+            num_beams=options.num_beams,
+            max_new_tokens=options.max_new_tokens,
+            normalise=options.normalise,
+            limit=options.limit,
+            dtype=options.dtype,
+            base=options.base,
+            fields={name: getattr(options, name) for name in _DATA_FIELDS if getattr(options, name) is not None},
+        )
+        say(as_table(result))  # first: a file that cannot be written must not take it along
+        if options.output is not None:
+            write_result(result, options.output)
 
 
 def _task(text: str) -> tuple[str, Path]:

@@ -3,7 +3,9 @@
 import argparse
 from pathlib import Path
 
+from dora_dist.cli.endings import ended_by_signals
 from dora_dist.cli.options import DTYPES, Commands, add_output, declare, positive, size
+from dora_dist.console import say
 from dora_dist.errors import UserError
 
 
@@ -35,15 +37,16 @@ def _consolidate(options: argparse.Namespace) -> None:
     base = options.base or found
     if base is None:
         raise UserError(f"{options.path}: does not say what its base model is; give it with --base MODEL")
-    result = consolidate(
-        adapter,
-        base,
-        options.output,
-        dtype=options.dtype,
-        max_shard_bytes=options.max_shard_size,
-        overwrite=options.overwrite,
-    )
-    print(
+    with ended_by_signals():
+        result = consolidate(
+            adapter,
+            base,
+            options.output,
+            dtype=options.dtype,
+            max_shard_bytes=options.max_shard_size,
+            overwrite=options.overwrite,
+        )
+    say(
         f"{options.output}: {result['merged']} of {result['tensors']} tensors merged, "
         f"{result['bytes_written'] / 1e9:.3f} GB written in {result['seconds']:.1f} s"
     )
@@ -67,8 +70,9 @@ def declare_import_gguf(commands: Commands) -> None:
 def _import_gguf(options: argparse.Namespace) -> None:
     from dora_dist.models.gguf import import_gguf
 
-    import_gguf(options.file, options.output, dtype=options.dtype, overwrite=options.overwrite)
-    print(options.output)
+    with ended_by_signals():
+        import_gguf(options.file, options.output, dtype=options.dtype, overwrite=options.overwrite)
+    say(str(options.output))
 
 
 def declare_assemble_llava(commands: Commands) -> None:
@@ -107,14 +111,15 @@ def _assemble_llava(options: argparse.Namespace) -> None:
     from dora_dist.models.assemble import assemble_llava
 
     vision, language = (Path(n) if is_local(n) else fetch(n) for n in (options.vision, options.language))
-    made = assemble_llava(
-        vision,
-        language,
-        options.output,
-        image_token=options.image_token,
-        feature_layer=options.feature_layer,
-        image_size=options.image_size,
-        seed=options.seed,
-        overwrite=options.overwrite,
-    )
-    print(f"{options.output}: {made['tensors']} tensors; a picture is {made['tokens_per_picture']} tokens")
+    with ended_by_signals():
+        made = assemble_llava(
+            vision,
+            language,
+            options.output,
+            image_token=options.image_token,
+            feature_layer=options.feature_layer,
+            image_size=options.image_size,
+            seed=options.seed,
+            overwrite=options.overwrite,
+        )
+    say(f"{options.output}: {made['tensors']} tensors; a picture is {made['tokens_per_picture']} tokens")

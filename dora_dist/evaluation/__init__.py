@@ -1,7 +1,7 @@
 """Models on files: accuracy of language models, generated as in the paper or by likelihood; answers about pictures;
 other tasks' metrics."""
 
-from dora_dist.evaluation.language import score_task
+from dora_dist.evaluation.labels import score_task
 from dora_dist.evaluation.run import as_table, evaluate
 from dora_dist.evaluation.tasks import PAPER_TASKS, Task
 

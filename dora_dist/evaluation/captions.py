@@ -14,7 +14,7 @@ def check_scorers() -> None:
     """Raise UserError unless the packages that score captions are installed."""
     for package in ("pycocoevalcap", "nltk"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"format 'captions': CIDEr needs the package {package}; pip install 'dora-dist[captions]'")
+            raise UserError(f"--format captions: CIDEr needs the package {package}; pip install 'dora-dist[captions]'")
 
 
 def caption_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

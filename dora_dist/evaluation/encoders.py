@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_dist import run_folder
 from dora_dist.config import RunConfig
 from dora_dist.config.conflicts import FORMATS_OF_TASKS
 
@@ -25,6 +24,7 @@ def evaluate_encoder(
     num_beams: int | None = None,
     limit: int | None = None,
     dtype: str | None = None,
+    base: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Scores on files of records, in one process: the result of `evaluation.evaluate` for such a model.
@@ -33,12 +33,9 @@ def evaluate_encoder(
     `dtype` are by default those of the run, if `model_path` is a run folder, a checkpoint or a checkpoint's adapter;
     else the configuration's defaults, and fp32. Raises UserError for records that do not fit the task.
     """
-    from dora_dist.models.inference import adapter_at, load_for_inference
-    from dora_dist.models.tasks import GENERATIVE
-    from dora_dist.models.tokenizer import load_tokenizer
+    from dora_dist.models.inference import load_for_inference, run_of
 
-    adapter = adapter_at(str(model_path))
-    run = run_folder.config_of(adapter) if adapter else {}
+    run = run_of(str(model_path))
     model_fields, training_fields = run.get("model", {}), run.get("training", {})
     data = {**run.get("data", {}), **fields, "format": FORMATS_OF_TASKS[task.name]}
     training = {
@@ -50,9 +47,7 @@ def evaluate_encoder(
     configs = {name: _config(model_of, {**data, "train": str(file)}, training) for name, file in tasks.items()}
     dtype = dtype or model_fields.get("dtype", "fp32")
     started = time.perf_counter()
-    model, tokenizer = load_for_inference(str(model_path), dtype)
-    if own := model_fields.get("tokenizer"):
-        tokenizer = load_tokenizer(own, generative=task.name in GENERATIVE)
+    model, tokenizer = load_for_inference(str(model_path), dtype, base)
     loaded = time.perf_counter()
     results = {}
     for name, config in configs.items():

@@ -1,97 +1,56 @@
-"""Language models: accuracy on files of records; `score_task`: one task, a model in memory."""
+"""Language models on files of records: checked first, then the model is loaded and asked."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.data.formats import ANSWER_FIELDS, candidate, generation_prompt
+from tqdm import tqdm
+
+from dora_dist.console import note
 from dora_dist.data.records import FIELDS, Record, read_records
 from dora_dist.errors import UserError
-from dora_dist.evaluation.tasks import candidates, gold_label, paper_task
+from dora_dist.evaluation.answers import ANSWERED, PAPER, Exchange, exchange, gold_answers, reference, score_answers
+from dora_dist.evaluation.labels import check_format, right_answer, score_task, texts_of
+from dora_dist.evaluation.lengths import check_lengths, positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-MODES = ("generate", "likelihood")
+LONGEST = 512
+"""Most tokens of a free answer, unless told otherwise."""
+Located = Sequence[tuple[str, Record]]
 
 
 @dataclass(frozen=True)
-class TaskScore:
-    """How a model did on one task; predictions are in the records' order, None where no answer was found."""
+class Asking:
+    """How records are asked. max_new_tokens: None: as the references need, at most LONGEST."""
 
-    correct: int
-    total: int
-    predictions: list[str | None]
+    mode: str
+    format: str
+    batch_size: int
+    normalise: str
+    num_beams: int
+    max_new_tokens: int | None
 
     @property
-    def accuracy(self) -> float:
-        return self.correct / self.total
+    def free(self) -> bool:
+        """Whether answers are free texts, and not one of a few."""
+        return self.mode == "loss" or (self.mode == "generate" and self.format != PAPER)
 
-
-def score_task(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    records: Sequence[Record],
-    task: str,
-    *,
-    mode: str = "generate",
-    format: str = "instruction",
-    batch_size: int = 8,
-    num_beams: int = 4,
-    max_new_tokens: int = 32,
-    normalise: str = "sum",
-    progress: bool = True,
-) -> TaskScore:
-    """Accuracy of a model on the records of a task; the model is left in the mode it came in.
-
-    "generate": the paper's way, for its eight tasks. The model continues the evaluation prompt; the first
-    label after the last "### Response:" must equal "answer"; text with no label counts as wrong.
-    "likelihood": the most probable of the record's candidates (`tasks.candidates`) after the TRAINING prompt of
-    `format` ("instruction", "alpaca" or "completion");
-    `normalise` "sum" compares the probability of whole answers, "mean" that of their average token.
-
-    Raises UserError for an unknown mode or task, and for a record that does not fit, which it names by
-    number.
-    """
-    check_settings(mode, normalise, batch_size)
-    _check_format(mode, format)
-    prepared = [_prepared(f"record {i}", task, record, mode, format) for i, record in enumerate(records, start=1)]
-    choices, gold = [texts for texts, _ in prepared], [texts[right] for texts, right in prepared]
-    if not records:
-        raise UserError(f'task "{task}" has no records to score')
-
-    from tqdm import tqdm
-
-    from dora_dist.evaluation.generation import generate_texts
-    from dora_dist.evaluation.likelihood import candidate_log_probs
-
-    bar = tqdm(total=len(records), desc=f"{task} ({mode})", unit=" questions", disable=not progress)
-    was_training = model.training
-    model.eval()
-    predictions: list[str | None]
-    try:
-        with bar:
-            work: dict[str, Any] = {"batch_size": batch_size, "advance": bar.update}
-            if mode == "generate":
-                work |= {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
-                outputs = generate_texts(model, tokenizer, records, **work)
-                predictions = [paper_task(task).find(text) for text in outputs]
-            else:
-                questions = [
-                    [candidate(record, format, text, tokenizer) for text in texts]
-                    for record, texts in zip(records, choices, strict=True)
-                ]
-                mean = normalise == "mean"
-                scores = candidate_log_probs(model, tokenizer, questions, mean=mean, **work)
-                predictions = [texts[_argmax(row)] for texts, row in zip(choices, scores, strict=True)]
-    finally:
-        model.train(was_training)
-    correct = sum(p == g for p, g in zip(predictions, gold, strict=True))
-    return TaskScore(correct, len(records), predictions)
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What matters of it, for the result."""
+        searching = {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens}
+        return {
+            "batch_size": self.batch_size,
+            **({"format": self.format} if (self.mode, self.format) != ("generate", PAPER) else {}),
+            **({"normalise": self.normalise} if self.mode == "likelihood" else {}),
+            **(searching if self.mode == "generate" else {}),
+        }
 
 
 def evaluate_language_model(
@@ -99,86 +58,165 @@ def evaluate_language_model(
     tasks: Mapping[str, str | Path],
     *,
     mode: str = "generate",
-    format: str = "instruction",
+    format: str | None = None,
     normalise: str = "sum",
     batch_size: int = 8,
-    num_beams: int = 4,
-    max_new_tokens: int = 32,
+    num_beams: int | None = None,
+    max_new_tokens: int | None = None,
     limit: int | None = None,
     dtype: str = "bf16",
+    base: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The result of `evaluation.evaluate` for a language model; its files are checked before it is loaded."""
-    from dora_dist.models.inference import load_for_inference
+    """The result of `evaluation.evaluate` for a language model; its files are checked before it is loaded.
 
-    _check_format(mode, format)
-    records = {name: _read(name, str(file), mode, format, limit) for name, file in tasks.items()}
+    `format` is by default that of the run in which the model was trained, else "instruction".
+    """
+    from dora_dist.models.inference import base_folder, load_for_inference, run_of, tokenizer_at
+
+    path, run = str(model_path), run_of(str(model_path))
+    asking = Asking(mode, format or _format_of(run), batch_size, normalise, num_beams or 4, max_new_tokens or 32)
+    if asking.free:
+        asking = replace(asking, num_beams=num_beams or 1, max_new_tokens=max_new_tokens)
+    check_format(asking.format)
+    read = {name: _read(name, str(file), asking, limit) for name, file in tasks.items()}
+    positions = positions_of(base_folder(path, base), bool(run.get("model", {}).get("trust_remote_code")))
+    tokenizer = tokenizer_at(path, base)
+    kind = FreeAnswers if asking.free else Choices
+    work = {name: kind(name, located, asking, tokenizer, positions) for name, located in read.items()}
     started = time.perf_counter()
-    model, tokenizer = load_for_inference(str(model_path), dtype)
+    model, _ = load_for_inference(path, dtype, base)
+    if mode == "generate" and model.generation_config.do_sample:
+        note("the model's generation_config.json asks for sampling; answers are searched for without it")
     loaded = time.perf_counter()
-    settings: dict[str, Any] = {"batch_size": batch_size}
-    if mode == "generate":
-        settings |= {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
-    else:
-        settings |= {"format": format, "normalise": normalise}
     results: dict[str, dict[str, Any]] = {}
-    for name in tasks:
+    for name, task in work.items():
         began = time.perf_counter()
-        score = score_task(model, tokenizer, records[name], name, mode=mode, progress=progress, **settings)
-        results[name] = {
-            "file": str(tasks[name]),
-            "accuracy": score.accuracy,
-            "correct": score.correct,
-            "total": score.total,
-            "without_answer": score.predictions.count(None),
-            "seconds": round(time.perf_counter() - began, 3),
-        }
+        row = task.score(model, progress)
+        results[name] = {"file": str(tasks[name]), **row, "seconds": round(time.perf_counter() - began, 3)}
+    accuracies = [row["accuracy"] for row in results.values() if "accuracy" in row]
     return {
-        "model": str(model_path),
+        "model": path,
         "mode": mode,
-        "settings": settings | {"dtype": dtype, "limit": limit},
+        "settings": asking.settings | {"dtype": dtype, "limit": limit},
         "tasks": results,
-        "average": sum(row["accuracy"] for row in results.values()) / len(results),
+        **({"average": sum(accuracies) / len(results)} if len(accuracies) == len(results) else {}),
         "load_seconds": round(loaded - started, 3),
         "seconds": round(time.perf_counter() - loaded, 3),
     }
 
 
-def check_settings(mode: str, normalise: str, batch_size: int) -> None:
-    """Raise UserError for what no kind of model knows."""
-    if mode not in MODES:
-        raise UserError(f'mode {mode!r} is unknown; it is "generate" (the paper\'s) or "likelihood"')
-    if normalise not in ("sum", "mean"):
-        raise UserError(f'normalise {normalise!r} is unknown; it is "sum" or "mean"')
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
+def _format_of(run: Mapping[str, Any]) -> str:
+    """The record format of a run's data, the paper's where there is no run."""
+    its: str = run.get("data", {}).get("format", PAPER)
+    if its != PAPER:
+        note(f'records are read as the run\'s data.format says, "{its}"; --format gives another')
+    return its
 
 
-def _check_format(mode: str, format: str) -> None:
-    if format not in ANSWER_FIELDS:
-        raise UserError(f"format {format!r} has no candidates to compare; give one of {', '.join(ANSWER_FIELDS)}")
-    if mode == "generate" and format != "instruction":
-        raise UserError(f'format {format!r}: the paper\'s way, mode "generate", is for "instruction" records only')
-
-
-def _read(task: str, file: str, mode: str, format: str, limit: int | None) -> list[Record]:
-    """The task's records, each one checked, so that nothing is wrong with them once the model is loaded."""
-    needed = {field: kind for field, kind in FIELDS[format].items() if field != ANSWER_FIELDS[format]}
+def _read(task: str, file: str, asking: Asking, limit: int | None) -> Located:
+    """The task's records with their places. Those that are compared with their choices need not have an answer."""
+    optional = None if asking.free else ANSWERED[asking.format]
+    needed = {field: kind for field, kind in FIELDS[asking.format].items() if field != optional}
     located = list(read_records([file], needed))[:limit]
-    for place, record in located:
-        _prepared(place, task, record, mode, format)
-    return [record for _, record in located]
+    for place, record in located if not asking.free else ():
+        right_answer(place, task, record, asking.mode, asking.format)
+    return located
 
 
-def _prepared(place: str, task: str, record: Record, mode: str, format: str) -> tuple[list[str], int]:
-    """The candidates and which of them is right; for generation, the right label alone."""
+class Choices:
+    """One task whose answers are one of a few. Raises UserError, naming the record, for what does not fit."""
+
+    def __init__(
+        self,
+        task: str,
+        located: Located,
+        asking: Asking,
+        tokenizer: PreTrainedTokenizerFast,
+        positions: int | None,
+    ) -> None:
+        self._task, self._asking, self._tokenizer = task, asking, tokenizer
+        self._records = [record for _, record in located]
+        lengths = []
+        for place, record in located:
+            texts = texts_of(task, place, record, asking.mode, asking.format, tokenizer)
+            longest = max(texts, key=lambda each: len(each.text))
+            lengths.append(_length(tokenizer, longest.text, longest.complete))
+        new = asking.max_new_tokens if asking.mode == "generate" else None
+        check_lengths([place for place, _ in located], lengths, positions, new or 0)
+
+    def score(self, model: PreTrainedModel, progress: bool) -> dict[str, Any]:
+        """The task's row of the result."""
+        score = score_task(
+            model,
+            self._tokenizer,
+            self._records,
+            self._task,
+            mode=self._asking.mode,
+            progress=progress,
+            **self._asking.settings,
+        )
+        return {
+            "accuracy": score.accuracy,
+            "correct": score.correct,
+            "total": score.total,
+            "without_answer": score.predictions.count(None),
+        }
+
+
+class FreeAnswers:
+    """One task whose answers are texts of any kind. Raises UserError, naming the record, for what does not fit."""
+
+    def __init__(
+        self,
+        task: str,
+        located: Located,
+        asking: Asking,
+        tokenizer: PreTrainedTokenizerFast,
+        positions: int | None,
+    ) -> None:
+        self._task, self._asking, self._tokenizer = task, asking, tokenizer
+        self._places = [place for place, _ in located]
+        self._exchanges = [_exchange(place, record, asking.format, tokenizer) for place, record in located]
+        self._gold = [each.words for each in self._exchanges]
+        prompts = [_length(tokenizer, each.prompt, each.complete) for each in self._exchanges]
+        wholes = [_length(tokenizer, each.text, each.complete) + 1 for each in self._exchanges]
+        check_lengths(self._places, wholes, positions)
+        longest = max(whole - prompt for whole, prompt in zip(wholes, prompts, strict=True))
+        self._new = asking.max_new_tokens or min(longest + 1, LONGEST)
+        if asking.mode == "generate":
+            records = [record for _, record in located]
+            self._gold = gold_answers(task, self._places, records, self._exchanges)
+            check_lengths(self._places, prompts, positions, self._new)
+
+    def score(self, model: PreTrainedModel, progress: bool) -> dict[str, Any]:
+        """The task's row of the result."""
+        asking, total = self._asking, len(self._exchanges)
+        with tqdm(total=total, desc=f"{self._task} ({asking.mode})", unit=" records", disable=not progress) as bar:
+            scores = score_answers(
+                model,
+                self._tokenizer,
+                self._exchanges,
+                self._gold,
+                self._task,
+                generate=asking.mode == "generate",
+                batch_size=asking.batch_size,
+                num_beams=asking.num_beams,
+                max_new_tokens=self._new,
+                advance=bar.update,
+            )
+        said = zip(self._places, scores.texts, self._gold, strict=False)
+        predictions = [{"record": place, "answer": text, "reference": gold} for place, text, gold in said]
+        searched = {"max_new_tokens": self._new, "predictions": predictions} if asking.mode == "generate" else {}
+        return {**scores.metrics, "total": total, **searched}
+
+
+def _exchange(place: str, record: Record, format: str, tokenizer: PreTrainedTokenizerFast) -> Exchange:
     try:
-        if format == "instruction":
-            generation_prompt(record)  # refuses what no prompt of this format can hold
-        return ([gold_label(paper_task(task), record)], 0) if mode == "generate" else candidates(task, record)
+        return exchange(record, format, reference(record, format), tokenizer)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
 
 
-def _argmax(scores: Sequence[float]) -> int:
-    return max(range(len(scores)), key=scores.__getitem__)
+def _length(tokenizer: PreTrainedTokenizerFast, text: str, complete: bool) -> int:
+    return len(tokenizer(text, add_special_tokens=not complete, verbose=False).input_ids)

@@ -64,18 +64,50 @@ def candidate_log_probs(
     and `inputs_of` on a batch's questions, by number, for its further inputs.
     """
     rows = [_row(tokenizer, i, candidates, widened) for i, candidates in enumerate(questions)]
+    scores = _log_probs(model, rows, tokenizer.pad_token_id, batch_size, inputs_of, advance)
+    return [[total / count if mean else total for total, count in row] for row in scores]
+
+
+def answer_log_probs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    answers: Sequence[Rendered],
+    *,
+    batch_size: int,
+    advance: Callable[[int], object] = lambda rows: None,
+) -> list[tuple[float, int]]:
+    """The log-probability of each answer with its end, as training with loss_on "answer" has it, and how many tokens
+    that are. `advance` as of `candidate_log_probs`."""
+    rows = []
+    for i, (tokens, answer) in enumerate(encode(tokenizer, answers) if answers else []):
+        first = max(1, answer.index(True))  # nothing predicts a text's very first token
+        end = _end(answer, complete=True)  # with the end of sequence, where `encode` has put one
+        rows.append(Row(i, 0, tokens[:first], [tokens[first:end]]))
+    scores = _log_probs(model, rows, tokenizer.pad_token_id, batch_size, lambda questions: {}, advance)
+    return [score for [score] in scores]
+
+
+def _log_probs(
+    model: PreTrainedModel,
+    rows: list[Row],
+    pad_token_id: int,
+    batch_size: int,
+    inputs_of: Callable[[Sequence[int]], Inputs],
+    advance: Callable[[int], object],
+) -> list[list[tuple[float, int]]]:
+    """For each question (row i is question i), the log-probability and the number of tokens of every branch."""
     shared = _shares_prompts(model, max(map(len, rows), default=0))
+    scores = [[(0.0, 0)] * len(row.branches) for row in rows]
+    left = [len(row.branches) for row in rows]
     if not shared:
         rows = [Row(r.question, i, r.prefix, [branch]) for r in rows for i, branch in enumerate(r.branches)]
-    scores = [[0.0] * len(candidates) for candidates in questions]
-    left = [len(candidates) for candidates in questions]
-    rows.sort(key=len, reverse=True)  # longest first: if memory is short, it shows at once
+    rows = sorted(rows, key=len, reverse=True)  # longest first: if memory is short, it shows at once
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         inputs = inputs_of([row.question for row in batch])
-        for row, log_probs in zip(batch, _score(model, batch, shared, inputs, tokenizer.pad_token_id), strict=True):
+        for row, log_probs in zip(batch, _score(model, batch, shared, inputs, pad_token_id), strict=True):
             for i, (tokens, log_prob) in enumerate(zip(row.branches, log_probs, strict=True)):
-                scores[row.question][row.first + i] = log_prob / len(tokens) if mean else log_prob
+                scores[row.question][row.first + i] = log_prob, len(tokens)
             left[row.question] -= len(row.branches)
             if left[row.question] == 0:
                 advance(1)
@@ -98,6 +130,8 @@ def _row(
     if not all(branches):
         empty = candidates[branches.index([])]
         raise UserError(f"the tokenizer makes no token of candidate {empty.text[empty.answers[0][0] :]!r}")
+    if not common:
+        raise UserError(f"no prompt in front of the candidates of {candidates[0].text!r}: nothing predicts their start")
     return Row(question, 0, widened(ids[0][:common]), branches)
 
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from dora_dist import run_folder
 from dora_dist.config import DataConfig, RunConfig
 from dora_dist.data.conversations import Conversation, render, render_question
 from dora_dist.data.pictures import PictureProcessor, missing_pictures
 from dora_dist.errors import UserError
 from dora_dist.evaluation.generation import beam_search
+from dora_dist.evaluation.lengths import check_lengths, positions_of
 from dora_dist.evaluation.likelihood import candidate_log_probs
 from dora_dist.evaluation.questions import FORMATS, Question, check_format, read_questions
 
@@ -44,6 +44,7 @@ def evaluate_pictures(
     batch_size: int = 8,
     limit: int | None = None,
     dtype: str | None = None,
+    base: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """The result of `evaluation.evaluate` for a LLaVA, in one process.
@@ -53,23 +54,23 @@ def evaluate_pictures(
     whether all pictures are there are checked before the model is loaded. Raises UserError for records that do not
     fit the format, and for pictures that cannot be read.
     """
-    from dora_dist.models.inference import adapter_at, load_for_inference
+    from dora_dist.models.inference import base_folder, load_for_inference, run_of
 
     check_format(format, mode)
-    adapter = adapter_at(str(model_path))
-    run = run_folder.config_of(adapter) if adapter else {}
+    run = run_of(str(model_path))
     data = _data(str(model_path), tasks, run.get("data", {}), fields)
     asked = {name: read_questions(str(file), format, instruction, limit) for name, file in tasks.items()}
-    processor = _processor(str(model_path), run, data, asked, format)
     work: dict[str, Any] = {"batch_size": batch_size}
     if mode == "generate":
         work |= {"num_beams": num_beams, "max_new_tokens": max_new_tokens or FORMATS[format].max_new_tokens}
     else:
         work |= {"normalise": normalise}
+    folder = base_folder(str(model_path), base)
+    processor = _processor(folder, run, data, asked, format, work.get("max_new_tokens", 0))
     dtype = dtype or run.get("model", {}).get("dtype", "bf16")
     answer = partial(answer_questions if mode == "generate" else likeliest_answers, template=data.chat_template, **work)
     started = time.perf_counter()
-    model, _ = load_for_inference(str(model_path), dtype)
+    model, _ = load_for_inference(str(model_path), dtype, base)
     loaded, results = time.perf_counter(), {}
     for name, questions in asked.items():
         began = time.perf_counter()
@@ -101,23 +102,36 @@ def _data(path: str, tasks: Mapping[str, Any], run: Mapping[str, Any], fields: M
 
 
 def _processor(
-    path: str, run: Mapping[str, Any], data: DataConfig, asked: Mapping[str, Sequence[Question]], format: str
+    base: Path,
+    run: Mapping[str, Any],
+    data: DataConfig,
+    asked: Mapping[str, Sequence[Question]],
+    format: str,
+    new_tokens: int,
 ) -> PictureProcessor:
-    """The model's processor. Raises UserError for questions that it or the chat template cannot take."""
-    from dora_dist.models.inference import base_folder
+    """The model's processor. Raises UserError for questions that it, the chat template or the model cannot take."""
     from dora_dist.models.processor import load_processor
 
     if data.chat_template == "plain" and FORMATS[format].needs_text:
         raise UserError(
-            f'format {format!r}: under data.chat_template = "plain" a model sees no question, only pictures; evaluate '
-            'its captions, or give the template that it answers under ("vicuna_v1" or "model")'
+            f'--format {format}: under data.chat_template = "plain" a model sees no question, only pictures; evaluate '
+            "its captions (--format captions), or give the template that it answers under (--chat-template vicuna_v1 "
+            "or model)"
         )
     for questions in asked.values():
         _check_pictures(questions, data.image_folder)
-    processor = load_processor(base_folder(path), data, run.get("model", {}).get("tokenizer"))
+    processor, positions = load_processor(base, data, run.get("model", {}).get("tokenizer")), positions_of(base)
     for questions in asked.values():
-        _prompts(questions, data.chat_template, processor)
+        texts = _prompts(questions, data.chat_template, processor)
+        lengths = [len(prompt) for prompt in _tokens(texts, processor)]
+        check_lengths([question.place for question in questions], lengths, positions, new_tokens)
     return processor
+
+
+def _tokens(prompts: Sequence[str], processor: PictureProcessor) -> list[list[int]]:
+    """What the model reads: a picture is as many tokens as it has features."""
+    tokenizer, stands = processor.tokenizer, processor.stands
+    return [stands.widened(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in prompts]
 
 
 def _check_pictures(questions: Sequence[Question], folder: str | None) -> None:
@@ -159,11 +173,10 @@ def answer_questions(
     Questions of similar length share a batch, padded on the left; an answer does not depend on its batch. `advance`
     is called with the number of questions finished, as they are. Raises UserError for a picture that cannot be read.
     """
-    tokenizer, stands = processor.tokenizer, processor.stands
+    tokenizer = processor.tokenizer
     stop = "\n" if template == "plain" else None
     search = beam_search(tokenizer, num_beams=num_beams, max_new_tokens=max_new_tokens, stop=stop)
-    texts = _prompts(questions, template, processor)
-    prompts = [stands.widened(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    prompts = _tokens(_prompts(questions, template, processor), processor)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     device = next(model.parameters()).device
     answers = [""] * len(questions)

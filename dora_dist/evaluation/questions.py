@@ -170,9 +170,9 @@ FORMATS = {
 def check_format(format: str, mode: str) -> None:
     """Raise UserError for an unknown format, and for one that cannot be scored here or in this mode."""
     if format not in FORMATS:
-        raise UserError(f"format {format!r} is not about pictures; give one of {', '.join(FORMATS)}")
+        raise UserError(f"--format {format}: is not about pictures; give one of {', '.join(FORMATS)}")
     if mode == "likelihood" and not FORMATS[format].has_candidates:
         comparable = " and ".join(name for name, how in FORMATS.items() if how.has_candidates)
-        raise UserError(f"format {format!r} has no candidates to compare by likelihood; {comparable} have")
+        raise UserError(f"--format {format}: has no candidates to compare with --mode likelihood; {comparable} have")
     if format == "captions":
         check_scorers()

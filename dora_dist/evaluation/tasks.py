@@ -54,7 +54,8 @@ def paper_task(name: str) -> Task:
     hint = f'; did you mean "{lower[near[0]]}"?' if near else "."
     raise UserError(
         f'task "{name}" is none of the paper\'s ({", ".join(PAPER_TASKS)}){hint} A task of your own needs '
-        'records with "choices", a list of candidate answers, and mode "likelihood"'
+        'records with "choices", a list of candidate answers, and --mode likelihood; or records of another --format '
+        "(alpaca, completion, messages), whose answers are compared as they are"
     )
 
 

@@ -15,7 +15,7 @@ from dora_dist.errors import UserError
 from dora_dist.models.folder import ModelFolder, transformers_config
 from dora_dist.models.llava import LANGUAGE, PROJECTOR, TOWER, other_use, tokens_per_picture
 from dora_dist.models.names import Rename, rename_for
-from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, new_folder
+from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, check_model_output, new_folder
 
 BLOCK_ELEMENTS = 4 << 20
 EMBEDDING_MULTIPLE = 64  # new rows are added up to a multiple of it, as LLaVA-1.5 has them
@@ -59,8 +59,10 @@ def assemble_llava(
     Tensors keep their dtypes and are copied in blocks: memory does not grow with the models. Returns the numbers of
     tensors, of tokens a picture, and the image token's id. Raises UserError for folders that do not fit together.
     """
+    check_model_output(Path(output), {"vision tower": Path(vision), "language model": Path(language)})
     written, seen = ModelFolder.open(language, "--language"), ModelFolder.open(vision, "--vision")
     text_config, tower_config = _configs(seen.path, written.path)
+    _check_geometry(tower_config, feature_layer, image_size)
     tokenizer, token_id = _tokenizer(Path(language), image_token)
     config = _llava_config(tower_config, text_config, token_id, feature_layer, len(tokenizer))
     processor = _processor(Path(vision), config, tokenizer, image_token, image_size)
@@ -88,6 +90,21 @@ def _configs(vision: Path, language: Path) -> tuple[Any, Any]:
     if hasattr(tower, "vision_use_head"):
         tower.vision_use_head = False  # SigLIP pools into one vector for contrastive training only
     return text, tower
+
+
+def _check_geometry(tower: Any, feature_layer: int, image_size: int | None) -> None:
+    layers, patch = tower.num_hidden_layers, tower.patch_size
+    if not -layers - 1 <= feature_layer <= layers:
+        raise UserError(
+            f"--feature-layer {feature_layer}: the tower has {layers} layers; give -{layers + 1} to {layers}, where "
+            "0 are the embeddings and -1 is the last layer"
+        )
+    if image_size is not None and image_size != tower.image_size and image_size % patch:
+        near = max(1, image_size // patch) * patch
+        raise UserError(
+            f"--image-size {image_size}: the tower cuts pictures into patches of {patch} pixels, and the rest would be "
+            f"lost; give a multiple such as {near}, or {tower.image_size}, for which it was trained"
+        )
 
 
 def _tokenizer(language: Path, image_token: str) -> tuple[Any, int]:

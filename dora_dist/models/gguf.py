@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dora_dist.errors import UserError
-from dora_dist.safetensors_io import new_folder
+from dora_dist.safetensors_io import check_model_output, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,11 +22,12 @@ def import_gguf(file: Path, output: Path, dtype: str = "bf16", overwrite: bool =
     """Convert `file` into the folder `output`: weights dequantised to `dtype` ("bf16", "fp16" or "fp32") as
     safetensors, config, generation config, tokenizer and chat template.
 
-    Raises UserError when `file` is no readable GGUF file or of an architecture that transformers cannot read,
+    Raises UserError when `file` is not a readable GGUF file or of an architecture that transformers cannot read,
     the package `gguf` is missing, `dtype` is unknown, or `output` exists and `overwrite` is False.
     """
     file = Path(file)
     _check_file(file)
+    check_model_output(Path(output), {"GGUF file": file})
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     if importlib.util.find_spec("gguf") is None:
@@ -39,7 +40,7 @@ def import_gguf(file: Path, output: Path, dtype: str = "bf16", overwrite: bool =
 
 def _check_file(file: Path) -> None:
     if not file.is_file():
-        raise UserError(f"{file}: no such file")
+        raise UserError(f"{file}: {'is a folder; give a .gguf file in it' if file.is_dir() else 'no such file'}")
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise UserError(f"{file}: not a GGUF file (it does not start with 'GGUF'); download it again")

@@ -7,10 +7,11 @@ import torch
 
 from dora_dist import run_folder
 from dora_dist.adapters.inject import like
-from dora_dist.adapters.peft_format import CONFIG_NAME, PeftFolder, read_peft_folder
+from dora_dist.adapters.peft_format import CONFIG_NAME, PeftAdapter, PeftFolder, read_peft_folder
+from dora_dist.consolidate import base_path, find_adapter
 from dora_dist.errors import UserError
 from dora_dist.hub import fetch
-from dora_dist.models.build import DTYPES, build_model
+from dora_dist.models.build import DTYPES, build_model, skeleton
 from dora_dist.models.folder import (
     GENERATION_CONFIG,
     ModelFolder,
@@ -33,32 +34,34 @@ from dora_dist.models.tasks import (
 from dora_dist.models.tokenizer import load_tokenizer
 from dora_dist.models.unused import say_unused
 from dora_dist.models.vocabulary import agree_on_padding, refuse_tokens_without_rows
+from dora_dist.safetensors_io import TensorFolder
 from dora_dist.zero3.loading import is_finite
 
 
-def load_for_inference(path: str, dtype: str = "bf16") -> tuple[Any, Any]:
+def load_for_inference(path: str, dtype: str = "bf16", base: str | None = None) -> tuple[Any, Any]:
     """A model in evaluation mode and its tokenizer, on the accelerator if there is one.
 
     `path` is the Hugging Face folder or hub name of a model of one of our tasks, or else a PEFT folder, a checkpoint
-    or a run folder, whose adapter is then put on its base unmerged, for the task that it was trained for. Raises
-    UserError if it is none of these.
+    or a run folder, whose adapter is then put on its base unmerged, for the task that it was trained for; on `base`
+    (a folder or hub name) where that is given. Raises UserError if it is none of these, and later, from the model's
+    forward, where its logits are NaN or infinite.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     adapter = adapter_at(path)
-    if adapter is None:
-        base = _folder(path)
-        model, tokenizer = _plain(base, dtype)
-    else:
-        base = _base_of(adapter)
-        model, tokenizer = _adapted(adapter, base, dtype, device)
-    refuse_tokens_without_rows(model, tokenizer, base)
+    folder = base_folder(path, base)
+    model = _plain(folder, dtype) if adapter is None else _adapted(adapter, folder, dtype, device)
+    tokenizer = tokenizer_at(path, base)
+    refuse_tokens_without_rows(model, tokenizer, folder)
+    if task_at(path).name == CLASSIFICATION:
+        agree_on_padding(model, tokenizer)
     model.config.use_cache = True
     if head := model.get_output_embeddings():
         head.register_forward_pre_hook(_contiguous)
+    model.register_forward_hook(_FiniteLogits(path, dtype))
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def _plain(folder: Path, dtype: str) -> tuple[Any, Any]:
+def _plain(folder: Path, dtype: str) -> Any:
     """A whole model, read by transformers, which would make up what is missing and only say so in its log."""
     opened = ModelFolder.open(folder)
     task = task_of_model(opened.config)
@@ -84,12 +87,17 @@ def _plain(folder: Path, dtype: str) -> tuple[Any, Any]:
     say_unused(opened, sorted(report["unexpected_keys"]), model)
     if damaged := [name for name, values in model.named_parameters() if not is_finite(values)]:
         raise UserError(f"{folder}: tensor {damaged[0]!r} holds NaN or infinity; download or copy the folder again")
-    return model, _tokenizer(folder, task, model)
+    return model
 
 
-def _contiguous(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Generation passes on a slice, the last position of each sequence; torch would copy the weight for each one."""
-    return tuple(values.contiguous() for values in inputs)
+def tokenizer_at(path: str, base: str | None = None) -> Any:
+    """The tokenizer of the model that `load_for_inference` would load: the adapter folder's where it holds one, else
+    the one that its run names, else the base's."""
+    adapter = adapter_at(path)
+    run = run_folder.config_of(adapter).get("model", {}) if adapter else {}
+    with_adapter = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
+    source = with_adapter or run.get("tokenizer") or base_folder(path, base)
+    return load_tokenizer(source, generative=task_at(path).name in GENERATIVE)
 
 
 def task_at(path: str) -> Task:
@@ -98,21 +106,53 @@ def task_at(path: str) -> Task:
     return task_of_model(read_config(_folder(path))) if adapter is None else task_of_adapter(PeftFolder.open(adapter))
 
 
-def base_folder(path: str) -> Path:
+def base_folder(path: str, base: str | None = None) -> Path:
     """The folder of the plain model that `load_for_inference` would load, alone or under an adapter."""
     adapter = adapter_at(path)
-    return _folder(path) if adapter is None else _base_of(adapter)
+    if adapter is not None:
+        return _base_of(adapter, base)
+    if base is not None:
+        raise UserError(f"--base {base}: {path} is a whole model, which needs no base; leave it out")
+    return _folder(path)
 
 
 def adapter_at(path: str) -> Path | None:
     """The PEFT folder that `path` means; None if it is a plain model. Raises UserError if it is neither."""
-    from dora_dist.consolidate import find_adapter
-
     folder = _folder(path)
     is_adapters = any((place / CONFIG_NAME).exists() for place in (folder, folder / run_folder.ADAPTER))
     if any(folder.glob("*.safetensors")) and not is_adapters:  # a checkpoint has its state in such a file, too
         return None
+    if any(folder.glob("*.bin")) and not is_adapters:
+        TensorFolder.open(folder)  # refuses pickles
     return find_adapter(folder)[0]
+
+
+def run_of(path: str) -> dict[str, Any]:
+    """The configuration of the run that the adapter at `path` was trained in; {} for any other model."""
+    adapter = adapter_at(path)
+    return run_folder.config_of(adapter) if adapter else {}
+
+
+class _FiniteLogits:
+    """A forward hook: answers read from NaN would look like answers. Waits for the device once per forward."""
+
+    def __init__(self, path: str, dtype: str) -> None:
+        narrow = "its numbers may be too large for fp16: try --dtype bf16 or fp32; or " if dtype == "fp16" else ""
+        self._message = (
+            f"{path}: the model's logits are NaN or infinite, so no answer of it means anything; {narrow}look at its "
+            "weights and its adapter's (a run that diverged?), or evaluate an earlier checkpoint"
+        )
+
+    def __call__(self, model: torch.nn.Module, inputs: Any, outputs: Any) -> None:
+        for name, values in outputs.items() if isinstance(outputs, dict) else ():  # custom code may give a tuple
+            # The largest is NaN if any is; single logits of minus infinity are how some models forbid a token.
+            if name.endswith("logits") and values.numel() and not torch.isfinite(values.amax()):
+                raise UserError(self._message)
+
+
+def _contiguous(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Generation passes on a slice, the last position of each sequence; torch would copy the weight for each one."""
+    return tuple(values.contiguous() for values in inputs)
 
 
 def _folder(path: str) -> Path:
@@ -125,31 +165,43 @@ def _folder(path: str) -> Path:
     return folder
 
 
-def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) -> tuple[Any, Any]:
-    adapter = read_peft_folder(folder)
+def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) -> Any:
+    adapter, task = read_peft_folder(folder), task_of_adapter(PeftFolder.open(folder))
+    _check_shapes(adapter, folder, base, skeleton(base, task))
     placement = WholePlacement(device or "cpu")
     run = build_model(
         base,
         like(adapter),
         placement,
         dtype=dtype,
-        task=task_of_adapter(PeftFolder.open(folder)),
+        task=task,
         trained_modules=adapter.modules_to_save,
         start_from=adapter,
     )
-    return run.model, _tokenizer(base, run.task, run.model)
+    return run.model
 
 
-def _tokenizer(folder: Path, task: Task, model: Any) -> Any:
-    tokenizer = load_tokenizer(folder, generative=task.name in GENERATIVE)
-    if task.name == CLASSIFICATION:
-        agree_on_padding(model, tokenizer)
-    return tokenizer
+def _check_shapes(adapter: PeftAdapter, folder: Path, base: Path, model: torch.nn.Module) -> None:
+    """Raise UserError, naming a module, where an adapter is of a model of another shape."""
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    shapes = {name: list(module.weight.shape) for name, module in linears}
+    for name, layer in adapter.layers.items():
+        if layer.lora_A is None or layer.lora_B is None or name not in shapes:
+            continue  # no module of that name: `inject` says so
+        wanted = [layer.lora_B.shape[0], layer.lora_A.shape[1]]
+        if shapes[name] != wanted:
+            raise UserError(
+                f"{folder}: it adapts {name!r} as {wanted}, but {base} has it as {shapes[name]}; give the base that "
+                "it was trained on with --base"
+            )
 
 
-def _base_of(adapter: Path) -> Path:
+def _base_of(adapter: Path, given: str | None) -> Path:
+    """The folder of the base: `given`, else as the run says, else as the adapter says."""
     own, run = PeftFolder.open(adapter).config, run_folder.config_of(adapter).get("model", {})
+    if given is not None:
+        return base_path(given, None, "--base")
     name = run.get("path") or own.get("base_model_name_or_path")
     if not name:
-        raise UserError(f"{adapter}: does not name its base model; set base_model_name_or_path in its config")
-    return Path(name) if Path(name).is_dir() else fetch(name, (run if run.get("path") else own).get("revision"))
+        raise UserError(f"{adapter}: does not say what its base model is; give it with --base MODEL")
+    return base_path(name, (run if run.get("path") else own).get("revision"), str(adapter))

@@ -11,11 +11,15 @@ import pytest
 from dora_dist import cli
 from dora_dist.exit_codes import DONE
 from tests import toy
-from tests.bad_inputs import bases, settings
+from tests.bad_inputs import bases, evaluating, settings
 from tests.bad_inputs.case import Case, Folder, Words
 from tests.ranks import run_ranks
 
-TABLES = {"settings": settings.CASES, "bases": bases.CASES}
+TABLES = {
+    "bases": bases.CASES,
+    "evaluating": evaluating.CASES,
+    "settings": settings.CASES,
+}
 ROWS = {f"{area}-{case.name}": case for area, table in TABLES.items() for case in table}
 RUNS = [pytest.param(name, world, id=f"{name}-{world}") for name, case in ROWS.items() for world in case.ranks]
 IDS = {f"test_answer[{name}-{world}]" for name, case in ROWS.items() for world in case.ranks}

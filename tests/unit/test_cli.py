@@ -65,6 +65,7 @@ OWN_OPTIONS: dict[str, list[str]] = {
         "--format",
         "--instruction",
         "--mode",
+        "--base",
         "--batch-size",
         "--num-beams",
         "--max-new-tokens",

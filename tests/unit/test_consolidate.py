@@ -305,7 +305,7 @@ def test_existing_outputs_and_inputs_are_safe(tmp_path: Path) -> None:
             consolidate(adapter, base, output, overwrite=True, progress=False)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.png").write_text("")
-    with pytest.raises(UserError, match="is no merged model"):
+    with pytest.raises(UserError, match="does not hold a model"):
         consolidate(adapter, base, tmp_path / "photos", overwrite=True, progress=False)
     assert (tmp_path / "photos/a.png").exists() and len(list(tmp_path.iterdir())) == 4
 
@@ -321,7 +321,7 @@ def test_bad_bases_and_options_are_user_errors(tmp_path: Path, monkeypatch: pyte
         return str(caught.value)
 
     assert "dtype='int4'" in failure(dtype="int4")
-    assert "give the base's folder or hub name with --base" in failure(tmp_path / "nowhere")
+    assert "give its folder or hub name with --base" in failure(tmp_path / "nowhere")
     assert "hf download nobody/nothing" in failure("nobody/nothing")  # tests run offline
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))

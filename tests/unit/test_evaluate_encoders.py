@@ -139,9 +139,9 @@ def test_the_command_prints_the_tasks_metrics(folder: Path, capsys: pytest.Captu
         (
             "classification",
             {"mode": "likelihood"},
-            "mode = 'likelihood': means nothing to this model, whose task is seq",
+            "--mode likelihood: means nothing to this model, whose task is seq",
         ),
-        ("classification", {"num_beams": 3}, "num_beams = 3: means nothing to this model"),
+        ("classification", {"num_beams": 3}, "--num-beams 3: means nothing to this model"),
         ("questions", {"fields": {"cutoff_len": 24, "doc_stride": 20}}, "data.doc_stride = 20: must be below half"),
         ("classification", {"fields": {"text_fields": ["premise"], "cutoff_len": 32}}, 'has no "premise"'),
         ("classification", {"fields": {**PAIR, "label_field": "sentence1"}}, "must be a whole number from 0 to 2"),
@@ -156,5 +156,5 @@ def test_what_does_not_fit_the_model_is_refused(kind: str, options: dict, messag
 def test_fields_of_labelled_texts_are_refused_for_a_language_model(tmp_path: Path) -> None:
     base = toy.base_model(tmp_path / "base")
     file = toy.write_records(tmp_path / "boolq.json", 2)
-    with pytest.raises(UserError, match=r"text_fields = \['text'\]: means nothing to this model, whose task is causal"):
+    with pytest.raises(UserError, match=r"--text-fields text: means nothing to this model, whose task is causal"):
         evaluate(base, {"boolq": file}, fields={"text_fields": ["text"]}, progress=False)

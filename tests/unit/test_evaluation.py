@@ -154,10 +154,10 @@ def test_prompt_and_completion_are_scored_as_they_are(tokenizer: Any) -> None:
     options = {"mode": "likelihood", "format": "completion", "progress": False}
     score = score_task(model, tokenizer, records, "mine", **options)
     assert score.predictions == [records[0]["choices"][texts.index(best)]]
-    with pytest.raises(UserError, match=r'mode "generate", is for "instruction" records only'):
+    with pytest.raises(UserError, match="--mode generate with --format completion: there are no labels to read"):
         score_task(model, tokenizer, records, "mine", format="completion", progress=False)
-    with pytest.raises(UserError, match="'messages' has no candidates to compare; give one of instruction"):
-        score_task(model, tokenizer, records, "mine", mode="likelihood", format="messages", progress=False)
+    with pytest.raises(UserError, match="--format squad: is not for a language model; give one of instruction"):
+        score_task(model, tokenizer, records, "mine", mode="likelihood", format="squad", progress=False)
 
 
 @pytest.mark.parametrize("mode", ["likelihood", "generate"])
@@ -333,9 +333,9 @@ def test_a_base_from_the_hub_has_the_revision_that_was_trained_on(
         ("arc_easy", {}, {}, 'line 1: task "arc_easy" is none of the paper\'s .*; did you mean "ARC-Easy"?'),
         ("own", {"choices": ["a", "b"], "output": "a"}, {}, 'task "own" is none of the paper\'s'),
         ("boolq", {"answer": "true", "input": "more"}, {}, 'no place for a non-empty "input"'),
-        ("boolq", {"answer": "true"}, {"mode": "guess"}, "mode 'guess' is unknown"),
-        ("boolq", {"answer": "true"}, {"normalise": "max"}, "normalise 'max' is unknown"),
-        ("boolq", {"answer": "true"}, {"batch_size": 0}, "batch_size is 0"),
+        ("boolq", {"answer": "true"}, {"mode": "guess"}, "--mode guess: is unknown"),
+        ("boolq", {"answer": "true"}, {"normalise": "max"}, "--normalise max: is unknown"),
+        ("boolq", {"answer": "true"}, {"batch_size": 0}, "--batch-size 0"),
     ],
 )
 def test_bad_tasks_are_refused_before_a_model_is_loaded(
