@@ -20,7 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_dist import run_folder
-from dora_dist.adapters.peft_format import CONFIG_NAME, AdapterLayer, PeftFolder, read_json_object
+from dora_dist.adapters.peft_config import CONFIG_NAME, read_json_object
+from dora_dist.adapters.peft_format import AdapterLayer, PeftFolder, warn_of_lacking, warn_of_magnitudes
+from dora_dist.base_digest import sampled_digest, warn_of_another_base
 from dora_dist.config import is_local
 from dora_dist.errors import UserError
 from dora_dist.hub import fetch
@@ -99,11 +101,13 @@ def consolidate(
     output = Path(output).resolve()
     _check_output(output, base, Path(adapter_folder))
     tensors = TensorFolder.open(base)
+    _warn_of_another(adapter, tensors)
     names = _names(adapter, base, config)
     outputs = _outputs(adapter, tensors, dtype, names)
     shards = _plan(outputs, max_shard_bytes)
     total = sum(shard.nbytes for shard in shards)
     _check_space(output, total)
+    odd: dict[str, int] = {}
     with (
         new_folder(output, overwrite) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc="consolidating", disable=not progress) as bar,
@@ -113,12 +117,16 @@ def consolidate(
             layout = [(output.name, output.dtype, output.entry.shape) for output in shard.outputs]
             with TensorWriter(folder / shard.name, layout, {"format": "pt"}) as writer:
                 for written in shard.outputs:
-                    layer = adapter.layer(written.module) if written.module else None
+                    layer = None
+                    if written.module:
+                        layer = adapter.layer(written.module)
+                        odd[written.module] = layer.odd_magnitudes()
                     for block in _blocks(written, layer):
                         writer.write(written.name, block)
                         bar.update(block.nbytes)
         if len(shards) > 1:
             _write_index(folder, shards)
+    warn_of_magnitudes(adapter.path, odd)
     return {
         "output": str(output),
         "tensors": len(outputs),
@@ -303,6 +311,14 @@ def _match(
             raise UserError(f"{who}, stored as {entry.dtype} in {tensors.path}; give the base before quantisation")
         targets[own] = module
     return targets
+
+
+def _warn_of_another(adapter: PeftFolder, base: TensorFolder) -> None:
+    """Warn where the adapter is of another base, or of more layers than it has tensors for."""
+    name = adapter.config.get("base_model_name_or_path") or ""
+    warn_of_another_base(adapter.path, name, adapter.base_digest(), base.path, sampled_digest(base))
+    weights = [name for name, entry in base.entries.items() if name.endswith(".weight") and len(entry.shape) == 2]
+    warn_of_lacking(adapter.path, adapter.lacking(name.removesuffix(".weight") for name in weights))
 
 
 def _written_as(entry: TensorEntry, dtype: str | None) -> torch.dtype:

@@ -8,7 +8,8 @@ import torch
 
 from dora_dist import run_folder
 from dora_dist.adapters.inject import like
-from dora_dist.adapters.peft_format import CONFIG_NAME, PeftFolder, read_peft_folder
+from dora_dist.adapters.peft_config import CONFIG_NAME
+from dora_dist.adapters.peft_format import PeftFolder, read_peft_folder
 from dora_dist.errors import UserError
 from dora_dist.hub import fetch
 from dora_dist.models.build import DTYPES, build_model

@@ -98,6 +98,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.models.build import build_model, checkpoint_activations
     from dora_dist.models.llava import prepare_for_training
     from dora_dist.models.tasks import IMAGE_TEXT, Task
+    from dora_dist.training import doubts
     from dora_dist.training.arguments import training_arguments
     from dora_dist.training.inputs import fetched
     from dora_dist.training.reporting import ReportCallback
@@ -111,7 +112,9 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     local = fetched(config, world)
     base = Path(local.model.path)
     tokenizer, data = _data(local, base, world)
-    spec, budget = adapter_spec(config), pruning_budget(config, optimizer_steps(config, len(data.train)))
+    spec, steps = adapter_spec(config), optimizer_steps(config, len(data.train))
+    budget = pruning_budget(config, steps)
+    doubts.of_settings(config, steps)
     with together("reading the base model's files"):
         files = of_model_folder("base model", base, patterns=wanted(model.trust_remote_code))
     start_from = None
@@ -139,6 +142,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
         seed=config.training.seed,
+        inspect=lambda adapted: doubts.of_model(config, adapted, data.train),
     )
     if model.task == IMAGE_TEXT:
         prepare_for_training(run.model)
