@@ -154,7 +154,7 @@ def _family_targets(model: nn.Module) -> list[str]:
 def _refuse_absurd_rank(spec: AdapterSpec, model: nn.Module, names: Iterable[str]) -> None:
     """Raise UserError, before memory is asked for, if a layer has fewer rows and columns than components."""
     for name in sorted(names):
-        out_features, in_features = model.get_submodule(name).weight.shape
+        out_features, in_features = model.get_parameter(f"{name}.weight").shape
         if spec.r is not None and spec.r > max(out_features, in_features):
             raise UserError(
                 f"adapter.r: {spec.r:,} components for {name!r}, which is ({out_features}, {in_features}); more than "
@@ -170,8 +170,8 @@ def _match_all(patterns: Sequence[str], linears: Sequence[str], others: Mapping[
         if not names:
             kinds = Counter(name.rpartition(".")[2] for name in linears)
             could = ", ".join(f"{kind} ({count})" for kind, count in kinds.items()) or "none"
-            found = next((f"{name!r}, a {kind}" for name, kind in others.items() if _matches(pattern, name, field)), "")
-            instead = f", only {found} (adapter.trained_modules trains such a module in full)" if found else ""
+            found = next((f"{name!r} ({kind})" for name, kind in others.items() if _matches(pattern, name, field)), "")
+            instead = f", only {found}; adapter.trained_modules trains such a module in full" if found else ""
             raise UserError(f"{field}: {pattern!r} matches no linear layer of this model{instead}; it has: {could}")
         matched |= names
     return matched

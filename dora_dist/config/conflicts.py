@@ -146,6 +146,6 @@ def _bad_patterns(field: str, patterns: Sequence[str]) -> Iterator[str]:
             re.compile(pattern)
         except re.error as error:
             yield (
-                f'{field}: "{pattern}" is no regular expression ({error}); give the ending of module names, '
+                f'{field}: "{pattern}" is not a regular expression ({error}); give the ending of module names, '
                 r'such as "q_proj", or an expression such as ".*\.q_proj"'
             )

@@ -162,7 +162,7 @@ def test_every_other_name_that_is_recognised_leads_to_a_field() -> None:
             "layers start with 16 components and adapter.r = 16 is to be left",
         ),
         (with_fields(adapter={"dynamic_rank": True, "init_from": "a"}), "its components have no gates"),
-        (with_fields(adapter={"target_modules": ["*.q_proj"]}), '"*.q_proj" is no regular expression'),
+        (with_fields(adapter={"target_modules": ["*.q_proj"]}), '"*.q_proj" is not a regular expression'),
         (
             with_fields(adapter={"target_modules": ["q", "v"], "magnitude_only_modules": ["v"]}),
             'adapter.magnitude_only_modules: "v" is in adapter.target_modules too',

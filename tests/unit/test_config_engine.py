@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dora_dist.config import RunConfig
+from dora_dist.config import RunConfig, deepspeed_options
 from dora_dist.errors import UserError
 from tests.unit.test_config import RECIPES, refusal, with_fields
 
@@ -191,6 +191,7 @@ def test_deepspeed_reads_the_derived_json_of_every_recipe(recipe: Path, dtype: s
     assert zero.max_reuse_distance == config.engine.max_reuse_distance
     assert zero.allgather_sequential is config.engine.allgather_sequential
     assert read.zero_force_ds_cpu_optimizer is False
+    deepspeed_options.check(derived)  # DeepSpeed looks at every key of it
 
 
 def test_hugging_face_finds_no_mismatch_with_the_derived_json(tmp_path: Path) -> None:
