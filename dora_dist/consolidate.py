@@ -117,10 +117,8 @@ def consolidate(
             layout = [(output.name, output.dtype, output.entry.shape) for output in shard.outputs]
             with TensorWriter(folder / shard.name, layout, {"format": "pt"}) as writer:
                 for written in shard.outputs:
-                    layer = None
-                    if written.module:
-                        layer = adapter.layer(written.module)
-                        odd[written.module] = layer.odd_magnitudes()
+                    layer = adapter.layer(written.module) if written.module else None
+                    odd[written.name] = layer.odd_magnitudes() if layer else 0
                     for block in _blocks(written, layer):
                         writer.write(written.name, block)
                         bar.update(block.nbytes)

@@ -12,26 +12,26 @@ _STEPS = 10**9
 _RECORDS = 2**20
 _ELEMENTS = 2**50
 _SECONDS = 10**8
-_MOST = {
+_MOST: dict[str, float] = {
     "model.num_labels": _RECORDS,
     "adapter.r": 2**16,
     "adapter.lora_alpha": 10**6,
     "adapter.start_rank_factor": 1000,
     "adapter.prune_every": _STEPS,
-    "adapter.dem_weight": 10**60,
+    "adapter.dem_weight": 1e60,
     "data.validation_samples": 10**12,
     "data.cutoff_len": 2**30,
     "data.target_len": 2**30,
     "data.doc_stride": 2**30,
     "data.num_workers": 1024,
-    "training.learning_rate": 10**30,
+    "training.learning_rate": 1e30,
     "training.warmup_steps": _STEPS,
     "training.epochs": 10**6,
     "training.max_steps": _STEPS,
     "training.global_batch_size": _RECORDS,
     "training.micro_batch_size": _RECORDS,
     "training.weight_decay": 1000,
-    "training.max_grad_norm": 10**30,
+    "training.max_grad_norm": 1e30,
     "training.adam_epsilon": 1,
     "training.eval_every": _STEPS,
     "training.num_beams": 1024,
@@ -46,7 +46,7 @@ _MOST = {
     "engine.start_timeout_s": _SECONDS,
     "engine.step_timeout_s": _SECONDS,
     "logging.every": _STEPS,
-    "logging.peak_flops": 10**24,
+    "logging.peak_flops": 1e24,
 }
 
 
@@ -59,6 +59,6 @@ def absurd(config: RunConfig) -> Iterator[str]:
         yield from _above(f'training.learning_rates, "{pattern}"', rate, _MOST["training.learning_rate"])
 
 
-def _above(name: str, value: float | None, most: int) -> Iterator[str]:
+def _above(name: str, value: float | None, most: float) -> Iterator[str]:
     if value is not None and value > most:
-        yield f"{name} = {value:.15g}: is more than any run needs; give at most {most:,}"
+        yield f"{name} = {value:.15g}: is more than any run needs; give at most {most:,.15g}"

@@ -67,9 +67,9 @@ def build_model(
     The skeleton is made without memory, the adapters are injected into it, and only then does each parameter get
     its place (whole, or this rank's shard). Adapters start as the paper says (paper section 4.1, by `seed`), or as
     `start_from` has them. `trained_modules` are patterns of modules to train in full; None: the task's head. What is
-    trained or adapted of a tied weight is untied from the rest, as PEFT has it. `inspect` is called
-    with the adapted model before its weights are read, and may refuse it. On ZeRO-3 this is collective. Raises
-    UserError for a folder that is no model, a plan that does not fit it, and missing, misshapen or truncated tensors.
+    trained or adapted of a tied weight is untied from the rest, as PEFT has it. `inspect` is called with the
+    adapted model before its weights are read, and may refuse it. On ZeRO-3 this is collective. Raises UserError for a
+    folder that is no model, a plan that does not fit it, and missing, misshapen or truncated tensors.
     """
     folder = TensorFolder.open(base)
     model = skeleton(base, task, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)

@@ -114,7 +114,8 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     tokenizer, data = _data(local, base, world)
     spec, steps = adapter_spec(config), optimizer_steps(config, len(data.train))
     budget = pruning_budget(config, steps)
-    doubts.of_settings(config, steps)
+    if resume is None or config.checkpoint.resume is not None:  # else the same run goes on, with smaller adapters
+        doubts.of_settings(config, steps)
     with together("reading the base model's files"):
         files = of_model_folder("base model", base, patterns=wanted(model.trust_remote_code))
     start_from = None
