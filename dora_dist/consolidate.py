@@ -21,7 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_dist import run_folder
-from dora_dist.adapters.peft_format import CONFIG_NAME, AdapterLayer, PeftFolder
+from dora_dist.adapters.peft_config import CONFIG_NAME
+from dora_dist.adapters.peft_format import AdapterLayer, PeftFolder, warn_of_lacking, warn_of_magnitudes
+from dora_dist.base_digest import sampled_digest, warn_of_another_base
 from dora_dist.config import is_local
 from dora_dist.console import note
 from dora_dist.errors import UserError
@@ -102,6 +104,7 @@ def consolidate(
     config, tensors = opened.config, opened.tensors
     output = Path(output).resolve()
     _check_output(output, base, Path(adapter_folder))
+    _warn_of_another(adapter, tensors)
     names = _names(adapter, base, config)
     outputs = _outputs(adapter, tensors, dtype, names)
     shards = _plan(outputs, max_shard_bytes)
@@ -109,6 +112,7 @@ def consolidate(
         note(f"{larger:,} of {len(outputs):,} tensors are larger than --max-shard-size and get files of their own")
     total = sum(shard.nbytes for shard in shards)
     _check_space(output, total)
+    odd: dict[str, int] = {}
     with (
         new_folder(output, overwrite) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc="consolidating", disable=not progress) as bar,
@@ -119,11 +123,13 @@ def consolidate(
             with TensorWriter(folder / shard.name, layout, {"format": "pt"}) as writer:
                 for written in shard.outputs:
                     layer = adapter.layer(written.module) if written.module else None
+                    odd[written.name] = layer.odd_magnitudes() if layer else 0
                     for block in _blocks(written, layer):
                         writer.write(written.name, block)
                         bar.update(block.nbytes)
         if len(shards) > 1:
             _write_index(folder, shards)
+    warn_of_magnitudes(adapter.path, odd)
     return {
         "output": str(output),
         "tensors": len(outputs),
@@ -322,6 +328,14 @@ def _match(
             raise UserError(f"{who} {mismatch}; give the base that it was trained on")
         targets[own] = module
     return targets
+
+
+def _warn_of_another(adapter: PeftFolder, base: TensorFolder) -> None:
+    """Warn where the adapter is of another base, or of more layers than it has tensors for."""
+    name = adapter.config.get("base_model_name_or_path") or ""
+    warn_of_another_base(adapter.path, name, adapter.base_digest(), base.path, sampled_digest(base))
+    weights = [name for name, entry in base.entries.items() if name.endswith(".weight") and len(entry.shape) == 2]
+    warn_of_lacking(adapter.path, adapter.lacking(name.removesuffix(".weight") for name in weights))
 
 
 def _written_as(entry: TensorEntry, dtype: str | None) -> torch.dtype:

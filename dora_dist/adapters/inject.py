@@ -50,8 +50,9 @@ def by_pattern(
     def plan(model: nn.Module) -> dict[str, AdapterSpec]:
         linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         patterns = list(target_modules) if target_modules is not None else _family_targets(model)
-        low_rank = _match_all(patterns, linears, "adapter.target_modules")
-        magnitudes = _match_all(magnitude_only, linears, "adapter.magnitude_only_modules")
+        others = {name: type(m).__name__ for name, m in model.named_modules() if name and name not in linears}
+        low_rank = _match_all(patterns, linears, others, "adapter.target_modules")
+        magnitudes = _match_all(magnitude_only, linears, others, "adapter.magnitude_only_modules")
         if both := sorted(low_rank & magnitudes):
             raise UserError(
                 f"adapter.magnitude_only_modules and adapter.target_modules both match {both[0]!r}; "
@@ -60,6 +61,7 @@ def by_pattern(
         kinds = dict.fromkeys(low_rank, spec)
         if magnitudes:
             kinds |= dict.fromkeys(magnitudes, replace(spec, r=None, gated=False))
+        _refuse_absurd_rank(spec, model, low_rank)
         return {name: kinds[name] for name in linears if name in kinds}
 
     return plan
@@ -107,10 +109,11 @@ def like(adapter: PeftAdapter) -> AdapterPlan:
 def inject(model: nn.Module, plan: AdapterPlan, trained_modules: Sequence[str] = ()) -> list[str]:
     """Replace planned nn.Linear modules by DoraLinear over the SAME parameters, in place; freeze all else.
 
-    All but what is in `trained_modules` (names, see `trained_in_full`): that is trained as it is. Returns the names
-    of the adapted modules. Raises UserError if a planned module is no linear layer of the model or lies in a trained
-    module, or if its weight is shared with another module: adapting a tied weight in one place would silently
-    change, or not change, the other.
+    All but what is in `trained_modules` (names, see `trained_in_full`): that is trained as it is. Adapters of a model
+    that has its weights start as the paper says, from torch's random numbers, and change no output. Returns the names
+    of the adapted modules. Raises UserError if a planned module is not a linear layer of the model, is quantised, or
+    lies in a trained module, or if its weight is shared with another module: adapting a tied weight in one place would
+    silently change, or not change, the other.
     """
     specs = plan(model)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -120,6 +123,12 @@ def inject(model: nn.Module, plan: AdapterPlan, trained_modules: Sequence[str] =
         model, {name: cast(nn.Parameter, linears[name].weight) for name in specs}, "adapted", "target_modules"
     )
     _refuse_inner(specs, trained_modules)
+    if packed := [name for name in specs if not linears[name].weight.is_floating_point()]:
+        kind = str(linears[packed[0]].weight.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{packed[0]!r} has a quantised weight ({kind}), which cannot be adapted; load the model as it was "
+            "before quantisation"
+        )
     model.requires_grad_(False)
     for name in trained_modules:
         module = model.get_submodule(name).requires_grad_(True)
@@ -128,7 +137,7 @@ def inject(model: nn.Module, plan: AdapterPlan, trained_modules: Sequence[str] =
     for name, spec in specs.items():
         parent, _, child = name.rpartition(".")
         linear = linears[name]
-        setattr(model.get_submodule(parent), child, DoraLinear.over(linear, spec))
+        setattr(model.get_submodule(parent), child, DoraLinear.from_linear(linear, spec))
     return list(specs)
 
 
@@ -142,14 +151,28 @@ def _family_targets(model: nn.Module) -> list[str]:
     return FAMILY_TARGETS[family]
 
 
-def _match_all(patterns: Sequence[str], linears: Sequence[str], field: str) -> set[str]:
+def _refuse_absurd_rank(spec: AdapterSpec, model: nn.Module, names: Iterable[str]) -> None:
+    """Raise UserError, before memory is asked for, if a layer has fewer rows and columns than components."""
+    for name in sorted(names):
+        out_features, in_features = model.get_parameter(f"{name}.weight").shape
+        if spec.r is not None and spec.r > max(out_features, in_features):
+            raise UserError(
+                f"adapter.r: {spec.r:,} components for {name!r}, which is ({out_features}, {in_features}); more than "
+                f"{min(out_features, in_features)} add nothing: lower it"
+            )
+
+
+def _match_all(patterns: Sequence[str], linears: Sequence[str], others: Mapping[str, str], field: str) -> set[str]:
+    """The names in `linears` that any pattern matches; `others` are the kinds of all other modules, by name."""
     matched: set[str] = set()
     for pattern in patterns:
         names = {name for name in linears if _matches(pattern, name, field)}
         if not names:
             kinds = Counter(name.rpartition(".")[2] for name in linears)
             could = ", ".join(f"{kind} ({count})" for kind, count in kinds.items()) or "none"
-            raise UserError(f"{field}: {pattern!r} matches no linear layer of this model; it has: {could}")
+            found = next((f"{name!r} ({kind})" for name, kind in others.items() if _matches(pattern, name, field)), "")
+            instead = f", only {found}; adapter.trained_modules trains such a module in full" if found else ""
+            raise UserError(f"{field}: {pattern!r} matches no linear layer of this model{instead}; it has: {could}")
         matched |= names
     return matched
 

@@ -101,14 +101,12 @@ class DoraLinear(nn.Module):
         self.magnitude_offset = trainable(self.out_features) if spec.weight_decomposed else None
 
     @classmethod
-    def over(cls, linear: nn.Linear, spec: AdapterSpec) -> "DoraLinear":
-        """A layer over a plain one's own parameters, on whatever device; the adapter's are uninitialised memory."""
-        return cls(cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias), spec)
-
-    @classmethod
     def from_linear(cls, linear: nn.Linear, spec: AdapterSpec) -> "DoraLinear":
-        """Adapt a plain layer on real memory, initialised as the paper says: y equals the base's output."""
-        layer = cls.over(linear, spec)
+        """A layer over a plain one's own parameters, initialised as the paper says: y equals the base's output.
+
+        On the meta device, which has no values, that is left to whoever gives the parameters memory.
+        """
+        layer = cls(cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias), spec)
         with torch.no_grad():
             for name, parameter in layer.adapter_parameters().items():
                 bound = initial_bound(name, parameter.shape, spec.gated)

@@ -10,17 +10,28 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from dora_dist.adapters.peft_config import (
+    CONFIG_NAME,
+    NO_TARGETS,
+    REMEDY,
+    pattern_value,
+    read_json_object,
+    read_peft_config,
+    targets,
+)
+from dora_dist.console import warn
 from dora_dist.errors import UserError
 from dora_dist.safetensors_io import TensorFolder, TensorWriter, new_folder
 
-CONFIG_NAME = "adapter_config.json"
 MODEL_CONFIG_NAME = "model_config.json"
 """Fields of a model's config.json that its base's has not (its head's labels); PEFT does not look at it."""
 WEIGHTS_STEM = "adapter_model"
@@ -31,48 +42,14 @@ _PARTS = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
-# Fields that this module reads, or that change neither the function of the saved adapter nor its base. Any
-# other field, of today's PEFT or tomorrow's, must be empty: what is not understood is refused, not ignored.
-_UNDERSTOOD = {
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "use_dora",
-    "use_rslora",
-}
-# The other initialisations (pissa, olora, loftq, ...) also change the base weight that the adapter sits on.
-_INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 # PEFT lists these for its task types whatever the model's head is called.
 _HEADS_PEFT_ADDS = {"classifier", "score", "qa_outputs"}
-_NO_TARGETS = "dummy-target-modules"  # what PEFT takes for an adapter of trained modules alone
 # A row whose weight and update are both zero has norm 0, and PEFT computes 0/0 there. Its magnitude is 0 as
 # well, so its output is 0 whatever B is: a small B (exact in fp16 and bf16) keeps PEFT finite.
 _ZERO_ROW_B = 2.0**-10
-
-
-_REMEDY = "save the adapter again"
+_NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_BASE_DIGEST = "dora_dist.base"
+"""Where a file of ours says, in its metadata, of which base it is (`base_digest.py`); others do not look at it."""
 
 
 @dataclass
@@ -89,6 +66,19 @@ class AdapterLayer:
     scaling: float
     in_features: int | None = None
 
+    def odd_magnitudes(self) -> int:
+        """How many magnitudes are below 0, which turns a row of the weight around, or 0, which silences one.
+
+        0 is right where the base's row is 0, which shows in B (`_peft_factors`); a layer is not all such rows.
+        """
+        if self.magnitude is None:
+            return 0
+        zeros = self.magnitude == 0
+        if not bool(zeros.all()):
+            B = torch.zeros(len(zeros), 1) if self.lora_B is None else self.lora_B
+            zeros &= ((B != 0) & (B != _ZERO_ROW_B)).any(dim=1)
+        return int(((self.magnitude < 0) | zeros).sum())
+
 
 @dataclass
 class PeftAdapter:
@@ -96,7 +86,8 @@ class PeftAdapter:
 
     `lora_alpha` and `r` are the defaults that single layers may depart from. `modules_to_save` are modules trained
     in full, `trained` their parameters by name, fp32, and `model_config` what the model's configuration needs for
-    them.
+    them. `base_digest` is the `sampled_digest` of the base, "" where it is not known; `source` the folder that it
+    was read from.
     """
 
     base_model: str
@@ -110,6 +101,8 @@ class PeftAdapter:
     modules_to_save: list[str] = field(default_factory=list)
     trained: dict[str, Tensor] = field(default_factory=dict)
     model_config: dict[str, Any] = field(default_factory=dict)
+    base_digest: str = ""
+    source: PeftFolder | None = None
 
 
 @dataclass
@@ -127,18 +120,27 @@ class PeftFolder:
     def open(cls, path: Path) -> PeftFolder:
         """Check config and headers. UserError names the file and the field or tensor that does not fit."""
         path = Path(path)
-        config = _read_config(path / CONFIG_NAME)
+        config = read_peft_config(path / CONFIG_NAME)
         if not any(path.glob(f"{WEIGHTS_STEM}.safetensors*")):
             hint = "save the adapter as safetensors; pickled .bin adapters are never loaded"
             raise UserError(f"{path}: no {WEIGHTS_STEM}.safetensors; {hint}")
         folder = cls(path, config, TensorFolder.open(path, stem=WEIGHTS_STEM))
         if (path / MODEL_CONFIG_NAME).is_file():
-            folder.model_config = read_json_object(path / MODEL_CONFIG_NAME, _REMEDY)
-        for name in folder.tensors.entries:
+            folder.model_config = read_json_object(path / MODEL_CONFIG_NAME, REMEDY)
+        targeted = targets(config)
+        for name, entry in folder.tensors.entries.items():
+            if entry.dtype not in _NUMBERS:
+                kind = str(entry.dtype).removeprefix("torch.")
+                raise UserError(f"{entry.path}: tensor {name!r} is {kind}, not floating point; save the adapter again")
             if saved := _saved_name(name, config.get("modules_to_save") or []):
                 folder.trained[saved] = name
                 continue
             module, part = _split_name(folder.path, name)
+            if not targeted(module):
+                raise UserError(
+                    f"{path / CONFIG_NAME}: target_modules={config['target_modules']!r} leave out {module!r}, which "
+                    f"{entry.path.name} has values for (PEFT would ignore them); correct target_modules"
+                )
             folder.modules.setdefault(module, {})[part] = name
         if not folder.modules and not folder.trained:
             raise UserError(f"{path}: the adapter has no tensors; save it again")
@@ -159,7 +161,7 @@ class PeftFolder:
                 f"{', '.join(sorted(needed))} are needed; save the adapter again"
             )
         shapes = {part: self.tensors.entries[name].shape for part, name in parts.items()}
-        r = self._pattern("rank_pattern", "r", module)
+        r = pattern_value(self.config, "rank_pattern", "r", module)
         fits = len(shapes["lora_A"]) == len(shapes["lora_B"]) == 2
         fits = fits and shapes["lora_A"][0] == shapes["lora_B"][1] == r
         fits = fits and shapes.get("magnitude", shapes["lora_B"][:1]) == shapes["lora_B"][:1]
@@ -168,12 +170,22 @@ class PeftFolder:
             expected = f"with r={r} they must be lora_A (r, in), lora_B (out, r), magnitude (out,)"
             raise UserError(f"{self.path}: module {module!r} has {found}; {expected}")
 
-    def _pattern(self, patterns: str, default: str, module: str) -> Any:
-        """PEFT's lookup: the first pattern that matches the end of the module's name wins."""
-        for pattern, value in (self.config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return self.config[default]
+    def lacking(self, modules: Iterable[str]) -> list[str]:
+        """Those of the base's linear `modules` that are like adapted ones in other layers, and targets as they are, but
+        have no tensors here: a folder that is not whole.
+        """
+        if self.config.get("layers_to_transform") is not None:
+            return []
+        targeted, kinds = targets(self.config), {_kind(module) for module in self.modules}
+        return [m for m in modules if m not in self.modules and _kind(m) in kinds and targeted(m)]
+
+    def base_digest(self) -> str:
+        """The digest of the base that it was trained on; "" where the folder does not say."""
+        file = self.path / f"{WEIGHTS_STEM}.safetensors"
+        if not file.is_file():
+            return ""
+        with safe_open(file, "pt") as opened:
+            return str((opened.metadata() or {}).get(_BASE_DIGEST, ""))
 
     def modules_to_save(self) -> list[str]:
         """The modules whose parameters are in `trained`, by their whole names."""
@@ -186,15 +198,46 @@ class PeftFolder:
         return entries[parts["lora_B"]].shape[0], entries[parts["lora_A"]].shape[1]
 
     def layer(self, module: str) -> AdapterLayer:
-        """Read one module's parameters."""
-        parts = {part: self.tensors.read(name, dtype=torch.float32) for part, name in self.modules[module].items()}
+        """Read one module's parameters. Raises UserError, naming the tensor, where they are not finite."""
+        parts = {part: self.read(name) for part, name in self.modules[module].items()}
         lora_A, lora_B, magnitude = parts["lora_A"], parts["lora_B"], parts.get("magnitude")
         r, in_features = lora_A.shape
-        alpha = self._pattern("alpha_pattern", "lora_alpha", module)
+        alpha = pattern_value(self.config, "alpha_pattern", "lora_alpha", module)
         scaling = alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
         if magnitude is not None and _is_placeholder(lora_A, lora_B, magnitude):
             return AdapterLayer(None, None, magnitude, scaling, in_features)
         return AdapterLayer(lora_A, lora_B, magnitude, scaling, in_features)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by its name in the file, fp32. Raises UserError, naming it, where it is not finite."""
+        values = self.tensors.read(name, dtype=torch.float32)
+        if not bool(torch.isfinite(values).all()):
+            bad = int((~torch.isfinite(values)).sum())
+            raise UserError(
+                f"{self.tensors.entries[name].path}: tensor {name!r} holds {bad:,} numbers that are NaN, infinite or "
+                "too large for fp32: training diverged before it was saved; use an earlier checkpoint"
+            )
+        return values
+
+
+def warn_of_magnitudes(path: Path, odd: Mapping[str, int]) -> None:
+    """One warning over `odd_magnitudes` of an adapter's layers, by module."""
+    if total := sum(odd.values()):
+        first = next(module for module, count in odd.items() if count)
+        warn(
+            f"{path}: {total:,} magnitudes are 0 or below (first in {first!r}); such a row of a weight is silenced or "
+            "turned around, which training seldom does: make sure that the adapter is whole"
+        )
+
+
+def warn_of_lacking(path: Path, lacking: Sequence[str]) -> None:
+    """One warning over modules that `PeftFolder.lacking` found."""
+    if lacking:
+        more = f" and {len(lacking) - 1:,} others" if len(lacking) > 1 else ""
+        warn(
+            f"{path} has no tensors for {lacking[0]!r}{more}, which its target_modules name: what they adapt stays as "
+            "in the base; make sure that the folder is whole"
+        )
 
 
 def read_peft_folder(path: Path) -> PeftAdapter:
@@ -204,18 +247,22 @@ def read_peft_folder(path: Path) -> PeftAdapter:
     """
     folder = PeftFolder.open(path)
     config = folder.config
+    layers = {module: folder.layer(module) for module in folder.modules}
+    warn_of_magnitudes(folder.path, {module: layer.odd_magnitudes() for module, layer in layers.items()})
     return PeftAdapter(
         base_model=config.get("base_model_name_or_path") or "",
         lora_alpha=config["lora_alpha"],
         r=config["r"],
         dropout=config.get("lora_dropout") or 0.0,
         use_dora=bool(config.get("use_dora")),
-        layers={module: folder.layer(module) for module in folder.modules},
+        layers=layers,
         task_type=config.get("task_type"),
         revision=config.get("revision"),
         modules_to_save=folder.modules_to_save(),
-        trained={name: folder.tensors.read(stored, torch.float32) for name, stored in folder.trained.items()},
+        trained={name: folder.read(stored) for name, stored in folder.trained.items()},
         model_config=folder.model_config,
+        base_digest=folder.base_digest(),
+        source=folder,
     )
 
 
@@ -257,15 +304,16 @@ def write_peft_folder(
         "use_dora": adapter.use_dora,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": sorted(adapter.layers) or _NO_TARGETS,
+        "target_modules": sorted(adapter.layers) or NO_TARGETS,
         "modules_to_save": adapter.modules_to_save or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    metadata = {"format": "pt", **({_BASE_DIGEST: adapter.base_digest} if adapter.base_digest else {})}
     layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     with new_folder(path, overwrite) as folder:
-        with TensorWriter(folder / f"{WEIGHTS_STEM}.safetensors", layout, {"format": "pt"}) as writer:
+        with TensorWriter(folder / f"{WEIGHTS_STEM}.safetensors", layout, metadata) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -316,47 +364,9 @@ def _split_name(path: Path, name: str) -> tuple[str, str]:
     raise UserError(f"{path}: tensor {name!r} is not supported; {known}")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The checked adapter_config.json."""
-    if not path.is_file():
-        raise UserError(f"{path.parent}: not a PEFT adapter folder, it has no {path.name}")
-    config = read_json_object(path, _REMEDY)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type={config.get('peft_type')!r} is not supported; LORA and its DoRA are")
-    for name, value in config.items():
-        if name not in _UNDERSTOOD and value not in (None, False, "none", [], {}):
-            raise UserError(f"{path}: {name}={value!r} is not supported; train the adapter without it")
-    init = config.get("init_lora_weights")
-    if init not in _INITS_THAT_KEEP_THE_BASE:
-        remedy = "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        raise UserError(f"{path}: init_lora_weights={init!r} changes the base weights; {remedy}")
-    for name, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        _check_number(path, name, config.get(name), whole=name == "r")
-        if not isinstance(config.get(patterns) or {}, dict):
-            raise UserError(f"{path}: {patterns} must map module names to numbers; correct it")
-        for pattern, value in (config.get(patterns) or {}).items():
-            _check_number(path, f"{patterns}[{pattern!r}]", value, whole=name == "r")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"{path}: {patterns} has the bad pattern {pattern!r}: {error}") from error
-    return config
-
-
-def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError, which ends with `remedy`, for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object; {remedy}")
-    return value
-
-
-def _check_number(path: Path, name: str, value: object, whole: bool) -> None:
-    if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool) or value <= 0:
-        raise UserError(f"{path}: {name}={value!r} must be a positive number; correct it")
+def _kind(module: str) -> str:
+    """A module's name without its layer's number."""
+    return re.sub(r"\d+", "#", module)
 
 
 def _whole(number: float) -> float:

@@ -30,6 +30,12 @@ def _batches_and_warmup(config: RunConfig) -> Iterator[str]:
     if training.warmup_steps is not None and training.warmup_ratio is not None:
         given = f"training.warmup_steps = {training.warmup_steps} and warmup_ratio = {training.warmup_ratio}"
         yield f"{given}: give one of the two and leave the other null"
+    rate = max([training.learning_rate, *training.learning_rates.values()])
+    if rate * training.weight_decay >= 1:
+        yield (
+            f"training.weight_decay = {training.weight_decay:g}: times the learning rate, {rate:g}, it is the share of "
+            "each weight that a step takes away, which must be below 1; lower one of the two"
+        )
 
 
 def _validation(config: RunConfig) -> Iterator[str]:
@@ -140,6 +146,6 @@ def _bad_patterns(field: str, patterns: Sequence[str]) -> Iterator[str]:
             re.compile(pattern)
         except re.error as error:
             yield (
-                f'{field}: "{pattern}" is no regular expression ({error}); give the ending of module names, '
+                f'{field}: "{pattern}" is not a regular expression ({error}); give the ending of module names, '
                 r'such as "q_proj", or an expression such as ".*\.q_proj"'
             )

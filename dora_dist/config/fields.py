@@ -6,6 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from dora_dist import strict_json
+from dora_dist.errors import UserError
+
 _WORDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
 _LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 REQUIRED = object()
@@ -27,7 +30,8 @@ class FieldSpec:
     def parse(self, text: str) -> Any:
         """The value that command-line `text` stands for, or `text` itself where it stands for none.
 
-        Lists are JSON or comma separated, objects are JSON, null is None where the field may be null.
+        Lists are JSON or comma separated, objects are JSON, null is None where the field may be null. Raises UserError
+        for JSON that `strict_json` refuses.
         """
         types = {kind.get("type") for kind in self.kinds}
         if "null" in types and text == "null":
@@ -37,7 +41,7 @@ class FieldSpec:
         if "array" in types and "," in text and not text.startswith("["):
             return [part.strip() for part in text.split(",")]
         if types & {"integer", "number", "boolean", "object"} or ("array" in types and text.startswith("[")):
-            return _json_or_text(text)
+            return _json_or_text(self.name, text)
         return text
 
     def help(self) -> str:
@@ -76,8 +80,10 @@ def _range(kind: dict[str, Any]) -> str:
     return " and ".join(f"{sign} {kind[key]}" for key, sign in _LIMITS.items() if key in kind)
 
 
-def _json_or_text(text: str) -> Any:
+def _json_or_text(name: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return strict_json.parse(text)
     except json.JSONDecodeError:
         return text
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None

@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dora_dist.config import conflicts, engine, files, options, problems, source
+from dora_dist.config import conflicts, deepspeed_options, engine, files, limits, options, problems, source
 from dora_dist.config.engine import BatchPlan
 
-PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+PathText = Annotated[
+    str, Field(min_length=1, max_length=4095, pattern=r"^[^\x00]+$"), AfterValidator(os.path.expanduser)
+]
 PathTexts = Annotated[list[PathText], Field(min_length=1)]
 Patterns = list[Annotated[str, Field(min_length=1)]]
 Task = Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq_lm", "image_text_to_text"]
@@ -381,7 +383,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _possible_together(self) -> "RunConfig":
-        if found := [*conflicts.between_fields(self), *engine.conflicts(self.engine.deepspeed)]:
+        found = list(limits.absurd(self)) or [
+            *conflicts.between_fields(self),
+            *engine.conflicts(self.engine.deepspeed),
+        ]
+        if found:
             raise ValueError("\n".join(found))
         return self
 
@@ -398,11 +404,11 @@ class RunConfig(Section):
         return engine.deepspeed_config(self, world_size)
 
     def check_engine_options(self) -> None:
-        """Raise UserError for ZeRO options in engine.deepspeed that DeepSpeed would refuse.
+        """Raise UserError for options in engine.deepspeed that DeepSpeed would refuse, or not look at.
 
         Imports deepspeed, which settles on an accelerator then: choose it (DS_ACCELERATOR) before.
         """
-        engine.check_options(self)
+        deepspeed_options.check(self.engine.deepspeed)
 
     def to_json(self) -> str:
         """The whole configuration as JSON text, defaults included; `load` gives an equal one back."""

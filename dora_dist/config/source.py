@@ -5,8 +5,9 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from dora_dist import strict_json
 from dora_dist.errors import UserError
 
 
@@ -19,15 +20,16 @@ def read_json(path: Path) -> dict[str, Any]:
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; give one JSON file{nearby(path / 'config.json')}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); give a JSON file") from None
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); give a JSON file, saved as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
-        raw = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+        raw = strict_json.parse(text)
     except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1] if text else ""
+        line = text.split("\n")[error.lineno - 1]
+        around = line[max(0, error.colno - 60) : error.colno + 40].strip()
         place = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path}: {place}: not valid JSON: {error.msg}\n    {line.strip()}") from None
+        raise UserError(f"{path}: {place}: not valid JSON: {error.msg}\n    {around}") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
@@ -55,14 +57,3 @@ def absence(path: Path, kind: str = "file") -> str:
             return f"cannot be read ({error.strerror})"
         return f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else f"no such {kind}"
     return f"is not a {kind}"
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
-        raise ValueError(f'the key "{repeated[0]}" is given twice in one section; keep one')
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number; give a finite value, or null")

@@ -1,7 +1,6 @@
 """A model from a Hugging Face folder or hub name, adapted and placed: the order of construction in one place."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,19 @@ import torch
 from torch import nn
 
 from dora_dist.adapters.inject import AdapterPlan, inject, trained_in_full
-from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.adapters.recompute import keeping_outputs
+from dora_dist.base_digest import sampled_digest, warn_of_another_base
 from dora_dist.errors import UserError
+from dora_dist.models import start
 from dora_dist.models.folder import GENERATION_CONFIG, ModelFolder, generation_config, reason, transformers_config
 from dora_dist.models.names import locate, rename_for, stored_names
 from dora_dist.models.placement import Placement
 from dora_dist.models.tasks import IMAGE_TEXT, LANGUAGE_MODEL, Task, configure, default_trained, model_class
 from dora_dist.models.tying import untie, untie_different
 from dora_dist.models.unused import report_unused
-from dora_dist.zero3.loading import adapted_layers, load_base
+from dora_dist.zero3.loading import load_base
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -33,6 +33,7 @@ class AdaptedModel:
     `trained` are the modules trained in full, `fresh` those of their parameters that the folder did not have, and
     `resized` those among these that it had in another shape, as {name: (shape there, shape here)}. `untied` are weights
     that other modules of the base share, and that have copies of their own here because they are trained or adapted.
+    `base_digest` is the `sampled_digest` of the base, on the first process alone.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class AdaptedModel:
     fresh: list[str] = field(default_factory=list)
     resized: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
     untied: list[str] = field(default_factory=list)
+    base_digest: str = ""
 
 
 def build_model(
@@ -59,14 +61,16 @@ def build_model(
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     seed: int = 0,
+    inspect: Callable[[Any], None] = lambda model: None,
 ) -> AdaptedModel:
     """Build, adapt and load the model for `task` from a local folder; norms are refreshed before it returns.
 
     The skeleton is made without memory, the adapters are injected into it, and only then does each parameter get
     its place (whole, or this rank's shard). Adapters start as the paper says (paper section 4.1, by `seed`), or as
     `start_from` has them. `trained_modules` are patterns of modules to train in full; None: the task's head. What is
-    trained or adapted of a tied weight is untied from the rest, as PEFT has it. On ZeRO-3 this is collective. Raises
-    UserError for a folder that is no model, a plan that does not fit it, and missing, misshapen or truncated tensors.
+    trained or adapted of a tied weight is untied from the rest, as PEFT has it. `inspect` is called with the
+    adapted model before its weights are read, and may refuse it. On ZeRO-3 this is collective. Raises UserError for a
+    folder that is no model, a plan that does not fit it, and missing, misshapen or truncated tensors.
     """
     opened = ModelFolder.open(base)
     folder = opened.tensors
@@ -81,64 +85,23 @@ def build_model(
     untied, stored = untie(model, [*trained, *plan(model)], stored)
     adapted = inject(model, plan, trained)
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}  # shards have none
+    if start_from is not None:
+        start.check(model, shapes, start_from, base, task)
+    inspect(model)
+    base_digest = sampled_digest(folder) if placement.first else ""
+    if start_from is not None and start_from.source is not None and placement.first:
+        warn_of_another_base(start_from.source.path, start_from.base_model, start_from.base_digest, base, base_digest)
     fresh = load_base(model, folder, stored, placement, DTYPES[dtype], seed)
     there = {n: locate(n, stored, model.base_model_prefix) for n in fresh}
     resized = {n: (list(folder.entries[found].shape), list(shapes[n])) for n, found in there.items() if found}
     norms = placement.norms(model)
     norms.refresh()
     if start_from is not None:
-        _assign(model, start_from, placement)
-        _assign_trained(model, shapes, start_from, placement)
+        start.assign(model, start_from, placement)
         norms.refresh()
-    return AdaptedModel(model, norms, adapted, base, folder.bytes_read, task, trained, fresh, resized, untied)
-
-
-def _assign(model: nn.Module, adapter: PeftAdapter, placement: Placement) -> None:
-    """Give the adapters of a model the values of a PEFT adapter with the same layers."""
-    layers = adapted_layers(model)
-    if differ := set(layers) ^ set(adapter.layers):
-        raise UserError(
-            f"adapter.init_from: {min(differ)!r} is adapted only {'here' if min(differ) in layers else 'there'}; "
-            "set adapter.target_modules to the adapter's"
-        )
-    for name, layer in layers.items():
-        values = adapter.layers[name]
-        theirs = AdapterSpec(
-            r=None if values.lora_A is None else values.lora_A.shape[0],
-            weight_decomposed=values.magnitude is not None,
-        )
-        if (theirs.r, theirs.weight_decomposed) != (layer.spec.r, layer.spec.weight_decomposed) or (
-            layer.spec.r is not None and not math.isclose(values.scaling, layer.spec.scaling)
-        ):
-            raise UserError(
-                f"adapter.init_from: {name!r} has r={theirs.r}, scaling={values.scaling:g}, magnitude "
-                f"{'yes' if theirs.weight_decomposed else 'no'}; adapter.r, adapter.lora_alpha / adapter.r and "
-                "adapter.weight_decomposed must be the same"
-            )
-        if layer.lora_A is not None and values.lora_A is not None:
-            placement.assign(layer.lora_A, values.lora_A.t())
-        if layer.lora_B is not None and values.lora_B is not None:
-            placement.assign(layer.lora_B, values.lora_B)
-        if layer.magnitude_offset is not None and values.magnitude is not None and layer.base_norm is not None:
-            placement.assign(layer.magnitude_offset, values.magnitude.to(layer.base_norm.device) - layer.base_norm)
-
-
-def _assign_trained(
-    model: nn.Module, shapes: dict[str, torch.Size], adapter: PeftAdapter, placement: Placement
-) -> None:
-    """The same for modules trained in full; those that the adapter lacks (a new task's head) stay as they are."""
-    for name, values in adapter.trained.items():
-        if name not in shapes:
-            raise UserError(
-                f"adapter.init_from: {name!r} was trained in full there and is not here; name its module in "
-                "adapter.trained_modules"
-            )
-        if shapes[name] != values.shape:
-            raise UserError(
-                f"adapter.init_from: {name!r} has shape {list(values.shape)} there and {list(shapes[name])} here; set "
-                "model.num_labels to the adapter's"
-            )
-        placement.assign(model.get_parameter(name), values)
+    return AdaptedModel(
+        model, norms, adapted, base, folder.bytes_read, task, trained, fresh, resized, untied, base_digest
+    )
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -7,11 +7,12 @@ import torch
 
 from dora_dist import run_folder
 from dora_dist.adapters.inject import like
-from dora_dist.adapters.peft_format import CONFIG_NAME, PeftAdapter, PeftFolder, read_peft_folder
+from dora_dist.adapters.peft_config import CONFIG_NAME
+from dora_dist.adapters.peft_format import PeftFolder, read_peft_folder
 from dora_dist.consolidate import base_path, find_adapter
 from dora_dist.errors import UserError
 from dora_dist.hub import fetch
-from dora_dist.models.build import DTYPES, build_model, skeleton
+from dora_dist.models.build import DTYPES, build_model
 from dora_dist.models.folder import (
     GENERATION_CONFIG,
     ModelFolder,
@@ -167,7 +168,6 @@ def _folder(path: str) -> Path:
 
 def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) -> Any:
     adapter, task = read_peft_folder(folder), task_of_adapter(PeftFolder.open(folder))
-    _check_shapes(adapter, folder, base, skeleton(base, task))
     placement = WholePlacement(device or "cpu")
     run = build_model(
         base,
@@ -179,21 +179,6 @@ def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) 
         start_from=adapter,
     )
     return run.model
-
-
-def _check_shapes(adapter: PeftAdapter, folder: Path, base: Path, model: torch.nn.Module) -> None:
-    """Raise UserError, naming a module, where an adapter is of a model of another shape."""
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    shapes = {name: list(module.weight.shape) for name, module in linears}
-    for name, layer in adapter.layers.items():
-        if layer.lora_A is None or layer.lora_B is None or name not in shapes:
-            continue  # no module of that name: `inject` says so
-        wanted = [layer.lora_B.shape[0], layer.lora_A.shape[1]]
-        if shapes[name] != wanted:
-            raise UserError(
-                f"{folder}: it adapts {name!r} as {wanted}, but {base} has it as {shapes[name]}; give the base that "
-                "it was trained on with --base"
-            )
 
 
 def _base_of(adapter: Path, given: str | None) -> Path:

@@ -9,6 +9,15 @@ from dora_dist.adapters.inject import trained_in_full
 from dora_dist.errors import UserError
 
 
+def rated(model: nn.Module, pattern: str) -> list[nn.Parameter]:
+    """The trained parameters in the modules that a pattern names. Raises UserError where there are none."""
+    modules = [model.get_submodule(name) for name in trained_in_full(model, [pattern], "training.learning_rates")]
+    found = [p for module in modules for p in module.parameters() if p.requires_grad]
+    if not found:
+        raise UserError(f"training.learning_rates: nothing in {pattern!r} is trained; leave it out, or train it")
+    return found
+
+
 def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
     """Move the trained parameters of the modules that a pattern names into groups with its peak rate.
 
@@ -16,10 +25,7 @@ def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping
     parameter, the later one holds. Raises UserError for a pattern that names nothing that is trained.
     """
     for pattern, rate in rates.items():
-        modules = [model.get_submodule(name) for name in trained_in_full(model, [pattern], "training.learning_rates")]
-        chosen = {id(p) for module in modules for p in module.parameters() if p.requires_grad}
-        if not chosen:
-            raise UserError(f"training.learning_rates: nothing in {pattern!r} is trained; leave it out, or train it")
+        chosen = {id(p) for p in rated(model, pattern)}
         for group in list(optimizer.param_groups):
             moved = [p for p in group["params"] if id(p) in chosen]
             if moved and len(moved) < len(group["params"]):

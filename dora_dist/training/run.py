@@ -124,6 +124,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.models.llava import prepare_for_training
     from dora_dist.models.tasks import IMAGE_TEXT, Task
     from dora_dist.models.vocabulary import check_vocabulary
+    from dora_dist.training import doubts
     from dora_dist.training.arguments import training_arguments
     from dora_dist.training.blocks import about_model
     from dora_dist.training.inputs import fetched
@@ -141,7 +142,10 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         check_base(local)
         base_config = transformers_config(base, model.trust_remote_code)
     tokenizer, data = _data(local, base, world)
-    spec, budget = adapter_spec(config), pruning_budget(config, optimizer_steps(config, len(data.train)))
+    spec, steps = adapter_spec(config), optimizer_steps(config, len(data.train))
+    budget = pruning_budget(config, steps)
+    if resume is None or config.checkpoint.resume is not None:  # else the same run goes on, with smaller adapters
+        doubts.of_settings(config, steps)
     with together("reading the base model's files"):
         files = of_model_folder("base model", base, patterns=wanted(model.trust_remote_code))
     start_from = None
@@ -171,6 +175,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
         seed=config.training.seed,
+        inspect=lambda adapted: doubts.of_model(config, adapted, data.train),
     )
     if model.task == IMAGE_TEXT:
         prepare_for_training(run.model)

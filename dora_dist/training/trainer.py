@@ -299,7 +299,7 @@ class DoraTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         model, run = self.config.model, self.run
-        origin = Origin(self.spec, model.path, model.revision, run.task, run.trained)
+        origin = Origin(self.spec, model.path, model.revision, run.task, run.trained, base_digest=run.base_digest)
         self._saver = Saver(self.model_wrapped, run.model, origin, self.config.engine.start_timeout_s)
         manifest = None if resume_from_checkpoint is None else self._go_on_from(Path(resume_from_checkpoint))
         if manifest is not None and manifest.get("compacted"):

@@ -45,6 +45,7 @@ class Origin:
     revision: str | None = None
     task: Task = LANGUAGE_MODEL
     trained_modules: Sequence[str] = ()
+    base_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,7 @@ class Saver:
         adapter.task_type = PEFT_TYPES[origin.task.name]
         adapter.model_config = kept_config(self._model, origin.task)
         adapter.modules_to_save = list(origin.trained_modules)
+        adapter.base_digest = origin.base_digest
         return adapter
 
 

@@ -11,11 +11,12 @@ import pytest
 from dora_dist import cli
 from dora_dist.exit_codes import DONE
 from tests import toy
-from tests.bad_inputs import bases, evaluating, settings
+from tests.bad_inputs import adapters, bases, evaluating, settings
 from tests.bad_inputs.case import Case, Folder, Words
 from tests.ranks import run_ranks
 
 TABLES = {
+    "adapters": adapters.CASES,
     "bases": bases.CASES,
     "evaluating": evaluating.CASES,
     "settings": settings.CASES,

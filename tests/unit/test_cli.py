@@ -186,7 +186,7 @@ def test_validate_prints_the_deepspeed_json(capsys: pytest.CaptureFixture[str]) 
         ),
         (
             ["validate", RECIPE, "--no-files", '--engine.deepspeed={"zero_optimization": {"x": 1}}'],
-            "x = 1: Extra",
+            "zero_optimization.x: unknown key",
         ),
         (["train", "--config", RECIPE, "--local_rank=1", "--data.train=a.json"], 'error: data.train = "a.json"'),
         (["train", "--config", RECIPE, "--data.trian", "a.json"], "did you mean data.train?"),

@@ -162,7 +162,7 @@ def test_every_other_name_that_is_recognised_leads_to_a_field() -> None:
             "layers start with 16 components and adapter.r = 16 is to be left",
         ),
         (with_fields(adapter={"dynamic_rank": True, "init_from": "a"}), "its components have no gates"),
-        (with_fields(adapter={"target_modules": ["*.q_proj"]}), '"*.q_proj" is no regular expression'),
+        (with_fields(adapter={"target_modules": ["*.q_proj"]}), '"*.q_proj" is not a regular expression'),
         (
             with_fields(adapter={"target_modules": ["q", "v"], "magnitude_only_modules": ["v"]}),
             'adapter.magnitude_only_modules: "v" is in adapter.target_modules too',
@@ -199,7 +199,7 @@ def test_malformed_json_names_line_and_column(tmp_path: Path) -> None:
     with pytest.raises(UserError, match='the key "r" is given twice'):
         RunConfig.load(path)
     path.write_text('{"training": {"epochs": Infinity}}')
-    with pytest.raises(UserError, match="Infinity is no JSON number"):
+    with pytest.raises(UserError, match="Infinity is not a JSON number"):
         RunConfig.load(path)
     path.write_text("[1]")
     with pytest.raises(UserError, match="must hold one JSON object"):
@@ -258,7 +258,7 @@ def test_overrides_take_every_kind_of_value(workplace: Path) -> None:
         (["--training.epochs", "many"], 'training.epochs = "many": must be a number > 0'),
         (["--logging.tensorboard=yes"], 'logging.tensorboard = "yes": must be true or false'),
         (["--engine.deepspeed={"], 'engine.deepspeed = "{": must be a JSON object'),
-        (["--training.epochs=Infinity"], "training.epochs = Infinity: must be a number > 0"),
+        (["--training.epochs=Infinity"], "training.epochs: Infinity is not a JSON number"),
     ],
 )
 def test_bad_override_is_refused(workplace: Path, overrides: list[str], message: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dora_dist.config import RunConfig
+from dora_dist.config import RunConfig, deepspeed_options
 from dora_dist.errors import UserError
 from tests.unit.test_config import RECIPES, refusal, with_fields
 
@@ -153,12 +153,16 @@ def test_engine_option_that_deepspeed_refuses_is_told_before_it_starts() -> None
         return RunConfig.from_dict(with_fields(engine={"deepspeed": {"zero_optimization": zero}}))
 
     config({"sub_group_size": 5, "offload_param": {"pin_memory": False}}).check_engine_options()
-    with pytest.raises(UserError, match=r"sub_group_sise = 5: .*; did you mean sub_group_size\?"):
+    with pytest.raises(
+        UserError, match=r"zero_optimization\.sub_group_sise: unknown key; did you mean sub_group_size\?"
+    ):
         config({"sub_group_sise": 5}).check_engine_options()
     with pytest.raises(UserError, match=r"zero_optimization\.sub_group_size = 'big': .*valid integer"):
         config({"sub_group_size": "big"}).check_engine_options()
     sparse = RunConfig.from_dict(with_fields(engine={"deepspeed": {"sparse_gradients": True}}))
-    with pytest.raises(UserError, match=r"engine\.deepspeed: DeepSpeed refuses it: .*sparse_gradients"):
+    with pytest.raises(
+        UserError, match=r"engine\.deepspeed: DeepSpeed refuses it\n  sparse_gradients = True: .*sparse_gradients"
+    ):
         sparse.check_engine_options()
 
 
@@ -187,6 +191,7 @@ def test_deepspeed_reads_the_derived_json_of_every_recipe(recipe: Path, dtype: s
     assert zero.max_reuse_distance == config.engine.max_reuse_distance
     assert zero.allgather_sequential is config.engine.allgather_sequential
     assert read.zero_force_ds_cpu_optimizer is False
+    deepspeed_options.check(derived)  # DeepSpeed looks at every key of it
 
 
 def test_hugging_face_finds_no_mismatch_with_the_derived_json(tmp_path: Path) -> None:

@@ -255,14 +255,24 @@ def test_zero_rows_keep_a_factor_of_one(tmp_path: Path) -> None:
     torch.testing.assert_close(merged.norm(dim=1)[7:], stored[f"{key}.lora_magnitude_vector"][7:])
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), 3e38])
-def test_non_finite_results_name_the_tensor_and_leave_nothing(tmp_path: Path, number: float) -> None:
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (
+            float("nan"),
+            "tensor 'base_model.model.model.layers.1.mlp.down_proj.lora_B.weight' holds 4 numbers that are NaN",
+        ),
+        (float("inf"), "lora_B.weight' holds 4 numbers that are NaN, infinite"),
+        (3e38, "model.layers.1.mlp.down_proj.weight' would not be finite"),
+    ],
+)
+def test_non_finite_results_name_the_tensor_and_leave_nothing(tmp_path: Path, number: float, message: str) -> None:
     base = save_base(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", base)
     weights = load_file(adapter / "adapter_model.safetensors")
     weights["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"][5] = number
     save_file(weights, adapter / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="model.layers.1.mlp.down_proj.weight' would not be finite"):
+    with pytest.raises(UserError, match=message):
         consolidate(adapter, base, tmp_path / "out", progress=False)
     assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"}
 

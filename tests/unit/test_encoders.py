@@ -166,7 +166,7 @@ def test_a_tied_head_that_is_trained_gets_a_weight_of_its_own(tmp_path: Path) ->
 def test_the_outermost_module_is_meant() -> None:
     model = torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)}), "b": torch.nn.Linear(2, 2)})
     assert trained_in_full(model, ["a"]) == ["a"]
-    inject(model, by_pattern(SPEC, ["b"]), ["a"])
+    inject(model, by_pattern(AdapterSpec(2), ["b"]), ["a"])
     assert [n for n, p in model.named_parameters() if p.requires_grad and n.startswith("a")] == [
         "a.a.weight",
         "a.a.bias",

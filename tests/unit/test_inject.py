@@ -8,6 +8,7 @@ from torch import nn
 
 from dora_dist.adapters.inject import by_pattern, inject
 from dora_dist.adapters.linear import AdapterSpec, DoraLinear
+from dora_dist.adapters.norms import NormRefresher
 from dora_dist.errors import UserError
 
 SPEC = AdapterSpec(4, 8.0)
@@ -85,3 +86,51 @@ def test_an_untied_head_can_be_adapted(tmp_path: Path) -> None:
     model = llama(tied=False)
     assert inject(model, by_pattern(SPEC, ["lm_head"])) == ["lm_head"]
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_a_model_with_weights_starts_as_pefts_freshly_adapted_one() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = llama().eval()
+    ids = torch.randint(32, (2, 9))
+    before = model(ids).logits
+    fresh = llama()
+    fresh.load_state_dict(model.state_dict())
+    targets = ["q_proj", "down_proj"]
+    theirs = get_peft_model(
+        fresh, LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=targets)
+    ).base_model.model
+
+    names = inject(model, by_pattern(SPEC, targets))
+    NormRefresher(model).refresh()
+    for name in names:
+        ours, peft = model.get_submodule(name), theirs.get_submodule(name)
+        bound = 1 / ours.in_features**0.5
+        for values in (ours.lora_A, peft.lora_A["default"].weight):
+            assert bound * 0.8 < values.abs().max() <= bound
+            assert abs(float(values.detach().std()) / (bound / 3**0.5) - 1) < 0.35  # 64 numbers at least
+        assert not ours.lora_B.any()
+        assert not peft.lora_B["default"].weight.any()
+        magnitude = ours.base_norm + ours.magnitude_offset
+        assert torch.equal(magnitude, peft.lora_magnitude_vector["default"].weight)
+    assert torch.equal(model(ids).logits, before)
+    assert (theirs(ids).logits - before).abs().max() < 1e-5
+
+
+def test_gates_start_at_zero_on_a_model_with_weights() -> None:
+    model = llama()
+    inject(model, by_pattern(AdapterSpec(4, 8.0, gated=True), ["q_proj"], ["o_proj"]))
+    layer = model.model.layers[0].self_attn
+    assert not layer.q_proj.lora_gates.any()
+    assert layer.q_proj.lora_A.any()
+    assert layer.q_proj.lora_B.any()
+    assert not layer.o_proj.magnitude_offset.any()
+
+
+def test_a_quantised_weight_is_refused_by_name() -> None:
+    model = llama()
+    packed = nn.Parameter(torch.zeros(128, 1, dtype=torch.uint8), requires_grad=False)  # as bitsandbytes' 4-bit layers
+    model.model.layers[0].self_attn.q_proj.weight = packed
+    with pytest.raises(UserError, match=r"'model.layers.0.self_attn.q_proj' has a quantised weight \(uint8\)"):
+        inject(model, by_pattern(AdapterSpec(1), ["q_proj"]))

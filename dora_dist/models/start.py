@@ -1,0 +1,129 @@
+"""A PEFT adapter as the starting point of a model: whether it fits, asked before a weight is read; then its values."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dora_dist.adapters.linear import AdapterSpec, DoraLinear
+from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, warn_of_lacking
+from dora_dist.console import warn
+from dora_dist.errors import UserError
+from dora_dist.models.placement import Placement
+from dora_dist.models.tasks import PEFT_TYPES, Task
+from dora_dist.zero3.loading import adapted_layers
+
+
+def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdapter, base: Path, task: Task) -> None:
+    """Raise UserError where an adapter is not of the layers, ranks and shapes of an adapted `model`.
+
+    `trained` are the shapes of its parameters that are trained, `base` and `task` what it was made of. Warns of what
+    is odd and yet can be meant: another task, layers that are missing.
+    """
+    where = str(adapter.source.path) if adapter.source else "the adapter"
+    layers = adapted_layers(model)
+    _check_names(where, layers, adapter, base, [name for name, m in model.named_modules() if isinstance(m, nn.Linear)])
+    for name, layer in layers.items():
+        theirs = adapter.layers[name]
+        if differ := ", ".join(_differing(layer.spec, theirs)):
+            raise UserError(f"adapter.init_from: {where} has other settings than this run at {name!r}: {differ}")
+        shape, needed = _shape(theirs), (layer.out_features, layer.in_features)
+        if shape != needed:
+            raise UserError(
+                f"{where}: it adapts {name!r} as {shape}, but {base} has it as {needed}; give the base that it was "
+                "trained on"
+            )
+    _check_trained(where, trained, adapter)
+    peft_type = PEFT_TYPES[task.name]
+    if adapter.task_type not in (None, peft_type):
+        warn(
+            f"{where} was trained with task_type={adapter.task_type}, and model.task = {task.name!r} is {peft_type}: "
+            "make sure that it is meant as a start for another task"
+        )
+
+
+def assign(model: nn.Module, adapter: PeftAdapter, placement: Placement) -> None:
+    """Give a model the values of an adapter that fits it (`check`), once its norms are known.
+
+    Modules trained in full that the adapter lacks (a new task's head) stay as they are.
+    """
+    for name, layer in adapted_layers(model).items():
+        values = adapter.layers[name]
+        if layer.lora_A is not None and values.lora_A is not None:
+            placement.assign(layer.lora_A, values.lora_A.t())
+        if layer.lora_B is not None and values.lora_B is not None:
+            placement.assign(layer.lora_B, values.lora_B)
+        if layer.magnitude_offset is not None and values.magnitude is not None and layer.base_norm is not None:
+            placement.assign(layer.magnitude_offset, values.magnitude.to(layer.base_norm.device) - layer.base_norm)
+    for name, whole in adapter.trained.items():
+        placement.assign(model.get_parameter(name), whole)
+
+
+def _check_names(
+    where: str, layers: Mapping[str, DoraLinear], adapter: PeftAdapter, base: Path, plain: Iterable[str]
+) -> None:
+    """`plain` are the linear layers of the model that are not adapted."""
+    lacking = adapter.source.lacking([*plain, *layers]) if adapter.source else []
+    if unknown := [name for name in adapter.layers if name not in layers and name not in plain]:
+        raise UserError(
+            f"{where}: it adapts {min(unknown)!r}, which {base} does not have; give the base that it was trained on"
+        )
+    endings = ", ".join(sorted({name.rpartition(".")[2] for name in adapter.layers}))
+    as_theirs = f"set adapter.target_modules to the adapter's ({endings})"
+    if absent := [name for name in layers if name not in adapter.layers]:
+        more = f" and {len(absent) - 1:,} others" if len(absent) > 1 else ""
+        remedy = "its target_modules name it, so the folder is not whole" if absent[0] in lacking else as_theirs
+        raise UserError(
+            f"adapter.init_from: {where} has no tensors for {absent[0]!r}{more}, which this run adapts; {remedy}"
+        )
+    if extra := [name for name in adapter.layers if name not in layers]:
+        raise UserError(
+            f"adapter.init_from: {where} adapts {extra[0]!r}, too, which this run does not adapt; {as_theirs}"
+        )
+    if lacking and adapter.source:
+        warn_of_lacking(adapter.source.path, lacking)
+
+
+def _differing(ours: AdapterSpec, layer: AdapterLayer) -> Iterator[str]:
+    decomposed, r = layer.magnitude is not None, None if layer.lora_A is None else layer.lora_A.shape[0]
+    if decomposed != ours.weight_decomposed:
+        kinds = ("DoRA (set adapter.weight_decomposed to true)", "LoRA (set adapter.weight_decomposed to false)")
+        yield f"it is {kinds[0] if decomposed else kinds[1]}"
+    if (r is None) != (ours.r is None):
+        yield (
+            "it trains magnitudes alone there (name it in adapter.magnitude_only_modules)"
+            if r is None
+            else ("it has low-rank factors there (take it out of adapter.magnitude_only_modules)")
+        )
+    elif r is not None and ours.r is not None:
+        if r != ours.r:
+            yield f"its r is {r}, adapter.r = {ours.r} (set it to {r})"
+        if not math.isclose(layer.scaling, ours.scaling):
+            yield (
+                f"its scaling is {layer.scaling:g}, adapter.lora_alpha / adapter.r = {ours.scaling:g} (set "
+                f"adapter.lora_alpha to {layer.scaling * r:g})"
+            )
+
+
+def _shape(layer: AdapterLayer) -> tuple[int, int]:
+    """(out, in) of the weight that a layer was trained on."""
+    rows = layer.magnitude if layer.lora_B is None else layer.lora_B
+    columns = layer.in_features if layer.lora_A is None else layer.lora_A.shape[1]
+    assert rows is not None and columns is not None
+    return rows.shape[0], columns
+
+
+def _check_trained(where: str, shapes: Mapping[str, torch.Size], adapter: PeftAdapter) -> None:
+    for name, values in adapter.trained.items():
+        if name not in shapes:
+            raise UserError(
+                f"adapter.init_from: {name!r} was trained in full in {where} and is not here; name its module in "
+                "adapter.trained_modules"
+            )
+        if shapes[name] != values.shape:
+            raise UserError(
+                f"adapter.init_from: {name!r} has shape {list(values.shape)} in {where} and {list(shapes[name])} here; "
+                "set model.num_labels to the adapter's, or give the base that it was trained on"
+            )

@@ -1,0 +1,67 @@
+"""JSON that means the same to every reader: what Python alone accepts, or settles silently, is an error."""
+
+import json
+import math
+from typing import Any, NoReturn
+
+_MOST_DIGITS = 300  # what still is a float
+_MOST_LEVELS = 100
+
+
+def parse(text: str) -> Any:
+    """The value in JSON `text`. Raises JSONDecodeError for what is not JSON.
+
+    Raises ValueError, saying what, for repeated keys, NaN, Infinity, numbers that no float can hold, and nesting
+    deeper than 100 levels.
+    """
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_without_repeats,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+        )
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        level = [inner for outer in level for inner in _members(outer)]
+        if not level:
+            return value
+    raise ValueError(_TOO_DEEP)
+
+
+_TOO_DEEP = f"brackets are nested more than {_MOST_LEVELS} levels deep; take some out"
+
+
+def _members(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f'the key "{repeated}" is given twice in one section; keep one')
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number; give a finite value, or null")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is too large for a number; give a finite value, or null")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text[:12]}... has {len(text):,} digits; give a smaller number")
+    return int(text)

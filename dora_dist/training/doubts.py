@@ -1,0 +1,81 @@
+"""What a run's settings say together with its length and its model: refused where it must fail, else said once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dora_dist.config import RunConfig
+from dora_dist.console import note, warn
+from dora_dist.errors import UserError
+from dora_dist.training.rates import rated
+from dora_dist.zero3.loading import adapted_layers
+
+_LARGE_RATE = 0.1  # AdamW moves every weight by about the rate in each step, and weights are of this size
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # tables of learned ones
+
+
+def of_settings(config: RunConfig, steps: int) -> None:
+    """Say what a run of `steps` optimizer steps never comes to, though it is set."""
+    training, rates = config.training, config.training.learning_rates
+    run = f"the run has {steps:,} step{'' if steps == 1 else 's'}"
+    if (warmup := training.warmup_steps or 0) >= steps:
+        warn(
+            f"training.warmup_steps = {warmup:,}: {run}, so the learning rate never reaches "
+            f"training.learning_rate = {training.learning_rate:g}; lower it, or train for longer"
+        )
+    for name, rate in [("training.learning_rate", training.learning_rate), *_named(rates)]:
+        if rate > _LARGE_RATE:
+            warn(f"{name} = {rate:g}: AdamW moves every trained weight by about that much in each step; lower it")
+    if (every := training.eval_every) is not None and every > steps:
+        warn(f"training.eval_every = {every:,}: {run}, so nothing is evaluated while it trains; lower it")
+    if (every := config.checkpoint.save_every) is not None and every > steps:
+        note(f"checkpoint.save_every = {every:,}: {run}, so the only checkpoint is the one at the end")
+
+
+def of_model(config: RunConfig, model: Any, samples: Any) -> None:
+    """Compare settings with a model that is adapted and has no weights yet; `samples` are the training samples.
+
+    Raises UserError for learning_rates of what is not trained, and for samples longer than a table of positions.
+    """
+    for pattern in config.training.learning_rates:
+        rated(model, pattern)
+    _check_positions(config, model, samples)
+    layers = adapted_layers(model)
+    large = [name for name, layer in layers.items() if (layer.spec.r or 0) > min(layer.in_features, layer.out_features)]
+    if large:
+        first = layers[large[0]]
+        warn(
+            f"adapter.r: {first.spec.r} components for {large[0]!r}, which is ({first.out_features}, "
+            f"{first.in_features}), and {len(large) - 1:,} other layers as narrow: more than their narrower side add "
+            "nothing; lower it"
+        )
+
+
+def _check_positions(config: RunConfig, model: Any, samples: Any) -> None:
+    positions, cutoff = getattr(model.config.get_text_config(), "max_position_embeddings", None), config.data.cutoff_len
+    if positions is None or cutoff <= positions - 2:  # some tables begin with two places that are not positions
+        return
+    learned = [
+        min(positions, table.num_embeddings) - (0 if table.padding_idx is None else table.padding_idx + 1)
+        for name, table in model.named_modules()
+        if isinstance(table, nn.Embedding) and name.endswith(_POSITIONS)
+    ]
+    most = min(learned, default=positions)
+    if cutoff <= most:
+        return
+    remedy = f"lower it to {most}"
+    if learned and (longest := max(len(samples[i]["input_ids"]) for i in range(len(samples)))) > most:
+        raise UserError(
+            f"data.cutoff_len = {cutoff}: a record has {longest} tokens, and the model learned positions for {most} "
+            f"only; {remedy}"
+        )
+    warn(
+        f"data.cutoff_len = {cutoff}: the model was trained on texts of at most {most} tokens (max_position_embeddings "
+        f"in its config.json); longer ones are beyond what it knows; {remedy}"
+    )
+
+
+def _named(rates: dict[str, float]) -> list[tuple[str, float]]:
+    return [(f'training.learning_rates, "{pattern}"', rate) for pattern, rate in rates.items()]
