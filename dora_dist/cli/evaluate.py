@@ -3,10 +3,12 @@
 import argparse
 from pathlib import Path
 
+from dora_dist import run_folder
 from dora_dist.cli.options import DTYPES, Commands, declare, positive
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
 from dora_dist.errors import UserError
+from dora_dist.notes import note
 
 _LABELLED = "a classifier, answer finder or summariser"
 _DATA_FIELDS = {
@@ -107,6 +109,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError(f"--tasks: a name is given twice in {', '.join(name for name, _ in options.tasks)}")
     from dora_dist.evaluation.run import as_table, evaluate
 
+    if (choice := run_folder.chosen(Path(options.model))) is not None:
+        note(f"evaluating {choice.told('evaluate {} --tasks ...')}")
     result = evaluate(
         options.model,
         tasks,

@@ -34,7 +34,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def nearby(path: Path) -> str:
-    """`; did you mean X?` when the folder of a missing `path` holds a similar name, else nothing."""
+    """`; did you mean X?` when the folder of a missing `path` holds a similar name, else nothing; of a link, where it
+    leads.
+    """
+    if path.is_symlink():
+        return f"; it is a link to {path.readlink()}, where nothing can be found"
     folder = path.parent
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     close = difflib.get_close_matches(path.name, names, 1)

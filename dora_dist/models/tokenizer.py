@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+PROCESSOR_FILES = ("*processor_config.json", "chat_template.*")
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # ModelProto.SentencePiece.Type
 BPE_MODEL = 2  # TrainerSpec.ModelType
 
@@ -55,6 +57,19 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token or tokenizer.sep_token
     return tokenizer
+
+
+def files_of(tokenizer: PreTrainedTokenizerFast, processor: Path | None = None) -> dict[str, bytes]:
+    """The files that a tokenizer is saved as, by name; and those of the folder `processor` that go with it where it
+    is part of one for pictures.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        found = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+    if processor is not None:
+        own = [path for pattern in PROCESSOR_FILES for path in sorted(processor.glob(pattern))]
+        found = {path.name: path.read_bytes() for path in own} | found
+    return found
 
 
 def from_sentencepiece(file: Path, chat_template: str | None = None) -> PreTrainedTokenizerFast:
