@@ -22,8 +22,6 @@ FOLLOWED: dict[str, dict[str, dict[str, Any]]] = {
     "decay": {"training": {"weight_decay": 0.5}},
     "clipping": {"training": {"max_grad_norm": 1e-3}},
     "beta1": {"training": {"adam_beta1": 0.5}},
-    "beta2": {"training": {"adam_beta2": 0.9}},
-    "epsilon": {"training": {"adam_epsilon": 1e-3}},
     "micro": {"training": {"micro_batch_size": 3}},
     "dropout": {"adapter": {"dropout": 0.5}},
     "norms": {"adapter": {"norm_gradient": "full"}},
