@@ -36,7 +36,7 @@ def go_on_at(schedule: LambdaLR, step: int) -> list[float]:
     It follows from the schedule alone, not from what it was when a checkpoint was written: another peak, shape or
     length of the run takes effect at once. Unchanged settings give the very same rates.
     """
-    rates = [peak * share(step) for peak, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    rates = [float(peak * share(step)) for peak, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step, "_last_lr": rates})
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate  # the schedule writes one only when it steps

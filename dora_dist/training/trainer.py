@@ -326,6 +326,7 @@ class DoraTrainer(Trainer):
     def _go_on_from(self, folder: Path) -> dict[str, Any]:
         """Restore what trains and the schedule (collective); returns the checkpoint's manifest."""
         manifest = load_checkpoint(folder, self.model_wrapped, self.run.model)
+        assert self.lr_scheduler is not None
         before, now = manifest["learning_rates"][0], go_on_at(self.lr_scheduler, manifest["step"])[0]
         if before != now:
             note(

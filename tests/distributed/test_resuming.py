@@ -157,7 +157,7 @@ def test_the_best_checkpoint_is_of_one_validation_set(folder: Path) -> None:
     best = folder / "judged" / "best.json"
     state = folder / "judged" / "checkpoint-2" / "trainer_state.json"
     assert json.loads(best.read_text())["eval_loss"] == json.loads(state.read_text())["best_metric"]
-    worse = [{**record, "output": "§" * 30} for record in toy.records(6)]  # no better than chance
+    worse = [{**record, "instruction": "§¶" * 40} for record in toy.records(6)]  # what nothing was learnt of
     (folder / "validation.json").write_text(json.dumps(worse))
     run_ranks(run, 1, steps(3))
     assert json.loads(best.read_text())["checkpoint"] == "checkpoint-3"
