@@ -124,7 +124,6 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
             files |= of_model_folder("adapter.init_from", Path(config.adapter.init_from), whole=True)
     contents = of_data(data)
     check_agreement(world, files | contents)
-    trained_with, changed = compare(config, data.train, contents, base, world, resume)
     plan = by_pattern(spec, config.adapter.target_modules, config.adapter.magnitude_only_modules)
     if resume is not None and budget is not None:
         with together(f"reading {resume}"):
@@ -133,6 +132,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
                 check_budget(resume, manifest, budget)
         if manifest["compacted"]:
             plan = with_ranks(plan, manifest["adapter_ranks"])
+    trained_with, changed = compare(config, data.train, contents, base, world, resume)
     args = training_arguments(config, world.world_size, deepspeed)
     run = build_model(
         base,
