@@ -159,8 +159,8 @@ def merge_rows(weight: Tensor, layer: AdapterLayer, start: int) -> Tensor:
 def find_adapter(path: Path) -> tuple[Path, str | None]:
     """The adapter folder that `path` means, and the base it was trained on where that is known.
 
-    `path` is a PEFT folder, a checkpoint, or a run folder: then its best checkpoint if the run kept one, else
-    the newest complete one. Raises UserError when it is none of these.
+    `path` is a PEFT folder, a checkpoint, or a run folder: then the checkpoint that `run_folder.chosen` takes. Raises
+    UserError when it is none of these.
     """
     path = Path(path)
     if (path / CONFIG_NAME).is_file():
@@ -169,14 +169,14 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
         if path.name.startswith("checkpoint-") and not run_folder.is_complete(path):
             raise UserError(f"{path}: incomplete checkpoint (saving was cut short); use another one")
         return path / run_folder.ADAPTER, _trained_on(path / run_folder.ADAPTER, path.parent)
-    checkpoint = run_folder.best_checkpoint(path) or run_folder.newest_checkpoint(path)
-    if checkpoint is None:
+    choice = run_folder.chosen(path)
+    if choice is None:
         what = "no such folder" if not path.is_dir() else "no adapter_config.json and no complete checkpoint-* in it"
         if (path / "deepspeed.json").is_file():
             what = "a run that has no complete checkpoint yet; wait for its first (checkpoint.save_every), or"
             raise UserError(f"{path}: {what} give another run's folder")
         raise UserError(f"{path}: {what}; give a PEFT folder, a checkpoint or a run folder")
-    return find_adapter(checkpoint)
+    return find_adapter(choice.folder)
 
 
 def _trained_on(adapter: Path, run: Path | None = None) -> str | None:

@@ -2,19 +2,23 @@
 
 RUN_DIR/
     config.json  deepspeed.json  metrics.jsonl  run.log  tensorboard/  .in_use
+    run.json                       {"run": ...}: which run this is; every checkpoint's manifest says the same
     best.json                      {"checkpoint": "checkpoint-80", "eval_loss": ...}, or another metric
     checkpoint-80/
-        manifest.json              written last: step, model fingerprint, every file's size and sha256
+        manifest.json              written last: step, what it was trained with (`resuming.record`), every file's
+                                   size and sha256, and a checksum of its own
         state.safetensors          fp32 masters and Adam moments, whole tensors: no trace of the world size
         trainer_state.json
-        adapter/                   a PEFT folder
+        adapter/                   a PEFT folder, with the tokenizer
 """
 
 import hashlib
 import json
 import re
 import shutil
+import uuid
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +34,14 @@ CONFIG, MANIFEST, STATE, TRAINER_STATE, ADAPTER = (
     "trainer_state.json",
     "adapter",
 )
-METRICS, LOG, BEST, TENSORBOARD, IN_USE = "metrics.jsonl", "run.log", "best.json", "tensorboard", ".in_use"
-FORMAT = 1
+DEEPSPEED, METRICS, LOG, TENSORBOARD = "deepspeed.json", "metrics.jsonl", "run.log", "tensorboard"
+RUN, BEST, IN_USE = "run.json", "best.json", ".in_use"
+FORMAT = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class Damaged(UserError):
+    """A checkpoint that is not, byte for byte, what was written; an earlier one may be."""
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -55,7 +64,7 @@ def is_complete(folder: Path) -> bool:
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -69,19 +78,60 @@ def newest_intact(run_dir: Path) -> Path | None:
     """The newest checkpoint whose every byte is as it was written.
 
     Damaged and incomplete ones that are newer are named, with what is wrong, and set aside under another name: what
-    comes later must not take them for good.
+    comes later must not take them for good. Raises UserError for one that does not belong here: renamed, edited,
+    copied from another run, or of another version.
     """
-    folders = [folder for folder in run_dir.glob("checkpoint-*") if _NAME.fullmatch(folder.name)]
-    for folder in sorted(folders, key=step_of, reverse=True):
+    for folder in sorted(_named(run_dir), key=step_of, reverse=True):
         try:
-            read_manifest(folder)
+            check_run(folder, read_manifest(folder))
             return folder
-        except UserError as error:
-            aside = folder.with_name(f"{folder.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            warn(f"{error}; it is now {aside.name}, looking for an earlier one")
+        except Damaged as error:
+            warn(f"{error}; it is now {_set_aside(folder, 'damaged')}, looking for an earlier one")
     return None
+
+
+def set_aside_after(run_dir: Path, step: int) -> None:
+    """Rename the checkpoints of later steps than the one a run goes on from: they are of another course of it."""
+    for folder in _named(run_dir):
+        if step_of(folder) > step:
+            name = folder.name
+            warn(f"{name} is later than checkpoint-{step}, which the run goes on from: {_set_aside(folder, 'later')}")
+
+
+def _named(run_dir: Path) -> list[Path]:
+    return [folder for folder in run_dir.glob("checkpoint-*") if _NAME.fullmatch(folder.name)]
+
+
+def _set_aside(folder: Path, why: str) -> str:
+    aside = folder.with_name(f"{folder.name}.{why}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    return aside.name
+
+
+def run_of(run_dir: Path) -> str | None:
+    """Which run a folder belongs to; None if it does not say."""
+    try:
+        return str(json.loads((run_dir / RUN).read_text())["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def name_run(run_dir: Path, resume: Path | None) -> None:
+    """Write run.json: a run that starts, or that goes on from another folder's checkpoint, gets a name of its own."""
+    own = resume is not None and resume.resolve().parent == run_dir.resolve()
+    known = (run_of(run_dir) or read_manifest(resume, verify=False).get("run")) if own and resume else None
+    write_json(run_dir / RUN, {"run": known or uuid.uuid4().hex})
+
+
+def check_run(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise UserError if a checkpoint was written by another run than the one whose folder it is in."""
+    here = run_of(folder.parent)
+    if here is not None and manifest.get("run") != here:
+        raise UserError(
+            f"checkpoint.resume: {folder} was written by another run than the one in {folder.parent}; move it "
+            "elsewhere, and name it in --checkpoint.resume, with another checkpoint.run_dir, to go on from it"
+        )
 
 
 def step_of(folder: Path) -> int:
@@ -168,11 +218,54 @@ class InUse:
 
 def best_checkpoint(run_dir: Path) -> Path | None:
     """The complete checkpoint that was best in evaluation, if the run kept one."""
+    best = _best(run_dir)
+    return best[0] if best is not None and is_complete(best[0]) else None
+
+
+def _best(run_dir: Path) -> tuple[Path, str] | None:
+    """The checkpoint that best.json names, be it there or not, and `eval_loss (0.41)`."""
     try:
-        best = run_dir / Path(json.loads((run_dir / BEST).read_text())["checkpoint"]).name
-    except (OSError, ValueError, KeyError):
+        fields = json.loads((run_dir / BEST).read_text())
+        folder = run_dir / Path(fields.pop("checkpoint")).name
+        [(metric, value)] = fields.items()
+        return folder, f"{metric} ({value:.4g})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return best if is_complete(best) else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint that is a run's result, and why; `newest` is a later one, where there is one."""
+
+    folder: Path
+    reason: str
+    newest: Path | None = None
+
+    def told(self, command: str) -> str:
+        """In words, with how to get the newest: `command` is what to type for {}, such as "evaluate {}"."""
+        typed = command.replace("{}", str(self.newest))
+        other = f"; the newest: dora-dist {typed}" if self.newest is not None else ""
+        return f"{self.folder}, {self.reason}{other}"
+
+
+def chosen(run_dir: Path) -> Choice | None:
+    """Which checkpoint a run folder means: the best by evaluation if the run kept one, else the newest.
+
+    None for a folder without complete checkpoints.
+    """
+    found = checkpoints(run_dir)
+    if not found:
+        return None
+    newest, count = found[-1], f"of {len(found)} checkpoints"
+    best = _best(run_dir)
+    if best is None:
+        return Choice(newest, f"the newest {count}" if len(found) > 1 else "the only checkpoint")
+    folder, by = best
+    if folder not in found:
+        return Choice(newest, f"the newest {count}, as {folder.name}, the best by {by}, is gone or incomplete")
+    if folder == newest:
+        return Choice(folder, f"the best {count} by {by}, and the newest" if len(found) > 1 else "the only checkpoint")
+    return Choice(folder, f"the best {count} by {by}", newest)
 
 
 def config_of(adapter: Path) -> dict[str, Any]:
@@ -184,7 +277,7 @@ def config_of(adapter: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); mend it, or move the adapter away from it") from error
+        raise UserError(f"{file}: not valid JSON ({error}); correct it, or move the adapter away from it") from error
     return config
 
 
@@ -205,36 +298,63 @@ def retire(run_dir: Path, keep_last: int) -> list[Path]:
 
 
 def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
-    """Write manifest.json over everything else in the folder: sizes in bytes and sha256 of each file."""
+    """Write manifest.json over everything else in the folder: sizes in bytes and sha256 of each file, and of itself."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     listed = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-    write_json(folder / MANIFEST, {"format": FORMAT, **fields, "files": listed})
+    manifest = json.loads(json.dumps({"format": FORMAT, **fields, "files": listed}))  # as it will be read
+    write_json(folder / MANIFEST, {**manifest, "sha256": _own_digest(manifest)})
 
 
 def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises UserError naming what is missing, damaged or of an unknown format."""
+    """A checkpoint's manifest. Raises Damaged naming what is missing or damaged; UserError for a manifest that was
+    edited or is of an unknown format, and for a folder that was renamed.
+    """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(
             f"checkpoint.resume: {folder} is not a complete checkpoint (no readable {MANIFEST}: {error})"
         ) from error
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"checkpoint.resume: {folder} has format {manifest.get('format')}, this version reads {FORMAT}")
+    _check_manifest(folder, manifest)
     for name, entry in files.items():
         path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise UserError(f"checkpoint.resume: {folder / MANIFEST} lists {name!r}, which leaves the folder")
         if not path.is_file():
-            raise UserError(f"checkpoint.resume: {path} is missing; resume from another checkpoint")
+            raise Damaged(f"checkpoint.resume: {path} is missing; resume from another checkpoint")
         if path.stat().st_size != entry["bytes"] or (verify and sha256(path) != entry["sha256"]):
-            raise UserError(f"checkpoint.resume: {path} is damaged (size or checksum); resume from another checkpoint")
+            raise Damaged(f"checkpoint.resume: {path} is damaged (size or checksum); resume from another checkpoint")
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
         if not path.is_dir() and name not in files and name != MANIFEST:
-            raise UserError(f"checkpoint.resume: {path} does not belong to the checkpoint; move it elsewhere")
+            raise Damaged(f"checkpoint.resume: {path} does not belong to the checkpoint; move it elsewhere")
     return manifest
+
+
+def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise UserError unless the manifest is as this version wrote it, for the folder's own name."""
+    written = manifest.get("format")
+    if written != FORMAT:
+        raise UserError(
+            f"checkpoint.resume: {folder} has format {written}, this version of dora_dist reads {FORMAT}; resume with "
+            f"the version that wrote it, or start a new run from its adapter: --adapter.init_from {folder / ADAPTER}"
+        )
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    if manifest.get("sha256") != _own_digest(content):
+        raise UserError(
+            f"checkpoint.resume: {folder / MANIFEST} was changed after it was written (its own checksum differs); put "
+            "it back as it was, or resume from another checkpoint"
+        )
+    name, step = _NAME.fullmatch(folder.name), manifest.get("step")
+    if name and int(name[1]) != step:
+        raise UserError(
+            f"checkpoint.resume: {folder} was renamed: it holds step {step}; name it checkpoint-{step} again"
+        )
+
+
+def _own_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

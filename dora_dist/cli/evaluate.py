@@ -3,11 +3,12 @@
 import argparse
 from pathlib import Path
 
+from dora_dist import run_folder
 from dora_dist.cli.endings import ended_by_signals
 from dora_dist.cli.options import DTYPES, Commands, declare, positive
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
-from dora_dist.console import say
+from dora_dist.console import note, say
 from dora_dist.errors import UserError
 
 _LABELLED = "a classifier, answer finder or summariser"
@@ -117,6 +118,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     if options.output is not None:
         check_output(options.output)
+    if (choice := run_folder.chosen(Path(options.model))) is not None:
+        note(f"evaluating {choice.told('evaluate {} --tasks ...')}")
     with ended_by_signals():
         result = evaluate(
             options.model,

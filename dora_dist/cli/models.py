@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from dora_dist import run_folder
 from dora_dist.cli.endings import ended_by_signals
 from dora_dist.cli.options import DTYPES, Commands, add_output, declare, positive, size
 from dora_dist.console import say
@@ -34,6 +35,8 @@ def _consolidate(options: argparse.Namespace) -> None:
     from dora_dist.consolidate import consolidate, find_adapter
 
     adapter, found = find_adapter(options.path)
+    if (choice := run_folder.chosen(options.path)) is not None:
+        print(f"merging {choice.told(f'consolidate {{}} --output {options.output}')}")
     base = options.base or found
     if base is None:
         raise UserError(f"{options.path}: does not say what its base model is; give it with --base MODEL")

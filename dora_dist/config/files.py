@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,18 +95,52 @@ def _starting_points(config: RunConfig) -> Iterator[str]:
         hint = f'; did you mean "{inside.parent}"?' if inside.is_file() else nearby(Path(start))
         yield f'adapter.init_from = "{start}": no adapter_config.json in it; give a PEFT adapter folder{hint}'
     resume = config.checkpoint.resume
-    if resume not in (None, "auto") and not (Path(resume) / "manifest.json").is_file():
+    if resume is not None and resume != "auto" and not (Path(resume) / "manifest.json").is_file():
+        yield from _no_checkpoint(Path(resume))
+
+
+def _no_checkpoint(folder: Path) -> Iterator[str]:
+    """What checkpoint.resume names, where it is not a checkpoint; a run folder with checkpoints will do."""
+    label = f'checkpoint.resume = "{folder}"'
+    if (folder / "adapter_config.json").is_file():
+        inside = f", or {folder.parent} to go on with it" if (folder.parent / "manifest.json").is_file() else ""
         yield (
-            f'checkpoint.resume = "{resume}": no complete checkpoint (no manifest.json in it)'
-            f'{nearby(Path(resume))}; give a folder RUN_DIR/checkpoint-STEP, or "auto" for the newest'
+            f"{label}: is an adapter without the optimizer's state; give it to adapter.init_from, to start a new run "
+            f"from it{inside}"
+        )
+    elif not any(folder.glob("checkpoint-*/manifest.json")):
+        yield (
+            f"{label}: no complete checkpoint (no manifest.json in it){nearby(folder)}; give a folder "
+            'RUN_DIR/checkpoint-STEP, or "auto" for the newest'
         )
 
 
 def _run_dir(config: RunConfig) -> Iterator[str]:
     folder = Path(config.checkpoint.run_dir)
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     label = f'checkpoint.run_dir = "{folder}"'
-    if not existing.is_dir():
-        yield f"{label}: {existing} is a file; give another folder"
-    elif not os.access(existing, os.W_OK):
-        yield f"{label}: no permission to write in {existing}; give another folder"
+    try:
+        places = (folder, *folder.absolute().parents)
+        existing = next(place for place in places if place.is_symlink() or place.exists())
+        if not existing.exists():
+            yield f"{label}: {existing} is a link to {existing.readlink()}, where nothing can be found; give a folder"
+        elif not existing.is_dir():
+            yield f"{label}: {existing} is a file; give another folder"
+        else:
+            with tempfile.TemporaryFile(dir=existing):  # permissions alone do not say it: /proc, read-only mounts
+                pass
+            yield from _not_a_run(folder, label)
+    except (OSError, ValueError) as error:  # also a name that is too long, or has a character that none may have
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        yield f"{label}: nothing can be written there ({reason}); give another folder"
+
+
+def _not_a_run(folder: Path, label: str) -> Iterator[str]:
+    """What else than a run a folder holds that a run's own files would be mixed with, or replace."""
+    if (folder / "manifest.json").is_file():
+        yield f"{label}: is a checkpoint; give its run folder, {folder.absolute().parent}, or another one"
+    elif (folder / "adapter_config.json").is_file():
+        yield f"{label}: holds an adapter; give a folder of the run's own"
+    elif any(folder.glob("*.safetensors")):
+        yield f"{label}: holds a model; give a folder of the run's own"
+    elif (folder / "config.json").exists() and not (folder / "deepspeed.json").exists():
+        yield f"{label}: holds a config.json that no run wrote and this one would replace; give a folder of its own"

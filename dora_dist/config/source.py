@@ -38,7 +38,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def nearby(path: Path) -> str:
-    """`; did you mean X?` when the folder of a missing `path` holds a similar name, else nothing."""
+    """`; did you mean X?` when the folder of a missing `path` holds a similar name, else nothing; of a link, where it
+    leads.
+    """
+    if path.is_symlink():
+        return f"; it is a link to {path.readlink()}, where nothing can be found"
     folder = path.parent
     # A link that leads nowhere has the name that is looked for.
     names = [entry.name for entry in folder.iterdir() if entry.name != path.name] if folder.is_dir() else []

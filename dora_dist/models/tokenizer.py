@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+PROCESSOR_FILES = ("*processor_config.json", "chat_template.*")
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # ModelProto.SentencePiece.Type
 BPE_MODEL = 2  # TrainerSpec.ModelType
 
@@ -78,6 +80,19 @@ def _blame(folder: Path) -> None:
                 f"{folder / 'tokenizer.json'}: is no tokenizer ({reason(error)}); take the file of the model's own "
                 "repository"
             ) from error
+
+
+def files_of(tokenizer: PreTrainedTokenizerFast, processor: Path | None = None) -> dict[str, bytes]:
+    """The files that a tokenizer is saved as, by name; and those of the folder `processor` that go with it where it
+    is part of one for pictures.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        found = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+    if processor is not None:
+        own = [path for pattern in PROCESSOR_FILES for path in sorted(processor.glob(pattern))]
+        found = {path.name: path.read_bytes() for path in own} | found
+    return found
 
 
 def from_sentencepiece(file: Path, chat_template: str | None = None) -> PreTrainedTokenizerFast:

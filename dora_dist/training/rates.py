@@ -1,9 +1,10 @@
-"""Learning rates of single modules, beside the run's own."""
+"""Learning rates of single modules, and of a run that is resumed."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from dora_dist.adapters.inject import trained_in_full
 from dora_dist.errors import UserError
@@ -33,3 +34,16 @@ def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping
                 optimizer.add_param_group({**group, "params": moved, "lr": rate})
             elif moved:  # the whole group, which must not stay behind empty
                 group["lr"] = rate
+
+
+def go_on_at(schedule: LambdaLR, step: int) -> list[float]:
+    """Put a schedule where it is after `step` optimizer steps; returns the rate of each group for the next step.
+
+    It follows from the schedule alone, not from what it was when a checkpoint was written: another peak, shape or
+    length of the run takes effect at once. Unchanged settings give the very same rates.
+    """
+    rates = [float(peak * share(step)) for peak, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step, "_last_lr": rates})
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate  # the schedule writes one only when it steps
+    return rates

@@ -1,7 +1,6 @@
 """One run, top to bottom: check, start ranks, build, load, train, save."""
 
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from dora_dist.adapters.components import Budget
 from dora_dist.adapters.inject import by_pattern, with_ranks
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.peft_format import read_peft_folder
-from dora_dist.agreement import check_agreement, check_checkpoint, of_code, of_configuration, of_data, of_model_folder
+from dora_dist.agreement import check_agreement, of_code, of_configuration, of_data, of_model_folder
 from dora_dist.config import RunConfig
 from dora_dist.console import say
 from dora_dist.distributed import World, together
@@ -22,9 +21,11 @@ from dora_dist.errors import Stopped, UserError
 from dora_dist.hub import wanted
 from dora_dist.launchers import rank_among_several
 from dora_dist.models.folder import check_base, transformers_config
+from dora_dist.resuming import located, optimizer_steps
 from dora_dist.run_log import RunLog
 from dora_dist.safetensors_io import DISK_IS_FULL, disk_errors
 from dora_dist.stopping import StopRequest
+from dora_dist.training.resume import check_unused, compare, find_checkpoint, is_finished, read_by_all
 from dora_dist.watch import Watch
 
 
@@ -66,13 +67,15 @@ def _run(config: RunConfig, world: World, watch: Watch, stop: StopRequest, log: 
         with together("looking whether the run folder is in use"):
             if world.first and run_dir.exists():  # a run that cannot start makes no folder
                 in_use.claim()
-        resume = _resume_from(config, run_dir, world)
+        resume = find_checkpoint(config, run_dir, world)
+        if resume is not None and is_finished(config, resume):
+            return resume
         if world.first:
             opening(config, world, resume)
         compacting = _fine_tune(config, world, watch, stop, log, in_use, resume)
         collect()
         if compacting:
-            compacted = _read_by_all(run_folder.newest_checkpoint(run_dir), world)
+            compacted = read_by_all(run_folder.newest_checkpoint(run_dir), world)
             _fine_tune(config, world, watch, stop, log, in_use, compacted)
     newest = [run_folder.newest_checkpoint(run_dir)]
     dist.broadcast_object_list(newest)  # other nodes need not see rank 0's folder unless they resume from it
@@ -153,16 +156,19 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         with together("reading adapter.init_from"):
             start_from = read_peft_folder(Path(config.adapter.init_from))
             files |= of_model_folder("adapter.init_from", Path(config.adapter.init_from), whole=True)
-    check_agreement(world, files | of_data(data))
+    contents = of_data(data)
+    check_agreement(world, files | contents)
     reader = tokenizer.tokenizer if model.task == IMAGE_TEXT else tokenizer
     check_vocabulary(reader, base_config.get_text_config().vocab_size, model.path, data.token_ids())
     plan = by_pattern(spec, config.adapter.target_modules, config.adapter.magnitude_only_modules)
     if resume is not None and budget is not None:
         with together(f"reading {resume}"):
             manifest = run_folder.read_manifest(resume, verify=False)
-            check_budget(resume, manifest, budget)
-        if manifest.get("compacted"):
+            if not manifest["compacted"]:  # else pruning is over, whatever the budget says
+                check_budget(resume, manifest, budget)
+        if manifest["compacted"]:
             plan = with_ranks(plan, manifest["adapter_ranks"])
+    trained_with, changed = compare(config, data.train, contents, base, world, resume)
     args = training_arguments(config, world.world_size, deepspeed)
     run = build_model(
         base,
@@ -192,7 +198,9 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
     step = StepCallback(world, watch, stop, config)
     callbacks = [step, report, *([_tensorboard(run_dir)] if config.logging.tensorboard else [])]
-    trainer = DoraTrainer(run, config, spec, budget, args, data, tokenizer, world, stop, callbacks)
+    trainer = DoraTrainer(
+        run, config, spec, budget, args, data, tokenizer, world, stop, callbacks, trained_with, changed
+    )
     step.trainer = report.trainer = trainer
     return trainer
 
@@ -223,13 +231,6 @@ def adapter_spec(config: RunConfig) -> AdapterSpec:
         norm_gradient=adapter.norm_gradient,
         gated=adapter.dynamic_rank,
     )
-
-
-def optimizer_steps(config: RunConfig, samples: int) -> int:
-    """Optimizer steps of a whole run on `samples` training samples, as the Trainer counts them."""
-    training = config.training
-    batches = -(-samples // training.global_batch_size)  # the last one of an epoch is filled up
-    return training.max_steps or math.ceil(training.epochs * batches)
 
 
 def pruning_budget(config: RunConfig, steps: int) -> Budget | None:
@@ -285,46 +286,14 @@ def _data(config: RunConfig, base: Path, world: World) -> tuple[Any, Any]:
     return tokenizer, data
 
 
-def _resume_from(config: RunConfig, run_dir: Path, world: World) -> Path | None:
-    """The checkpoint to go on from, intact to the last byte. Raises UserError, on every rank, if there is none that
-    can be meant, or if a fresh run would mix with an earlier one's files.
-    """
-    found: list[Path | None] = [None]
-    with together("looking for earlier checkpoints"):
-        resume = config.checkpoint.resume
-        if not world.first:  # checksums read every byte: once is enough
-            pass
-        elif resume == "auto":
-            found = [run_folder.newest_intact(run_dir)]
-        elif resume is not None:
-            run_folder.read_manifest(Path(resume))
-            found = [Path(resume)]
-        else:
-            _check_unused(run_dir)
-    return _read_by_all(found[0], world)
-
-
-def _read_by_all(checkpoint: Path | None, world: World) -> Path | None:
-    """The checkpoint that rank 0 found (collective). Raises UserError, on every rank, if others have another there."""
-    found = [checkpoint]
-    dist.broadcast_object_list(found)
-    if found[0] is not None:
-        check_checkpoint(world, found[0])
-    return found[0]
-
-
-def _check_unused(run_dir: Path) -> None:
-    if earlier := run_folder.newest_checkpoint(run_dir):
-        raise UserError(
-            f"checkpoint.run_dir: {run_dir} already holds a run ({earlier.name}); go on with it by "
-            "--checkpoint.resume auto, or give another checkpoint.run_dir"
-        )
-
-
 def _write_run_folder(config: RunConfig, run_dir: Path, world: World, resume: Path | None) -> None:
     if resume is None:
-        _check_unused(run_dir)  # another run may have made the folder while this one loaded its model
+        check_unused(run_dir)  # another run may have made the folder while this one loaded its model
+    step = run_folder.step_of(resume) if resume is not None else 0
     run_folder.clear_leftovers(run_dir)
-    run_folder.forget_metrics_after(run_dir, run_folder.step_of(resume) if resume is not None else 0)
-    run_folder.write_json(run_dir / run_folder.CONFIG, json.loads(config.to_json()))
-    run_folder.write_json(run_dir / "deepspeed.json", config.deepspeed_config(world.world_size))
+    run_folder.set_aside_after(run_dir, step)
+    run_folder.forget_metrics_after(run_dir, step)
+    run_folder.name_run(run_dir, resume)
+    # In this order: config.check_files takes a config.json without the other for somebody else's.
+    run_folder.write_json(run_dir / run_folder.DEEPSPEED, config.deepspeed_config(world.world_size))
+    run_folder.write_json(run_dir / run_folder.CONFIG, json.loads(located(config).to_json()))

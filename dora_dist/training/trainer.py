@@ -1,7 +1,7 @@
 """Hugging Face's Trainer, with our data order, evaluation, checkpoints and stop on a loss that is not finite."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,18 @@ from dora_dist import run_folder
 from dora_dist.adapters.components import Budget, ComponentPruner
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.config import RunConfig
-from dora_dist.console import warn
+from dora_dist.console import note, warn
 from dora_dist.data import EpochBatches, EpochDataLoader, TokenizedData
 from dora_dist.distributed import World
 from dora_dist.errors import UserError
 from dora_dist.models.build import DTYPES, AdaptedModel
+from dora_dist.models.tasks import IMAGE_TEXT
+from dora_dist.models.tokenizer import files_of
+from dora_dist.resuming import forgets_best, located
 from dora_dist.stopping import EvaluationStopped, StopRequest, StopTogether
 from dora_dist.training.finiteness import StepLosses
 from dora_dist.training.objectives import objective
-from dora_dist.training.rates import set_rates
+from dora_dist.training.rates import go_on_at, set_rates
 from dora_dist.training.unreadable import Unreadable
 from dora_dist.zero3.checkpoint import load_checkpoint, load_pruner, pruner_state
 from dora_dist.zero3.components import ShardedComponentPruner
@@ -53,7 +56,13 @@ class DoraTrainer(Trainer):
         world: World,
         stop: StopRequest,
         callbacks: list[TrainerCallback],
+        trained_with: Mapping[str, Any],
+        changed: Mapping[str, str],
     ) -> None:
+        """`trained_with` is what checkpoints record of this run, and `changed` what differs from the one that it goes
+        on from (`resuming`).
+        """
+        self._tokenizer, self._trained_with, self._changed = tokenizer, trained_with, changed
         self.run, self.config, self.spec, self.data, self.world = run, config, spec, data, world
         self.stopping = False
         self._plan = config.batch_plan(world.world_size)
@@ -240,8 +249,9 @@ class DoraTrainer(Trainer):
             self.state.best_model_checkpoint = str(folder)
         fields = {
             "step": step,
-            "position": self._position(),
-            "scheduler": _plain(self.lr_scheduler.state_dict()),
+            "run": run_folder.run_of(run_dir) if self.world.first else None,
+            "trained_with": self._trained_with,
+            "learning_rates": self.lr_scheduler.get_last_lr(),
         }
         if self.pruner is not None:
             self._components = pruner_state(self.pruner)
@@ -271,7 +281,9 @@ class DoraTrainer(Trainer):
             return
         text = f"saving {saved.folder} failed: {saved.failure}. Earlier checkpoints are as they were"
         if must_succeed:
-            raise UserError(f'{text}. checkpoint.on_failure = "continue" would let training go on')
+            going_on = self.config.checkpoint.on_failure == "stop" and self.state.global_step < self.state.max_steps
+            hint = '. checkpoint.on_failure = "continue" would let training go on' if going_on else ""
+            raise UserError(f"{text}{hint}")
         if self.world.first:
             self.log({"save_failed": 1.0})
             warn(f"{text}; training goes on (checkpoint.on_failure)")
@@ -298,8 +310,10 @@ class DoraTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        model, run = self.config.model, self.run
-        origin = Origin(self.spec, model.path, model.revision, run.task, run.trained, base_digest=run.base_digest)
+        model, run = located(self.config).model, self.run
+        text = self._tokenizer.tokenizer if model.task == IMAGE_TEXT else self._tokenizer
+        files = files_of(text, run.base if model.task == IMAGE_TEXT else None) if self.world.first else {}
+        origin = Origin(self.spec, model.path, model.revision, run.task, run.trained, run.base_digest, files)
         self._saver = Saver(self.model_wrapped, run.model, origin, self.config.engine.start_timeout_s)
         manifest = None if resume_from_checkpoint is None else self._go_on_from(Path(resume_from_checkpoint))
         if manifest is not None and manifest.get("compacted"):
@@ -313,12 +327,17 @@ class DoraTrainer(Trainer):
     def _go_on_from(self, folder: Path) -> dict[str, Any]:
         """Restore what trains and the schedule (collective); returns the checkpoint's manifest."""
         manifest = load_checkpoint(folder, self.model_wrapped, self.run.model)
-        _check_position(folder, manifest["position"], self._position())
-        assert self.lr_scheduler is not None and self.optimizer is not None
-        self.lr_scheduler.load_state_dict(manifest["scheduler"])
-        # The schedule writes a rate only when it steps; until then the new optimizer would use its first.
-        for group, rate in zip(self.optimizer.param_groups, manifest["scheduler"]["_last_lr"], strict=True):
-            group["lr"] = rate
+        assert self.lr_scheduler is not None
+        before, now = manifest["learning_rates"][0], go_on_at(self.lr_scheduler, manifest["step"])[0]
+        if before != now:
+            note(
+                f"the next step's learning rate is {now:.3g}, as a run of {self.state.max_steps} steps with these "
+                f"settings has it there; {folder.name} would have gone on at {before:.3g}"
+            )
+        self.state.compute_steps(self.args, self.state.max_steps)  # else logging, saving, evaluating as they were then
+        self.state.train_batch_size = self._train_batch_size
+        if forgets_best(self._changed) or folder.resolve().parent != self.run_dir.resolve():
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         self.run.norms.mark_stale()
         return manifest
 
@@ -358,25 +377,6 @@ class DoraTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to load: the random state is a function of (seed, step, rank), set at every step's start."""
-
-    def _position(self) -> dict[str, Any]:
-        """What the order of the data follows from; must be the same for a resume to go on where it stopped."""
-        return {
-            "training.seed": self.config.training.seed,
-            "training.global_batch_size": self.config.training.global_batch_size,
-            "number of training samples": len(self.data.train),
-            **getattr(self.data.train, "order_facts", {}),
-        }
-
-
-def _check_position(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    for field, value in ours.items():
-        if theirs.get(field) != value:
-            raise UserError(
-                f"checkpoint.resume: {folder} was written with {field} = {theirs.get(field)}, this run has {value}: "
-                "the order of the data would not continue; set it back, or start anew from the adapter with "
-                f"--adapter.init_from {folder / run_folder.ADAPTER}"
-            )
 
 
 def _plain(value: Any) -> Any:

@@ -7,8 +7,8 @@ the copies to rank 0, tensor by tensor over a process group of its own, and rank
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,9 @@ from dora_dist.zero3.loading import adapted_layers
 
 @dataclass(frozen=True)
 class Origin:
-    """What a saved adapter says of where it comes from. `trained_modules`: PEFT's modules_to_save."""
+    """What a saved adapter says of where it comes from. `trained_modules`: PEFT's modules_to_save; `files`: what else
+    belongs in its folder, by name (the tokenizer), needed on rank 0 alone.
+    """
 
     spec: AdapterSpec
     base_model: str
@@ -46,6 +48,7 @@ class Origin:
     task: Task = LANGUAGE_MODEL
     trained_modules: Sequence[str] = ()
     base_digest: str = ""
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ class Saver:
             with new_folder(folder, overwrite=True) as partial:
                 masters = self._write_state(partial / run_folder.STATE, state, survivors)
                 write_peft_folder(partial / run_folder.ADAPTER, self._adapter(masters))
+                for name, content in self._origin.files.items():
+                    (partial / run_folder.ADAPTER / name).write_bytes(content)
                 (partial / run_folder.TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
                 run_folder.write_manifest(partial, manifest)
             afterwards()

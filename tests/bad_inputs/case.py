@@ -9,8 +9,10 @@ from typing import Any
 
 from dora_dist.exit_codes import USERS_MISTAKE
 from tests import toy
-from tests.distributed.training_runs import config
+from tests.distributed.training_runs import config, train_file
+from tests.ranks import run_ranks
 
+FOUR_STEPS = {"training": {"max_steps": 4}, "checkpoint": {"save_every": 2}}
 Words = list[str]  # what follows `dora-dist` on a command line
 
 
@@ -37,6 +39,17 @@ class Folder:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
         return file
+
+    def trained(self, *options: str, **sections: dict[str, Any]) -> Words:
+        """`train` that goes on with --resume after four steps of a run that saved twice, whose folder is here."""
+        source = self._toys / "trained"
+        if not source.exists():
+            first = Folder(source, self._toys)
+            first.run(**FOUR_STEPS)
+            run_ranks(train_file, 1, source / "config.json")
+        shutil.copytree(source, self.path, dirs_exist_ok=True)
+        merged = {name: {**FOUR_STEPS.get(name, {}), **sections.get(name, {})} for name in {*FOUR_STEPS, *sections}}
+        return self.run("--resume", *options, **merged)
 
     def edited(self, name: str, **fields: Any) -> Path:
         """The JSON file `name` with these fields set."""

@@ -11,7 +11,7 @@ import pytest
 from dora_dist import cli
 from dora_dist.exit_codes import DONE
 from tests import toy
-from tests.bad_inputs import adapters, bases, evaluating, settings
+from tests.bad_inputs import adapters, bases, evaluating, runs, settings
 from tests.bad_inputs.case import Case, Folder, Words
 from tests.ranks import run_ranks
 
@@ -19,6 +19,7 @@ TABLES = {
     "adapters": adapters.CASES,
     "bases": bases.CASES,
     "evaluating": evaluating.CASES,
+    "runs": runs.CASES,
     "settings": settings.CASES,
 }
 ROWS = {f"{area}-{case.name}": case for area, table in TABLES.items() for case in table}

@@ -280,7 +280,7 @@ def test_a_schedule_that_does_not_fit_and_another_budget_are_refused_before_the_
     for long, short, target, stretched in run_ranks(fail_all, 2, refused):
         assert "adapter.prune_every = 5: the pruning window, steps 2 to 6 of 10, is shorter than 5 steps" in long
         assert "steps 0 to 1 of 2, is shorter than 2 steps; lower it, widen adapter.prune_start" in short
-        assert "adapter.r gives r = 4 there and 3 here" in target
+        assert "was written with adapter.r = 4, this run has 3" in target
         assert "adapter.prune_start (or the number of steps) gives first = 2 there and 4 here" in stretched
 
 

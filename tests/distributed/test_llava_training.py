@@ -166,7 +166,7 @@ def both_fail(*raws: dict[str, Any]) -> list[str]:
 
 def rates(folder: Path, name: str, step: int) -> list[float]:
     manifest = json.loads((folder / name / f"checkpoint-{step}" / "manifest.json").read_text())
-    return sorted(set(manifest["scheduler"]["_last_lr"]))
+    return sorted(set(manifest["learning_rates"]))
 
 
 def test_the_projector_has_its_own_rate_after_a_resume_too(runs: dict[str, Any], folder: Path) -> None:

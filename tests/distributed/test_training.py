@@ -208,7 +208,7 @@ def test_a_gradient_that_is_not_finite_stops_every_rank_though_the_loss_is(folde
 def test_a_checkpoint_of_another_model_or_position_is_refused(runs: dict[str, Any], folder: Path) -> None:
     resume = {"resume": str(folder / "two" / "checkpoint-3")}
     other_adapter = toy_config(folder, "x1", checkpoint=resume, adapter={"r": 5})
-    assert all("another model or adapter" in m for m in run_ranks(fails, 2, other_adapter))
+    assert all("was written with adapter.r = 4, this run has 5" in m for m in run_ranks(fails, 2, other_adapter))
     toy.base_model(folder / "base2", initializer_range=0.05)
     other_base = toy_config(folder, "x2", checkpoint=resume, model={"path": str(folder / "base2")})
     other_batch = toy_config(folder, "x3", checkpoint=resume, training={"global_batch_size": 4})
@@ -219,11 +219,15 @@ def test_a_checkpoint_of_another_model_or_position_is_refused(runs: dict[str, An
         file.write(b"\x55")
     broken = toy_config(folder, "x4", checkpoint={"resume": str(damaged)})
     other_alpha = toy_config(folder, "x5", checkpoint=resume, adapter={"lora_alpha": 9.0})
-    [(base, batch, checksum, alpha)] = run_ranks(fail_all, 1, [other_base, other_batch, broken, other_alpha])
-    assert "another base" in base
+    fewer_layers = toy_config(folder, "x6", checkpoint=resume, adapter={"target_modules": ["q_proj"]})
+    [(base, batch, checksum, alpha, layers)] = run_ranks(
+        fail_all, 1, [other_base, other_batch, broken, other_alpha, fewer_layers]
+    )
+    assert "was trained on another base: the weights in model.path" in base
     assert "training.global_batch_size = 6, this run has 4" in batch
     assert "state.safetensors is damaged" in checksum
-    assert "scales the update" in alpha and "by 2, here it is 2.25; set adapter.lora_alpha" in alpha
+    assert "was written with adapter.lora_alpha = 8.0, this run has 9.0" in alpha
+    assert "another model or adapter: 'model.layers.0.mlp.down_proj.lora_A' is [" in layers
 
 
 def flip_a_bit(file: Path) -> None:
@@ -255,10 +259,10 @@ def test_damage_is_refused_by_name_and_auto_takes_the_checkpoint_before(
     with pytest.raises(UserError, match=f"checkpoint-6.*{Path(name).name}"):
         run_folder.read_manifest(tmp_path / "checkpoint-6")
     assert run_folder.newest_intact(tmp_path) == tmp_path / "checkpoint-3"
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "warning" in printed and Path(name).name in printed and "checkpoint-6.damaged" in printed
     assert run_folder.newest_intact(tmp_path) == tmp_path / "checkpoint-3"
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     run_folder.retire(tmp_path, keep_last=1)
     assert [c.name for c in run_folder.checkpoints(tmp_path)] == ["checkpoint-3"]
 

@@ -50,6 +50,16 @@ def run(*configurations: dict[str, Any]) -> list[dict[str, Any]]:
     return results
 
 
+def train_file(file: Path) -> None:
+    """Train a config file on this rank, from inside its folder."""
+    import os
+
+    from dora_dist.training.run import train
+
+    os.chdir(file.parent)
+    train(RunConfig.load(file))
+
+
 def fails(raw: dict[str, Any]) -> str:
     """Run on a rank, expecting a UserError; returns its message."""
     from dora_dist.errors import UserError

@@ -1,0 +1,119 @@
+"""Which checkpoint a run goes on from, whether anything is left to do, and what has changed since: asked of all ranks
+before data and base are loaded, or at least before anything is trained.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dora_dist import resuming, run_folder
+from dora_dist.agreement import check_checkpoint
+from dora_dist.config import RunConfig
+from dora_dist.console import note, warn
+from dora_dist.distributed import World, together
+from dora_dist.errors import UserError
+from dora_dist.safetensors_io import TensorFolder
+
+
+def find_checkpoint(config: RunConfig, run_dir: Path, world: World) -> Path | None:
+    """The checkpoint to go on from, intact to the last byte (collective). Raises UserError, on every rank, if there
+    is none that can be meant, or if a fresh run would mix with an earlier one's files.
+    """
+    found: list[Path | None] = [None]
+    with together("looking for earlier checkpoints"):
+        if not world.first:  # checksums read every byte: once is enough
+            pass
+        elif config.checkpoint.resume == "auto":
+            found = [run_folder.newest_intact(run_dir)]
+            if found[0] is None:
+                warn(f"checkpoint.resume = auto: {_nothing_in(run_dir)}, so the run starts from nothing")
+        elif config.checkpoint.resume is not None:
+            found = [_named(Path(config.checkpoint.resume), run_dir)]
+        else:
+            check_unused(run_dir)
+    return read_by_all(found[0], world)
+
+
+def read_by_all(checkpoint: Path | None, world: World) -> Path | None:
+    """The checkpoint that rank 0 found (collective). Raises UserError, on every rank, if others have another there."""
+    found = [checkpoint]
+    dist.broadcast_object_list(found)
+    if found[0] is not None:
+        check_checkpoint(world, found[0])
+    return found[0]
+
+
+def check_unused(run_dir: Path) -> None:
+    """Raise UserError if the folder holds a run already."""
+    if earlier := run_folder.newest_checkpoint(run_dir):
+        raise UserError(
+            f"checkpoint.run_dir: {run_dir} already holds a run ({earlier.name}); go on with it by "
+            "--checkpoint.resume auto, or give another checkpoint.run_dir"
+        )
+
+
+def is_finished(config: RunConfig, resume: Path) -> bool:
+    """Whether the run that goes on from `resume` has no step left, which is then said (collective).
+
+    Raises UserError, on every rank, for settings that may not change.
+    """
+    said = None
+    with together(f"comparing the configuration with {resume}"):
+        manifest = run_folder.read_manifest(resume, verify=False)
+        resuming.check_settings(resume, manifest, config)
+        said = resuming.finished(resume, manifest, config)
+    if said:
+        note(said)
+    return said is not None
+
+
+def compare(
+    config: RunConfig, train: Any, contents: dict[str, str], base: Path, world: World, resume: Path | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """This run as its checkpoints record it (on rank 0), and what changed since `resume`, which is said (collective).
+
+    `train` is the training set, `contents` what `agreement.of_data` says of all sets. Raises UserError, on every rank,
+    where the base or the training data are others.
+    """
+    trained_with: dict[str, Any] = {}
+    changed: dict[str, str] = {}
+    with together("comparing base and data with those of the checkpoint"):
+        if world.first:
+            order = {"number of training samples": len(train), **getattr(train, "order_facts", {})}
+            tensors = TensorFolder.open(base)
+            trained_with = resuming.record(config, world.world_size, contents, order, base, tensors)
+            if resume is not None:
+                manifest = run_folder.read_manifest(resume, verify=False)
+                changed = resuming.changes(resume, manifest, config, trained_with)
+    found = [changed]
+    dist.broadcast_object_list(found)
+    for line in resuming.told(found[0]):
+        assert resume is not None
+        note(f"changed since {resume.name}: {line}")
+    return trained_with, found[0]
+
+
+def _named(path: Path, run_dir: Path) -> Path:
+    """The checkpoint that checkpoint.resume names: itself, or a run folder, whose newest intact one is meant."""
+    checkpoint = path
+    if run_folder.checkpoints(path):
+        newest = run_folder.newest_intact(path)
+        if newest is None:
+            raise UserError(f'checkpoint.resume = "{path}": none of its checkpoints is intact')
+        note(f"checkpoint.resume: {path} is a run folder; going on from its newest checkpoint, {newest.name}")
+        checkpoint = newest
+    else:
+        run_folder.check_run(path, run_folder.read_manifest(path))
+    if checkpoint.resolve().parent != run_dir.resolve():
+        check_unused(run_dir)
+    return checkpoint
+
+
+def _nothing_in(run_dir: Path) -> str:
+    what = "has no checkpoint" if run_dir.is_dir() else "does not exist"
+    parent = run_dir.parent
+    runs = [entry.name for entry in parent.iterdir() if run_folder.checkpoints(entry)] if parent.is_dir() else []
+    close = difflib.get_close_matches(run_dir.name, [name for name in runs if name != run_dir.name], 1)
+    return f"{run_dir} {what}{f' (did you mean {parent / close[0]}?)' if close else ''}"

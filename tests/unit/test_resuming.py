@@ -1,0 +1,128 @@
+"""What a resumed run compares: a rule for every field, the base by samples of its weights, and which checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dora_dist import resuming, run_folder
+from dora_dist.config import RunConfig
+from dora_dist.config.fields import field_specs
+from dora_dist.errors import UserError
+from dora_dist.run_folder import chosen, set_best, write_manifest
+from dora_dist.safetensors_io import TensorFolder
+
+
+def test_every_field_of_the_schema_has_one_rule() -> None:
+    named = [
+        f"{section}.{field}"
+        for sections in resuming.RULES.values()
+        for section, fields in sections.items()
+        for field in fields.split()
+    ]
+    assert sorted(named) == sorted(field_specs(RunConfig))
+    assert len(set(named)) == len(named)
+
+
+def test_what_is_here_is_written_with_its_whole_path_and_hub_names_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("base", "records"):
+        (tmp_path / folder).mkdir()
+    raw = {
+        "model": {"path": "base", "tokenizer": "lab/tokenizer"},
+        "data": {"train": ["mine.jsonl", "records:all:train", "lab/records:all"], "validation": "other.json"},
+    }
+    written = resuming.located(RunConfig.from_dict(raw))
+    assert (written.model.path, written.model.tokenizer) == (f"{tmp_path}/base", "lab/tokenizer")
+    assert written.data.train == [f"{tmp_path}/mine.jsonl", f"{tmp_path}/records:all:train", "lab/records:all"]
+    assert written.data.validation == f"{tmp_path}/other.json"
+    assert written.data.image_folder is written.adapter.init_from is None
+
+
+def digest(folder: Path, *files: dict[str, torch.Tensor]) -> str:
+    folder.mkdir()
+    for number, tensors in enumerate(files):
+        save_file(tensors, folder / f"model-{number}.safetensors")
+    if len(files) == 1:
+        (folder / "model-0.safetensors").rename(folder / "model.safetensors")
+        return resuming.sampled_digest(TensorFolder.open(folder))
+    places = {name: f"model-{number}.safetensors" for number, tensors in enumerate(files) for name in tensors}
+    run_folder.write_json(folder / "model.safetensors.index.json", {"weight_map": places})
+    return resuming.sampled_digest(TensorFolder.open(folder))
+
+
+def test_a_base_is_known_by_its_values_and_not_by_its_files(tmp_path: Path) -> None:
+    first, second = torch.arange(3000.0).view(60, 50), torch.arange(7.0)
+    whole = digest(tmp_path / "whole", {"a": first, "b": second})
+    assert digest(tmp_path / "parted", {"b": second}, {"a": first}) == whole
+    filled = {row: first.clone().index_fill_(0, torch.tensor([row]), 5.0) for row in (0, 30, 59)}
+    others = [digest(tmp_path / f"row-{row}", {"a": tensor, "b": second}) for row, tensor in filled.items()]
+    others += [digest(tmp_path / "shape", {"a": first.view(50, 60), "b": second})]
+    others += [digest(tmp_path / "type", {"a": first, "b": second.int()})]
+    others += [digest(tmp_path / "name", {"a": first, "c": second})]
+    assert len({whole, *others}) == 7
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "state.safetensors").write_bytes(b"state")
+    write_manifest(folder, {"step": step})
+    return folder
+
+
+def test_the_choice_among_checkpoints_in_words(tmp_path: Path) -> None:
+    run, command = tmp_path / "run", "evaluate {} --tasks a=b"
+
+    def told() -> str:
+        choice = chosen(run)
+        assert choice is not None
+        return choice.told(command).replace(str(run), "run")
+
+    assert chosen(run) is None
+    two = checkpoint(run, 2)
+    assert chosen(two) is None  # not a run folder
+    assert told() == "run/checkpoint-2, the only checkpoint"
+    checkpoint(run, 10)
+    assert told() == "run/checkpoint-10, the newest of 2 checkpoints"
+    set_best(run, two, 0.41)
+    assert told() == (
+        "run/checkpoint-2, the best of 2 checkpoints by eval_loss (0.41); "
+        "the newest: dora-dist evaluate run/checkpoint-10 --tasks a=b"
+    )
+    set_best(run, run / "checkpoint-10", 0.9, "eval_accuracy")
+    assert told() == "run/checkpoint-10, the best of 2 checkpoints by eval_accuracy (0.9), and the newest"
+    (run / "checkpoint-10" / "state.safetensors").write_bytes(b"cut")
+    (two.with_name("checkpoint-3")).mkdir()
+    checkpoint(run, 4)
+    assert told() == (
+        "run/checkpoint-4, the newest of 2 checkpoints, as checkpoint-10, the best by eval_accuracy (0.9), is gone or "
+        "incomplete"
+    )
+    (run / "best.json").write_text("[]")
+    assert told() == "run/checkpoint-4, the newest of 2 checkpoints"
+
+
+def test_a_run_keeps_its_name_and_one_that_starts_elsewhere_gets_its_own(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    other.mkdir()
+    run_folder.name_run(run, None)
+    first = run_folder.run_of(run)
+    folder = run / "checkpoint-2"
+    folder.mkdir()
+    write_manifest(folder, {"step": 2, "run": first})
+    run_folder.name_run(run, folder)
+    assert run_folder.run_of(run) == first
+    (run / "run.json").unlink()  # a copy of the checkpoints alone
+    run_folder.name_run(run, folder)
+    assert run_folder.run_of(run) == first
+    run_folder.name_run(other, folder)
+    assert run_folder.run_of(other) not in (first, None)
+    moved = folder.rename(other / "checkpoint-2")
+    with pytest.raises(UserError, match="checkpoint-2 was written by another run than the one in .*other; move it"):
+        run_folder.newest_intact(other)
+    assert moved.is_dir()  # refused, not set aside
