@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,12 @@ from torch.utils.data import Dataset
 from dora_dist.config.pictures import how_to_get
 from dora_dist.data.cache import cached
 from dora_dist.data.columns import Columns
-from dora_dist.data.conversations import read_conversation, render
-from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, counts_between, encode, held_out
+from dora_dist.data.conversations import MARK, Conversation, read_conversation, render
+from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, counts_between, encode, held_out, pieces
+from dora_dist.data.doubts import Doubts, say
 from dora_dist.data.formats import Rendered
 from dora_dist.data.pictures import PictureProcessor, PictureTokens, missing_pictures
-from dora_dist.data.records import read_records
+from dora_dist.data.records import check_characters, read_records
 from dora_dist.data.strings import pack, unpack
 from dora_dist.errors import UserError
 
@@ -41,6 +43,18 @@ class ConversationStats:
     without_labels: int
     without_picture: int  # left out: a picture of theirs is missing
     cutoff_len: int
+
+    @property
+    def records(self) -> int:
+        return self.samples + self.without_labels + self.without_picture
+
+    @property
+    def cut(self) -> int:
+        return self.truncated
+
+    @property
+    def limit(self) -> str:
+        return f"data.cutoff_len = {self.cutoff_len} tokens"
 
     def __str__(self) -> str:
         missing = f", {self.without_picture:,} for want of a picture" if self.without_picture else ""
@@ -68,6 +82,7 @@ class _Store:
     path_starts: Tensor
     places: Tensor
     place_starts: Tensor
+    doubts: Tensor
 
     def paths_of(self, sample: int) -> list[str]:
         return unpack(self.paths, self.path_starts, *self.pictures[sample : sample + 2].tolist())
@@ -110,6 +125,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "labels": labels.repeat_interleave(repeats).tolist(),
             "pictures": pictures,
         }
+
+    def contents(self) -> Iterator[bytes]:
+        """Each sample, with its pictures' paths, as bytes: two that are equal are one sample."""
+        index = self.index.tolist()
+        for sample, text in zip(index, pieces(self.tokens, self.starts, index), strict=True):
+            yield text + json.dumps(self._store.paths_of(sample)).encode()
 
     def columns(self) -> Columns:
         """Without places: a node may have its files elsewhere. The content of pictures is not looked at."""
@@ -200,6 +221,7 @@ def _read(data: DataConfig, split: str, processor: PictureProcessor, progress: b
         lambda: vars(_tokenize(sources, split, data, processor, progress)),
     )
     store = _Store(**made)
+    say(f"data.{split}", store.doubts)
     return store, _absent(store, data, processor.reader.folder)
 
 
@@ -212,6 +234,7 @@ def _tokenize(
     rows = list(read_records(sources, {"conversations": list}, split))
     tokens, labels, starts, truncated = array("i"), array("i"), [0], []
     pictures, paths, places, named = [0], [], [], 0
+    doubts = Doubts(processor.tokenizer, but=stands.token)
     bar = tqdm(total=len(rows), desc=f"Tokenizing data.{split}", unit=" samples", delay=2.0, disable=not progress)
     with bar:
         for first in range(0, len(rows), CHUNK):
@@ -220,7 +243,12 @@ def _tokenize(
             texts = [
                 _render(place, row, data, processor) for place, (_, row) in zip(places[first:], chunk, strict=True)
             ]
-            shown, rendered = zip(*texts, strict=True)
+            conversations, rendered = zip(*texts, strict=True)
+            for place, conversation in zip(places[first:], conversations, strict=True):
+                answers = [text for role, text in conversation.turns if role == "assistant"]
+                said = (text.replace(MARK, "") for _, text in conversation.turns)
+                doubts.look(place, said, empty=not any(map(str.strip, answers)))
+            shown = [conversation.pictures for conversation in conversations]
             for its_paths, (ids, answer) in zip(shown, encode(processor.tokenizer, rendered), strict=True):
                 stop, kept = _fitting(ids, stands, data.cutoff_len)
                 truncated.append(stop < len(ids))
@@ -236,21 +264,24 @@ def _tokenize(
         raise UserError(f"data.{split}: {_no_room(stands, data.cutoff_len)}")
     flat_tokens, flat_labels = (torch.frombuffer(flat, dtype=torch.int32) for flat in (tokens, labels))
     counts = torch.tensor(starts), torch.tensor(truncated), torch.tensor(pictures)
-    return _Store(flat_tokens, flat_labels, *counts, *pack(paths), *pack(places))
+    odd = doubts.packed(f"data.{split}", "what gpt says")
+    return _Store(flat_tokens, flat_labels, *counts, *pack(paths), *pack(places), odd)
 
 
 def _render(
     place: str, row: dict[str, Any], data: DataConfig, processor: PictureProcessor
-) -> tuple[tuple[str, ...], Rendered]:
-    """A record's pictures, and its text."""
+) -> tuple[Conversation, Rendered]:
+    """A record's conversation, and its text for the model."""
     stands = processor.stands
     try:
         conversation = read_conversation(row)
         if conversation.pictures and stands.count >= data.cutoff_len:
             raise UserError(_no_room(stands, data.cutoff_len))
-        return conversation.pictures, render(conversation, data.chat_template, processor.tokenizer, stands.token, True)
+        text = render(conversation, data.chat_template, processor.tokenizer, stands.token, True)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
+    check_characters(place, text.text)
+    return conversation, text
 
 
 def _no_room(stands: PictureTokens, cutoff_len: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 
 from dora_dist.data.cache import cached
 from dora_dist.data.columns import Columns
-from dora_dist.data.formats import FORMATS, Rendered
-from dora_dist.data.records import FIELDS, Record, read_records
+from dora_dist.data.doubts import Doubts, say
+from dora_dist.data.formats import FORMATS, Rendered, check_template, texts_of
+from dora_dist.data.records import ANSWERS, FIELDS, Record, check_characters, read_records
 from dora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +37,18 @@ class TokenizationStats:
     truncated: int  # kept or not
     without_labels: int  # left out: truncation or the data itself left them nothing to learn from
     cutoff_len: int
+
+    @property
+    def records(self) -> int:
+        return self.samples + self.without_labels
+
+    @property
+    def cut(self) -> int:
+        return self.truncated
+
+    @property
+    def limit(self) -> str:
+        return f"data.cutoff_len = {self.cutoff_len} tokens"
 
     def __str__(self) -> str:
         return (
@@ -59,6 +72,10 @@ class TokenizedDataset(Dataset[dict[str, list[int]]]):
     def __getitem__(self, i: int) -> dict[str, list[int]]:
         start, stop = self.starts[self.index[i]], self.starts[self.index[i] + 1]
         return {"input_ids": self.tokens[start:stop].tolist(), "labels": self.labels[start:stop].tolist()}
+
+    def contents(self) -> Iterator[bytes]:
+        """Each sample as bytes: two that are equal are one sample."""
+        return pieces(self.tokens, self.starts, self.index.tolist())
 
     def columns(self) -> Columns:
         return {"tokens": self.tokens, "labels": self.labels, "starts": self.starts, "index": self.index}
@@ -85,6 +102,8 @@ def build_dataset(
     train when `data.validation` is None. Raises UserError as `load_records` does, and when nothing is left to
     train on.
     """
+    if data.format == "messages":
+        check_template(tokenizer)
     train_sources = [data.train] if isinstance(data.train, str) else data.train
     store = _tokenize(train_sources, "data.train", data, tokenizer, progress)
     if data.validation is not None:
@@ -138,6 +157,7 @@ class _Store:
     labels: Tensor
     starts: Tensor
     truncated: Tensor
+    doubts: Tensor
 
 
 def _tokenize(
@@ -153,7 +173,10 @@ def _tokenize(
         return vars(_tokenize_anew(sources, field, data, tokenizer, progress))
 
     settings = {name: getattr(data, name) for name in ("format", "loss_on", "cutoff_len")}
-    return _Store(**cached(data.cache, sources, tokenizer, settings, make))
+    settings["sources"] = sources  # doubts name them
+    store = _Store(**cached(data.cache, sources, tokenizer, settings, make))
+    say(field, store.doubts)
+    return store
 
 
 def _tokenize_anew(
@@ -167,12 +190,15 @@ def _tokenize_anew(
 
     rows = list(read_records(sources, FIELDS[data.format], field.removeprefix("data.")))
     tokens, labels, starts, truncated = array("i"), array("i"), [0], []
-    everywhere = data.loss_on == "all"
+    everywhere, doubts = data.loss_on == "all", Doubts(tokenizer)
     bar = tqdm(total=len(rows), desc=f"Tokenizing {field}", unit=" samples", delay=2.0, disable=not progress)
     with bar:
         for first in range(0, len(rows), CHUNK):
             chunk = rows[first : first + CHUNK]
             samples = [_render(place, row, data, tokenizer) for place, row in chunk]
+            for place, row in chunk:
+                asked, answers = texts_of(row, data.format)
+                doubts.look(place, [*asked, *answers], empty=bool(answers) and not any(map(str.strip, answers)))
             for ids, answer in encode(tokenizer, samples):
                 truncated.append(len(ids) > data.cutoff_len)
                 ids = ids[: data.cutoff_len]
@@ -180,15 +206,18 @@ def _tokenize_anew(
                 labels.extend(t if everywhere or a else IGNORED for t, a in zip(ids, answer, strict=False))
                 starts.append(len(tokens))
             bar.update(len(chunk))
+    odd = doubts.packed(field, ANSWERS[data.format], may_be_empty=everywhere and data.format == "completion")
     flat_tokens, flat_labels = (torch.frombuffer(flat, dtype=torch.int32) for flat in (tokens, labels))
-    return _Store(flat_tokens, flat_labels, torch.tensor(starts), torch.tensor(truncated))
+    return _Store(flat_tokens, flat_labels, torch.tensor(starts), torch.tensor(truncated), odd)
 
 
 def _render(place: str, row: Record, data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Rendered:
     try:
-        return FORMATS[data.format](row, tokenizer, data.loss_on == "answer")
+        rendered = FORMATS[data.format](row, tokenizer, data.loss_on == "answer")
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
+    check_characters(place, rendered.text)
+    return rendered
 
 
 def held_out(records: int, wanted: int, seed: int) -> set[int]:
@@ -199,6 +228,12 @@ def held_out(records: int, wanted: int, seed: int) -> set[int]:
             "hold out fewer, or name a file in data.validation"
         )
     return set(torch.randperm(records, generator=torch.Generator().manual_seed(seed))[:wanted].tolist())
+
+
+def pieces(tokens: Tensor, starts: Tensor, samples: Sequence[int]) -> Iterator[bytes]:
+    """The bytes of tokens[starts[i]:starts[i + 1]] for each sample i."""
+    bounds = starts.tolist()
+    return (tokens[bounds[i] : bounds[i + 1]].numpy().tobytes() for i in samples)
 
 
 def counts_between(flags: Tensor, starts: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,12 @@ from torch.utils.data import Dataset
 
 from dora_dist.data.collate import WithFiller
 from dora_dist.data.columns import Columns
-from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, held_out
+from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, held_out, pieces
+from dora_dist.data.doubts import Doubts, say
 from dora_dist.data.records import read_records
 from dora_dist.data.sampler import FILLER
 from dora_dist.errors import UserError
+from dora_dist.notes import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,6 +35,18 @@ class LabelledStats:
     tokens: int
     truncated: int
     cutoff_len: int
+
+    @property
+    def records(self) -> int:
+        return self.samples
+
+    @property
+    def cut(self) -> int:
+        return self.truncated
+
+    @property
+    def limit(self) -> str:
+        return f"data.cutoff_len = {self.cutoff_len} tokens"
 
     def __str__(self) -> str:
         return f"{self.samples:,} samples, {self.tokens:,} tokens; {self.truncated:,} cut at {self.cutoff_len} tokens"
@@ -57,6 +71,10 @@ class LabelledDataset(Dataset[dict[str, Any]]):
             "token_type_ids": self.segments[part].tolist(),
             "label": self.labels[sample].tolist(),
         }
+
+    def contents(self) -> Iterator[bytes]:
+        """Each sample's texts as bytes: two that are equal are one sample."""
+        return pieces(self.tokens, self.starts, self.index)
 
     def columns(self) -> Columns:
         return {
@@ -112,8 +130,15 @@ def _read(data: DataConfig, split: str, tokenizer: PreTrainedTokenizerFast, num_
     named = getattr(data, split)
     sources = [named] if isinstance(named, str) else named
     fields = {**dict.fromkeys(data.text_fields, str), data.label_field: object}
-    rows = list(read_records(sources, fields, split))
+    named_by = {**dict.fromkeys(data.text_fields, "data.text_fields"), data.label_field: "data.label_field"}
+    rows = list(read_records(sources, fields, split, named_by=named_by))
     labels = [_label(place, data.label_field, row[data.label_field], num_labels) for place, row in rows]
+    _warn_of_labels(f"data.{split}", data.label_field, labels, num_labels)
+    doubts = Doubts(tokenizer)
+    for place, row in rows:
+        texts = [row[field] for field in data.text_fields]
+        doubts.look(place, texts, empty=not any(map(str.strip, texts)))
+    say(f"data.{split}", doubts.packed(f"data.{split}", "the text"))
     tokens, segments, starts, truncated = array("i"), array("i"), [0], []
     with tqdm(
         total=len(rows), desc=f"Tokenizing data.{split}", unit=" samples", delay=2.0, disable=not progress
@@ -151,6 +176,15 @@ def _label(place: str, field: str, value: Any, num_labels: int) -> float:
         f'{place}: "{field}" is {value!r}; with model.num_labels = {num_labels} it must be a whole number from 0 to '
         f"{num_labels - 1} (a test split hides its labels)"
     )
+
+
+def _warn_of_labels(field: str, name: str, labels: Sequence[float], num_labels: int) -> None:
+    there = set(labels)
+    if len(there) == 1 and len(labels) > 1:
+        warn(f'{field}: "{name}" is {labels[0]:g} in all {len(labels):,} records; nothing tells labels apart there')
+    elif num_labels > 1 and (never := [str(label) for label in range(num_labels) if label not in there]):
+        shown = ", ".join([*never[:8], *["..."][: len(never) > 8]])
+        warn(f'{field}: "{name}" is never {shown}; model.num_labels = {num_labels} counts labels from 0')
 
 
 def _select(store: _Store, samples: Sequence[int], data: DataConfig) -> tuple[LabelledDataset, LabelledStats]:

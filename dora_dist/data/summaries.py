@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dora_dist.data.columns import Columns
-from dora_dist.data.dataset import CHUNK, TokenizedData, held_out
+from dora_dist.data.dataset import CHUNK, TokenizedData, held_out, pieces
+from dora_dist.data.doubts import Doubts, say
 from dora_dist.data.records import read_records
 from dora_dist.errors import UserError
 
@@ -33,6 +34,18 @@ class SummaryStats:
     cut_summaries: int
     cutoff_len: int
     target_len: int
+
+    @property
+    def records(self) -> int:
+        return self.samples
+
+    @property
+    def cut(self) -> int:
+        return self.cut_summaries
+
+    @property
+    def limit(self) -> str:
+        return f"data.target_len = {self.target_len} tokens"
 
     def __str__(self) -> str:
         return (
@@ -68,6 +81,10 @@ class SummaryDataset(Dataset[dict[str, list[int]]]):
     def __getitem__(self, i: int) -> dict[str, list[int]]:
         sample = self.index[i]
         return {"input_ids": self._documents[sample], "labels": self._summaries[sample]}
+
+    def contents(self) -> Iterator[bytes]:
+        """Each document as bytes: two that are equal are one sample."""
+        return pieces(self._documents.tokens, self._documents.starts, self.index)
 
     def columns(self) -> Columns:
         return {
@@ -121,7 +138,13 @@ def _read(
 
     named, [document] = getattr(data, split), data.text_fields
     fields = {document: str, data.label_field: str}
-    rows = [row for _, row in read_records([named] if isinstance(named, str) else named, fields, split)]
+    named_by = {document: "data.text_fields", data.label_field: "data.label_field"}
+    rows, doubts = [], Doubts(tokenizer)
+    for place, row in read_records([named] if isinstance(named, str) else named, fields, split, named_by=named_by):
+        texts = [row[field] for field in fields]
+        doubts.look(place, texts, empty=not all(map(str.strip, texts)))
+        rows.append(row)
+    say(f"data.{split}", doubts.packed(f"data.{split}", f'"{document}" or "{data.label_field}"'))
     references = [row[data.label_field] for row in rows]
     documents = [row[document] for row in rows]
     total = len(documents) + len(references)
