@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from dora_dist.cli import env, evaluate, models, train
+from dora_dist.cli import env, evaluate, models, train, validate
 from dora_dist.config import RunConfig, check_names
 from dora_dist.errors import LostRank, Stopped, UserError
 from dora_dist.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED, USERS_MISTAKE
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dora-dist {_version()}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     train.declare_train(commands)
-    train.declare_validate(commands)
+    validate.declare_validate(commands)
     train.declare_schema(commands)
     models.declare_consolidate(commands)
     models.declare_import_gguf(commands)

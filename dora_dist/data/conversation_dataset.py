@@ -22,6 +22,7 @@ from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, counts_between
 from dora_dist.data.doubts import Doubts, say
 from dora_dist.data.formats import Rendered
 from dora_dist.data.pictures import PictureProcessor, PictureTokens, missing_pictures
+from dora_dist.data.preview import Figures, Part, Preview, numbers, share
 from dora_dist.data.records import check_characters, read_records
 from dora_dist.data.strings import pack, unpack
 from dora_dist.errors import UserError
@@ -43,6 +44,8 @@ class ConversationStats:
     without_labels: int
     without_picture: int  # left out: a picture of theirs is missing
     cutoff_len: int
+    first_cut: tuple[int, ...] = ()  # records' numbers
+    first_left_out: tuple[int, ...] = ()
 
     @property
     def records(self) -> int:
@@ -55,6 +58,20 @@ class ConversationStats:
     @property
     def limit(self) -> str:
         return f"data.cutoff_len = {self.cutoff_len} tokens"
+
+    def figures(self) -> Figures:
+        """For a table, by row."""
+        return {
+            "records": f"{self.records:,}",
+            "  left out: nothing to learn": f"{self.without_labels:,}",
+            "  left out: a picture is missing": f"{self.without_picture:,}",
+            "samples": f"{self.samples:,}",
+            "  without pictures": f"{self.text_only:,}",
+            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.truncated:,}",
+            "pictures": f"{self.pictures:,}",
+            "tokens, those of pictures included": f"{self.tokens:,}",
+            "  learnt": share(self.label_tokens, self.tokens),
+        }
 
     def __str__(self) -> str:
         missing = f", {self.without_picture:,} for want of a picture" if self.without_picture else ""
@@ -76,7 +93,7 @@ class _Store:
     tokens: Tensor
     labels: Tensor
     starts: Tensor
-    truncated: Tensor
+    lengths: Tensor  # before what exceeds the cutoff is cut
     pictures: Tensor
     paths: Tensor
     path_starts: Tensor
@@ -125,6 +142,22 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "labels": labels.repeat_interleave(repeats).tolist(),
             "pictures": pictures,
         }
+
+    def token_counts(self) -> dict[str, Tensor]:
+        return {"tokens in a record": self._store.lengths[self.index]}
+
+    def preview(self, i: int) -> Preview:
+        """As trained on, but with a single token for each picture."""
+        sample = int(self.index[i])
+        part = slice(self.starts[sample], self.starts[sample + 1])
+        ids, whole = self.tokens[part].tolist(), int(self._store.lengths[sample])
+        learnt = (self.labels[part] != IGNORED).tolist()
+        learnt[0] = False  # nothing predicts it
+        paths = self._store.paths_of(sample)
+        facts = {f"picture {number}": f"{path} ({self.stands.count} tokens)" for number, path in enumerate(paths, 1)}
+        if whole > self.lengths[i]:
+            facts["cut"] = f"after {int(self.lengths[i]):,} of {whole:,} tokens"
+        return Preview(sample + 1, [Part("", ids, learnt)], facts)
 
     def contents(self) -> Iterator[bytes]:
         """Each sample, with its pictures' paths, as bytes: two that are equal are one sample."""
@@ -193,10 +226,10 @@ def build_conversations(
     that is no conversation, and where no picture fits data.cutoff_len.
     """
     train = _read(data, "train", processor, progress)
-    count = len(train[0].truncated)
+    count = len(train[0].lengths)
     if data.validation is not None:
         validation = _read(data, "validation", processor, progress)
-        rest, chosen = torch.arange(count), torch.arange(len(validation[0].truncated))
+        rest, chosen = torch.arange(count), torch.arange(len(validation[0].lengths))
     else:
         validation, held = train, torch.zeros(count, dtype=torch.bool)
         held[list(held_out(count, data.validation_samples, seed))] = True
@@ -232,7 +265,7 @@ def _tokenize(
 
     stands = processor.stands
     rows = list(read_records(sources, {"conversations": list}, split))
-    tokens, labels, starts, truncated = array("i"), array("i"), [0], []
+    tokens, labels, starts, lengths = array("i"), array("i"), [0], []
     pictures, paths, places, named = [0], [], [], 0
     doubts = Doubts(processor.tokenizer, but=stands.token)
     bar = tqdm(total=len(rows), desc=f"Tokenizing data.{split}", unit=" samples", delay=2.0, disable=not progress)
@@ -251,7 +284,7 @@ def _tokenize(
             shown = [conversation.pictures for conversation in conversations]
             for its_paths, (ids, answer) in zip(shown, encode(processor.tokenizer, rendered), strict=True):
                 stop, kept = _fitting(ids, stands, data.cutoff_len)
-                truncated.append(stop < len(ids))
+                lengths.append(len(stands.widened(ids)))
                 paths += its_paths[:kept]
                 pictures.append(len(paths))
                 named += len(its_paths)
@@ -263,7 +296,7 @@ def _tokenize(
     if named and not paths:
         raise UserError(f"data.{split}: {_no_room(stands, data.cutoff_len)}")
     flat_tokens, flat_labels = (torch.frombuffer(flat, dtype=torch.int32) for flat in (tokens, labels))
-    counts = torch.tensor(starts), torch.tensor(truncated), torch.tensor(pictures)
+    counts = torch.tensor(starts), torch.tensor(lengths), torch.tensor(pictures)
     odd = doubts.packed(f"data.{split}", "what gpt says")
     return _Store(flat_tokens, flat_labels, *counts, *pack(paths), *pack(places), odd)
 
@@ -341,9 +374,11 @@ def _select(
         text_only=int((~dataset.with_pictures).sum()),
         tokens=int(dataset.lengths.sum()),
         label_tokens=int(counts[kept].sum()),
-        truncated=int(store.truncated[samples].sum()),
+        truncated=int((store.lengths[samples] > data.cutoff_len).sum()),
         without_labels=len(complete) - len(kept),
         without_picture=len(samples) - len(complete),
         cutoff_len=data.cutoff_len,
+        first_cut=numbers(samples[store.lengths[samples] > data.cutoff_len].tolist()),
+        first_left_out=numbers(samples[absent[samples] | (counts[samples] == 0)].tolist()),
     )
     return dataset, stats

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from dora_dist.data.collate import WithFiller
 from dora_dist.data.columns import Columns
 from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, held_out, pieces
 from dora_dist.data.doubts import Doubts, say
+from dora_dist.data.preview import Figures, Part, Preview, numbers, share
 from dora_dist.data.records import read_records
 from dora_dist.data.sampler import FILLER
 from dora_dist.errors import UserError
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from dora_dist.config import DataConfig
 
 
+_MOST_LABELS = 10  # that are named
+
+
 @dataclass(frozen=True)
 class LabelledStats:
     """What became of one set's records: counts of samples and of tokens."""
@@ -35,6 +40,9 @@ class LabelledStats:
     tokens: int
     truncated: int
     cutoff_len: int
+    labels: Mapping[str, str] = field(default_factory=dict)  # which there are, and how often
+    first_cut: tuple[int, ...] = ()  # records' numbers
+    first_left_out: tuple[int, ...] = ()  # none ever
 
     @property
     def records(self) -> int:
@@ -47,6 +55,15 @@ class LabelledStats:
     @property
     def limit(self) -> str:
         return f"data.cutoff_len = {self.cutoff_len} tokens"
+
+    def figures(self) -> Figures:
+        """For a table, by row."""
+        return {
+            "samples": f"{self.samples:,}",
+            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.truncated:,}",
+            "tokens": f"{self.tokens:,}",
+            **self.labels,
+        }
 
     def __str__(self) -> str:
         return f"{self.samples:,} samples, {self.tokens:,} tokens; {self.truncated:,} cut at {self.cutoff_len} tokens"
@@ -71,6 +88,15 @@ class LabelledDataset(Dataset[dict[str, Any]]):
             "token_type_ids": self.segments[part].tolist(),
             "label": self.labels[sample].tolist(),
         }
+
+    def token_counts(self) -> dict[str, Tensor]:
+        """After cutting."""
+        return {"tokens in a sample": self.starts.diff()[list(self.index)]}
+
+    def preview(self, i: int) -> Preview:
+        ids = self[i]["input_ids"]
+        label = self.labels[self.index[i]].item()
+        return Preview(self.index[i] + 1, [Part("", ids, [False] * len(ids))], {"label": f"{label:g} (learnt)"})
 
     def contents(self) -> Iterator[bytes]:
         """Each sample's texts as bytes: two that are equal are one sample."""
@@ -108,11 +134,14 @@ def build_labelled(
     if data.validation is not None:
         validation = _read(data, "validation", tokenizer, num_labels, progress)
         everything = (range(len(store.labels)) for store in (train, validation))
-        return TokenizedData(*_select(train, next(everything), data), *_select(validation, next(everything), data))
+        return TokenizedData(
+            *_select(train, next(everything), data, num_labels),
+            *_select(validation, next(everything), data, num_labels),
+        )
     chosen = held_out(len(train.labels), data.validation_samples, seed)
     rest = [i for i in range(len(train.labels)) if i not in chosen]
-    validating = _select(train, sorted(chosen), data) if chosen else ()
-    return TokenizedData(*_select(train, rest, data), *validating)
+    validating = _select(train, sorted(chosen), data, num_labels) if chosen else ()
+    return TokenizedData(*_select(train, rest, data, num_labels), *validating)
 
 
 @dataclass(frozen=True)
@@ -187,14 +216,26 @@ def _warn_of_labels(field: str, name: str, labels: Sequence[float], num_labels: 
         warn(f'{field}: "{name}" is never {shown}; model.num_labels = {num_labels} counts labels from 0')
 
 
-def _select(store: _Store, samples: Sequence[int], data: DataConfig) -> tuple[LabelledDataset, LabelledStats]:
+def _select(
+    store: _Store, samples: Sequence[int], data: DataConfig, num_labels: int
+) -> tuple[LabelledDataset, LabelledStats]:
     stats = LabelledStats(
         samples=len(samples),
         tokens=int(store.starts.diff()[list(samples)].sum()),
         truncated=sum(store.truncated[i] for i in samples),
         cutoff_len=data.cutoff_len,
+        labels=_figures_of_labels(store.labels[list(samples)], num_labels),
+        first_cut=numbers(i for i in samples if store.truncated[i]),
     )
     return LabelledDataset(store.tokens, store.segments, store.starts, store.labels, samples), stats
+
+
+def _figures_of_labels(labels: Tensor, num_labels: int) -> Figures:
+    if num_labels == 1:
+        lowest, highest = labels.aminmax()
+        return {"ratings": f"{lowest:g} to {highest:g}", "  mean": f"{labels.mean():.3g}"}
+    found = Counter(labels.long().tolist())
+    return {f"  label {label}": share(found[label], len(labels)) for label in range(min(num_labels, _MOST_LABELS))}
 
 
 class WithLabelledFiller(WithFiller):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
-            value, repeated = _decoded(line.rstrip(b"\r\n"), path, lambda _, place=place: place, first)
+            value, repeated = _decoded(line.rstrip(b"\r\n"), path, number, first)
             if repeated:
                 raise UserError(f'{place}: the key "{repeated[0][1]}" is there twice; keep one')
             if first and isinstance(value, list):
@@ -69,7 +69,7 @@ def _listed(path: Path) -> list[Any]:
     text = path.read_bytes()
     if not text.strip():
         raise UserError(f"{path} is empty")
-    rows, repeated = _decoded(text, path, lambda line: f"{path}, line {line}" if line else str(path))
+    rows, repeated = _decoded(text, path)
     if isinstance(rows, dict):
         inside = [name for name, value in rows.items() if isinstance(value, list)]
         hint = f'; if they are in "{inside[0]}", save that list alone' if inside else "; put records between [ and ]"
@@ -83,13 +83,17 @@ def _listed(path: Path) -> list[Any]:
 
 
 def _decoded(
-    text: bytes, path: Path, place: Callable[[int], str], first: bool = False
+    text: bytes, path: Path, number: int | None = None, first: bool = False
 ) -> tuple[Any, list[tuple[dict[str, Any], str]]]:
     """What JSON says, and its objects that have a key twice, with the key.
 
-    place: words for line number N of `text`, or for all of it (0). first: it is the first line of a file.
+    number: of the only line that `text` is; None: it is a whole file. first: there is no record before that line.
     """
     repeated = []
+
+    def place(line: int | None = None) -> str:
+        known = number or line
+        return f"{path}, line {known}" if known else str(path)
 
     def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -112,9 +116,9 @@ def _decoded(
             f"{place(error.lineno)} is not JSON: {error.msg}, at column {error.colno}{_hint(path, error, first)}"
         ) from error
     except RecursionError as error:
-        raise UserError(f"{place(0)} is no record: its JSON is nested too deeply") from error
+        raise UserError(f"{place()} is no record: its JSON is nested too deeply") from error
     except ValueError as error:  # a number of more digits than Python reads
-        raise UserError(f"{place(0)} holds a number of thousands of digits, which is not read; take it out") from error
+        raise UserError(f"{place()} holds a number of thousands of digits, which is not read; take it out") from error
 
 
 def _hint(path: Path, error: json.JSONDecodeError, first: bool) -> str:

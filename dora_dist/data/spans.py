@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from dora_dist.data.columns import Columns
 from dora_dist.data.dataset import CHUNK, TokenizedData, held_out
 from dora_dist.data.doubts import Doubts, say
 from dora_dist.data.labelled import LabelledDataset, LabelledStats
+from dora_dist.data.preview import Figures, Part, Preview
 from dora_dist.data.reading import shown
 from dora_dist.data.records import read_records
 from dora_dist.errors import UserError
@@ -36,6 +38,13 @@ class SpanStats(LabelledStats):
     def cut(self) -> int:
         return 0
 
+    def figures(self) -> Figures:
+        return {
+            "questions": f"{self.samples - self.truncated:,}",
+            f"windows of cutoff_len = {self.cutoff_len}": f"{self.samples:,}",
+            "tokens": f"{self.tokens:,}",
+        }
+
 
 class SpanDataset(LabelledDataset):
     """Windows of questions' texts; a label is the answer's first and last token, (0, 0) where it is not in there."""
@@ -49,6 +58,17 @@ class SpanDataset(LabelledDataset):
         part = SpanDataset(self.tokens, self.segments, self.starts, self.labels, self.index[: len(windows)])
         part.questions, part.windows = self.questions[:count], windows
         return part
+
+    def token_counts(self) -> dict[str, Tensor]:
+        return {"tokens in a window": self.starts.diff()[list(self.index)]}
+
+    def preview(self, i: int) -> Preview:
+        sample, question = self[i], self.windows[i].question
+        first, last = map(int, sample["label"])
+        learnt = [first <= token <= last and last > 0 for token in range(len(sample["input_ids"]))]
+        answers = self.questions[question].answers
+        found = "marked" if last > 0 else "not in this window" if answers else "none"
+        return Preview(question + 1, [Part("", sample["input_ids"], learnt)], {"answer": found})
 
     def columns(self) -> Columns:
         answers = (json.dumps(question.answers) for question in self.questions)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from dora_dist.data.columns import Columns
 from dora_dist.data.dataset import CHUNK, TokenizedData, held_out, pieces
 from dora_dist.data.doubts import Doubts, say
+from dora_dist.data.preview import Figures, Part, Preview, numbers
 from dora_dist.data.records import read_records
 from dora_dist.errors import UserError
 
@@ -34,6 +35,8 @@ class SummaryStats:
     cut_summaries: int
     cutoff_len: int
     target_len: int
+    first_cut: tuple[int, ...] = ()  # records' numbers
+    first_left_out: tuple[int, ...] = ()  # none ever
 
     @property
     def records(self) -> int:
@@ -46,6 +49,16 @@ class SummaryStats:
     @property
     def limit(self) -> str:
         return f"data.target_len = {self.target_len} tokens"
+
+    def figures(self) -> Figures:
+        """For a table, by row."""
+        return {
+            "samples": f"{self.samples:,}",
+            "tokens of documents": f"{self.tokens:,}",
+            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.cut_documents:,}",
+            "tokens of summaries (learnt)": f"{self.label_tokens:,}",
+            f"  cut at target_len = {self.target_len}": f"{self.cut_summaries:,}",
+        }
 
     def __str__(self) -> str:
         return (
@@ -81,6 +94,21 @@ class SummaryDataset(Dataset[dict[str, list[int]]]):
     def __getitem__(self, i: int) -> dict[str, list[int]]:
         sample = self.index[i]
         return {"input_ids": self._documents[sample], "labels": self._summaries[sample]}
+
+    def token_counts(self) -> dict[str, Tensor]:
+        """After cutting."""
+        sides = {"tokens in a document": self._documents, "tokens in a summary": self._summaries}
+        return {name: texts.starts.diff()[list(self.index)] for name, texts in sides.items()}
+
+    def preview(self, i: int) -> Preview:
+        sample, record = self[i], self.index[i]
+        parts = [
+            Part("document", sample["input_ids"], [False] * len(sample["input_ids"])),
+            Part("summary", sample["labels"], [True] * len(sample["labels"])),
+        ]
+        sides = {"document": self._documents, "summary": self._summaries}
+        cut = [name for name, texts in sides.items() if texts.cut[record]]
+        return Preview(record + 1, parts, {"cut": " and ".join(cut)} if cut else {})
 
     def contents(self) -> Iterator[bytes]:
         """Each document as bytes: two that are equal are one sample."""
@@ -180,5 +208,6 @@ def _select(
         cut_summaries=sum(summaries.cut[i] for i in samples),
         cutoff_len=data.cutoff_len,
         target_len=data.target_len,
+        first_cut=numbers(i for i in samples if summaries.cut[i]),
     )
     return SummaryDataset(documents, summaries, references, samples), stats
