@@ -36,6 +36,7 @@ class Doubts:
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - {but}
         if tokenizer.split_special_tokens:  # it reads them as any other text
             special = set()
+        self._starts = {token[:3] for token in special}  # few, and looked for much faster than the pattern
         self._pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
 
     def look(self, place: str, texts: Iterable[str], *, empty: bool) -> None:
@@ -44,7 +45,8 @@ class Doubts:
         if empty:
             self._first_empty = self._first_empty or place
             self._empty += 1
-        found = {token for text in texts for token in self._pattern.findall(text)}
+        suspects = (text for text in texts if any(start in text for start in self._starts))
+        found = {token for text in suspects for token in self._pattern.findall(text)}
         if found:
             self._first_special = self._first_special or place
             self._special += 1
