@@ -96,8 +96,12 @@ def _data(path: str, tasks: Mapping[str, Any], run: Mapping[str, Any], fields: M
     image_folder is None where nothing says it, as it may be where no question has a picture.
     """
     known = {name: value for name, value in run.items() if name in PICTURE_FIELDS}
-    data = {"train": [str(file) for file in tasks.values()], **known, **fields}
-    return RunConfig.from_dict({"model": {"path": path}, "data": data}, origin="the evaluation").data
+    data = {"train": [str(file) for file in tasks.values()], **known, **fields, "format": "llava", "loss_on": "answer"}
+    unset = data.get("image_folder") is None
+    model = {"path": path, "task": "image_text_to_text"}
+    raw = {"model": model, "data": {**data, "image_folder": "."} if unset else data}
+    found = RunConfig.from_dict(raw, origin="the evaluation").data
+    return found.model_copy(update={"image_folder": None}) if unset else found
 
 
 def _processor(
