@@ -179,6 +179,9 @@ def together(what: str, patience: timedelta | None = None) -> Iterator[None]:
     failure: Exception | None = None
     try:
         yield
+    except OSError as error:
+        failure = UserError(f"{what} failed: {error}")
+        failure.__cause__ = error
     except Exception as error:  # re-raised below, on every rank
         failure = error
     if dist.get_world_size() == 1:
@@ -186,7 +189,7 @@ def together(what: str, patience: timedelta | None = None) -> Iterator[None]:
             raise failure
         return
     found: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
-    mine = None if failure is None else (str(failure), isinstance(failure, UserError | OSError))
+    mine = None if failure is None else (str(failure), isinstance(failure, UserError))
     dist.all_gather_object(found, mine, group=waiting)
     if waiting is not None:
         dist.destroy_process_group(waiting)

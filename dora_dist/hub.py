@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dora_dist.console import bars
 from dora_dist.errors import UserError
 
 TEXTS = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -64,6 +65,7 @@ class Repository:
                         revision=self.revision,
                         allow_patterns=patterns,
                         local_files_only=local_only,
+                        tqdm_class=bars(),
                     )
                 )
             except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
 """What a run leaves on disk, and where: the one place that knows the folder's layout.
 
 RUN_DIR/
-    config.json  deepspeed.json  metrics.jsonl  tensorboard/  .in_use
+    config.json  deepspeed.json  metrics.jsonl  run.log  tensorboard/  .in_use
     best.json                      {"checkpoint": "checkpoint-80", "eval_loss": ...}, or another metric
     checkpoint-80/
         manifest.json              written last: step, model fingerprint, every file's size and sha256
@@ -20,6 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dora_dist.console import note, warn
 from dora_dist.errors import UserError
 
 CONFIG, MANIFEST, STATE, TRAINER_STATE, ADAPTER = (
@@ -29,7 +30,7 @@ CONFIG, MANIFEST, STATE, TRAINER_STATE, ADAPTER = (
     "trainer_state.json",
     "adapter",
 )
-METRICS, TENSORBOARD, IN_USE = "metrics.jsonl", "tensorboard", ".in_use"
+METRICS, LOG, BEST, TENSORBOARD, IN_USE = "metrics.jsonl", "run.log", "best.json", "tensorboard", ".in_use"
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -79,7 +80,7 @@ def newest_intact(run_dir: Path) -> Path | None:
             aside = folder.with_name(f"{folder.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-            print(f"warning: {error}; it is now {aside.name}, looking for an earlier one")
+            warn(f"{error}; it is now {aside.name}, looking for an earlier one")
     return None
 
 
@@ -94,6 +95,21 @@ def clear_leftovers(run_dir: Path) -> None:
     for pattern in (".checkpoint-*.partial-*", ".checkpoint-*.old-*"):
         for leftover in run_dir.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def log_file(run_dir: Path, host: str, first_host: str) -> Path:
+    """The log of the ranks on `host`: run.log on the first rank's host, a file of its own for each other.
+
+    Machines that append to one file of a file server can lose lines.
+    """
+    return run_dir / (LOG if host == first_host else f"{Path(LOG).stem}.{host}.log")
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; lines that a killed process began are left out."""
+    path = run_dir / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if _is_up_to(line, 2**63)]
 
 
 def forget_metrics_after(run_dir: Path, step: int) -> None:
@@ -134,14 +150,14 @@ class InUse:
             with suppress(Timeout):
                 self._lock.acquire(timeout=0)
                 return
-            print(f"{path.parent} is in use by another run; waiting up to {self._patience_s:g} s for it to end")
+            note(f"{path.parent} is in use by another run; waiting up to {self._patience_s:g} s for it to end")
             self._lock.acquire(timeout=self._patience_s, poll_interval=0.5)
         except Timeout:
             raise UserError(
                 f"checkpoint.run_dir: {path.parent} is in use by another run; wait for it, or give another folder"
             ) from None
         except NotImplementedError:
-            print(f"note: {path.parent} is on a file system without locks: take care that one run at a time uses it")
+            warn(f"{path.parent} is on a file system without locks: take care that one run at a time uses it")
 
     def __enter__(self) -> "InUse":
         return self
@@ -153,7 +169,7 @@ class InUse:
 def best_checkpoint(run_dir: Path) -> Path | None:
     """The complete checkpoint that was best in evaluation, if the run kept one."""
     try:
-        best = run_dir / Path(json.loads((run_dir / "best.json").read_text())["checkpoint"]).name
+        best = run_dir / Path(json.loads((run_dir / BEST).read_text())["checkpoint"]).name
     except (OSError, ValueError, KeyError):
         return None
     return best if is_complete(best) else None
@@ -174,7 +190,7 @@ def config_of(adapter: Path) -> dict[str, Any]:
 
 def set_best(run_dir: Path, checkpoint: Path, value: float, metric: str = "eval_loss") -> None:
     """Record the best checkpoint and its metric; atomic."""
-    write_json(run_dir / "best.json", {"checkpoint": checkpoint.name, metric: value})
+    write_json(run_dir / BEST, {"checkpoint": checkpoint.name, metric: value})
 
 
 def retire(run_dir: Path, keep_last: int) -> list[Path]:

@@ -45,7 +45,6 @@ DTYPES: dict[str, torch.dtype] = {
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _STAGING_BYTES = 16 << 20
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)  # a killed process that had this id left it
             partial.mkdir()
-        with disk_errors(path, only=_NO_SPACE):  # the caller's block may also fail to read something
+        with disk_errors(path, only=DISK_IS_FULL):  # the caller's block may also fail to read something
             yield partial
         with disk_errors(path):
             for folder, _, files in os.walk(partial):
@@ -251,6 +250,9 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             _fsync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager

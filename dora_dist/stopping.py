@@ -1,25 +1,34 @@
-"""Stopping when asked: what schedulers send before they take the machines away.
+"""Stopping when asked: by a scheduler that takes the machines away, or by a person.
 
-SIGTERM (preemption, a launcher that ends the job) and SIGUSR1 (a time limit is near; sbatch --signal) ask a run to
-stop. A rank that is asked only takes note. All ranks agree on it at the next optimizer step, or at the next batch of an
-evaluation, save, and end.
+SIGTERM (preemption, a launcher that ends the job), SIGUSR1 (a time limit is near; sbatch --signal), SIGINT (Ctrl-C)
+and SIGHUP (a closed terminal; not under nohup) ask a run to stop. A rank that is asked only takes note. All ranks agree
+on it at the next optimizer step, or at the next batch of an evaluation, save, and end. A second Ctrl-C does not wait.
 """
 
+import os
 import signal
+import socket
 import threading
+import time
 from datetime import timedelta
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from dora_dist.console import say
 from dora_dist.errors import Stopped
+from dora_dist.exit_codes import INTERRUPTED
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+SAME_PRESS_S = 1.0
+"""A launcher may pass on what the terminal has sent to all its processes: SIGINTs within this time are one Ctrl-C."""
 
 
 class StopRequest:
-    """Listens inside its context (in the main thread, where Python hears signals). Repeated signals change nothing."""
+    """Listens inside its context (in the main thread, where Python hears signals). Repeated signals change nothing,
+    but for a second Ctrl-C: that ends the process, whatever it is doing.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -28,18 +37,45 @@ class StopRequest:
         """Set once training has begun. Until then a signal raises Stopped at once."""
 
     def __enter__(self) -> "StopRequest":
-        in_main = threading.current_thread() is threading.main_thread()
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS if in_main}
+        self._before = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
+        # Python's own handlers run only when the main thread comes back from C++, which may be in a collective for
+        # minutes. The numbers of signals arrive in this socket at once.
+        self._arrivals, sender = socket.socketpair()
+        sender.setblocking(False)
+        self._sender, self._wakeup_before = sender, signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup_before)
+            self._sender.close()  # ends the thread
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            return
         self.signal = signal.Signals(number).name
         if not self.can_save:
             raise Stopped(f"{self.signal} before the first step: there was nothing to save")
+
+    def _listen(self) -> None:
+        pressed: float | None = None
+        while arrived := self._arrivals.recv(64):
+            if signal.SIGINT not in arrived:
+                continue
+            if pressed is None:
+                pressed = time.monotonic()
+                if self.can_save:
+                    say("\nCtrl-C: saving after this step, then ending. Press it again to end at once, without saving.")
+            elif time.monotonic() - pressed > SAME_PRESS_S:
+                os._exit(INTERRUPTED)
+        self._arrivals.close()
 
 
 class EvaluationStopped(Exception):

@@ -12,7 +12,6 @@ main thread does not.
 
 import os
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -22,6 +21,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from dora_dist.console import STREAMS, complain
 from dora_dist.distributed import World, broken_collective
 from dora_dist.errors import LostRank, Stopped, UserError
 from dora_dist.exit_codes import FAILED, INTERRUPTED, LOST_RANK, STOPPED, USERS_MISTAKE
@@ -191,8 +191,7 @@ class Watch:
                 self._end(Reason(0, LOST_RANK, self._no_store(silence)), can_tell=False)
 
     def _end(self, reason: Reason, can_tell: bool = True) -> None:
-        sys.stderr.write(f"error on rank {self._world.rank}: {reason.text}\n")
-        sys.stderr.flush()
+        complain(f"error on rank {self._world.rank}: {reason.text}")
         self.before_exit()
         if can_tell:
             with suppress(RuntimeError):  # then the others find the store gone, too
@@ -222,7 +221,8 @@ class Watch:
         return self._signs.agree(FAILED, f"{here}: {traceback.format_exception_only(error)[-1].strip()}")
 
     def _say_lost(self, ranks: list[int], seconds: float) -> Reason:
-        return self._signs.agree(LOST_RANK, f"lost {self._signs.describe(ranks)}: no sign of life for {seconds:g} s")
+        lost = f"lost {self._signs.describe(ranks)}: no sign of life for {seconds:g} s{_last_words()}"
+        return self._signs.agree(LOST_RANK, lost)
 
     def _say_ended(self, wait: bool) -> None:
         """Tell the others that this rank asks nothing more. The store may live in rank 0, which leaves last."""
@@ -235,4 +235,8 @@ class Watch:
 
     def _no_store(self, error: BaseException) -> str:
         first_line = str(error).partition("\n")[0]
-        return f"lost {self._holder}, or whatever holds the store that the ranks met in ({first_line})"
+        return f"lost {self._holder}, or whatever holds the store that the ranks met in ({first_line}){_last_words()}"
+
+
+def _last_words() -> str:
+    return f"; {STREAMS.log} may have what was printed last" if STREAMS.log else ""

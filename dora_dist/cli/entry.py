@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from dora_dist.cli import env, evaluate, models, train, validate
 from dora_dist.config import RunConfig, check_names
+from dora_dist.console import Lasting, complain, is_first
 from dora_dist.errors import LostRank, Stopped, UserError
 from dora_dist.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED, USERS_MISTAKE
 from dora_dist.launchers import rank_among_several
@@ -29,16 +30,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         # Every rank says it: the first that ends makes the launcher end the others, maybe unheard.
         rank = rank_among_several(os.environ)
-        sys.stderr.write(f"error{'' if rank is None else f' on rank {rank}'}: {error}\n")
+        complain(f"error{'' if rank is None else f' on rank {rank}'}: {error}")
         return USERS_MISTAKE
     except LostRank as error:
-        sys.stderr.write(f"error on rank {rank_among_several(os.environ)}: {error}\n")
+        complain(f"error on rank {rank_among_several(os.environ)}: {error}")
         return error.code
     except Stopped as stopped:
-        sys.stderr.write(f"stopped: {stopped}\n")
+        if is_first():
+            complain(f"stopped: {stopped}")
         return STOPPED
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        if is_first():
+            complain("interrupted")
         return INTERRUPTED
     return DONE
 
@@ -48,6 +51,9 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
 
     The interpreter's own teardown is left out: threads that libraries leave behind can abort or hang a rank in it.
     """
+    _open_standard_streams()
+    if not Lasting(sys.stderr).isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars: carriage returns do not belong in files
     # torch reads this once, when it is imported, which no command has done yet. Its warnings about connections that
     # break hold a page of C++ stack each, from every rank; what they are about, `Watch` says in words.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -56,9 +62,18 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception:
         traceback.print_exc()
         status = FAILED
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        Lasting(stream).flush()
     os._exit(status)
+
+
+def _open_standard_streams() -> None:
+    """Where a shell closed one (`>&-`), the next file to be opened would take its number, and what is printed."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from torch import Tensor
 
+from dora_dist.console import warn
 from dora_dist.errors import UserError
 from dora_dist.safetensors_io import TensorWriter
 
@@ -49,14 +50,14 @@ def tensors_once(folder: Path, key: str, make: Callable[[], Mapping[str, Tensor]
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(folder / f"{key}.lock"))
         except (OSError, NotImplementedError) as error:
-            print(f"note: data.cache: {folder} cannot be used ({error}); every rank tokenizes for itself")
+            warn(f"data.cache: {folder} cannot be used ({error}); every rank tokenizes for itself")
             return dict(make())
         if not file.exists():
             made = make()
             try:
                 _write(file, made)
             except UserError as error:
-                print(f"note: data.cache: {error}; every rank tokenizes for itself")
+                warn(f"data.cache: {error}; every rank tokenizes for itself")
                 return dict(made)
     return _mapped(file)
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dora_dist.console import warn
 from dora_dist.errors import UserError
-from dora_dist.notes import warn
 
 if TYPE_CHECKING:
     from dora_dist.config import RunConfig

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dora_dist.console import warn
 from dora_dist.data.collate import WithFiller
 from dora_dist.data.columns import Columns
 from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, held_out, pieces
@@ -21,7 +22,6 @@ from dora_dist.data.preview import Figures, Part, Preview, numbers, share
 from dora_dist.data.records import read_records
 from dora_dist.data.sampler import FILLER
 from dora_dist.errors import UserError
-from dora_dist.notes import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

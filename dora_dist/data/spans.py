@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dora_dist.console import warn
 from dora_dist.data.columns import Columns
 from dora_dist.data.dataset import CHUNK, TokenizedData, held_out
 from dora_dist.data.doubts import Doubts, say
@@ -20,7 +21,6 @@ from dora_dist.data.reading import shown
 from dora_dist.data.records import read_records
 from dora_dist.errors import UserError
 from dora_dist.evaluation.squad import Question, Window
-from dora_dist.notes import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a progress bar, one readable line per logging step, metrics.jsonl."""
+"""What a run says while it trains: a progress bar, a row of a table per logging step, metrics.jsonl."""
 
 import json
 import resource
@@ -9,14 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.analysis.rank_map import rank_table, write_rank_map
+from dora_dist.console import progress, say, width
 from dora_dist.distributed import World
 from dora_dist.run_folder import METRICS
 from dora_dist.safetensors_io import disk_errors
+from dora_dist.training.table import Table
 
 PEAK_BF16_FLOPS = {
     "H200": 989e12,
@@ -34,9 +35,9 @@ PEAK_BF16_FLOPS = {
 class ReportCallback(TrainerCallback):
     """Progress and metrics on rank 0; counters are summed over ranks at each log.
 
-    Logged: loss, gradient norm, learning rate, tokens/s over all ranks, MFU where the device's peak is known (4
-    FLOP per weight and token: forward and input gradients, as the base is frozen), peak memory of the fullest
-    rank, the norm refresh's share of the time and its bytes received per rank and step.
+    Logged: loss, gradient norm, learning rate, seconds since this start and to the end, tokens/s over all ranks, MFU
+    where the device's peak is known (4 FLOP per weight and token: forward and input gradients, as the base is frozen),
+    peak memory of the fullest rank, the norm refresh's share of the time and its bytes received per rank and step.
     """
 
     def __init__(self, world: World, norms: NormRefresher, run_dir: Path, weights: int, options: Any) -> None:
@@ -44,31 +45,33 @@ class ReportCallback(TrainerCallback):
         self._world, self._norms, self._weights = world, norms, weights
         self._file = run_dir / METRICS
         self._peak = options.peak_flops or _known_peak()
-        self._show_bar = options.progress_bar and world.first
+        self._show_bar = options.progress_bar
         self._bar: Any = None
         self._since = (time.perf_counter(), 0, 0, 0.0, 0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._show_bar:
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
+        self._table = Table(state.max_steps, width())
+        self._begun = time.perf_counter(), state.global_step
+        self._bar = progress(
+            state.max_steps, "training", "step", initial=state.global_step, leave=False, shown=self._show_bar
+        )
         self._since = self._counters(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         pruner = self.trainer.pruner
         if pruner is not None and pruner.events and self._world.first:
-            print(f"adapter ranks after step {pruner.events[-1].step}:\n{rank_table(pruner.events[-1])}")
+            say(f"\nadapter ranks after step {pruner.events[-1].step}:\n{rank_table(pruner.events[-1])}")
             write_rank_map(pruner.events, pruner.budget, self._file.with_name("rank_map.png"))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = dict(logs or {})
         if "loss" in logs:
             logs.update(self._throughput(state))
+            logs.update(self._clock(state))
         for unwanted in ("total_flos", "train_samples_per_second", "train_steps_per_second"):
             logs.pop(unwanted, None)
         if self._world.first:
@@ -77,7 +80,21 @@ class ReportCallback(TrainerCallback):
                 record["components_by_layer"] = self.trainer.pruner.events[-1].by_layer
             with disk_errors(self._file), self._file.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            tqdm.write(_line(record, state.max_steps))
+            self._show(record)
+
+    def _show(self, record: dict[str, Any]) -> None:
+        if "loss" in record:
+            for line in self._table.row(record):
+                say(line)
+        elif text := event_text(record):
+            say(self._table.event(record["step"], text))
+
+    def _clock(self, state: Any) -> dict[str, float]:
+        """Seconds of training in this start, and those to the last step at this pace."""
+        since, first = self._begun
+        elapsed = time.perf_counter() - since
+        pace = elapsed / max(state.global_step - first, 1)
+        return {"elapsed": elapsed, "left": pace * (state.max_steps - state.global_step)}
 
     def _counters(self, state: Any) -> tuple[float, int, int, float, int, float]:
         tokens = self.trainer.tokens_seen if self.trainer is not None else 0
@@ -107,36 +124,37 @@ class ReportCallback(TrainerCallback):
         return result
 
 
-def _line(record: dict[str, Any], max_steps: int) -> str:
-    shown = {
-        "components_kept": ("components kept", "{:,}"),
-        "components": ("of", "{:,}"),
-        "components_budget": ("budget", "{:,}"),
-        "dem_penalty": ("DEM penalty", "{:.4g}"),
-        "loss": ("loss", "{:.4f}"),
-        "eval_loss": ("eval loss", "{:.4f}"),
-        "eval_accuracy": ("accuracy", "{:.4f}"),
-        "eval_exact_match": ("exact match", "{:.4f}"),
-        "eval_f1": ("F1", "{:.4f}"),
-        "eval_matthews": ("Matthews", "{:.4f}"),
-        "eval_pearson": ("Pearson", "{:.4f}"),
-        "eval_spearman": ("Spearman", "{:.4f}"),
-        "eval_rouge1": ("ROUGE-1", "{:.4f}"),
-        "eval_rouge2": ("ROUGE-2", "{:.4f}"),
-        "eval_rougeL": ("ROUGE-L", "{:.4f}"),
-        "save_stall_seconds": ("checkpoint saved; training stood still", "{:.2f} s"),
-        "save_seconds": ("writing took", "{:.1f} s"),
-        "train_loss": ("mean training loss", "{:.4f}"),
-        "train_runtime": ("seconds", "{:.1f}"),
-        "grad_norm": ("grad norm", "{:.3f}"),
-        "learning_rate": ("lr", "{:.2e}"),
-        "tokens_per_second": ("tokens/s", "{:,.0f}"),
-        "mfu": ("MFU", "{:.1%}"),
-        "peak_memory_gb": ("peak memory", "{:.2f} GB"),
-        "norm_refresh_share": ("norms", "{:.1%}"),
-    }
-    parts = [f"{label} {form.format(record[key])}" for key, (label, form) in shown.items() if key in record]
-    return f"step {record['step']}/{max_steps}  " + "  ".join(parts)
+_EVALUATED = {
+    "eval_loss": "loss",
+    "eval_accuracy": "accuracy",
+    "eval_exact_match": "exact match",
+    "eval_f1": "F1",
+    "eval_matthews": "Matthews correlation",
+    "eval_pearson": "Pearson correlation",
+    "eval_spearman": "Spearman correlation",
+    "eval_rouge1": "ROUGE-1",
+    "eval_rouge2": "ROUGE-2",
+    "eval_rougeL": "ROUGE-L",
+}
+_WORTH_SAYING_S = 0.5
+"""A shorter wait of the training for a save is not mentioned."""
+
+
+def event_text(record: dict[str, Any]) -> str:
+    """A record of metrics.jsonl that has no training loss, in words; "" for what the closing lines say anyway."""
+    if "components_kept" in record:
+        return (
+            f"pruned: {record['components_kept']:,} of {record['components']:,} components are left, "
+            f"{record['components_budget']:,} may be"
+        )
+    if "saved_step" in record:
+        waited = record["save_stall_seconds"]
+        stall = f", {waited:.1f} s of which training waited" if waited > _WORTH_SAYING_S else ""
+        return f"saved checkpoint-{record['saved_step']:.0f} in {record['save_seconds']:.1f} s{stall}"
+    if "records_skipped" in record:
+        return f"{record['records_skipped']:,.0f} records left out so far, because they cannot be read"
+    found = [f"{name} {record[key]:.4f}" for key, name in _EVALUATED.items() if key in record]
+    return f"evaluation: {', '.join(found)}" if found else ""
 
 
 def _known_peak() -> float | None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,13 @@ from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.adapters.peft_format import read_peft_folder
 from dora_dist.agreement import check_agreement, check_checkpoint, of_code, of_configuration, of_data, of_model_folder
 from dora_dist.config import RunConfig
+from dora_dist.console import say
 from dora_dist.distributed import World, together
 from dora_dist.errors import Stopped, UserError
 from dora_dist.hub import wanted
+from dora_dist.launchers import rank_among_several
+from dora_dist.run_log import RunLog
+from dora_dist.safetensors_io import DISK_IS_FULL, disk_errors
 from dora_dist.stopping import StopRequest
 from dora_dist.watch import Watch
 
@@ -27,24 +33,28 @@ def train(config: RunConfig) -> Path:
     What can be checked without ranks is checked before a process group exists. Raises UserError, on every rank, for
     everything a user can mend.
     """
+    started = time.perf_counter()
     config.check_files()
     config.deepspeed_config(distributed.launched_world_size())
     if config.training.max_steps is not None:
         pruning_budget(config, config.training.max_steps)
     distributed.choose_accelerator(config.engine.accelerator)
     config.check_engine_options()
-    with StopRequest() as stop:
+    with RunLog(rank_among_several(os.environ) or 0) as log, StopRequest() as stop:
         distributed.leave_nccl_errors_to_the_watch()
         world = distributed.start(config.engine.start_timeout_s)
-        with Watch(world, config.engine.start_timeout_s) as watch:
-            checkpoint = _run(config, world, watch, stop)
-    if world.first:
-        print(f"done: {checkpoint} (adapter in PEFT's format: {checkpoint / run_folder.ADAPTER})")
-        print(f"merge it with: dora-dist consolidate {config.checkpoint.run_dir} --output merged/")
+        from dora_dist.training.blocks import closing
+
+        run_dir = Path(config.checkpoint.run_dir)
+        with Watch(world, config.engine.start_timeout_s) as watch, disk_errors(run_dir, only=DISK_IS_FULL):
+            checkpoint = _run(config, world, watch, stop, log)
+        if world.first:
+            closing(run_dir, checkpoint, time.perf_counter() - started)
     return checkpoint
 
 
-def _run(config: RunConfig, world: World, watch: Watch, stop: StopRequest) -> Path:
+def _run(config: RunConfig, world: World, watch: Watch, stop: StopRequest, log: RunLog) -> Path:
+    from dora_dist.training.blocks import opening
     from dora_dist.zero3.teardown import collect
 
     check_agreement(world, of_code() | of_configuration(config))
@@ -54,11 +64,13 @@ def _run(config: RunConfig, world: World, watch: Watch, stop: StopRequest) -> Pa
             if world.first and run_dir.exists():  # a run that cannot start makes no folder
                 in_use.claim()
         resume = _resume_from(config, run_dir, world)
-        compacting = _fine_tune(config, world, watch, stop, in_use, resume)
+        if world.first:
+            opening(config, world, resume)
+        compacting = _fine_tune(config, world, watch, stop, log, in_use, resume)
         collect()
         if compacting:
             compacted = _read_by_all(run_folder.newest_checkpoint(run_dir), world)
-            _fine_tune(config, world, watch, stop, in_use, compacted)
+            _fine_tune(config, world, watch, stop, log, in_use, compacted)
     newest = [run_folder.newest_checkpoint(run_dir)]
     dist.broadcast_object_list(newest)  # other nodes need not see rank 0's folder unless they resume from it
     assert newest[0] is not None
@@ -70,6 +82,7 @@ def _fine_tune(
     world: World,
     watch: Watch,
     stop: StopRequest,
+    log: RunLog,
     in_use: run_folder.InUse,
     resume: Path | None,
 ) -> bool:
@@ -81,13 +94,22 @@ def _fine_tune(
         if world.first:
             in_use.claim()
             _write_run_folder(config, run_dir, world, resume)
+    if log.path is None:
+        first_host = [world.host]
+        dist.broadcast_object_list(first_host)
+        log.move_into(run_folder.log_file(run_dir, world.host, first_host[0]))
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.finish_saving()
     step, last = trainer.state.global_step, trainer.state.max_steps
     if step < last and trainer.stopping:
-        raise Stopped(f"asked to, at step {step} of {last}; --resume goes on from checkpoint-{step}")
-    if step < last and world.first:
-        print(f"the mask is final: going on without the {trainer.pruner.events[-1].pruned:,} pruned components")
+        why = stop.signal or "a signal to another rank"
+        raise Stopped(
+            f"{why} at step {step:,} of {last:,}; saved {run_dir / f'checkpoint-{step}'}. "
+            "To go on: the same command with --resume"
+        )
+    if step < last:
+        pruned = trainer.pruner.events[-1].pruned
+        say(f"\nthe mask is final: training goes on without the {pruned:,} pruned components")
     watch.before_exit = lambda: None
     trainer.close()
     return bool(step < last)
@@ -99,6 +121,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.models.llava import prepare_for_training
     from dora_dist.models.tasks import IMAGE_TEXT, Task
     from dora_dist.training.arguments import training_arguments
+    from dora_dist.training.blocks import about_model
     from dora_dist.training.inputs import fetched
     from dora_dist.training.reporting import ReportCallback
     from dora_dist.training.steps import StepCallback
@@ -148,21 +171,9 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         for layer in adapted_layers(run.model).values():
             layer.keeps_output = False
     weights = sum(full_numel(p) for p in run.model.parameters())
-    trained = sum(full_numel(p) for p in run.model.parameters() if p.requires_grad)
+    steps = optimizer_steps(config, len(data.train))
     if world.first:
-        print(
-            f"{len(run.adapted)} modules adapted, {trained:,} of {weights:,} parameters trained "
-            f"({trained / weights:.2%}); rank 0 read {run.base_bytes_read / 1e6:,.1f} MB of the base"
-        )
-        if run.trained:
-            print(f"trained in full: {', '.join(run.trained)}; new: {', '.join(run.fresh) or 'nothing'}")
-        if run.untied:
-            print(f"note: untied from the weight that {model.path} shares with others: {', '.join(run.untied)}")
-        for name, (there, here) in run.resized.items():
-            print(f"note: {name} starts anew: it is {there} in {model.path}, and {here} for model.num_labels here")
-        if empty := config.batch_plan(world.world_size).empty:
-            batch = config.training.global_batch_size
-            print(f"{batch} records a step on {world.world_size} ranks: {empty} of {batch + empty} places stay empty")
+        about_model(config, run, world, steps, steps * config.training.global_batch_size / len(data.train))
     run_dir = Path(config.checkpoint.run_dir)
     report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
     step = StepCallback(world, watch, stop, config)
@@ -233,14 +244,13 @@ def pruning_budget(config: RunConfig, steps: int) -> Budget | None:
 
 
 def _data(config: RunConfig, base: Path, world: World) -> tuple[Any, Any]:
+    from dora_dist.training.blocks import about_data
     from dora_dist.training.inputs import read_data
 
     with together("reading the data"):
         tokenizer, data = read_data(config, base, progress=world.first)
     if world.first:
-        print(f"training data: {data.train_stats}")
-        if data.validation_stats is not None:
-            print(f"validation data: {data.validation_stats}")
+        about_data(config, data)
     return tokenizer, data
 
 

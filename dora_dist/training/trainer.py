@@ -15,6 +15,7 @@ from dora_dist import run_folder
 from dora_dist.adapters.components import Budget, ComponentPruner
 from dora_dist.adapters.linear import AdapterSpec
 from dora_dist.config import RunConfig
+from dora_dist.console import warn
 from dora_dist.data import EpochBatches, EpochDataLoader, TokenizedData
 from dora_dist.distributed import World
 from dora_dist.errors import UserError
@@ -265,14 +266,15 @@ class DoraTrainer(Trainer):
             return
         if saved.failure is None:
             if self.world.first:
-                self.log({"save_stall_seconds": saved.stall_s, "save_seconds": saved.write_s})
+                step = float(run_folder.step_of(saved.folder))
+                self.log({"saved_step": step, "save_stall_seconds": saved.stall_s, "save_seconds": saved.write_s})
             return
         text = f"saving {saved.folder} failed: {saved.failure}. Earlier checkpoints are as they were"
         if must_succeed:
             raise UserError(f'{text}. checkpoint.on_failure = "continue" would let training go on')
         if self.world.first:
             self.log({"save_failed": 1.0})
-            print(f"warning: {text}; training goes on (checkpoint.on_failure)")
+            warn(f"{text}; training goes on (checkpoint.on_failure)")
 
     def finish_saving(self) -> None:
         """Wait for the last save (collective). Raises UserError if it failed: a run must not end without its result."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dora_dist.console import warn
 from dora_dist.distributed import World
 from dora_dist.errors import UserError
 
@@ -33,7 +34,7 @@ class Unreadable:
             return {}
         if self._what_to_do == "error":
             raise UserError(f'{found[0]}; mend it, or set data.bad_images to "skip" to leave such records out')
-        if self._world.first:
-            print("\n".join(f"left out: {problem}" for problem in found))
+        for problem in found:
+            warn(f"left out: {problem}")
         self.left_out += len(found)
         return {"records_skipped": float(self.left_out)}

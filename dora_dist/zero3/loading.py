@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dora_dist.adapters.linear import ADAPTER_PARAMETERS, DoraLinear, initial_bound
+from dora_dist.console import progress
 from dora_dist.errors import UserError
 from dora_dist.models.names import locate
 from dora_dist.models.placement import Fill, Placement
@@ -45,7 +45,7 @@ def load_base(
     std = getattr(getattr(model, "config", None), "initializer_range", None) or 0.02
     fresh = []
     total = sum(p.numel() for p, _ in owners.values())
-    with tqdm(total=total, unit="weight", unit_scale=True, desc="loading base", disable=not placement.first) as bar:
+    with progress(total, "loading the base", "weight", unit_scale=True, leave=False, shown=placement.first) as bar:
         for parameter, names in owners.values():
             source = sources[id(parameter)]
             if source is not None:

@@ -79,7 +79,7 @@ class Case:
     def commands(self, folder: Folder) -> list[Words]:
         """Fill the folder; what to run there."""
         made = self.make(folder)
-        return [made] if isinstance(made[0], str) else made  # type: ignore[list-item, return-value]
+        return [made] if isinstance(made[0], str) else made
 
 
 class Table(list[Case]):

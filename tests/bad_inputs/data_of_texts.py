@@ -210,7 +210,7 @@ validation(
 @CASES.bad(
     says=(
         "warning: data.validation: 25 of its 25 samples are in data.train, too (data.json is a file of data.train)",
-        "done: ",
+        "finished ",
     ),
     code=DONE,
     ranks=BOTH,
@@ -220,7 +220,7 @@ def training_on_the_validation_file(folder: Folder) -> Words:
 
 
 @CASES.bad(
-    says=('warning: data.train: "output" of 1 of 7 records is empty (first: odd.jsonl, line 7)', "done: "),
+    says=('warning: data.train: "output" of 1 of 7 records is empty (first: odd.jsonl, line 7)', "finished "),
     code=DONE,
     ranks=BOTH,
 )

@@ -12,7 +12,8 @@ import pytest
 from dora_dist import run_folder
 from dora_dist.config.schema import TrainingConfig
 from dora_dist.data.dataset import held_out
-from dora_dist.exit_codes import DONE, LOST_RANK, STOPPED, USERS_MISTAKE
+from dora_dist.exit_codes import DONE, INTERRUPTED, LOST_RANK, STOPPED, USERS_MISTAKE
+from dora_dist.stopping import SAME_PRESS_S
 from tests import toy
 from tests.distributed.training_runs import config, metrics
 from tests.job import Job
@@ -71,6 +72,7 @@ def test_a_killed_rank_ends_the_others_which_say_who_it_was(
         codes = job.codes(timeout=30)
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == LOST_RANK, job.output()
     assert f"lost rank {victim}" in job.said(1 - victim)
+    assert f"{folder / name / run_folder.LOG} may have what was printed last" in job.said(1 - victim)
     newest = run_folder.newest_checkpoint(folder / name)
     assert newest is not None and run_folder.read_manifest(newest)["step"] >= 2
     go_on(folder, name, expected)
@@ -121,7 +123,7 @@ def test_a_log_that_cannot_be_written_ends_all_ranks(folder: Path) -> None:
         assert f"{log}: cannot be written" in job.said(rank) and "Traceback" not in job.said(rank)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_any_rank_stops_all_at_one_step_with_a_checkpoint(
     folder: Path, expected: dict[int, float], number: signal.Signals
 ) -> None:
@@ -133,8 +135,23 @@ def test_a_signal_to_any_rank_stops_all_at_one_step_with_a_checkpoint(
     stopped_at = steps_done(folder / name)
     newest = run_folder.newest_checkpoint(folder / name)
     assert newest is not None and run_folder.step_of(newest) == stopped_at < 12
-    assert "--resume goes on" in job.said(0)
+    assert f"at step {stopped_at} of 12; saved {newest}. To go on: the same command with --resume" in job.said(0)
     go_on(folder, name, expected)
+
+
+def test_a_second_ctrl_c_ends_at_once_whatever_the_process_is_doing(folder: Path) -> None:
+    with start(folder, "impatient", 1, training={"max_steps": 1000}) as job:
+        job.until(lambda: steps_done(folder / "impatient") >= 2)
+        job.hang(0)
+        job.send(0, signal.SIGINT)
+        job.send(0, signal.SIGINT)  # as a launcher passes on what the terminal has sent already
+        job.until(lambda: "Press it again to end at once" in job.said(0))
+        started = time.monotonic()
+        while job.ranks[0].is_alive() and time.monotonic() - started < 60:
+            job.ranks[0].join(SAME_PRESS_S + 0.2)
+            if job.ranks[0].is_alive():
+                job.send(0, signal.SIGINT)
+        assert job.codes() == [INTERRUPTED], job.output()
 
 
 def test_a_signal_during_a_long_evaluation_stops_all_at_its_next_batch(

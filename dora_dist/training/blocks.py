@@ -1,0 +1,177 @@
+"""What a run prints before its first step and after its last one: who, with what, where to, and what came of it."""
+
+import json
+import textwrap
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from dora_dist import run_folder
+from dora_dist.config import RunConfig
+from dora_dist.console import say, width
+from dora_dist.distributed import World
+from dora_dist.models.build import AdaptedModel
+from dora_dist.training.table import duration
+from dora_dist.zero3.shards import full_numel
+
+_LABEL = 12  # columns
+
+
+def line(label: str, text: str) -> None:
+    """A labelled line, wrapped to the screen."""
+    wrap = textwrap.TextWrapper(
+        width(), initial_indent=f"{label:<{_LABEL}}", subsequent_indent=" " * _LABEL, break_long_words=False
+    )
+    wrap.break_on_hyphens = False
+    say(wrap.fill(text))
+
+
+def opening(config: RunConfig, world: World, resume: Path | None) -> None:
+    """As soon as the ranks have met."""
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
+    say(f"dora_dist {version('dora_dist')} ({libraries})\n")
+    run_dir = config.checkpoint.run_dir
+    line("run", f"{run_dir}, from the beginning" if resume is None else f"{run_dir}, goes on from {resume.name}")
+    nodes = -(-world.world_size // world.local_world_size)
+    ranks, machines = _count(world.world_size, "rank"), _count(nodes, "node")
+    device = get_accelerator().device_name()
+    starter = "" if world.launcher == "none" else f", started by {world.launcher}"
+    line("ranks", f"{ranks} on {machines}; device {device}, collectives by {dist.get_backend()}{starter}")
+
+
+def about_data(config: RunConfig, data: Any) -> None:
+    """Once it is read: what there is to learn from, and what was left out."""
+    sources = [config.data.train] if isinstance(config.data.train, str) else config.data.train
+    line("data", f"{', '.join(sources)}: {data.train_stats}")
+    if data.validation_stats is not None:
+        held_out = f"{config.data.validation_samples} samples held out of it"
+        validation = config.data.validation or held_out
+        validation = validation if isinstance(validation, str) else ", ".join(validation)
+        line("validation", f"{validation}: {data.validation_stats}")
+
+
+def about_model(config: RunConfig, run: AdaptedModel, world: World, steps: int, epochs: float) -> None:
+    """Once it is built: model, adapter, batch, schedule, memory, and where things go."""
+    model, adapter, training = config.model, config.adapter, config.training
+    parameters = list(run.model.parameters())
+    weights = sum(full_numel(p) for p in parameters)
+    trained = sum(full_numel(p) for p in parameters if p.requires_grad)
+    line("model", f"{model.path}: {type(run.model).__name__}, {_number(weights)} parameters, {model.dtype}")
+    line(
+        "adapter",
+        f"{_method(config)} on {len(run.adapted)} modules ({', '.join(_kinds(run.adapted))}); "
+        f"{_number(trained)} parameters are trained ({trained / weights:.2%})",
+    )
+    if run.trained:
+        new = f"; new, not in the base: {', '.join(run.fresh)}" if run.fresh else ""
+        line("in full", f"{', '.join(run.trained)}{new}")
+    plan = config.batch_plan(world.world_size)
+    empty = f"; {plan.empty} places of the last micro-batches stay empty" if plan.empty else ""
+    line(
+        "batch",
+        f"{training.global_batch_size} records a step: {_count(world.world_size, 'rank')} x {plan.micro_batch_size} x "
+        f"{_count(plan.accumulation_steps, 'accumulation step')}{empty}",
+    )
+    line("training", _schedule(config, steps, epochs))
+    line("memory", f"{_memory(run.model, world)} a rank, before gathered layers and activations")
+    files = f"{run_folder.LOG} (everything that ranks and libraries print), {run_folder.METRICS}, {run_folder.CONFIG}"
+    line("files", f"{config.checkpoint.run_dir}/: {files}")
+    for text in _notes(config, run):
+        line("note", text)
+    if adapter.init_from:
+        line("note", f"the adapter starts as {adapter.init_from} has it")
+
+
+def closing(run_dir: Path, checkpoint: Path, seconds: float) -> None:
+    """After the last save: what was learnt, where it is, and what to type next."""
+    records = run_folder.metrics(run_dir)
+    if losses := [(record["step"], record["loss"]) for record in records if "loss" in record]:
+        rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+        memory = max(record.get("peak_memory_gb", 0.0) for record in records)
+        speed = f"{sorted(rates)[len(rates) // 2]:,.0f} tokens/s, peak memory {memory:.2f} GB a rank"
+        say()
+        line("finished", f"{losses[-1][0]:,} steps; this start took {duration(seconds)} ({speed})")
+        line("loss", f"training {losses[0][1]:.4f} -> {losses[-1][1]:.4f}{_validation(run_dir, records)}")
+    line("result", f"{checkpoint} (adapter in PEFT's format: {checkpoint / run_folder.ADAPTER})")
+    line("merge", f"dora-dist consolidate {run_dir} --output merged/")
+    line("evaluate", f"dora-dist evaluate {run_dir} --tasks NAME=FILE")
+
+
+def _validation(run_dir: Path, records: list[dict[str, Any]]) -> str:
+    found = [record["eval_loss"] for record in records if "eval_loss" in record]
+    if not found:
+        return ""
+    best = run_folder.best_checkpoint(run_dir)
+    text = f"; validation {found[0]:.4f} -> {found[-1]:.4f}"
+    if best is not None:
+        facts = json.loads((run_dir / run_folder.BEST).read_text())
+        text += f" (best: {best.name}, {', '.join(f'{k} {v:.4f}' for k, v in facts.items() if k != 'checkpoint')})"
+    return text
+
+
+def _method(config: RunConfig) -> str:
+    adapter = config.adapter
+    name = f"{'DoRA' if adapter.weight_decomposed else 'LoRA'}{' with dynamic rank' if adapter.dynamic_rank else ''}"
+    rank = f"r {adapter.start_rank} pruned to {adapter.r} on average" if adapter.dynamic_rank else f"r {adapter.r}"
+    dropout = f", dropout {adapter.dropout:g}" if adapter.dropout else ""
+    return f"{name}, {rank}, alpha {adapter.lora_alpha:g}{dropout}"
+
+
+def _schedule(config: RunConfig, steps: int, epochs: float) -> str:
+    training, checkpoint = config.training, config.checkpoint
+    warmup = training.warmup_steps
+    if warmup is None:
+        warmup = round((training.warmup_ratio or 0) * steps)
+    shape = "constant" if training.schedule == "constant" else f"{training.schedule} decay"
+    parts = [
+        f"{_count(steps, 'step')} ({f'{epochs:,.2f}'.rstrip('0').rstrip('.')} epochs)",
+        f"learning rate {training.learning_rate:g}, {shape} after {_count(warmup, 'warm-up step')}",
+        f"evaluated every {training.eval_every}" if training.eval_every else "",
+        f"saved every {checkpoint.save_every}" if checkpoint.save_every else "saved at the end",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _memory(model: nn.Module, world: World) -> str:
+    """Bytes that a rank holds all the time: its share of the weights, and fp32 copies and moments of what trains."""
+    share = [(-(-full_numel(p) // world.world_size), p) for p in model.parameters()]
+    weights = sum(count * p.element_size() for count, p in share)
+    states = sum(count * 16 for count, p in share if p.requires_grad)  # master, gradient, two moments: 4 bytes each
+    return f"{_size(weights)} of weights + {_size(states)} of optimizer states"
+
+
+def _notes(config: RunConfig, run: AdaptedModel) -> list[str]:
+    path = config.model.path
+    notes = [
+        f"{name} starts from new values: its shape is {there} in {path} and {here} for model.num_labels here"
+        for name, (there, here) in run.resized.items()
+    ]
+    if run.untied:
+        notes.append(f"untied from the weight that they share with others in {path}: {', '.join(run.untied)}")
+    return notes
+
+
+def _kinds(names: list[str]) -> list[str]:
+    """Last parts of the modules' names, the most frequent first."""
+    return [kind for kind, _ in Counter(name.rpartition(".")[2] for name in names).most_common()]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _number(count: int) -> str:
+    for size, unit in ((10**9, "billion"), (10**6, "million")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:,}"
+
+
+def _size(count: float) -> str:
+    size, unit = next((size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")) if count >= size / 10)
+    return f"{count / size:.2f} {unit}"
