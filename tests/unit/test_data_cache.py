@@ -188,7 +188,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, capsys: 
     blocked.write_text("not a folder")
     data = toy.write_records(tmp_path / "data.json", 5)
     assert tokenize(blocked, data, tmp_path / "made").tolist() == list(range(10))
-    assert "data.cache" in capsys.readouterr().out
+    assert "data.cache" in capsys.readouterr().err
 
 
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
