@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from dora_dist import run_folder
+from dora_dist import console, run_folder
 from dora_dist.adapters.peft_config import CONFIG_NAME
 from dora_dist.adapters.peft_format import AdapterLayer, PeftFolder, warn_of_lacking, warn_of_magnitudes
 from dora_dist.base_digest import sampled_digest, warn_of_another_base
@@ -115,7 +114,7 @@ def consolidate(
     odd: dict[str, int] = {}
     with (
         new_folder(output, overwrite) as folder,
-        tqdm(total=total, unit="B", unit_scale=True, desc="consolidating", disable=not progress) as bar,
+        console.progress(total, "consolidating", "B", unit_scale=True, shown=progress) as bar,
     ):
         _copy_companions(base, folder, config, adapter.model_config, dtype, bool(names.parted))
         for shard in shards:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from dora_dist.cli import env, evaluate, models, train
+from dora_dist.cli import env, evaluate, models, train, validate
 from dora_dist.config import RunConfig, check_names
 from dora_dist.console import Lasting, complain, is_first
 from dora_dist.errors import LostRank, Stopped, UserError
@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dora-dist {_version()}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     train.declare_train(commands)
-    train.declare_validate(commands)
+    validate.declare_validate(commands)
     train.declare_schema(commands)
     models.declare_consolidate(commands)
     models.declare_import_gguf(commands)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dora_dist.config.schema import AdapterConfig, RunConfig
+    from dora_dist.config.schema import AdapterConfig, DataConfig, RunConfig
 
 
 def between_fields(config: RunConfig) -> Iterator[str]:
@@ -17,6 +17,7 @@ def between_fields(config: RunConfig) -> Iterator[str]:
     yield from _validation(config)
     yield from _adapter(config.adapter, config.model.task)
     yield from _task(config)
+    yield from _fields_of_other_formats(config.data)
     flash = config.model.attn_implementation == "flash_attention_2"
     if flash and (config.model.dtype == "fp32" or config.engine.accelerator == "cpu"):
         yield (
@@ -95,6 +96,31 @@ def _task(config: RunConfig) -> Iterator[str]:
         yield (
             f"data.doc_stride = {config.data.doc_stride}: must be below half of data.cutoff_len = "
             f"{config.data.cutoff_len}, or windows would hardly move on"
+        )
+
+
+_FORMATS_OF_FIELDS = {
+    "text_fields": ("classification", "summarisation"),
+    "label_field": ("classification", "summarisation"),
+    "target_len": ("summarisation",),
+    "doc_stride": ("squad",),
+    "image_folder": ("llava",),
+    "chat_template": ("llava",),
+}
+
+
+def _fields_of_other_formats(data: DataConfig) -> Iterator[str]:
+    for name, formats in _FORMATS_OF_FIELDS.items():
+        value = getattr(data, name)
+        if data.format in formats or value == type(data).model_fields[name].default:
+            continue
+        if name == "chat_template" and data.format == "messages":
+            if value != "model":
+                yield f'data.chat_template = "{value}": data.format = "messages" takes the tokenizer\'s; give "model"'
+            continue
+        yield (
+            f'data.{name} = {json.dumps(value)}: has no meaning for data.format = "{data.format}", only for '
+            f"{' and '.join(formats)}; take it out, or set data.format"
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -50,6 +51,7 @@ class FieldSpec:
         return f"{self.description} ({'; '.join([*filter(None, map(_range, self.kinds)), default])})"
 
 
+@cache  # every command asks several times, and the schema is made by pydantic each time
 def field_specs(schema: type[BaseModel]) -> dict[str, FieldSpec]:
     """Every field of a schema of sections by dotted name, in order."""
     document = schema.model_json_schema()

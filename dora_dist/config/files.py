@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_dist.config.names import DATA_SUFFIXES, data_set, is_local
+from dora_dist.config.names import DATA_SUFFIXES, PACKED, TABLES, data_set, is_local
 from dora_dist.config.pictures import how_to_get
 from dora_dist.config.source import absence, nearby
 from dora_dist.errors import UserError
@@ -69,12 +70,29 @@ def _data(config: RunConfig) -> Iterator[str]:
             if data.is_here and not data.looks_whole():
                 missing = data.file or f"{', '.join(DATA_SUFFIXES)} file"
                 yield f"{label}: no {missing} in that folder; give a data file, or the folder of a data set"
-        elif not path.exists():
-            yield f"{label}: no such file in {Path.cwd()}{nearby(path)}; give a data file or a hub name"
-        elif path.suffix not in DATA_SUFFIXES:
-            yield f"{label}: unknown kind of file; give {', '.join(DATA_SUFFIXES)}"
-        elif path.stat().st_size == 0:
-            yield f"{label}: the file is empty"
+        elif problem := not_a_data_file(path):
+            yield f"{label}: {problem}"
+
+
+def not_a_data_file(path: Path) -> str | None:
+    """Why no records can be read from a file, and what to do about it; None if they can, as far as its name tells."""
+    give = f"give {', '.join(DATA_SUFFIXES)}"
+    if not path.exists():
+        if path.is_symlink():
+            return f"is a link to {os.readlink(path)}, which leads to no file; give the file itself"
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        return f"no such file{where}{nearby(path)}; give a data file or a hub name"
+    if path.is_dir():
+        return "is a folder; give a data file, or name the folder without that ending"
+    if path.suffix in PACKED:
+        return f"is packed; unpack it, and {give}"
+    if path.suffix in TABLES:
+        return f"unknown kind of file; {give} (pandas reads tables, and writes .jsonl with DataFrame.to_json)"
+    if path.suffix not in DATA_SUFFIXES:
+        return f"unknown kind of file; {give}"
+    if not os.access(path, os.R_OK):
+        return "no permission to read it"
+    return "the file is empty" if path.stat().st_size == 0 else None
 
 
 def _pictures(config: RunConfig) -> Iterator[str]:

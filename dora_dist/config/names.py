@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+TABLES = (".csv", ".tsv", ".xlsx", ".txt")
+PACKED = (".gz", ".zip", ".xz", ".bz2", ".zst", ".tar", ".tgz", ".7z")
+"""Ends of the names of files that hold no records that are read, so that they are not taken for names on the hub."""
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -47,7 +50,7 @@ class DataSet(NamedTuple):
 def data_set(source: str) -> DataSet | None:
     """The data set that a data `source` names; None if the source is a file, be it there or not."""
     repository, _, rest = source.partition(":")
-    a_file = Path(source).is_file() or repository.endswith(DATA_SUFFIXES)
+    a_file = Path(source).is_file() or repository.endswith((*DATA_SUFFIXES, *TABLES, *PACKED))
     if a_file or not (Path(repository).is_dir() or (_HUB_NAME.fullmatch(repository) and repository[0] != ".")):
         return None
     if rest.endswith(DATA_SUFFIXES):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dora_dist import console
 from dora_dist.config.pictures import how_to_get
 from dora_dist.data.cache import cached
 from dora_dist.data.columns import Columns
-from dora_dist.data.conversations import read_conversation, render
-from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, counts_between, encode, held_out
+from dora_dist.data.conversations import MARK, Conversation, read_conversation, render
+from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, counts_between, encode, held_out, pieces
+from dora_dist.data.doubts import Doubts, say
 from dora_dist.data.formats import Rendered
 from dora_dist.data.pictures import PictureProcessor, PictureTokens, missing_pictures
-from dora_dist.data.records import read_records
+from dora_dist.data.preview import Figures, Part, Preview, numbers, share
+from dora_dist.data.records import check_characters, read_records
 from dora_dist.data.strings import pack, unpack
 from dora_dist.errors import UserError
 
@@ -41,6 +45,34 @@ class ConversationStats:
     without_labels: int
     without_picture: int  # left out: a picture of theirs is missing
     cutoff_len: int
+    first_cut: tuple[int, ...] = ()  # records' numbers
+    first_left_out: tuple[int, ...] = ()
+
+    @property
+    def records(self) -> int:
+        return self.samples + self.without_labels + self.without_picture
+
+    @property
+    def cut(self) -> int:
+        return self.truncated
+
+    @property
+    def limit(self) -> str:
+        return f"data.cutoff_len = {self.cutoff_len} tokens"
+
+    def figures(self) -> Figures:
+        """For a table, by row."""
+        return {
+            "records": f"{self.records:,}",
+            "  left out: nothing to learn": f"{self.without_labels:,}",
+            "  left out: a picture is missing": f"{self.without_picture:,}",
+            "samples": f"{self.samples:,}",
+            "  without pictures": f"{self.text_only:,}",
+            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.truncated:,}",
+            "pictures": f"{self.pictures:,}",
+            "tokens, those of pictures included": f"{self.tokens:,}",
+            "  learnt": share(self.label_tokens, self.tokens),
+        }
 
     def __str__(self) -> str:
         missing = f", {self.without_picture:,} for want of a picture" if self.without_picture else ""
@@ -62,12 +94,13 @@ class _Store:
     tokens: Tensor
     labels: Tensor
     starts: Tensor
-    truncated: Tensor
+    lengths: Tensor  # before what exceeds the cutoff is cut
     pictures: Tensor
     paths: Tensor
     path_starts: Tensor
     places: Tensor
     place_starts: Tensor
+    doubts: Tensor
 
     def paths_of(self, sample: int) -> list[str]:
         return unpack(self.paths, self.path_starts, *self.pictures[sample : sample + 2].tolist())
@@ -110,6 +143,28 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "labels": labels.repeat_interleave(repeats).tolist(),
             "pictures": pictures,
         }
+
+    def token_counts(self) -> dict[str, Tensor]:
+        return {"tokens in a record": self._store.lengths[self.index]}
+
+    def preview(self, i: int) -> Preview:
+        """As trained on, but with a single token for each picture."""
+        sample = int(self.index[i])
+        part = slice(self.starts[sample], self.starts[sample + 1])
+        ids, whole = self.tokens[part].tolist(), int(self._store.lengths[sample])
+        learnt = (self.labels[part] != IGNORED).tolist()
+        learnt[0] = False  # nothing predicts it
+        paths = self._store.paths_of(sample)
+        facts = {f"picture {number}": f"{path} ({self.stands.count} tokens)" for number, path in enumerate(paths, 1)}
+        if whole > self.lengths[i]:
+            facts["cut"] = f"after {int(self.lengths[i]):,} of {whole:,} tokens"
+        return Preview(sample + 1, [Part("", ids, learnt)], facts)
+
+    def contents(self) -> Iterator[bytes]:
+        """Each sample, with its pictures' paths, as bytes: two that are equal are one sample."""
+        index = self.index.tolist()
+        for sample, text in zip(index, pieces(self.tokens, self.starts, index), strict=True):
+            yield text + json.dumps(self._store.paths_of(sample)).encode()
 
     def columns(self) -> Columns:
         """Without places: a node may have its files elsewhere. The content of pictures is not looked at."""
@@ -172,10 +227,10 @@ def build_conversations(
     that is no conversation, and where no picture fits data.cutoff_len.
     """
     train = _read(data, "train", processor, progress)
-    count = len(train[0].truncated)
+    count = len(train[0].lengths)
     if data.validation is not None:
         validation = _read(data, "validation", processor, progress)
-        rest, chosen = torch.arange(count), torch.arange(len(validation[0].truncated))
+        rest, chosen = torch.arange(count), torch.arange(len(validation[0].lengths))
     else:
         validation, held = train, torch.zeros(count, dtype=torch.bool)
         held[list(held_out(count, data.validation_samples, seed))] = True
@@ -200,19 +255,19 @@ def _read(data: DataConfig, split: str, processor: PictureProcessor, progress: b
         lambda: vars(_tokenize(sources, split, data, processor, progress)),
     )
     store = _Store(**made)
+    say(f"data.{split}", store.doubts)
     return store, _absent(store, data, processor.reader.folder)
 
 
 def _tokenize(
     sources: Sequence[str], split: str, data: DataConfig, processor: PictureProcessor, progress: bool
 ) -> _Store:
-    from tqdm import tqdm
-
     stands = processor.stands
     rows = list(read_records(sources, {"conversations": list}, split))
-    tokens, labels, starts, truncated = array("i"), array("i"), [0], []
+    tokens, labels, starts, lengths = array("i"), array("i"), [0], []
     pictures, paths, places, named = [0], [], [], 0
-    bar = tqdm(total=len(rows), desc=f"Tokenizing data.{split}", unit=" samples", delay=2.0, disable=not progress)
+    doubts = Doubts(processor.tokenizer, but=stands.token)
+    bar = console.progress(len(rows), f"tokenizing data.{split}", " samples", delay=2.0, leave=False, shown=progress)
     with bar:
         for first in range(0, len(rows), CHUNK):
             chunk = rows[first : first + CHUNK]
@@ -220,10 +275,15 @@ def _tokenize(
             texts = [
                 _render(place, row, data, processor) for place, (_, row) in zip(places[first:], chunk, strict=True)
             ]
-            shown, rendered = zip(*texts, strict=True)
+            conversations, rendered = zip(*texts, strict=True)
+            for place, conversation in zip(places[first:], conversations, strict=True):
+                answers = [text for role, text in conversation.turns if role == "assistant"]
+                said = (text.replace(MARK, "") for _, text in conversation.turns)
+                doubts.look(place, said, empty=not any(map(str.strip, answers)))
+            shown = [conversation.pictures for conversation in conversations]
             for its_paths, (ids, answer) in zip(shown, encode(processor.tokenizer, rendered), strict=True):
                 stop, kept = _fitting(ids, stands, data.cutoff_len)
-                truncated.append(stop < len(ids))
+                lengths.append(len(stands.widened(ids)))
                 paths += its_paths[:kept]
                 pictures.append(len(paths))
                 named += len(its_paths)
@@ -235,22 +295,25 @@ def _tokenize(
     if named and not paths:
         raise UserError(f"data.{split}: {_no_room(stands, data.cutoff_len)}")
     flat_tokens, flat_labels = (torch.frombuffer(flat, dtype=torch.int32) for flat in (tokens, labels))
-    counts = torch.tensor(starts), torch.tensor(truncated), torch.tensor(pictures)
-    return _Store(flat_tokens, flat_labels, *counts, *pack(paths), *pack(places))
+    counts = torch.tensor(starts), torch.tensor(lengths), torch.tensor(pictures)
+    odd = doubts.packed(f"data.{split}", "what gpt says")
+    return _Store(flat_tokens, flat_labels, *counts, *pack(paths), *pack(places), odd)
 
 
 def _render(
     place: str, row: dict[str, Any], data: DataConfig, processor: PictureProcessor
-) -> tuple[tuple[str, ...], Rendered]:
-    """A record's pictures, and its text."""
+) -> tuple[Conversation, Rendered]:
+    """A record's conversation, and its text for the model."""
     stands = processor.stands
     try:
         conversation = read_conversation(row)
         if conversation.pictures and stands.count >= data.cutoff_len:
             raise UserError(_no_room(stands, data.cutoff_len))
-        return conversation.pictures, render(conversation, data.chat_template, processor.tokenizer, stands.token, True)
+        text = render(conversation, data.chat_template, processor.tokenizer, stands.token, True)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
+    check_characters(place, text.text)
+    return conversation, text
 
 
 def _no_room(stands: PictureTokens, cutoff_len: int) -> str:
@@ -310,9 +373,11 @@ def _select(
         text_only=int((~dataset.with_pictures).sum()),
         tokens=int(dataset.lengths.sum()),
         label_tokens=int(counts[kept].sum()),
-        truncated=int(store.truncated[samples].sum()),
+        truncated=int((store.lengths[samples] > data.cutoff_len).sum()),
         without_labels=len(complete) - len(kept),
         without_picture=len(samples) - len(complete),
         cutoff_len=data.cutoff_len,
+        first_cut=numbers(samples[store.lengths[samples] > data.cutoff_len].tolist()),
+        first_left_out=numbers(samples[absent[samples] | (counts[samples] == 0)].tolist()),
     )
     return dataset, stats

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dora_dist import console
 from dora_dist.data.cache import cached
 from dora_dist.data.columns import Columns, token_ids
-from dora_dist.data.formats import FORMATS, Rendered
-from dora_dist.data.records import FIELDS, Record, read_records
+from dora_dist.data.doubts import Doubts, say
+from dora_dist.data.formats import FORMATS, Rendered, check_template, texts_of
+from dora_dist.data.preview import Figures, Part, Preview, numbers, share
+from dora_dist.data.records import ANSWERS, FIELDS, Record, check_characters, read_records
 from dora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +39,31 @@ class TokenizationStats:
     truncated: int  # kept or not
     without_labels: int  # left out: truncation or the data itself left them nothing to learn from
     cutoff_len: int
+    first_cut: tuple[int, ...] = ()  # records' numbers
+    first_left_out: tuple[int, ...] = ()
+
+    @property
+    def records(self) -> int:
+        return self.samples + self.without_labels
+
+    @property
+    def cut(self) -> int:
+        return self.truncated
+
+    @property
+    def limit(self) -> str:
+        return f"data.cutoff_len = {self.cutoff_len} tokens"
+
+    def figures(self) -> Figures:
+        """For a table, by row."""
+        return {
+            "records": f"{self.records:,}",
+            "  left out: nothing to learn": f"{self.without_labels:,}",
+            "samples": f"{self.samples:,}",
+            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.truncated:,}",
+            "tokens": f"{self.tokens:,}",
+            "  learnt": share(self.label_tokens, self.tokens),
+        }
 
     def __str__(self) -> str:
         return (
@@ -48,9 +76,9 @@ class TokenizationStats:
 class TokenizedDataset(Dataset[dict[str, list[int]]]):
     """Some of the samples in flat arrays; item i is {"input_ids", "labels"}, two lists of one length."""
 
-    def __init__(self, tokens: Tensor, labels: Tensor, starts: Tensor, index: Sequence[int]):
-        """tokens, labels: (T,) int32; starts: (n + 1,) int64; index: which of those n are here."""
-        self.tokens, self.labels, self.starts = tokens, labels, starts
+    def __init__(self, store: _Store, index: Sequence[int]):
+        """index: which of the store's samples are here."""
+        self.tokens, self.labels, self.starts, self._lengths = store.tokens, store.labels, store.starts, store.lengths
         self.index = torch.tensor(index, dtype=torch.int64)  # loader processes would copy a list, page by page
 
     def __len__(self) -> int:
@@ -59,6 +87,21 @@ class TokenizedDataset(Dataset[dict[str, list[int]]]):
     def __getitem__(self, i: int) -> dict[str, list[int]]:
         start, stop = self.starts[self.index[i]], self.starts[self.index[i] + 1]
         return {"input_ids": self.tokens[start:stop].tolist(), "labels": self.labels[start:stop].tolist()}
+
+    def token_counts(self) -> dict[str, Tensor]:
+        return {"tokens in a record": self._lengths[self.index]}
+
+    def preview(self, i: int) -> Preview:
+        sample, record = self[i], int(self.index[i])
+        learnt = [label != IGNORED for label in sample["labels"]]
+        learnt[0] = False  # nothing predicts it
+        whole = int(self._lengths[record])
+        cut = {"cut": f"after {len(learnt):,} of {whole:,} tokens"} if whole > len(learnt) else {}
+        return Preview(record + 1, [Part("", sample["input_ids"], learnt)], cut)
+
+    def contents(self) -> Iterator[bytes]:
+        """Each sample as bytes: two that are equal are one sample."""
+        return pieces(self.tokens, self.starts, self.index.tolist())
 
     def columns(self) -> Columns:
         return {"tokens": self.tokens, "labels": self.labels, "starts": self.starts, "index": self.index}
@@ -90,16 +133,18 @@ def build_dataset(
     train when `data.validation` is None. Raises UserError as `load_records` does, and when nothing is left to
     train on.
     """
+    if data.format == "messages":
+        check_template(tokenizer)
     train_sources = [data.train] if isinstance(data.train, str) else data.train
     store = _tokenize(train_sources, "data.train", data, tokenizer, progress)
     if data.validation is not None:
         sources = [data.validation] if isinstance(data.validation, str) else data.validation
         validating = _tokenize(sources, "data.validation", data, tokenizer, progress)
-        validation = _select(validating, range(len(validating.truncated)), "data.validation", data.cutoff_len)
-        train = _select(store, range(len(store.truncated)), "data.train", data.cutoff_len)
+        validation = _select(validating, range(len(validating.lengths)), "data.validation", data.cutoff_len)
+        train = _select(store, range(len(store.lengths)), "data.train", data.cutoff_len)
         return TokenizedData(*train, *validation)
-    chosen = held_out(len(store.truncated), data.validation_samples, seed)
-    rest = [i for i in range(len(store.truncated)) if i not in chosen]
+    chosen = held_out(len(store.lengths), data.validation_samples, seed)
+    rest = [i for i in range(len(store.lengths)) if i not in chosen]
     train = _select(store, rest, "data.train", data.cutoff_len)
     if not chosen:
         return TokenizedData(*train)
@@ -142,7 +187,8 @@ class _Store:
     tokens: Tensor
     labels: Tensor
     starts: Tensor
-    truncated: Tensor
+    lengths: Tensor  # before what exceeds the cutoff is cut
+    doubts: Tensor
 
 
 def _tokenize(
@@ -158,7 +204,10 @@ def _tokenize(
         return vars(_tokenize_anew(sources, field, data, tokenizer, progress))
 
     settings = {name: getattr(data, name) for name in ("format", "loss_on", "cutoff_len")}
-    return _Store(**cached(data.cache, sources, tokenizer, settings, make))
+    settings["sources"] = sources  # doubts name them
+    store = _Store(**cached(data.cache, sources, tokenizer, settings, make))
+    say(field, store.doubts)
+    return store
 
 
 def _tokenize_anew(
@@ -168,32 +217,36 @@ def _tokenize_anew(
     tokenizer: PreTrainedTokenizerFast,
     progress: bool,
 ) -> _Store:
-    from tqdm import tqdm
-
     rows = list(read_records(sources, FIELDS[data.format], field.removeprefix("data.")))
-    tokens, labels, starts, truncated = array("i"), array("i"), [0], []
-    everywhere = data.loss_on == "all"
-    bar = tqdm(total=len(rows), desc=f"Tokenizing {field}", unit=" samples", delay=2.0, disable=not progress)
+    tokens, labels, starts, lengths = array("i"), array("i"), [0], []
+    everywhere, doubts = data.loss_on == "all", Doubts(tokenizer)
+    bar = console.progress(len(rows), f"tokenizing {field}", " samples", delay=2.0, leave=False, shown=progress)
     with bar:
         for first in range(0, len(rows), CHUNK):
             chunk = rows[first : first + CHUNK]
             samples = [_render(place, row, data, tokenizer) for place, row in chunk]
+            for place, row in chunk:
+                asked, answers = texts_of(row, data.format)
+                doubts.look(place, [*asked, *answers], empty=bool(answers) and not any(map(str.strip, answers)))
             for ids, answer in encode(tokenizer, samples):
-                truncated.append(len(ids) > data.cutoff_len)
+                lengths.append(len(ids))
                 ids = ids[: data.cutoff_len]
                 tokens.extend(ids)
                 labels.extend(t if everywhere or a else IGNORED for t, a in zip(ids, answer, strict=False))
                 starts.append(len(tokens))
             bar.update(len(chunk))
+    odd = doubts.packed(field, ANSWERS[data.format], may_be_empty=everywhere and data.format == "completion")
     flat_tokens, flat_labels = (torch.frombuffer(flat, dtype=torch.int32) for flat in (tokens, labels))
-    return _Store(flat_tokens, flat_labels, torch.tensor(starts), torch.tensor(truncated))
+    return _Store(flat_tokens, flat_labels, torch.tensor(starts), torch.tensor(lengths), odd)
 
 
 def _render(place: str, row: Record, data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Rendered:
     try:
-        return FORMATS[data.format](row, tokenizer, data.loss_on == "answer")
+        rendered = FORMATS[data.format](row, tokenizer, data.loss_on == "answer")
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
+    check_characters(place, rendered.text)
+    return rendered
 
 
 def held_out(records: int, wanted: int, seed: int) -> set[int]:
@@ -204,6 +257,12 @@ def held_out(records: int, wanted: int, seed: int) -> set[int]:
             "hold out fewer, or name a file in data.validation"
         )
     return set(torch.randperm(records, generator=torch.Generator().manual_seed(seed))[:wanted].tolist())
+
+
+def pieces(tokens: Tensor, starts: Tensor, samples: Sequence[int]) -> Iterator[bytes]:
+    """The bytes of tokens[starts[i]:starts[i + 1]] for each sample i."""
+    bounds = starts.tolist()
+    return (tokens[bounds[i] : bounds[i + 1]].numpy().tobytes() for i in samples)
 
 
 def counts_between(flags: Tensor, starts: Tensor) -> Tensor:
@@ -221,17 +280,21 @@ def _select(
     counts = counts_between(labelled, store.starts)
     kept = [i for i in samples if counts[i] > 0]
     if not kept:
+        shortest = int(store.lengths[list(samples)].min())
         raise UserError(
             f"none of the {len(samples)} samples of {field} has a token to learn from within "
-            f"data.cutoff_len = {cutoff_len}; raise it, or look at the answers in the data"
+            f"data.cutoff_len = {cutoff_len} (the shortest has {shortest} tokens); raise it, "
+            "or look at the answers in the data"
         )
     lengths = store.starts.diff()
     stats = TokenizationStats(
         samples=len(kept),
         tokens=int(lengths[kept].sum()),
         label_tokens=int(counts[kept].sum()),
-        truncated=int(store.truncated[list(samples)].sum()),
+        truncated=int((store.lengths[list(samples)] > cutoff_len).sum()),
         without_labels=len(samples) - len(kept),
         cutoff_len=cutoff_len,
+        first_cut=numbers(i for i in samples if store.lengths[i] > cutoff_len),
+        first_left_out=numbers(i for i in samples if counts[i] == 0),
     )
-    return TokenizedDataset(store.tokens, store.labels, store.starts, kept), stats
+    return TokenizedDataset(store, kept), stats

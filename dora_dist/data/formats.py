@@ -7,10 +7,13 @@ starts, is decided here and nowhere else.
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dora_dist.data.reading import shown
 from dora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,6 +51,12 @@ ALPACA_PROMPT_WITH_INPUT = (
 )
 
 
+ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
+"""Roles of messages; a chat template may name others."""
+SPEAKERS = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+"""Names of other collections of conversations for these roles."""
+
+
 @dataclass(frozen=True)
 class Rendered:
     """One sample as text.
@@ -78,9 +87,16 @@ def generation_prompt(record: dict[str, Any]) -> str:
 
 
 def _instruction(record: dict[str, Any]) -> str:
-    if record.get("input"):
+    if _input(record):
         raise UserError('the instruction format has no place for a non-empty "input"; use format "alpaca"')
     return record["instruction"]
+
+
+def _input(record: dict[str, Any]) -> str:
+    text = record.get("input")
+    if not isinstance(text, str | None):
+        raise UserError(f'"input" must be a string, found {shown(text)}')
+    return text or ""
 
 
 def _instruction_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
@@ -88,7 +104,7 @@ def _instruction_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFa
 
 
 def _alpaca_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
-    text = record.get("input") or ""
+    text = _input(record)
     template = ALPACA_PROMPT_WITH_INPUT if text else ALPACA_PROMPT
     return answered(template.format(instruction=record["instruction"], input=text), record["output"])
 
@@ -98,12 +114,8 @@ def _completion_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFas
 
 
 def _messages_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
-    if not tokenizer.chat_template:
-        raise UserError(
-            'format "messages" needs a tokenizer with a chat template and this one has none; '
-            'give the tokenizer of an instruction-tuned model, or use format "alpaca"'
-        )
-    _check_messages(record["messages"])
+    check_template(tokenizer)
+    _check_messages(record["messages"], str(tokenizer.chat_template))
     return templated(record["messages"], tokenizer, spans)
 
 
@@ -137,13 +149,43 @@ def templated_prompt(messages: list[dict[str, Any]], tokenizer: PreTrainedTokeni
     return _template(tokenizer, messages, add_generation_prompt=True)
 
 
-def _check_messages(messages: list[Any]) -> None:
+def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise UserError unless the tokenizer has a chat template, and one that is valid Jinja."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            'data.format = "messages": the tokenizer has no chat template; give that of an instruction-tuned model in '
+            "model.tokenizer, put a chat_template.jinja into its folder, or use another format"
+        )
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"model.tokenizer: its chat template is not valid Jinja (line {error.lineno}: {error.message}); correct "
+            "chat_template.jinja, or chat_template in tokenizer_config.json"
+        ) from error
+    except Exception:  # one user's turn may be too little for it; what the records get is said with their place
+        return
+
+
+def _check_messages(messages: list[Any], template: str) -> None:
     if not messages:
         raise UserError('"messages" is empty')
     for turn, message in enumerate(messages, start=1):
-        fields = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None,)
-        if not all(isinstance(field, str) for field in fields):
-            raise UserError(f'message {turn} must be an object with the strings "role" and "content"')
+        if not isinstance(message, dict):
+            raise UserError(f'message {turn} must be an object with "role" and "content", found {shown(message)}')
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                found = "null" if message.get(name, "") is None else shown(message.get(name, "nothing"))
+                raise UserError(f'message {turn} must have a string "{name}", found {found}')
+        role = message["role"]
+        if role not in ROLES and not re.search(rf"['\"]{re.escape(role)}['\"]", template):
+            near = SPEAKERS.get(role.lower()) or next(iter(difflib.get_close_matches(role.lower(), ROLES, n=1)), None)
+            raise UserError(
+                f'message {turn} has the role "{role}", which is none of {", ".join(ROLES)}, and which the chat '
+                "template does not name" + (f' (did you mean "{near}"?)' if near else "")
+            )
 
 
 def _template(
@@ -153,7 +195,8 @@ def _template(
 
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError) as error:  # such as text + list, where it knows no typed parts
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # What it raises itself, or what is wrong in it: such as text + list, where it knows no typed parts.
         raise UserError(f"the tokenizer's chat template refuses these messages: {error}") from error
     return str(text)
 
@@ -167,6 +210,17 @@ FORMATS: dict[str, Format] = {
 }
 ANSWER_FIELDS = {"instruction": "output", "alpaca": "output", "completion": "completion"}
 """Where a record of each single-answer format holds its answer."""
+_PROMPT_FIELDS = {"instruction": ("instruction",), "alpaca": ("instruction", "input"), "completion": ("prompt",)}
+
+
+def texts_of(record: dict[str, Any], format: str) -> tuple[list[str], list[str]]:
+    """What a record that its format has accepted asks, and what it answers: the texts of its own alone."""
+    if format == "messages":
+        sides: tuple[list[str], list[str]] = ([], [])
+        for message in record["messages"]:
+            sides[message["role"] == "assistant"].append(message["content"])
+        return sides
+    return [record.get(field) or "" for field in _PROMPT_FIELDS[format]], [record[ANSWER_FIELDS[format]]]
 
 
 def candidate(record: dict[str, Any], format: str, answer: str, tokenizer: PreTrainedTokenizerFast) -> Rendered:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dora_dist import console
+from dora_dist.console import warn
 from dora_dist.data.collate import WithFiller
 from dora_dist.data.columns import Columns
-from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, held_out
+from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, held_out, pieces
+from dora_dist.data.doubts import Doubts, say
+from dora_dist.data.preview import Figures, Part, Preview, numbers, share
 from dora_dist.data.records import read_records
 from dora_dist.data.sampler import FILLER
 from dora_dist.errors import UserError
@@ -25,6 +30,9 @@ if TYPE_CHECKING:
     from dora_dist.config import DataConfig
 
 
+_MOST_LABELS = 10  # that are named
+
+
 @dataclass(frozen=True)
 class LabelledStats:
     """What became of one set's records: counts of samples and of tokens."""
@@ -33,6 +41,30 @@ class LabelledStats:
     tokens: int
     truncated: int
     cutoff_len: int
+    labels: Mapping[str, str] = field(default_factory=dict)  # which there are, and how often
+    first_cut: tuple[int, ...] = ()  # records' numbers
+    first_left_out: tuple[int, ...] = ()  # none ever
+
+    @property
+    def records(self) -> int:
+        return self.samples
+
+    @property
+    def cut(self) -> int:
+        return self.truncated
+
+    @property
+    def limit(self) -> str:
+        return f"data.cutoff_len = {self.cutoff_len} tokens"
+
+    def figures(self) -> Figures:
+        """For a table, by row."""
+        return {
+            "samples": f"{self.samples:,}",
+            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.truncated:,}",
+            "tokens": f"{self.tokens:,}",
+            **self.labels,
+        }
 
     def __str__(self) -> str:
         return f"{self.samples:,} samples, {self.tokens:,} tokens; {self.truncated:,} cut at {self.cutoff_len} tokens"
@@ -57,6 +89,19 @@ class LabelledDataset(Dataset[dict[str, Any]]):
             "token_type_ids": self.segments[part].tolist(),
             "label": self.labels[sample].tolist(),
         }
+
+    def token_counts(self) -> dict[str, Tensor]:
+        """After cutting."""
+        return {"tokens in a sample": self.starts.diff()[list(self.index)]}
+
+    def preview(self, i: int) -> Preview:
+        ids = self[i]["input_ids"]
+        label = self.labels[self.index[i]].item()
+        return Preview(self.index[i] + 1, [Part("", ids, [False] * len(ids))], {"label": f"{label:g} (learnt)"})
+
+    def contents(self) -> Iterator[bytes]:
+        """Each sample's texts as bytes: two that are equal are one sample."""
+        return pieces(self.tokens, self.starts, self.index)
 
     def columns(self) -> Columns:
         return {
@@ -90,11 +135,14 @@ def build_labelled(
     if data.validation is not None:
         validation = _read(data, "validation", tokenizer, num_labels, progress)
         everything = (range(len(store.labels)) for store in (train, validation))
-        return TokenizedData(*_select(train, next(everything), data), *_select(validation, next(everything), data))
+        return TokenizedData(
+            *_select(train, next(everything), data, num_labels),
+            *_select(validation, next(everything), data, num_labels),
+        )
     chosen = held_out(len(train.labels), data.validation_samples, seed)
     rest = [i for i in range(len(train.labels)) if i not in chosen]
-    validating = _select(train, sorted(chosen), data) if chosen else ()
-    return TokenizedData(*_select(train, rest, data), *validating)
+    validating = _select(train, sorted(chosen), data, num_labels) if chosen else ()
+    return TokenizedData(*_select(train, rest, data, num_labels), *validating)
 
 
 @dataclass(frozen=True)
@@ -107,16 +155,21 @@ class _Store:
 
 
 def _read(data: DataConfig, split: str, tokenizer: PreTrainedTokenizerFast, num_labels: int, progress: bool) -> _Store:
-    from tqdm import tqdm
-
     named = getattr(data, split)
     sources = [named] if isinstance(named, str) else named
     fields = {**dict.fromkeys(data.text_fields, str), data.label_field: object}
-    rows = list(read_records(sources, fields, split))
+    named_by = {**dict.fromkeys(data.text_fields, "data.text_fields"), data.label_field: "data.label_field"}
+    rows = list(read_records(sources, fields, split, named_by=named_by))
     labels = [_label(place, data.label_field, row[data.label_field], num_labels) for place, row in rows]
+    _warn_of_labels(f"data.{split}", data.label_field, labels, num_labels)
+    doubts = Doubts(tokenizer)
+    for place, row in rows:
+        texts = [row[field] for field in data.text_fields]
+        doubts.look(place, texts, empty=not any(map(str.strip, texts)))
+    say(f"data.{split}", doubts.packed(f"data.{split}", "the text"))
     tokens, segments, starts, truncated = array("i"), array("i"), [0], []
-    with tqdm(
-        total=len(rows), desc=f"Tokenizing data.{split}", unit=" samples", delay=2.0, disable=not progress
+    with console.progress(
+        len(rows), f"tokenizing data.{split}", " samples", delay=2.0, leave=False, shown=progress
     ) as bar:
         for first in range(0, len(rows), CHUNK):
             chunk = [row for _, row in rows[first : first + CHUNK]]
@@ -153,14 +206,35 @@ def _label(place: str, field: str, value: Any, num_labels: int) -> float:
     )
 
 
-def _select(store: _Store, samples: Sequence[int], data: DataConfig) -> tuple[LabelledDataset, LabelledStats]:
+def _warn_of_labels(field: str, name: str, labels: Sequence[float], num_labels: int) -> None:
+    there = set(labels)
+    if len(there) == 1 and len(labels) > 1:
+        warn(f'{field}: "{name}" is {labels[0]:g} in all {len(labels):,} records; nothing tells labels apart there')
+    elif num_labels > 1 and (never := [str(label) for label in range(num_labels) if label not in there]):
+        shown = ", ".join([*never[:8], *["..."][: len(never) > 8]])
+        warn(f'{field}: "{name}" is never {shown}; model.num_labels = {num_labels} counts labels from 0')
+
+
+def _select(
+    store: _Store, samples: Sequence[int], data: DataConfig, num_labels: int
+) -> tuple[LabelledDataset, LabelledStats]:
     stats = LabelledStats(
         samples=len(samples),
         tokens=int(store.starts.diff()[list(samples)].sum()),
         truncated=sum(store.truncated[i] for i in samples),
         cutoff_len=data.cutoff_len,
+        labels=_figures_of_labels(store.labels[list(samples)], num_labels),
+        first_cut=numbers(i for i in samples if store.truncated[i]),
     )
     return LabelledDataset(store.tokens, store.segments, store.starts, store.labels, samples), stats
+
+
+def _figures_of_labels(labels: Tensor, num_labels: int) -> Figures:
+    if num_labels == 1:
+        lowest, highest = labels.aminmax()
+        return {"ratings": f"{lowest:g} to {highest:g}", "  mean": f"{labels.mean():.3g}"}
+    found = Counter(labels.long().tolist())
+    return {f"  label {label}": share(found[label], len(labels)) for label in range(min(num_labels, _MOST_LABELS))}
 
 
 class WithLabelledFiller(WithFiller):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dora_dist.config.names import DATA_SUFFIXES as SUFFIXES
+from dora_dist.config.files import not_a_data_file
 from dora_dist.config.names import data_set
+from dora_dist.data.reading import read_rows, shown
 from dora_dist.data.repository import data_files
 from dora_dist.errors import UserError
 
 Record = dict[str, Any]
+_MOST_SHOWN = 8  # fields of a record that a message lists
 
 # For each format, the fields a record must have and the type of each.
 FIELDS: dict[str, dict[str, type]] = {
@@ -23,6 +24,13 @@ FIELDS: dict[str, dict[str, type]] = {
     "completion": {"prompt": str, "completion": str},
     "messages": {"messages": list},
 }
+ANSWERS = {
+    "instruction": '"output"',
+    "alpaca": '"output"',
+    "completion": '"completion"',
+    "messages": "the text of the assistant",
+}
+"""Words for what is learnt from the records of each."""
 TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
 
 
@@ -36,40 +44,73 @@ def load_records(sources: Sequence[str | Path], format: str) -> list[Record]:
         format: a name in FIELDS.
 
     Raises UserError, naming the source and the line or the record (both counted from 1), for a missing or
-    empty file, malformed JSON, something that is not a record, or a record that lacks a needed field.
+    empty file, malformed JSON, something that is not a record, a key that a record has twice, and a record that lacks
+    a needed field or has something else there.
     """
     return [record for _, record in read_records(sources, FIELDS[format])]
 
 
 def read_records(
-    sources: Sequence[str | Path], fields: Mapping[str, type], split: str = "train"
+    sources: Sequence[str | Path],
+    fields: Mapping[str, type],
+    split: str = "train",
+    *,
+    named_by: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, Record]]:
     """As `load_records`, with each record's place for messages: ("train.jsonl, line 7", {...}).
 
-    `split` is taken of hub data sets whose name says none.
+    split: taken of hub data sets whose name says none. named_by: the fields of the configuration that name `fields`.
     """
     for source in sources:
         count = 0
         for place, record in _read(str(source), split):
-            _check_fields(place, record, fields)
+            _check_fields(place, record, fields, named_by or {})
             yield place, record
             count += 1
         if count == 0:
             raise UserError(f"{source} holds no records")
 
 
-def _check_fields(place: str, record: Any, fields: Mapping[str, type]) -> None:
+def _check_fields(place: str, record: Any, fields: Mapping[str, type], named_by: Mapping[str, str]) -> None:
     needed = ", ".join(f'"{name}"' for name in fields)
     if not isinstance(record, dict):
         expected = f"an object with {needed}" if needed else "an object"
-        raise UserError(f"{place}: expected {expected}, found {_shown(record)}")
+        raise UserError(f"{place}: expected {expected}, found {shown(record)}")
     for name, kind in fields.items():
-        if record.get(name) is None:
-            near = difflib.get_close_matches(name, record, n=1)
-            hint = f' (did you mean to rename "{near[0]}"?)' if near else ""
-            raise UserError(f'{place} has no "{name}"; this format needs {needed}{hint}')
-        if not isinstance(record[name], kind):
-            raise UserError(f'{place}: "{name}" must be {TYPE_NAMES[kind]}, found {_shown(record[name])}')
+        if name not in record:
+            raise UserError(f'{place} has no "{name}"; this format needs {needed}{_instead(name, record, named_by)}')
+        value = record[name]
+        if value is None:
+            raise UserError(f'{place}: "{name}" is null; this format needs {needed}')
+        if not isinstance(value, kind):
+            raise UserError(f'{place}: "{name}" must be {TYPE_NAMES[kind]}, found {shown(value)}')
+        if isinstance(value, str):
+            check_characters(f'{place}: "{name}"', value)
+
+
+def _instead(name: str, record: Record, named_by: Mapping[str, str]) -> str:
+    """What a record may have in the place of a field that it lacks."""
+    near = difflib.get_close_matches(name, record, n=1)
+    there = ", ".join(f'"{field}"' for field in list(record)[:_MOST_SHOWN]) or "no fields at all"
+    if name in named_by:
+        field = named_by[name]
+        return f"; it has {there}: set {field}" + (f' (did you mean "{near[0]}"?)' if near else "")
+    return f' (did you mean to rename "{near[0]}"?)' if near else f"; it has {there}"
+
+
+def check_characters(label: str, text: str) -> None:
+    """Raise UserError, which begins with `label`, for a text that holds half a character, as JSON escapes can."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        escape = f"\\u{ord(text[error.start]):04x}"
+        before = shown(text[: error.start][-20:])
+        raise UserError(
+            f"{label} holds half a character ({escape} without its other half, after {before}); write the "
+            "whole character, or take it out"
+        ) from error
 
 
 def local_file(source: str) -> Path | None:
@@ -77,8 +118,8 @@ def local_file(source: str) -> Path | None:
     path = Path(source)
     if data_set(source) is not None:
         return None
-    if not path.exists():
-        raise UserError(f"data file {source} does not exist{_near(path)}")
+    if problem := not_a_data_file(path):
+        raise UserError(f"data file {source}: {problem}")
     return path
 
 
@@ -87,65 +128,4 @@ def _read(source: str, split: str) -> Iterator[tuple[str, Any]]:
     if path is None:
         assert data is not None
         return chain.from_iterable(_read(str(file), split) for file in data_files(data, split))
-    if path.suffix == ".jsonl":
-        return _read_lines(path)
-    if path.suffix == ".json":
-        return _numbered(source, _read_json(path))
-    if path.suffix == ".parquet":
-        return _numbered(source, _parquet_rows(path))
-    raise UserError(f"{source}: unknown kind of data file; give {', '.join(SUFFIXES)}")
-
-
-def _numbered(source: str, rows: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"{source}, record {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                yield place, json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
-                raise UserError(f"{place} is not JSON: {error}") from error
-
-
-def _read_json(path: Path) -> list[Any]:
-    text = path.read_bytes()
-    if not text.strip():
-        raise UserError(f"{path} is empty")
-    try:
-        rows = json.loads(text.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        one_a_line = error.msg == "Extra data" and error.lineno > 1
-        hint = "; one record a line belongs in a file named .jsonl" if one_a_line else ""
-        raise UserError(f"{path}, line {error.lineno} is not JSON: {error}{hint}") from error
-    except UnicodeDecodeError as error:
-        line = text.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line} is not UTF-8 text: {error}") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected one list of records, found {_shown(rows)}")
-    return rows
-
-
-def _parquet_rows(path: Path) -> list[Any]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
-
-
-def _near(path: Path) -> str:
-    neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, neighbours, n=1)
-    return f"; did you mean {path.with_name(near[0])}?" if near else ""
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return read_rows(path, source)

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from dora_dist import console
+from dora_dist.console import warn
 from dora_dist.data.columns import Columns
 from dora_dist.data.dataset import CHUNK, TokenizedData, held_out
+from dora_dist.data.doubts import Doubts, say
 from dora_dist.data.labelled import LabelledDataset, LabelledStats
+from dora_dist.data.preview import Figures, Part, Preview
+from dora_dist.data.reading import shown
 from dora_dist.data.records import read_records
 from dora_dist.errors import UserError
 from dora_dist.evaluation.squad import Question, Window
@@ -22,6 +29,22 @@ if TYPE_CHECKING:
     from dora_dist.config import DataConfig
 
 FIELDS: dict[str, type] = {"question": str, "context": str, "answers": dict}
+
+
+@dataclass(frozen=True)
+class SpanStats(LabelledStats):
+    """What became of one set's questions; `truncated` counts the windows that were added, which lose nothing."""
+
+    @property
+    def cut(self) -> int:
+        return 0
+
+    def figures(self) -> Figures:
+        return {
+            "questions": f"{self.samples - self.truncated:,}",
+            f"windows of cutoff_len = {self.cutoff_len}": f"{self.samples:,}",
+            "tokens": f"{self.tokens:,}",
+        }
 
 
 class SpanDataset(LabelledDataset):
@@ -36,6 +59,17 @@ class SpanDataset(LabelledDataset):
         part = SpanDataset(self.tokens, self.segments, self.starts, self.labels, self.index[: len(windows)])
         part.questions, part.windows = self.questions[:count], windows
         return part
+
+    def token_counts(self) -> dict[str, Tensor]:
+        return {"tokens in a window": self.starts.diff()[list(self.index)]}
+
+    def preview(self, i: int) -> Preview:
+        sample, question = self[i], self.windows[i].question
+        first, last = map(int, sample["label"])
+        learnt = [first <= token <= last and last > 0 for token in range(len(sample["input_ids"]))]
+        answers = self.questions[question].answers
+        found = "marked" if last > 0 else "not in this window" if answers else "none"
+        return Preview(question + 1, [Part("", sample["input_ids"], learnt)], {"answer": found})
 
     def columns(self) -> Columns:
         answers = (json.dumps(question.answers) for question in self.questions)
@@ -56,9 +90,9 @@ def build_spans(
         raise UserError(
             f"data.cutoff_len = {data.cutoff_len}: the model takes {tokenizer.model_max_length} tokens at most"
         )
-    train = _read(data, "train")
+    train = _read(data, "train", tokenizer)
     if data.validation is not None:
-        validation = _read(data, "validation")
+        validation = _read(data, "validation", tokenizer)
     else:
         chosen = held_out(len(train), data.validation_samples, seed)
         validation = [train[i] for i in sorted(chosen)]
@@ -67,18 +101,34 @@ def build_spans(
     return TokenizedData(*_windows(train, data, tokenizer, "train", progress), *validating)
 
 
-def _read(data: DataConfig, split: str) -> list[dict[str, Any]]:
-    named = getattr(data, split)
-    records = []
+def _read(data: DataConfig, split: str, tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
+    named, field = getattr(data, split), f"data.{split}"
+    records, doubts, answered = [], Doubts(tokenizer), 0
     for place, row in read_records([named] if isinstance(named, str) else named, FIELDS, split):
-        texts, starts = (row["answers"].get(key) for key in ("text", "answer_start"))
-        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-            raise UserError(f'{place}: "answers" must be {{"text": [...], "answer_start": [...]}}, lists of one length')
-        for text, start in zip(texts, starts, strict=True):
-            if row["context"][start : start + len(text)] != text:
-                raise UserError(f'{place}: the answer {text!r} is not at character {start} of "context"')
+        answered += bool(_check_answers(place, row))
+        doubts.look(place, [row["question"], row["context"]], empty=not row["question"].strip())
         records.append(row)
+    say(field, doubts.packed(field, '"question"'))
+    if not answered:
+        warn(f"{field}: none of its {len(records):,} questions has an answer (a test split hides them)")
     return records
+
+
+def _check_answers(place: str, row: dict[str, Any]) -> list[str]:
+    """The texts of a question's answers. Raises UserError unless each is in the context where it says."""
+    texts, starts = (row["answers"].get(key) for key in ("text", "answer_start"))
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        raise UserError(f'{place}: "answers" must be {{"text": [...], "answer_start": [...]}}, lists of one length')
+    for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or not text:
+            raise UserError(f'{place}: "text" of "answers" holds {shown(text)}, and must hold words of "context"')
+        if not isinstance(start, int) or isinstance(start, bool) or start < 0:
+            raise UserError(f'{place}: "answer_start" holds {shown(start)}, and must hold whole numbers from 0')
+        if row["context"][start : start + len(text)] != text:
+            at = row["context"].find(text)
+            hint = f"it is at {at}" if at >= 0 else "it is nowhere in it"
+            raise UserError(f'{place}: the answer {text!r} is not at character {start} of "context" ({hint})')
+    return texts
 
 
 def _windows(
@@ -88,11 +138,11 @@ def _windows(
     split: str,
     progress: bool,
 ) -> tuple[SpanDataset, LabelledStats]:
-    from tqdm import tqdm
-
     tokens, segments, starts, labels = array("i"), array("i"), [0], []
     windows = []
-    bar = tqdm(total=len(records), desc=f"Tokenizing data.{split}", unit=" questions", delay=2.0, disable=not progress)
+    bar = console.progress(
+        len(records), f"tokenizing data.{split}", " questions", delay=2.0, leave=False, shown=progress
+    )
     with bar:
         for first in range(0, len(records), CHUNK):
             chunk = records[first : first + CHUNK]
@@ -115,7 +165,7 @@ def _windows(
     dataset.questions = [Question(row["context"], tuple(row["answers"]["text"])) for row in records]
     dataset.windows = windows
     cut = len(windows) - len(records)
-    return dataset, LabelledStats(len(windows), len(tokens), cut, data.cutoff_len)
+    return dataset, SpanStats(len(windows), len(tokens), cut, data.cutoff_len)
 
 
 def _encode(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dora_dist import console
 from dora_dist.data.columns import Columns
-from dora_dist.data.dataset import CHUNK, TokenizedData, held_out
+from dora_dist.data.dataset import CHUNK, TokenizedData, held_out, pieces
+from dora_dist.data.doubts import Doubts, say
+from dora_dist.data.preview import Figures, Part, Preview, numbers
 from dora_dist.data.records import read_records
 from dora_dist.errors import UserError
 
@@ -33,6 +36,30 @@ class SummaryStats:
     cut_summaries: int
     cutoff_len: int
     target_len: int
+    first_cut: tuple[int, ...] = ()  # records' numbers
+    first_left_out: tuple[int, ...] = ()  # none ever
+
+    @property
+    def records(self) -> int:
+        return self.samples
+
+    @property
+    def cut(self) -> int:
+        return self.cut_summaries
+
+    @property
+    def limit(self) -> str:
+        return f"data.target_len = {self.target_len} tokens"
+
+    def figures(self) -> Figures:
+        """For a table, by row."""
+        return {
+            "samples": f"{self.samples:,}",
+            "tokens of documents": f"{self.tokens:,}",
+            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.cut_documents:,}",
+            "tokens of summaries (learnt)": f"{self.label_tokens:,}",
+            f"  cut at target_len = {self.target_len}": f"{self.cut_summaries:,}",
+        }
 
     def __str__(self) -> str:
         return (
@@ -68,6 +95,25 @@ class SummaryDataset(Dataset[dict[str, list[int]]]):
     def __getitem__(self, i: int) -> dict[str, list[int]]:
         sample = self.index[i]
         return {"input_ids": self._documents[sample], "labels": self._summaries[sample]}
+
+    def token_counts(self) -> dict[str, Tensor]:
+        """After cutting."""
+        sides = {"tokens in a document": self._documents, "tokens in a summary": self._summaries}
+        return {name: texts.starts.diff()[list(self.index)] for name, texts in sides.items()}
+
+    def preview(self, i: int) -> Preview:
+        sample, record = self[i], self.index[i]
+        parts = [
+            Part("document", sample["input_ids"], [False] * len(sample["input_ids"])),
+            Part("summary", sample["labels"], [True] * len(sample["labels"])),
+        ]
+        sides = {"document": self._documents, "summary": self._summaries}
+        cut = [name for name, texts in sides.items() if texts.cut[record]]
+        return Preview(record + 1, parts, {"cut": " and ".join(cut)} if cut else {})
+
+    def contents(self) -> Iterator[bytes]:
+        """Each document as bytes: two that are equal are one sample."""
+        return pieces(self._documents.tokens, self._documents.starts, self.index)
 
     def columns(self) -> Columns:
         return {
@@ -117,15 +163,19 @@ def _read(
     data: DataConfig, split: str, tokenizer: PreTrainedTokenizerFast, progress: bool
 ) -> tuple[_Texts, _Texts, list[str]]:
     """Documents, summaries, and the summaries' texts."""
-    from tqdm import tqdm
-
     named, [document] = getattr(data, split), data.text_fields
     fields = {document: str, data.label_field: str}
-    rows = [row for _, row in read_records([named] if isinstance(named, str) else named, fields, split)]
+    named_by = {document: "data.text_fields", data.label_field: "data.label_field"}
+    rows, doubts = [], Doubts(tokenizer)
+    for place, row in read_records([named] if isinstance(named, str) else named, fields, split, named_by=named_by):
+        texts = [row[field] for field in fields]
+        doubts.look(place, texts, empty=not all(map(str.strip, texts)))
+        rows.append(row)
+    say(f"data.{split}", doubts.packed(f"data.{split}", f'"{document}" or "{data.label_field}"'))
     references = [row[data.label_field] for row in rows]
     documents = [row[document] for row in rows]
     total = len(documents) + len(references)
-    with tqdm(total=total, desc=f"Tokenizing data.{split}", unit=" texts", delay=2.0, disable=not progress) as bar:
+    with console.progress(total, f"tokenizing data.{split}", " texts", delay=2.0, leave=False, shown=progress) as bar:
         return (
             _tokenize(tokenizer, "text", documents, data.cutoff_len, bar),
             _tokenize(tokenizer, "text_target", references, data.target_len, bar),
@@ -157,5 +207,6 @@ def _select(
         cut_summaries=sum(summaries.cut[i] for i in samples),
         cutoff_len=data.cutoff_len,
         target_len=data.target_len,
+        first_cut=numbers(i for i in samples if summaries.cut[i]),
     )
     return SummaryDataset(documents, summaries, references, samples), stats

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_dist import console
 from dora_dist.config import RunConfig
 from dora_dist.config.conflicts import FORMATS_OF_TASKS
 
@@ -79,7 +80,6 @@ def score_records(
     `name` is what the progress bar says; `limit`: only so many records, the first.
     """
     import torch
-    from tqdm import tqdm
 
     from dora_dist.data import EpochBatches, EpochDataLoader, build_data
     from dora_dist.training.objectives import objective
@@ -93,7 +93,7 @@ def score_records(
     device = next(model.parameters()).device
 
     def batches() -> Iterator[dict[str, Any]]:
-        for batch in tqdm(loader, desc=name, unit="batch", disable=not progress):
+        for batch in console.bars()(loader, desc=name, unit="batch", disable=not progress):
             yield {key: values.to(device) for key, values in batch.items()}
 
     with torch.no_grad():

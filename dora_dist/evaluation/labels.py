@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dora_dist import console
 from dora_dist.data.formats import Rendered, candidate, generation_prompt
 from dora_dist.data.records import Record
 from dora_dist.errors import UserError
@@ -65,12 +66,10 @@ def score_task(
     if not records:
         raise UserError(f'task "{task}" has no records to score')
 
-    from tqdm import tqdm
-
     from dora_dist.evaluation.generation import generate_texts
     from dora_dist.evaluation.likelihood import candidate_log_probs
 
-    bar = tqdm(total=len(records), desc=f"{task} ({mode})", unit=" questions", disable=not progress)
+    bar = console.progress(len(records), f"{task} ({mode})", " questions", shown=progress)
     was_training = model.training
     model.eval()
     predictions: list[str | None]

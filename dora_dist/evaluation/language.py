@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from dora_dist import console
 from dora_dist.console import note
 from dora_dist.data.records import FIELDS, Record, read_records
 from dora_dist.errors import UserError
@@ -192,7 +191,7 @@ class FreeAnswers:
     def score(self, model: PreTrainedModel, progress: bool) -> dict[str, Any]:
         """The task's row of the result."""
         asking, total = self._asking, len(self._exchanges)
-        with tqdm(total=total, desc=f"{self._task} ({asking.mode})", unit=" records", disable=not progress) as bar:
+        with console.progress(total, f"{self._task} ({asking.mode})", " records", shown=progress) as bar:
             scores = score_answers(
                 model,
                 self._tokenizer,

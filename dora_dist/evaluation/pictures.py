@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
+from dora_dist import console
 from dora_dist.config import DataConfig, RunConfig
 from dora_dist.data.conversations import Conversation, render, render_question
 from dora_dist.data.pictures import PictureProcessor, missing_pictures
@@ -74,7 +74,7 @@ def evaluate_pictures(
     loaded, results = time.perf_counter(), {}
     for name, questions in asked.items():
         began = time.perf_counter()
-        with tqdm(total=len(questions), desc=f"{name} ({mode})", unit=" questions", disable=not progress) as bar:
+        with console.progress(len(questions), f"{name} ({mode})", " questions", shown=progress) as bar:
             answers = answer(model, processor, questions, advance=bar.update)
         results[name] = {"file": str(tasks[name]), **_scores(questions, answers, format)}
         results[name] |= {"seconds": round(time.perf_counter() - began, 3)}
@@ -97,8 +97,12 @@ def _data(path: str, tasks: Mapping[str, Any], run: Mapping[str, Any], fields: M
     image_folder is None where nothing says it, as it may be where no question has a picture.
     """
     known = {name: value for name, value in run.items() if name in PICTURE_FIELDS}
-    data = {"train": [str(file) for file in tasks.values()], **known, **fields}
-    return RunConfig.from_dict({"model": {"path": path}, "data": data}, origin="the evaluation").data
+    data = {"train": [str(file) for file in tasks.values()], **known, **fields, "format": "llava", "loss_on": "answer"}
+    unset = data.get("image_folder") is None
+    model = {"path": path, "task": "image_text_to_text"}
+    raw = {"model": model, "data": {**data, "image_folder": "."} if unset else data}
+    found = RunConfig.from_dict(raw, origin="the evaluation").data
+    return found.model_copy(update={"image_folder": None}) if unset else found
 
 
 def _processor(

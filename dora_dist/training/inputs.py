@@ -1,9 +1,13 @@
 """What a run reads, on this node: the hub names in its configuration become folders and files."""
 
+from __future__ import annotations
+
 import json
 import shlex
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dora_dist.config import RunConfig, is_local
 from dora_dist.config.names import data_set
@@ -12,8 +16,41 @@ from dora_dist.distributed import World, together
 from dora_dist.errors import UserError
 from dora_dist.hub import CODE, TEXTS, NotReached, Repository, by_hand, wanted
 
+if TYPE_CHECKING:
+    from dora_dist.data import TokenizedData
+
 _SPLITS = ("train", "validation")
 _LONGEST_DOWNLOAD = timedelta(days=1)
+
+
+def read_data(config: RunConfig, base: Path, *, progress: bool) -> tuple[Any, TokenizedData]:
+    """The tokenizer (or picture processor) and the data of a run whose names are `fetched`. Raises UserError."""
+    from dora_dist.data import build_data
+    from dora_dist.models.processor import load_processor
+    from dora_dist.models.tasks import GENERATIVE, IMAGE_TEXT
+    from dora_dist.models.tokenizer import load_tokenizer
+
+    model = config.model
+    if model.task == IMAGE_TEXT:
+        tokenizer: Any = load_processor(base, config.data, model.tokenizer)
+    else:
+        tokenizer = load_tokenizer(
+            model.tokenizer or str(base),
+            trust_remote_code=model.trust_remote_code,
+            generative=model.task in GENERATIVE,
+        )
+    data = build_data(config, tokenizer, progress=progress)
+    if config.training.eval_every and data.validation is None:
+        raise UserError(
+            f"training.eval_every = {config.training.eval_every}: there is nothing to evaluate on; set "
+            "data.validation or data.validation_samples"
+        )
+    return tokenizer, data
+
+
+def fetched_for_data(config: RunConfig) -> RunConfig:
+    """As `fetched`, for a process that only reads the data: of the model no weights are fetched."""
+    return _placed(config, weights=False)
 
 
 def fetched(config: RunConfig, world: World) -> RunConfig:
@@ -33,12 +70,12 @@ def fetched(config: RunConfig, world: World) -> RunConfig:
     raise AssertionError("unreachable: together() raises or passes on")
 
 
-def _placed(config: RunConfig, local_only: bool = False) -> RunConfig:
+def _placed(config: RunConfig, local_only: bool = False, weights: bool = True) -> RunConfig:
     model, data = config.model, config.data
     try:
         places = {
             repository.field.removeprefix("model."): str(repository.fetch(local_only))
-            for repository in _repositories(config)
+            for repository in _repositories(config, weights)
             if repository.kind == "model"
         }
         sources = {
@@ -59,13 +96,14 @@ def _files(source: str, split: str, local_only: bool) -> list[str]:
     return [str(file) for file in data_files(named, split, field=f"data.{split}", local_only=local_only)]
 
 
-def _repositories(config: RunConfig) -> Iterator[Repository]:
-    """Everything on the hub that the run names."""
+def _repositories(config: RunConfig, weights: bool = True) -> Iterator[Repository]:
+    """Everything on the hub that the run names, the model's weights if they are wanted."""
     model = config.model
+    texts = (*TEXTS, *CODE) if model.trust_remote_code else TEXTS
     if not is_local(model.path):
-        yield Repository(model.path, revision=model.revision, patterns=wanted(model.trust_remote_code))
+        patterns = wanted(model.trust_remote_code) if weights else texts
+        yield Repository(model.path, revision=model.revision, patterns=patterns)
     if model.tokenizer is not None and not is_local(model.tokenizer):
-        texts = (*TEXTS, *CODE) if model.trust_remote_code else TEXTS
         yield Repository(model.tokenizer, patterns=texts, field="model.tokenizer")
     for split in _SPLITS:
         for source in _listed(getattr(config.data, split)):

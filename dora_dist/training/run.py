@@ -259,28 +259,11 @@ def pruning_budget(config: RunConfig, steps: int) -> Budget | None:
 
 
 def _data(config: RunConfig, base: Path, world: World) -> tuple[Any, Any]:
-    from dora_dist.data import build_data
-    from dora_dist.models.processor import load_processor
-    from dora_dist.models.tasks import GENERATIVE, IMAGE_TEXT
-    from dora_dist.models.tokenizer import load_tokenizer
     from dora_dist.training.blocks import about_data
+    from dora_dist.training.inputs import read_data
 
     with together("reading the data"):
-        model = config.model
-        if model.task == IMAGE_TEXT:
-            tokenizer: Any = load_processor(base, config.data, model.tokenizer)
-        else:
-            tokenizer = load_tokenizer(
-                model.tokenizer or str(base),
-                trust_remote_code=model.trust_remote_code,
-                generative=model.task in GENERATIVE,
-            )
-        data = build_data(config, tokenizer, progress=world.first)
-        if config.training.eval_every and data.validation is None:
-            raise UserError(
-                f"training.eval_every = {config.training.eval_every}: there is nothing to evaluate on; set "
-                "data.validation or data.validation_samples"
-            )
+        tokenizer, data = read_data(config, base, progress=world.first)
     if world.first:
         about_data(config, data)
     return tokenizer, data

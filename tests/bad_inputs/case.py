@@ -29,6 +29,12 @@ class Folder:
         """A toy LLaMA of this case's own, to be spoilt."""
         return Path(shutil.copytree(self._toys / "base", self.path / name, dirs_exist_ok=True))
 
+    def made(self, name: str, make: Callable[[Path], Any]) -> Path:
+        """What `make` puts into a folder called `name`, which it does once for all cases; this case's own copy."""
+        if not (self._toys / name).exists():
+            make(self._toys / name)
+        return Path(shutil.copytree(self._toys / name, self.path / name, dirs_exist_ok=True))
+
     def data(self, name: str = "data.json", count: int = 25) -> Path:
         """Records in the paper's format."""
         return toy.write_records(self.path / name, count)

@@ -46,7 +46,7 @@ CONFIG_OPTIONS = {
 }
 OWN_OPTIONS: dict[str, list[str]] = {
     "train": ["--config", "--resume", "--local_rank", "--local-rank"],
-    "validate": ["--world-size", "--no-files"],
+    "validate": ["--data", "--world-size", "--no-files"],
     "schema": [],
     "consolidate": ["--output", "--overwrite", "--base", "--dtype", "--max-shard-size"],
     "import-gguf": ["--output", "--overwrite", "--dtype"],

@@ -114,7 +114,6 @@ def test_in_a_conversation_only_the_assistants_turns_carry_loss(tokenizer: Any, 
 @pytest.mark.parametrize(
     ("template", "messages", "complaint"),
     [
-        (None, MESSAGES, "needs a tokenizer with a chat template"),
         ("{% for m in messages[-2:] %}{{ m.content }}{% endfor %}", MESSAGES, "writes message 3 differently"),
         (CHATML.replace("<|assistant|>", "<|assistant|><think>"), MESSAGES, "writes message 3 differently"),
         (
@@ -124,7 +123,11 @@ def test_in_a_conversation_only_the_assistants_turns_carry_loss(tokenizer: Any, 
         ),
         (CHATML, MESSAGES[2:], "the first message is the assistant's"),
         (CHATML, [], '"messages" is empty'),
-        (CHATML, [{"role": "user"}], 'message 1 must be an object with the strings "role" and "content"'),
+        (CHATML, [{"role": "user"}], 'message 1 must have a string "content", found "nothing"'),
+        (CHATML, [{"role": "gpt", "content": "a"}], r'has the role "gpt", .* \(did you mean "assistant"\?\)'),
+        (CHATML, [{"role": "critic", "content": "a"}], 'has the role "critic", which is none of system, user'),
+        ("{{ messages[0].content / 0 }}", MESSAGES, "refuses these messages: unsupported operand"),
+        ("{{ messages[9].content.text }}", MESSAGES, "refuses these messages: .* has no element 9"),
     ],
 )
 def test_conversations_that_cannot_be_told_apart_are_refused(
@@ -138,6 +141,31 @@ def test_conversations_that_cannot_be_told_apart_are_refused(
 
 
 # -------------------------------------------------------------------------------------------------- labels
+
+
+def test_a_chat_template_may_name_roles_of_its_own(tmp_path: Path) -> None:
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = "{% if messages[0].role == 'critic' %}" + CHATML + "{% endif %}"
+    file = write(tmp_path / "m.jsonl", [{"messages": [{"role": "critic", "content": "true"}]}])
+    [(text, _)] = texts(tokenizer, build(tokenizer, file, format="messages").train)
+    assert text == "<|critic|>true</s>\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        (None, 'data.format = "messages": the tokenizer has no chat template'),
+        ("{% for m in messages %}\n{{ m.content }", r"is not valid Jinja \(line 2: "),
+    ],
+)
+def test_a_chat_template_that_is_missing_or_broken_is_no_records_fault(
+    template: str | None, complaint: str, tmp_path: Path
+) -> None:
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = template
+    file = write(tmp_path / "m.jsonl", [{"messages": MESSAGES}])
+    with pytest.raises(UserError, match=f"^(model.tokenizer: its chat template )?{complaint}"):
+        build(tokenizer, file, format="messages")
 
 
 @pytest.mark.parametrize("loss_on", ["all", "answer"])
@@ -286,10 +314,10 @@ GOOD = json.dumps(toy.records(1)[0])
         ),
         ("a.json", f'[{GOOD}, {{"instruction": "x"}}]', 'a.json, record 2 has no "output"'),
         ("a.json", '{"data": []}', "a.json: expected one list of records"),
-        ("a.json", "", "a.json is empty"),
+        ("a.json", "", "a.json: the file is empty"),
         ("a.json", "[]", "a.json holds no records"),
         ("a.parquet", "not parquet", "a.parquet cannot be read as Parquet"),
-        ("a.csv", "a,b", "a.csv: unknown kind of data file; give .json, .jsonl, .parquet"),
+        ("a.csv", "a,b", "a.csv: unknown kind of file; give .json, .jsonl, .parquet"),
     ],
 )
 def test_bad_files_are_named_to_the_line(name: str, content: str, complaint: str, tmp_path: Path) -> None:
@@ -307,7 +335,7 @@ def test_bytes_that_are_not_text_are_named_to_the_line(tmp_path: Path) -> None:
 
 def test_missing_files_folders_and_unknown_names(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", toy.records(1))
-    with pytest.raises(UserError, match=r"trian.jsonl does not exist; did you mean .*train.jsonl\?"):
+    with pytest.raises(UserError, match=r"trian.jsonl: no such file; did you mean .*train.jsonl\?"):
         load_records([tmp_path / "trian.jsonl"], "instruction")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty'?: "):

@@ -86,6 +86,22 @@ def test_a_run_finds_the_same_samples_with_and_without_a_cache(tmp_path: Path) -
     assert len(list((tmp_path / "cache" / "tokenized").glob("*.safetensors"))) == 1
 
 
+def test_what_is_odd_is_said_of_cached_data_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, text = [*toy.records(3), {"instruction": "a </s> b", "output": ""}], toy.tokenizer()
+    files = [tmp_path / "data.json", tmp_path / "copy.json"]
+    for file in files:
+        file.write_text(json.dumps(rows))
+    said = []
+    for file in (files[0], files[0], files[1]):  # made, from the cache, and by another name
+        data = DataConfig(train=str(file), cutoff_len=400, cache=str(tmp_path / "cache"))
+        build_dataset(data, text, seed=0, progress=False)
+        said.append(capsys.readouterr().err)
+    first = said[0]
+    assert f'data.train: "output" of 1 of 4 records is empty (first: {files[0]}, record 4)' in first
+    assert f"of 1 of 4 records holds special tokens (</s>; first: {files[0]}, record 4)" in first
+    assert said == [first, first, first.replace("data.json", "copy.json")]
+
+
 @pytest.fixture
 def pictured(tmp_path: Path) -> Path:
     """A folder with a LLaVA `base`, and conversations `data.json` with `pictures`."""
@@ -172,7 +188,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, capsys: 
     blocked.write_text("not a folder")
     data = toy.write_records(tmp_path / "data.json", 5)
     assert tokenize(blocked, data, tmp_path / "made").tolist() == list(range(10))
-    assert "data.cache" in capsys.readouterr().out
+    assert "data.cache" in capsys.readouterr().err
 
 
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_records_are_held_out(tmp_path: Path) -> None:
         ("1", 2, "\"label\" is '1'"),
         (True, 2, '"label" is True'),
         (0.5, 2, '"label" is 0.5'),
-        (None, 2, 'line 3 has no "label"'),
+        (None, 2, 'line 3: "label" is null'),
         ("good", 1, "must be a number"),
         (math.inf, 1, "must be a number"),
     ],
