@@ -46,6 +46,10 @@ class Terminal:
         """Type a key."""
         os.write(self._fd, key)
 
+    def send(self, number: int) -> None:
+        """Send a signal to the command: what the terminal does with Ctrl-C to all that run in it."""
+        os.kill(self._pid, number)
+
     def until(self, condition: Callable[[str], object], timeout: float = 300.0) -> str:
         """Wait until the text on the screen fulfils something, or the command has ended; the text."""
         deadline = time.monotonic() + timeout

@@ -38,9 +38,9 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield f"{label}: convert it with `dora-dist import-gguf {name} --output FOLDER` and give that folder"
     elif not folder.exists():
         what = absence(folder, "folder")
-        where = f" in {Path.cwd()}" if what == "no such folder" else ""
+        where = f" in {Path.cwd()}{nearby(folder)}" if what == "no such folder" else ""
         yield (
-            f"{label}: {what}{where}{nearby(folder)}; give a Hugging Face model folder or "
+            f"{label}: {what}{where}; give a Hugging Face model folder or "
             f"a hub name ({_MADE_BY.get(config.model.task, _MADE)})"
         )
     elif not folder.is_dir():

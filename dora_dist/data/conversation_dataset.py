@@ -75,11 +75,12 @@ class ConversationStats:
         }
 
     def __str__(self) -> str:
-        missing = f", {self.without_picture:,} for want of a picture" if self.without_picture else ""
+        cut = f", {self.truncated:,} cut at {self.cutoff_len} tokens" if self.truncated else ""
+        out = f", {self.without_labels:,} left out: nothing to learn" if self.without_labels else ""
+        missing = f", {self.without_picture:,} left out: a picture is missing" if self.without_picture else ""
         return (
             f"{self.samples:,} conversations ({self.text_only:,} without pictures), {self.pictures:,} pictures, "
-            f"{self.tokens:,} tokens ({self.label_tokens:,} with loss); {self.truncated:,} cut at {self.cutoff_len} "
-            f"tokens, {self.without_labels:,} left out for want of labels{missing}"
+            f"{self.tokens:,} tokens ({self.label_tokens:,} learnt){cut}{out}{missing}"
         )
 
 

@@ -66,11 +66,9 @@ class TokenizationStats:
         }
 
     def __str__(self) -> str:
-        return (
-            f"{self.samples:,} samples, {self.tokens:,} tokens ({self.label_tokens:,} with loss); "
-            f"{self.truncated:,} cut at {self.cutoff_len} tokens, "
-            f"{self.without_labels:,} left out for want of labels"
-        )
+        cut = f", {self.truncated:,} cut at {self.cutoff_len} tokens" if self.truncated else ""
+        out = f", {self.without_labels:,} left out: nothing to learn" if self.without_labels else ""
+        return f"{self.samples:,} samples, {self.tokens:,} tokens ({self.label_tokens:,} learnt){cut}{out}"
 
 
 class TokenizedDataset(Dataset[dict[str, list[int]]]):

@@ -79,7 +79,7 @@ def evaluate_language_model(
         asking = replace(asking, num_beams=num_beams or 1, max_new_tokens=max_new_tokens)
     check_format(asking.format)
     read = {name: _read(name, str(file), asking, limit) for name, file in tasks.items()}
-    positions = positions_of(base_folder(path, base), bool(run.get("model", {}).get("trust_remote_code")))
+    positions = positions_of(base_folder(path, base))
     tokenizer = tokenizer_at(path, base)
     kind = FreeAnswers if asking.free else Choices
     work = {name: kind(name, located, asking, tokenizer, positions) for name, located in read.items()}

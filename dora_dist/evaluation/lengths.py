@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dora_dist.errors import UserError
+from dora_dist.models.folder import transformers_config
 
 
-def positions_of(folder: Path, trust_remote_code: bool = False) -> int | None:
+def positions_of(folder: Path) -> int | None:
     """How many tokens the model of a folder was made for; None where its config.json sets no bound, or stretches it.
 
     Raises UserError if the configuration cannot be read.
     """
-    from transformers import AutoConfig
-
-    try:
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no readable config.json: {error}") from error
+    config = transformers_config(folder).get_text_config()
     rotary = getattr(config, "rope_parameters", None) or {}  # which families have which of the two differs
     stretched = rotary.get("rope_type", "default") not in ("default", "llama3")
     return None if stretched else getattr(config, "max_position_embeddings", None)

@@ -1,6 +1,5 @@
 """What a run prints before its first step and after its last one: who, with what, where to, and what came of it."""
 
-import json
 import textwrap
 from collections import Counter
 from importlib.metadata import version
@@ -96,22 +95,22 @@ def closing(run_dir: Path, checkpoint: Path, seconds: float) -> None:
         speed = f"{sorted(rates)[len(rates) // 2]:,.0f} tokens/s, peak memory {memory:.2f} GB a rank"
         say()
         line("finished", f"{losses[-1][0]:,} steps; this start took {duration(seconds)} ({speed})")
-        line("loss", f"training {losses[0][1]:.4f} -> {losses[-1][1]:.4f}{_validation(run_dir, records)}")
-    line("result", f"{checkpoint} (adapter in PEFT's format: {checkpoint / run_folder.ADAPTER})")
+        line("loss", f"training {losses[0][1]:.4f} -> {losses[-1][1]:.4f}{_validation(records)}")
+    choice = run_folder.chosen(run_dir)
+    result = choice.folder if choice is not None else checkpoint  # rank 0's folder may lie on another node
+    line("result", str(result) if choice is None else f"{result}, {choice.reason}")
+    line("adapter", f"{result / run_folder.ADAPTER}, in PEFT's format, with the tokenizer")
+    if choice is not None and choice.newest is not None:
+        line("newest", f"{choice.newest}; merge that one: dora-dist consolidate {choice.newest} --output merged/")
     line("merge", f"dora-dist consolidate {run_dir} --output merged/")
     line("evaluate", f"dora-dist evaluate {run_dir} --tasks NAME=FILE")
 
 
-def _validation(run_dir: Path, records: list[dict[str, Any]]) -> str:
+def _validation(records: list[dict[str, Any]]) -> str:
     found = [record["eval_loss"] for record in records if "eval_loss" in record]
     if not found:
         return ""
-    best = run_folder.best_checkpoint(run_dir)
-    text = f"; validation {found[0]:.4f} -> {found[-1]:.4f}"
-    if best is not None:
-        facts = json.loads((run_dir / run_folder.BEST).read_text())
-        text += f" (best: {best.name}, {', '.join(f'{k} {v:.4f}' for k, v in facts.items() if k != 'checkpoint')})"
-    return text
+    return f"; validation {found[0]:.4f} -> {found[-1]:.4f}"
 
 
 def _method(config: RunConfig) -> str:

@@ -77,12 +77,12 @@ def template(folder: Folder, text: str = CHATML) -> None:
 # --- records --------------------------------------------------------------------------------------------------------
 
 
-@CASES.bad(says="data file nowhere.json does not exist")
+@CASES.bad(says="data file nowhere.json: no such file in ")
 def tasks_file_missing(folder: Folder) -> Words:
     return evaluate(folder, task="boolq=nowhere.json")
 
 
-@CASES.bad(says="data.json is empty")
+@CASES.bad(says="data file data.json: the file is empty")
 def tasks_file_empty(folder: Folder) -> Words:
     folder.text("data.json", "")
     return evaluate(folder)
@@ -256,7 +256,7 @@ def base_option_for_a_whole_model(folder: Folder) -> Words:
     return evaluate(folder, "--base", "base")
 
 
-@CASES.bad(says=(f"it adapts '{QUERY}' as [40, 40]", "has it as [36, 36]", "--base"))
+@CASES.bad(says=(f"it adapts '{QUERY}' as (40, 40)", "base has it as (36, 36); give the base that it was trained on"))
 def base_of_another_width(folder: Folder) -> Words:
     adapter(folder, width=40)
     return evaluate(folder, model="adapter")
@@ -287,7 +287,7 @@ def pickles_as_model(folder: Folder) -> Words:
     return evaluate(folder)
 
 
-@CASES.bad(says="give a model, PEFT, checkpoint or run folder, or a hub name")
+@CASES.bad(says="data.json: is a file; give the folder that it is in")
 def file_as_model(folder: Folder) -> Words:
     return evaluate(folder, model="data.json")
 

@@ -73,7 +73,7 @@ def resumes_from_a_dangling_link(folder: Folder) -> Words:
     return folder.trained("--checkpoint.resume=newest")
 
 
-@CASES.bad(says='model.path = "./link": no such folder in')
+@CASES.bad(says='model.path = "./link": links that lead in a circle')
 def base_is_a_link_to_itself(folder: Folder) -> Words:
     (folder / "link").symlink_to("link")
     return folder.run("--model.path=./link")

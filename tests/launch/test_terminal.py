@@ -21,7 +21,7 @@ from tests.terminal import CTRL_C, Terminal
 TRAIN = str(ROOT / "launch" / "train.py")
 DEEPSPEED = ["deepspeed", "--log_level", "error", "--master_port"]
 OPENING = "run ranks data validation model adapter batch training memory files"
-CLOSING = "finished loss result merge evaluate"
+CLOSING = "finished loss result adapter merge evaluate"
 BLOCK = re.compile(rf"({'|'.join([*OPENING.split(), *CLOSING.split()])}) ")
 
 

@@ -18,6 +18,7 @@ from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft
 from dora_dist.exit_codes import DONE, INTERRUPTED, STOPPED, USERS_MISTAKE
 from tests import toy
 from tests.ranks import context
+from tests.terminal import Terminal
 
 WIDTH, ROWS = 1024, 1 << 20  # 2 GiB in bf16: sparse on disk, and long to copy
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -133,16 +134,13 @@ def test_an_evaluation_that_is_stopped_says_so_and_writes_nothing(
 ) -> None:
     before = names(small)
     line = ["evaluate", "base", "--tasks", "boolq=boolq.json", "--batch-size", "1", "--output", "result.json"]
-    with command(small, *line) as process:
-        wait_until(process, lambda: "| 1/5000" in said(small))
-        os.kill(process.pid or 0, number)
-        assert ended(process) == code, said(small)
-    assert said(small).endswith(words)
-    assert "Traceback" not in said(small)
-    assert (small / "out").read_text() == ""
+    terminal = Terminal(100, ["dora-dist", *line], folder=small)
+    terminal.until(lambda text: "| 1/5000" in text)
+    terminal.send(number)
+    assert terminal.end() == code, terminal.text
+    assert terminal.text.endswith(words)
+    assert "Traceback" not in terminal.text and "accuracy" not in terminal.text
     assert names(small) == before
-    for name in ("out", "err"):
-        (small / name).unlink()
 
 
 def test_a_reader_that_has_gone_ends_an_evaluation_quietly_with_its_file(small: Path, tmp_path: Path) -> None:

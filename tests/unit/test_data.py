@@ -226,7 +226,7 @@ def test_what_is_cut_is_counted_and_what_has_no_label_left_is_left_out(tokenizer
         label != -100 for i in range(2) for label in answer.train[i]["labels"]
     )
     assert "2 cut at" in str(answer.train_stats)
-    assert "1 left out for want of labels" in str(answer.train_stats)
+    assert "1 left out: nothing to learn" in str(answer.train_stats)
 
     everything = build(tokenizer, file, cutoff_len=length + 3).train_stats
     assert (everything.samples, everything.truncated, everything.without_labels) == (3, 2, 0)
