@@ -77,7 +77,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base` with a tensor that takes long to copy, and `adapter` on another one of its modules."""
     folder = tmp_path_factory.mktemp("large")
     (folder / "base").mkdir()
-    (folder / "base/config.json").write_text("{}")
+    (folder / "base/config.json").write_text('{"model_type": "llama"}')
     header, position = {}, 0
     for name, shape in ((f"{QUERY}.weight", [8, 8]), ("embedding", [ROWS, WIDTH])):
         end = position + shape[0] * shape[1] * 2
