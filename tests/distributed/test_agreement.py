@@ -25,7 +25,7 @@ def of_local_folders(folder: Path, *runs: dict[str, Any]) -> list[str]:
     for number, run in enumerate(runs):
         said += refusals((run, run))
         if dist.get_rank() > 0 and number == 0:  # this node has a checkpoint of that name by itself
-            shutil.copytree(folder / "another", "run")
+            shutil.copytree(folder / "another", "run", dirs_exist_ok=True)  # its log is there
     return said
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests import toy
 from tests.distributed.training_runs import config, run
@@ -133,7 +133,8 @@ def test_a_finished_run_is_left_alone_before_its_base_is_read(runs: None, folder
     before = times("decaying")
     weights = folder / "base" / "model.safetensors"
     whole = weights.read_bytes()
-    weights.write_bytes(b"not to be read")
+    damaged = {name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(weights).items()}
+    save_file(damaged, weights, metadata={"format": "pt"})  # which to load would be an error
     try:
         again = described(folder, "decaying", "auto", training=LINEAR)
         run_ranks(run, 2, again, again)
