@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +73,31 @@ def say(text: str = "") -> None:
 
 def note(text: str) -> None:
     """Say what is good to know."""
-    if is_first():
-        _show(f"note: {text}", STREAMS.out if STREAMS.apart else STREAMS.err)
+    _apart(f"note: {text}")
 
 
 def warn(text: str) -> None:
     """Say what was probably not meant."""
+    _apart(f"warning: {text}")
+
+
+def _apart(text: str) -> None:
     if is_first():
-        _show(f"warning: {text}", STREAMS.out if STREAMS.apart else STREAMS.err)
+        _show_wrapped(text, STREAMS.out if STREAMS.apart else STREAMS.err)
+
+
+def _show_wrapped(text: str, stream: Lasting) -> None:
+    """Whole lines in files, for programs that look for something in them."""
+    _show("\n".join(map(_wrapped, text.split("\n"))) if stream.isatty() else text, stream)
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def complain(text: str) -> None:
     """An error, from whichever rank meets it."""
-    _show(text, STREAMS.err)
+    _show_wrapped(text, STREAMS.err)
 
 
 def bars() -> type:
@@ -118,11 +131,23 @@ def is_first() -> bool:
 
 
 def _show(text: str, stream: Lasting) -> None:
-    if "tqdm" in sys.modules:
-        from tqdm import tqdm
-
-        with tqdm.external_write_mode(file=stream):  # above a bar that is being drawn
-            stream.write(f"{text}\n")
-    else:
+    with _bars_away():
         stream.write(f"{text}\n")
     STREAMS.copy(text)
+
+
+@contextmanager
+def _bars_away() -> Iterator[None]:
+    """Lines go above the bars that are being drawn, whichever stream of the one terminal those are on."""
+    if "tqdm" not in sys.modules:
+        yield
+        return
+    from tqdm import tqdm
+
+    with tqdm.get_lock():
+        drawn = [bar for bar in getattr(tqdm, "_instances", ()) if not bar.disable]
+        for bar in drawn:
+            bar.clear(nolock=True)
+        yield
+        for bar in drawn:
+            bar.refresh(nolock=True)

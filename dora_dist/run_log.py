@@ -35,11 +35,11 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         self._file: IO[bytes] = tempfile.TemporaryFile(buffering=0)
         self._streams = sys.stdout, sys.stderr
-        apart = [_apart(stream, fd) for fd, stream in enumerate(self._streams, 1)]
+        self._apart = [_apart(stream, fd) for fd, stream in enumerate(self._streams, 1)]
         self._saved = [os.dup(fd) for fd in (1, 2)]
         self._divert()
         sys.stdout, sys.stderr = (_Lines(self, stream) for stream in self._streams)
-        STREAMS.apart, STREAMS.copy = (Lasting(apart[0]), Lasting(apart[1])), self.write
+        STREAMS.apart, STREAMS.copy = (Lasting(self._apart[0]), Lasting(self._apart[1])), self.write
         return self
 
     def __exit__(
@@ -51,6 +51,10 @@ class RunLog:
             with suppress(AttributeError):
                 stream.close()
         sys.stdout, sys.stderr = self._streams
+        for stream, own in zip(self._apart, self._streams, strict=True):
+            if stream is not own:
+                with suppress(OSError, ValueError):  # what could not be written
+                    stream.close()
         STREAMS.apart, STREAMS.log, STREAMS.copy = None, None, lambda text: None
         for fd, saved in enumerate(self._saved, 1):
             os.dup2(saved, fd)
@@ -68,11 +72,11 @@ class RunLog:
         except OSError as error:
             warn(f"{path} cannot be written ({error.strerror}): what libraries print is lost")
             return
-        self._file.seek(0)
-        with suppress(OSError):  # a full disk must not end a run by its log
-            target.write(self._file.read())
-        before, self._file, self.path, STREAMS.log = self._file, target, path, path
-        self._divert()
+        with self._lock:
+            before, self._file, self.path, STREAMS.log = self._file, target, path, path
+            with suppress(OSError):  # a full disk must not end a run by its log
+                target.write(os.pread(before.fileno(), os.fstat(before.fileno()).st_size, 0))
+            self._divert()
         before.close()
 
     def write(self, text: str) -> None:

@@ -8,6 +8,7 @@ on it at the next optimizer step, or at the next batch of an evaluation, save, a
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dora_dist.console import say
-from dora_dist.errors import Stopped
+from dora_dist.errors import LostRank, Stopped, UserError
 from dora_dist.exit_codes import INTERRUPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -61,7 +62,9 @@ class StopRequest:
         if self.signal is not None:
             return
         self.signal = signal.Signals(number).name
-        if not self.can_save:
+        # The launcher ends all ranks when the first has ended with an error: this one is about to say its own.
+        ended_already = isinstance(sys.exc_info()[1], UserError | LostRank)
+        if not self.can_save and not ended_already:
             raise Stopped(f"{self.signal} before the first step: there was nothing to save")
 
     def _listen(self) -> None:

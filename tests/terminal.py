@@ -10,6 +10,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import sys
 import termios
@@ -32,9 +33,13 @@ class Terminal:
         ready, go = os.pipe()  # the size must be there before the command asks for it
         self._pid, self._fd = pty.fork()
         if self._pid == 0:
-            os.read(ready, 1)
-            os.chdir(folder or Path.cwd())
-            os.execvpe(command[0], list(command), {**os.environ, "TERM": "xterm", **environment})
+            try:
+                os.read(ready, 1)
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # which is ignored where tests run in the background
+                os.chdir(folder or Path.cwd())
+                os.execvpe(command[0], list(command), {**os.environ, "TERM": "xterm", **environment})
+            finally:  # never a second pytest
+                os._exit(127)
         fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         os.write(go, b"!")
         os.close(ready)

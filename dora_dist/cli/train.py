@@ -5,6 +5,7 @@ import json
 
 from dora_dist.cli.options import Commands, declare
 from dora_dist.config import RunConfig, add_arguments
+from dora_dist.console import say
 
 
 def declare_train(commands: Commands) -> None:
@@ -54,4 +55,4 @@ def declare_schema(commands: Commands) -> None:
 
 
 def _schema(options: argparse.Namespace) -> None:
-    print(json.dumps(RunConfig.json_schema(), indent=2))
+    say(json.dumps(RunConfig.json_schema(), indent=2))

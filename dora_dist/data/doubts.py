@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dora_dist.console import warn
+from dora_dist.console import is_first, warn
 from dora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,13 +97,13 @@ def warn_of_the_whole(config: RunConfig, data: TokenizedData) -> None:
             f"data.train: {stats.cut:,} of {stats.records:,} samples ({stats.cut / stats.records:.0%}) are longer than "
             f"{stats.limit} and lose their end; raise it, or shorten the data"
         )
-    if config.data.validation is not None:
+    if config.data.validation is not None and is_first():  # only the first rank's warning is heard
         _warn_of_overlap(config, data)
 
 
 def _warn_of_overlap(config: RunConfig, data: TokenizedData) -> None:
-    trained = set(data.train.contents())
-    known = sum(content in trained for content in data.validation.contents())
+    trained = {_digest(content) for content in data.train.contents()}
+    known = sum(_digest(content) in trained for content in data.validation.contents())
     if not known:
         return
     train, validation = (_listed(named) for named in (config.data.train, config.data.validation))
@@ -112,6 +113,10 @@ def _warn_of_overlap(config: RunConfig, data: TokenizedData) -> None:
         f"data.validation: {known:,} of its {len(data.validation):,} samples are in data.train, too{why}; what is "
         "measured on them says nothing about new data"
     )
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _one_file(name: str, other: str) -> bool:

@@ -87,7 +87,10 @@ def files_of(tokenizer: PreTrainedTokenizerFast, processor: Path | None = None) 
     is part of one for pictures.
     """
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # the library's errors have no class of their own
+            raise UserError(f"the tokenizer cannot be written: {reason(error)}; TMPDIR names another folder") from error
         found = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
     if processor is not None:
         own = [path for pattern in PROCESSOR_FILES for path in sorted(processor.glob(pattern))]

@@ -1,8 +1,8 @@
 """What a run prints before its first step and after its last one: who, with what, where to, and what came of it."""
 
+import math
 import textwrap
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from dora_dist import run_folder
+from dora_dist.agreement import package_version
 from dora_dist.config import RunConfig
 from dora_dist.console import say, width
 from dora_dist.distributed import World
@@ -32,8 +33,8 @@ def line(label: str, text: str) -> None:
 
 def opening(config: RunConfig, world: World, resume: Path | None) -> None:
     """As soon as the ranks have met."""
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
-    say(f"dora_dist {version('dora_dist')} ({libraries})\n")
+    libraries = ", ".join(f"{name} {package_version(name)}" for name in ("torch", "deepspeed", "transformers"))
+    say(f"dora_dist {package_version('dora_dist')} ({libraries})\n")
     run_dir = config.checkpoint.run_dir
     line("run", f"{run_dir}, from the beginning" if resume is None else f"{run_dir}, goes on from {resume.name}")
     nodes = -(-world.world_size // world.local_world_size)
@@ -86,16 +87,17 @@ def about_model(config: RunConfig, run: AdaptedModel, world: World, steps: int, 
         line("note", f"the adapter starts as {adapter.init_from} has it")
 
 
-def closing(run_dir: Path, checkpoint: Path, seconds: float) -> None:
+def closing(checkpoint: Path, seconds: float) -> None:
     """After the last save: what was learnt, where it is, and what to type next."""
+    run_dir = checkpoint.parent
     records = run_folder.metrics(run_dir)
-    if losses := [(record["step"], record["loss"]) for record in records if "loss" in record]:
+    if losses := [record["loss"] for record in records if "loss" in record]:
         rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
         memory = max(record.get("peak_memory_gb", 0.0) for record in records)
         speed = f"{sorted(rates)[len(rates) // 2]:,.0f} tokens/s, peak memory {memory:.2f} GB a rank"
         say()
-        line("finished", f"{losses[-1][0]:,} steps; this start took {duration(seconds)} ({speed})")
-        line("loss", f"training {losses[0][1]:.4f} -> {losses[-1][1]:.4f}{_validation(records)}")
+        line("finished", f"{run_folder.step_of(checkpoint):,} steps; this start took {duration(seconds)} ({speed})")
+        line("loss", f"training {losses[0]:.4f} -> {losses[-1]:.4f}{_validation(records)}")
     choice = run_folder.chosen(run_dir)
     result = choice.folder if choice is not None else checkpoint  # rank 0's folder may lie on another node
     line("result", str(result) if choice is None else f"{result}, {choice.reason}")
@@ -125,10 +127,10 @@ def _schedule(config: RunConfig, steps: int, epochs: float) -> str:
     training, checkpoint = config.training, config.checkpoint
     warmup = training.warmup_steps
     if warmup is None:
-        warmup = round((training.warmup_ratio or 0) * steps)
+        warmup = math.ceil((training.warmup_ratio or 0) * steps)  # as the Trainer rounds it
     shape = "constant" if training.schedule == "constant" else f"{training.schedule} decay"
     parts = [
-        f"{_count(steps, 'step')} ({f'{epochs:,.2f}'.rstrip('0').rstrip('.')} epochs)",
+        f"{_count(steps, 'step')} ({_epochs(epochs)})",
         f"learning rate {training.learning_rate:g}, {shape} after {_count(warmup, 'warm-up step')}",
         f"evaluated every {training.eval_every}" if training.eval_every else "",
         f"saved every {checkpoint.save_every}" if checkpoint.save_every else "saved at the end",
@@ -164,6 +166,11 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def _epochs(epochs: float) -> str:
+    text = f"{epochs:,.2f}".rstrip("0").rstrip(".")
+    return f"{text} epoch{'' if text == '1' else 's'}"
+
+
 def _number(count: int) -> str:
     for size, unit in ((10**9, "billion"), (10**6, "million")):
         if count >= size:
@@ -172,5 +179,7 @@ def _number(count: int) -> str:
 
 
 def _size(count: float) -> str:
-    size, unit = next((size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")) if count >= size / 10)
-    return f"{count / size:.2f} {unit}"
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
+        if count >= size / 10:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} bytes"

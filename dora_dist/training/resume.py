@@ -3,6 +3,7 @@ before data and base are loaded, or at least before anything is trained.
 """
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,9 @@ def _named(path: Path, run_dir: Path) -> Path:
 def _nothing_in(run_dir: Path) -> str:
     what = "has no checkpoint" if run_dir.is_dir() else "does not exist"
     parent = run_dir.parent
-    runs = [entry.name for entry in parent.iterdir() if run_folder.checkpoints(entry)] if parent.is_dir() else []
-    close = difflib.get_close_matches(run_dir.name, [name for name in runs if name != run_dir.name], 1)
+    close: list[str] = []
+    with suppress(OSError):  # a folder that may be entered and not listed
+        names = [entry.name for entry in parent.iterdir() if entry.name != run_dir.name]
+        near = difflib.get_close_matches(run_dir.name, names, 3)
+        close = [name for name in near if run_folder.checkpoints(parent / name)]
     return f"{run_dir} {what}{f' (did you mean {parent / close[0]}?)' if close else ''}"

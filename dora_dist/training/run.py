@@ -53,7 +53,7 @@ def train(config: RunConfig) -> Path:
         with Watch(world, config.engine.start_timeout_s) as watch, disk_errors(run_dir, only=DISK_IS_FULL):
             checkpoint = _run(config, world, watch, stop, log)
         if world.first:
-            closing(run_dir, checkpoint, time.perf_counter() - started)
+            closing(checkpoint, time.perf_counter() - started)
     return checkpoint
 
 
@@ -100,9 +100,9 @@ def _fine_tune(
         if world.first:
             in_use.claim()
             _write_run_folder(config, run_dir, world, resume)
+    first_host = [world.host]
+    dist.broadcast_object_list(first_host)
     if log.path is None:
-        first_host = [world.host]
-        dist.broadcast_object_list(first_host)
         log.move_into(run_folder.log_file(run_dir, world.host, first_host[0]))
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.finish_saving()
@@ -193,7 +193,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     weights = sum(full_numel(p) for p in run.model.parameters())
     steps = optimizer_steps(config, len(data.train))
     if world.first:
-        about_model(config, run, world, steps, steps * config.training.global_batch_size / len(data.train))
+        about_model(config, run, world, steps, steps / -(-len(data.train) // config.training.global_batch_size))
     run_dir = Path(config.checkpoint.run_dir)
     report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
     step = StepCallback(world, watch, stop, config)

@@ -62,7 +62,7 @@ def go_on(folder: Path, name: str, expected: dict[int, float]) -> None:
 def test_a_killed_rank_ends_the_others_which_say_who_it_was(
     folder: Path, expected: dict[int, float], victim: int
 ) -> None:
-    name, random_step = f"killed-{victim}", random.randint(3, 9)
+    name, random_step = f"killed-{victim}", random.randint(3, 7)
     with start(folder, name, 2) as job:
         # A checkpoint is written while training goes on: that of step 2 may come after the log's line of step 3.
         job.until(
