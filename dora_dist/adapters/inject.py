@@ -151,11 +151,15 @@ def _family_targets(model: nn.Module) -> list[str]:
     return FAMILY_TARGETS[family]
 
 
+ABSURD_RANK = 4
+"""Times a layer's longer side: such an adapter is larger than the layer by far. Less is a waste, which is warned of."""
+
+
 def _refuse_absurd_rank(spec: AdapterSpec, model: nn.Module, names: Iterable[str]) -> None:
-    """Raise UserError, before memory is asked for, if a layer has fewer rows and columns than components."""
+    """Raise UserError, before memory is asked for, if a layer has far fewer rows and columns than components."""
     for name in sorted(names):
         out_features, in_features = model.get_parameter(f"{name}.weight").shape
-        if spec.r is not None and spec.r > max(out_features, in_features):
+        if spec.r is not None and spec.r > ABSURD_RANK * max(out_features, in_features):
             raise UserError(
                 f"adapter.r: {spec.r:,} components for {name!r}, which is ({out_features}, {in_features}); more than "
                 f"{min(out_features, in_features)} add nothing: lower it"
