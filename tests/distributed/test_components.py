@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dora_dist import run_folder
 from tests import toy
@@ -262,7 +263,9 @@ def test_a_schedule_that_does_not_fit_and_another_budget_are_refused_before_the_
 ) -> None:
     base, data, folder = files
     hollow = shutil.copytree(base, folder / "hollow")
-    (hollow / "model.safetensors").write_bytes(b"")
+    weights = load_file(hollow / "model.safetensors")
+    damaged = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}
+    save_file(damaged, hollow / "model.safetensors", metadata={"format": "pt"})  # which to load would be an error
     nonsense = folder / "nonsense.json"
     nonsense.write_text("[")
     resume = {"resume": str(folder / "world2" / "checkpoint-3")}
