@@ -92,6 +92,8 @@ def _main(environment: dict[str, str], log: Path, arguments: list[str]) -> None:
     from dora_dist.cli import run
 
     signal.signal(signal.SIGUSR2, _hang)
+    for number in (signal.SIGINT, signal.SIGHUP):  # which are ignored where tests run in the background
+        signal.signal(number, signal.SIG_DFL)
     run(["train", *arguments])
 
 
