@@ -151,7 +151,7 @@ def _family_targets(model: nn.Module) -> list[str]:
     return FAMILY_TARGETS[family]
 
 
-ABSURD_RANK = 4
+ABSURD_RANK = 64
 """Times a layer's longer side: such an adapter is larger than the layer by far. Less is a waste, which is warned of."""
 
 

@@ -77,8 +77,8 @@ CASES.option("path_with_half_a_letter", "--model.path=\udc80", says='model.path 
 
 CASES.option(
     "rank_above_both_sides",
-    "--adapter.r=300",
-    says="adapter.r: 300 components for 'model.layers.0.mlp.down_proj', which is (36, 53); more than 36 add nothing",
+    "--adapter.r=4000",
+    says="adapter.r: 4,000 components for 'model.layers.0.mlp.down_proj', which is (36, 53); more than 36 add nothing",
     ranks=RANKS,
 )
 CASES.option(

@@ -51,9 +51,9 @@ def expected(folder: Path) -> dict[int, float]:
     return losses
 
 
-def go_on(folder: Path, name: str, expected: dict[int, float]) -> None:
+def go_on(folder: Path, name: str, expected: dict[int, float], **changes: dict[str, Any]) -> None:
     """The run goes on by itself to the end, with the losses of one that nothing disturbed."""
-    with start(folder, name, 2, "--resume") as job:
+    with start(folder, name, 2, "--resume", **changes) as job:
         assert job.codes() == [DONE, DONE], job.output()
     assert metrics(folder / name)["losses"] == expected
 
@@ -171,7 +171,7 @@ def test_a_signal_during_a_long_evaluation_stops_all_at_its_next_batch(
     assert not metrics(folder / name)["eval"]  # what was not evaluated to its end is not reported
     newest = run_folder.newest_checkpoint(folder / name)
     assert newest is not None and run_folder.step_of(newest) == 3
-    go_on(folder, name, expected)
+    go_on(folder, name, expected, data={"train": data["train"], "validation_samples": 0})
 
 
 def test_a_signal_while_the_model_loads_stops_at_once(folder: Path) -> None:
