@@ -29,6 +29,7 @@ def _command(folder: str, words: list[str], file_bytes: int | None, reader_gone:
     """In a process of its own: `dora-dist` with these words; what it prints goes to the files "out" and "err"."""
     from dora_dist import cli
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     os.chdir(folder)
     os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT), 2)
     reading, writing = os.pipe()
