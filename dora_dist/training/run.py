@@ -129,8 +129,8 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.models.vocabulary import check_vocabulary
     from dora_dist.training import doubts
     from dora_dist.training.arguments import training_arguments
-    from dora_dist.training.blocks import about_model
-    from dora_dist.training.inputs import fetched
+    from dora_dist.training.blocks import about_data, about_model
+    from dora_dist.training.inputs import fetched, read_data
     from dora_dist.training.reporting import ReportCallback
     from dora_dist.training.steps import StepCallback
     from dora_dist.training.trainer import DoraTrainer
@@ -144,7 +144,10 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     with together("reading the base model's files"):  # of the hub: what is here was looked at before
         check_base(local)
         base_config = transformers_config(base, model.trust_remote_code)
-    tokenizer, data = _data(local, base, world)
+    with together("reading the data"):
+        tokenizer, data = read_data(local, base, progress=world.first)
+    if world.first:
+        about_data(config, data)  # by the names that the user gave, not by their places in the hub's cache
     spec, steps = adapter_spec(config), optimizer_steps(config, len(data.train))
     budget = pruning_budget(config, steps)
     if resume is None or config.checkpoint.resume is not None:  # else the same run goes on, with smaller adapters
@@ -256,17 +259,6 @@ def pruning_budget(config: RunConfig, steps: int) -> Budget | None:
             f"adapter.prune_every = {adapter.prune_every}: {error}; lower it, widen adapter.prune_start and "
             "adapter.prune_stop, or train for more steps"
         ) from error
-
-
-def _data(config: RunConfig, base: Path, world: World) -> tuple[Any, Any]:
-    from dora_dist.training.blocks import about_data
-    from dora_dist.training.inputs import read_data
-
-    with together("reading the data"):
-        tokenizer, data = read_data(config, base, progress=world.first)
-    if world.first:
-        about_data(config, data)
-    return tokenizer, data
 
 
 def _write_run_folder(config: RunConfig, run_dir: Path, world: World, resume: Path | None) -> None:
