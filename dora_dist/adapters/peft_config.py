@@ -142,6 +142,6 @@ def _check_expression(path: Path, name: str, pattern: str) -> None:
 
 
 def _check_number(path: Path, name: str, value: object, whole: bool) -> None:
-    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < _MOST:  # type: ignore[operator]
+    fits = not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < _MOST
+    if not fits or (whole and not isinstance(value, int)):
         raise UserError(f"{path}: {name}={value!r} must be a positive number; correct it")

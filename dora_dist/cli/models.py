@@ -32,7 +32,8 @@ def declare_consolidate(commands: Commands) -> None:
 
 
 def _consolidate(options: argparse.Namespace) -> None:
-    from dora_dist.consolidate import consolidate, find_adapter
+    from dora_dist.adapter_folders import find_adapter
+    from dora_dist.consolidate import consolidate
 
     adapter, found = find_adapter(options.path)
     if (choice := run_folder.chosen(options.path)) is not None:

@@ -23,65 +23,14 @@ from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, counts_between
 from dora_dist.data.doubts import Doubts, say
 from dora_dist.data.formats import Rendered
 from dora_dist.data.pictures import PictureProcessor, PictureTokens, missing_pictures
-from dora_dist.data.preview import Figures, Part, Preview, numbers, share
+from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.records import check_characters, read_records
+from dora_dist.data.stats import ConversationStats
 from dora_dist.data.strings import pack, unpack
 from dora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from dora_dist.config import DataConfig
-
-
-@dataclass(frozen=True)
-class ConversationStats:
-    """What became of one set's records: counts of samples, pictures, and tokens (those of pictures included)."""
-
-    samples: int
-    pictures: int
-    text_only: int
-    tokens: int
-    label_tokens: int
-    truncated: int
-    without_labels: int
-    without_picture: int  # left out: a picture of theirs is missing
-    cutoff_len: int
-    first_cut: tuple[int, ...] = ()  # records' numbers
-    first_left_out: tuple[int, ...] = ()
-
-    @property
-    def records(self) -> int:
-        return self.samples + self.without_labels + self.without_picture
-
-    @property
-    def cut(self) -> int:
-        return self.truncated
-
-    @property
-    def limit(self) -> str:
-        return f"data.cutoff_len = {self.cutoff_len} tokens"
-
-    def figures(self) -> Figures:
-        """For a table, by row."""
-        return {
-            "records": f"{self.records:,}",
-            "  left out: nothing to learn": f"{self.without_labels:,}",
-            "  left out: a picture is missing": f"{self.without_picture:,}",
-            "samples": f"{self.samples:,}",
-            "  without pictures": f"{self.text_only:,}",
-            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.truncated:,}",
-            "pictures": f"{self.pictures:,}",
-            "tokens, those of pictures included": f"{self.tokens:,}",
-            "  learnt": share(self.label_tokens, self.tokens),
-        }
-
-    def __str__(self) -> str:
-        cut = f", {self.truncated:,} cut at {self.cutoff_len} tokens" if self.truncated else ""
-        out = f", {self.without_labels:,} left out: nothing to learn" if self.without_labels else ""
-        missing = f", {self.without_picture:,} left out: a picture is missing" if self.without_picture else ""
-        return (
-            f"{self.samples:,} conversations ({self.text_only:,} without pictures), {self.pictures:,} pictures, "
-            f"{self.tokens:,} tokens ({self.label_tokens:,} learnt){cut}{out}{missing}"
-        )
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from dora_dist.data.cache import cached
 from dora_dist.data.columns import Columns, token_ids
 from dora_dist.data.doubts import Doubts, say
 from dora_dist.data.formats import FORMATS, Rendered, check_template, texts_of
-from dora_dist.data.preview import Figures, Part, Preview, numbers, share
+from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.records import ANSWERS, FIELDS, Record, check_characters, read_records
+from dora_dist.data.stats import TextStats
 from dora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,48 +28,6 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # a label that carries no loss, as in torch.nn.CrossEntropyLoss
 CHUNK = 1000  # samples tokenized at once: enough to keep the tokenizer's threads busy
-
-
-@dataclass(frozen=True)
-class TokenizationStats:
-    """What became of one set's records: counts of samples and of tokens."""
-
-    samples: int  # kept
-    tokens: int
-    label_tokens: int
-    truncated: int  # kept or not
-    without_labels: int  # left out: truncation or the data itself left them nothing to learn from
-    cutoff_len: int
-    first_cut: tuple[int, ...] = ()  # records' numbers
-    first_left_out: tuple[int, ...] = ()
-
-    @property
-    def records(self) -> int:
-        return self.samples + self.without_labels
-
-    @property
-    def cut(self) -> int:
-        return self.truncated
-
-    @property
-    def limit(self) -> str:
-        return f"data.cutoff_len = {self.cutoff_len} tokens"
-
-    def figures(self) -> Figures:
-        """For a table, by row."""
-        return {
-            "records": f"{self.records:,}",
-            "  left out: nothing to learn": f"{self.without_labels:,}",
-            "samples": f"{self.samples:,}",
-            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.truncated:,}",
-            "tokens": f"{self.tokens:,}",
-            "  learnt": share(self.label_tokens, self.tokens),
-        }
-
-    def __str__(self) -> str:
-        cut = f", {self.truncated:,} cut at {self.cutoff_len} tokens" if self.truncated else ""
-        out = f", {self.without_labels:,} left out: nothing to learn" if self.without_labels else ""
-        return f"{self.samples:,} samples, {self.tokens:,} tokens ({self.label_tokens:,} learnt){cut}{out}"
 
 
 class TokenizedDataset(Dataset[dict[str, list[int]]]):
@@ -269,9 +228,7 @@ def counts_between(flags: Tensor, starts: Tensor) -> Tensor:
     return before[starts[1:]] - before[starts[:-1]]
 
 
-def _select(
-    store: _Store, samples: Sequence[int], field: str, cutoff_len: int
-) -> tuple[TokenizedDataset, TokenizationStats]:
+def _select(store: _Store, samples: Sequence[int], field: str, cutoff_len: int) -> tuple[TokenizedDataset, TextStats]:
     """Those of `samples` that have a label to learn from, and what the selection did."""
     labelled = store.labels != IGNORED
     labelled[store.starts[:-1]] = False  # the first token of a sample is never predicted
@@ -285,7 +242,7 @@ def _select(
             "or look at the answers in the data"
         )
     lengths = store.starts.diff()
-    stats = TokenizationStats(
+    stats = TextStats(
         samples=len(kept),
         tokens=int(lengths[kept].sum()),
         label_tokens=int(counts[kept].sum()),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from dora_dist.data.doubts import Doubts, say
 from dora_dist.data.preview import Figures, Part, Preview, numbers, share
 from dora_dist.data.records import read_records
 from dora_dist.data.sampler import FILLER
+from dora_dist.data.stats import LabelledStats
 from dora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,43 +32,6 @@ if TYPE_CHECKING:
 
 
 _MOST_LABELS = 10  # that are named
-
-
-@dataclass(frozen=True)
-class LabelledStats:
-    """What became of one set's records: counts of samples and of tokens."""
-
-    samples: int
-    tokens: int
-    truncated: int
-    cutoff_len: int
-    labels: Mapping[str, str] = field(default_factory=dict)  # which there are, and how often
-    first_cut: tuple[int, ...] = ()  # records' numbers
-    first_left_out: tuple[int, ...] = ()  # none ever
-
-    @property
-    def records(self) -> int:
-        return self.samples
-
-    @property
-    def cut(self) -> int:
-        return self.truncated
-
-    @property
-    def limit(self) -> str:
-        return f"data.cutoff_len = {self.cutoff_len} tokens"
-
-    def figures(self) -> Figures:
-        """For a table, by row."""
-        return {
-            "samples": f"{self.samples:,}",
-            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.truncated:,}",
-            "tokens": f"{self.tokens:,}",
-            **self.labels,
-        }
-
-    def __str__(self) -> str:
-        return f"{self.samples:,} samples, {self.tokens:,} tokens; {self.truncated:,} cut at {self.cutoff_len} tokens"
 
 
 class LabelledDataset(Dataset[dict[str, Any]]):

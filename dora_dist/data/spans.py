@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +15,11 @@ from dora_dist.console import warn
 from dora_dist.data.columns import Columns
 from dora_dist.data.dataset import CHUNK, TokenizedData, held_out
 from dora_dist.data.doubts import Doubts, say
-from dora_dist.data.labelled import LabelledDataset, LabelledStats
-from dora_dist.data.preview import Figures, Part, Preview
+from dora_dist.data.labelled import LabelledDataset
+from dora_dist.data.preview import Part, Preview
 from dora_dist.data.reading import shown
 from dora_dist.data.records import read_records
+from dora_dist.data.stats import SpanStats
 from dora_dist.errors import UserError
 from dora_dist.evaluation.squad import Question, Window
 
@@ -29,22 +29,6 @@ if TYPE_CHECKING:
     from dora_dist.config import DataConfig
 
 FIELDS: dict[str, type] = {"question": str, "context": str, "answers": dict}
-
-
-@dataclass(frozen=True)
-class SpanStats(LabelledStats):
-    """What became of one set's questions; `truncated` counts the windows that were added, which lose nothing."""
-
-    @property
-    def cut(self) -> int:
-        return 0
-
-    def figures(self) -> Figures:
-        return {
-            "questions": f"{self.samples - self.truncated:,}",
-            f"windows of cutoff_len = {self.cutoff_len}": f"{self.samples:,}",
-            "tokens": f"{self.tokens:,}",
-        }
 
 
 class SpanDataset(LabelledDataset):
@@ -137,7 +121,7 @@ def _windows(
     tokenizer: PreTrainedTokenizerFast,
     split: str,
     progress: bool,
-) -> tuple[SpanDataset, LabelledStats]:
+) -> tuple[SpanDataset, SpanStats]:
     tokens, segments, starts, labels = array("i"), array("i"), [0], []
     windows = []
     bar = console.progress(
@@ -164,8 +148,8 @@ def _windows(
     )
     dataset.questions = [Question(row["context"], tuple(row["answers"]["text"])) for row in records]
     dataset.windows = windows
-    cut = len(windows) - len(records)
-    return dataset, SpanStats(len(windows), len(tokens), cut, data.cutoff_len)
+    stats = SpanStats(samples=len(windows), questions=len(records), tokens=len(tokens), cutoff_len=data.cutoff_len)
+    return dataset, stats
 
 
 def _encode(

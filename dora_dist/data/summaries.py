@@ -15,57 +15,15 @@ from dora_dist import console
 from dora_dist.data.columns import Columns
 from dora_dist.data.dataset import CHUNK, TokenizedData, held_out, pieces
 from dora_dist.data.doubts import Doubts, say
-from dora_dist.data.preview import Figures, Part, Preview, numbers
+from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.records import read_records
+from dora_dist.data.stats import SummaryStats
 from dora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from dora_dist.config import DataConfig
-
-
-@dataclass(frozen=True)
-class SummaryStats:
-    """What became of one set's records: counts of samples, of tokens, and of texts that were cut."""
-
-    samples: int
-    tokens: int
-    label_tokens: int
-    cut_documents: int
-    cut_summaries: int
-    cutoff_len: int
-    target_len: int
-    first_cut: tuple[int, ...] = ()  # records' numbers
-    first_left_out: tuple[int, ...] = ()  # none ever
-
-    @property
-    def records(self) -> int:
-        return self.samples
-
-    @property
-    def cut(self) -> int:
-        return self.cut_summaries
-
-    @property
-    def limit(self) -> str:
-        return f"data.target_len = {self.target_len} tokens"
-
-    def figures(self) -> Figures:
-        """For a table, by row."""
-        return {
-            "samples": f"{self.samples:,}",
-            "tokens of documents": f"{self.tokens:,}",
-            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.cut_documents:,}",
-            "tokens of summaries (learnt)": f"{self.label_tokens:,}",
-            f"  cut at target_len = {self.target_len}": f"{self.cut_summaries:,}",
-        }
-
-    def __str__(self) -> str:
-        return (
-            f"{self.samples:,} samples, {self.tokens:,} tokens of documents ({self.cut_documents:,} cut at "
-            f"{self.cutoff_len}), {self.label_tokens:,} of summaries ({self.cut_summaries:,} cut at {self.target_len})"
-        )
 
 
 @dataclass(frozen=True)
@@ -204,7 +162,7 @@ def _select(
         tokens=documents.count(samples),
         label_tokens=summaries.count(samples),
         cut_documents=sum(documents.cut[i] for i in samples),
-        cut_summaries=sum(summaries.cut[i] for i in samples),
+        truncated=sum(summaries.cut[i] for i in samples),
         cutoff_len=data.cutoff_len,
         target_len=data.target_len,
         first_cut=numbers(i for i in samples if summaries.cut[i]),

@@ -14,7 +14,7 @@ from dora_dist.evaluation.encoders import evaluate_encoder
 from dora_dist.evaluation.labels import check_settings
 from dora_dist.evaluation.language import evaluate_language_model
 from dora_dist.evaluation.pictures import PICTURE_FIELDS, evaluate_pictures
-from dora_dist.safetensors_io import disk_errors
+from dora_dist.folders import disk_errors
 
 ENCODER_FIELDS = ("text_fields", "label_field", "cutoff_len", "doc_stride", "target_len")
 _NOT_SHOWN = ("file", "without_answer", "seconds", "max_new_tokens", "predictions")

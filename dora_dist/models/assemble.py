@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from dora_dist.errors import UserError
+from dora_dist.folders import check_model_output, new_folder
 from dora_dist.models.folder import ModelFolder, transformers_config
 from dora_dist.models.llava import LANGUAGE, PROJECTOR, TOWER, other_use, tokens_per_picture
 from dora_dist.models.names import Rename, rename_for
-from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter, check_model_output, new_folder
+from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter
 
 BLOCK_ELEMENTS = 4 << 20
 EMBEDDING_MULTIPLE = 64  # new rows are added up to a multiple of it, as LLaVA-1.5 has them

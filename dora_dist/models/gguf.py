@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dora_dist.errors import UserError
-from dora_dist.safetensors_io import check_model_output, new_folder
+from dora_dist.folders import check_model_output, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from dora_dist import run_folder
+from dora_dist.adapter_folders import base_path, find_adapter
 from dora_dist.adapters.inject import like
 from dora_dist.adapters.peft_config import CONFIG_NAME
 from dora_dist.adapters.peft_format import PeftFolder, read_peft_folder
-from dora_dist.consolidate import base_path, find_adapter
 from dora_dist.errors import UserError
 from dora_dist.hub import fetch
 from dora_dist.models.build import DTYPES, build_model

@@ -15,8 +15,8 @@ from dora_dist.adapters.norms import NormRefresher
 from dora_dist.analysis.rank_map import rank_table, write_rank_map
 from dora_dist.console import progress, say, width
 from dora_dist.distributed import World
+from dora_dist.folders import disk_errors
 from dora_dist.run_folder import METRICS
-from dora_dist.safetensors_io import disk_errors
 from dora_dist.training.table import Table
 
 PEAK_BF16_FLOPS = {

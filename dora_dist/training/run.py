@@ -18,12 +18,12 @@ from dora_dist.config import RunConfig
 from dora_dist.console import say
 from dora_dist.distributed import World, together
 from dora_dist.errors import Stopped, UserError
+from dora_dist.folders import DISK_IS_FULL, disk_errors
 from dora_dist.hub import wanted
 from dora_dist.launchers import rank_among_several
 from dora_dist.models.folder import check_base, transformers_config
 from dora_dist.resuming import located, optimizer_steps
 from dora_dist.run_log import RunLog
-from dora_dist.safetensors_io import DISK_IS_FULL, disk_errors
 from dora_dist.stopping import StopRequest
 from dora_dist.training.resume import check_unused, compare, find_checkpoint, is_finished, read_by_all
 from dora_dist.watch import Watch

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from dora_dist import run_folder
 from dora_dist.adapters.linear import AdapterSpec, DoraLinear
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
+from dora_dist.folders import new_folder
 from dora_dist.models.tasks import LANGUAGE_MODEL, PEFT_TYPES, Task, kept_config
-from dora_dist.safetensors_io import TensorWriter, new_folder
+from dora_dist.safetensors_io import TensorWriter
 from dora_dist.zero3 import shards
 from dora_dist.zero3.checkpoint import (
     KEYS,

@@ -99,7 +99,8 @@ def merged(run_dir: str, base: str, output: str) -> dict[str, Any]:
     """How far the consolidated model's logits are from those of the adapter on its base, and these from the base's."""
     from transformers import AutoModelForCausalLM
 
-    from dora_dist.consolidate import consolidate, find_adapter
+    from dora_dist.adapter_folders import find_adapter
+    from dora_dist.consolidate import consolidate
     from dora_dist.models.inference import load_for_inference
 
     consolidate(find_adapter(Path(run_dir))[0], base, Path(output), progress=False)

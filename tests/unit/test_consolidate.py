@@ -19,8 +19,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from dora_dist.adapter_folders import find_adapter
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
-from dora_dist.consolidate import consolidate, find_adapter
+from dora_dist.consolidate import consolidate
 from dora_dist.errors import UserError
 from dora_dist.models.assemble import assemble_llava
 from dora_dist.models.inference import load_for_inference

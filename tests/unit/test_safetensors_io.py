@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dora_dist.errors import UserError
-from dora_dist.safetensors_io import DTYPES, TensorFolder, TensorWriter, new_folder
+from dora_dist.folders import new_folder
+from dora_dist.safetensors_io import DTYPES, TensorFolder, TensorWriter
 
 # Everything that the library can write; complex64 it can only read.
 TENSORS = {f"t.{n}": (torch.arange(-17, 18) * 3).view(5, 7).to(d) for n, d in DTYPES.items() if n != "C64"}
@@ -241,7 +242,8 @@ FILL = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from dora_dist.safetensors_io import TensorWriter, new_folder
+from dora_dist.folders import new_folder
+from dora_dist.safetensors_io import TensorWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 if sys.argv[1] == "writer":

@@ -57,7 +57,7 @@ def test_each_side_has_its_own_limit(tmp_path: Path) -> None:
             assert cut[side][-1] == 2
     stats = data.train_stats
     assert stats.cut_documents == sum(len(full["input_ids"]) > 20 for full, _ in pairs) > 0
-    assert stats.cut_summaries == sum(len(full["labels"]) > 6 for full, _ in pairs) > 0
+    assert stats.truncated == sum(len(full["labels"]) > 6 for full, _ in pairs) > 0
     assert data.train.references == whole.references
     assert [list(sample.values()) for sample in data.train.first(2)] == [list(cut.values()) for _, cut in pairs[:2]]
     with pytest.raises(UserError, match="data.target_len = 65: the model takes 64 tokens at most"):

@@ -1,0 +1,175 @@
+"""What became of a set's records: one class for each kind of data set, with what they share in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dora_dist.data.preview import Figures, share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Counts of samples and of tokens. Records are numbered from 1."""
+
+    samples: int  # kept
+    tokens: int
+    cutoff_len: int
+    truncated: int = 0  # kept or not
+    first_cut: tuple[int, ...] = ()  # records' numbers
+    first_left_out: tuple[int, ...] = ()
+
+    @property
+    def left_out(self) -> int:
+        """Records that are not samples."""
+        return 0
+
+    @property
+    def records(self) -> int:
+        """All that were read."""
+        return self.samples + self.left_out
+
+    @property
+    def cut(self) -> int:
+        """Samples that lose something to be learnt."""
+        return self.truncated
+
+    @property
+    def limit(self) -> str:
+        """What they were cut at, as a field and its value."""
+        return f"data.cutoff_len = {self.cutoff_len} tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextStats(Stats):
+    """Of texts, parts of which are learnt."""
+
+    label_tokens: int
+    without_labels: int  # left out: truncation or the data itself left them nothing to learn from
+
+    @property
+    def left_out(self) -> int:
+        return self.without_labels
+
+    def figures(self) -> Figures:
+        """For a table, by row."""
+        return {
+            "records": f"{self.records:,}",
+            "  left out: nothing to learn": f"{self.without_labels:,}",
+            "samples": f"{self.samples:,}",
+            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.truncated:,}",
+            "tokens": f"{self.tokens:,}",
+            "  learnt": share(self.label_tokens, self.tokens),
+        }
+
+    def __str__(self) -> str:
+        return f"{self.samples:,} samples, {self._learnt()}"
+
+    def _learnt(self) -> str:
+        cut = f", {self.truncated:,} cut at {self.cutoff_len} tokens" if self.truncated else ""
+        out = f", {self.without_labels:,} left out: nothing to learn" if self.without_labels else ""
+        return f"{self.tokens:,} tokens ({self.label_tokens:,} learnt){cut}{out}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationStats(TextStats):
+    """Of conversations about pictures, whose tokens count too."""
+
+    pictures: int
+    text_only: int
+    without_picture: int  # left out: a picture of theirs is missing
+
+    @property
+    def left_out(self) -> int:
+        return self.without_labels + self.without_picture
+
+    def figures(self) -> Figures:
+        rows = super().figures()
+        return {
+            "records": rows.pop("records"),
+            "  left out: nothing to learn": rows.pop("  left out: nothing to learn"),
+            "  left out: a picture is missing": f"{self.without_picture:,}",
+            "samples": rows.pop("samples"),
+            "  without pictures": f"{self.text_only:,}",
+            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.truncated:,}",
+            "pictures": f"{self.pictures:,}",
+            "tokens, those of pictures included": rows.pop("tokens"),
+            "  learnt": rows.pop("  learnt"),
+        }
+
+    def __str__(self) -> str:
+        missing = f", {self.without_picture:,} left out: a picture is missing" if self.without_picture else ""
+        return (
+            f"{self.samples:,} conversations ({self.text_only:,} without pictures), {self.pictures:,} pictures, "
+            f"{self._learnt()}{missing}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledStats(Stats):
+    """Of texts with a label; `labels`: which there are, and how often."""
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def figures(self) -> Figures:
+        """For a table, by row."""
+        return {
+            "samples": f"{self.samples:,}",
+            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.truncated:,}",
+            "tokens": f"{self.tokens:,}",
+            **self.labels,
+        }
+
+    def __str__(self) -> str:
+        cut = f", {self.truncated:,} cut at {self.cutoff_len} tokens" if self.truncated else ""
+        return f"{self.samples:,} samples, {self.tokens:,} tokens{cut}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanStats(Stats):
+    """Of windows of texts with questions; `questions` are fewer where a text took several windows."""
+
+    questions: int
+
+    def figures(self) -> Figures:
+        """For a table, by row."""
+        return {
+            "questions": f"{self.questions:,}",
+            f"windows of cutoff_len = {self.cutoff_len}": f"{self.samples:,}",
+            "tokens": f"{self.tokens:,}",
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.questions:,} questions in {self.samples:,} windows of up to {self.cutoff_len} tokens, "
+            f"{self.tokens:,} tokens"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryStats(Stats):
+    """Of documents and their summaries; `truncated` counts summaries."""
+
+    label_tokens: int
+    cut_documents: int
+    target_len: int
+
+    @property
+    def limit(self) -> str:
+        return f"data.target_len = {self.target_len} tokens"
+
+    def figures(self) -> Figures:
+        """For a table, by row."""
+        return {
+            "samples": f"{self.samples:,}",
+            "tokens of documents": f"{self.tokens:,}",
+            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.cut_documents:,}",
+            "tokens of summaries (learnt)": f"{self.label_tokens:,}",
+            f"  cut at target_len = {self.target_len}": f"{self.truncated:,}",
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.samples:,} samples, {self.tokens:,} tokens of documents ({self.cut_documents:,} cut at "
+            f"{self.cutoff_len}), {self.label_tokens:,} of summaries ({self.truncated:,} cut at {self.target_len})"
+        )
