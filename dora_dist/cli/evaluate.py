@@ -55,9 +55,10 @@ def declare_evaluate(commands: Commands) -> None:
     command.add_argument(
         "--mode",
         choices=("generate", "likelihood", "loss"),
-        help="generate: read the answer from generated text, in the paper's way for instruction records, else compared "
-        "with the whole reference, whose loss is given, too; likelihood: the likeliest of the candidates; loss: loss "
-        "and perplexity of the references alone (default: generate)",
+        help="generate: read the answer from generated text (instruction records of the eight commonsense tasks: its "
+        "first answer word, such as true or solution1; other records: the whole text, compared with the reference, "
+        "whose loss is given, too); likelihood: the likeliest of the candidates; loss: loss and perplexity of the "
+        "references alone (default: generate)",
     )
     command.add_argument(
         "--base", metavar="MODEL", help="base model folder or hub name of an adapter (default: the run's own)"
@@ -79,14 +80,14 @@ def _add_search(command: argparse.ArgumentParser) -> None:
         "--num-beams",
         type=positive,
         metavar="N",
-        help="beams when generating (4 in the paper's way, else 1; or as a run that summarises has it)",
+        help="beams when generating (4 for commonsense tasks, else 1; or as a run that summarises has it)",
     )
     command.add_argument(
         "--max-new-tokens",
         type=positive,
         metavar="N",
-        help="tokens to generate (32 in the paper's way, else as the longest reference needs; a LLaVA: 16, captions "
-        "64; or as a run that summarises has it)",
+        help="tokens to generate (32 for commonsense tasks, else as the longest reference needs; a LLaVA: 16, "
+        "captions 64; or as a run that summarises has it)",
     )
     command.add_argument(
         "--normalise",

@@ -48,8 +48,8 @@ def score_task(
 ) -> TaskScore:
     """Accuracy of a model on the records of a task; the model is left in the mode it came in.
 
-    "generate": the paper's way, for its eight tasks. The model continues the evaluation prompt; the first
-    label after the last "### Response:" must equal "answer"; text with no label counts as wrong.
+    "generate": as Liu et al. (section 4.1) evaluate their eight tasks. The model continues the evaluation prompt; the
+    first label after the last "### Response:" must equal "answer"; text with no label counts as wrong.
     "likelihood": the most probable of the record's candidates (`tasks.candidates`) after the TRAINING prompt of
     `format` ("instruction", "alpaca", "completion", or "messages": in the place of the last assistant turn);
     `normalise` "sum" compares the probability of whole answers, "mean" that of their average token.

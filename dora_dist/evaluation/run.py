@@ -47,12 +47,12 @@ def evaluate(
             paper's eight names need "answer" in every record, any other name needs "choices" and mode "likelihood".
             A LLaVA's are of `format` ("vqa", "multiple_choice", "pope" or "captions"; see `questions`). Other models'
             are of the format that they are trained on.
-        mode: "generate" (the default): the paper's way for "instruction", else the model's own text is compared with
-            the record's answer (of a chat the last assistant turn), whose loss and perplexity are given, too;
-            "loss": these two alone; "likelihood": the most probable of a record's candidates, by the sum or, with
-            `normalise` "mean", the average over its tokens.
+        mode: "generate" (the default): for "instruction" the first answer word in the model's text (as Liu et al.
+            evaluate, section 4.1), else its whole text, compared with the record's answer (of a chat the last assistant
+            turn), whose loss and perplexity are given, too; "loss": these two alone; "likelihood": the most probable of
+            a record's candidates, by the sum or, with `normalise` "mean", the average over its tokens.
         instruction: what follows a question about a picture; None: what LLaVA-1.5 was trained with for `format`.
-        num_beams, max_new_tokens: None: 4 and 32 for the paper's way; 1 and as many as the longest reference has for
+        num_beams, max_new_tokens: None: 4 and 32 for "instruction"; 1 and as many as the longest reference has for
             a language model's own texts; 1 and as `format` needs for a LLaVA; or what a run that summarises was given.
         limit: only the first so many records of each file.
         dtype: None: bf16 for a language model, else the run's; where there is none, bf16 for a LLaVA, fp32 for others.
