@@ -22,6 +22,10 @@ def test_srun_computes_what_torchrun_does(workspace: Workspace, uninterrupted: d
     file = workspace.write_config("srun", training={"max_steps": 10})
     workspace.run("srun", "-N2", "python", ROOT / "launch" / "train.py", "--config", file)
     assert workspace.losses("srun") == {step: uninterrupted[step] for step in range(1, 11)}
+    logs = [workspace.folder / "runs" / "srun" / name for name in ("run.log", "run.n1.log")]
+    ours, theirs = (log.read_text() for log in logs)  # each node writes one of its own
+    assert "[rank 0]" in ours and "[rank 1]" not in ours and "finished " in ours
+    assert "[rank 1]" in theirs and "[rank 0]" not in theirs
 
 
 @pytest.mark.parametrize(
