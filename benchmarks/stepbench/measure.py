@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from dora_dist import distributed
+from dora_dist.runtime import distributed
 from stepbench.settings import Settings
 
 

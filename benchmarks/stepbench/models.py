@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from dora_dist.models.build import checkpoint_activations
+from dora_dist.models.heads import CAUSAL_LM, IMAGE_TEXT, Task, auto_class
 from dora_dist.models.llava import prepare_for_training
-from dora_dist.models.tasks import CAUSAL_LM, IMAGE_TEXT, Task, auto_class
 from stepbench.settings import PATCH, TARGETS, Settings
 
 GATED = ("gated", "dynamic", "closed", "compacted")
@@ -18,7 +18,7 @@ GATED = ("gated", "dynamic", "closed", "compacted")
 def write_base(folder: Path, settings: Settings) -> None:
     """A LLaMA or LLaVA of the settings' size with random bf16 weights, as a Hugging Face folder."""
     from dora_dist.models.build import skeleton
-    from dora_dist.safetensors_io import TensorWriter
+    from dora_dist.weights.safetensors_io import TensorWriter
 
     _config(settings).save_pretrained(folder)
     shapes = {name: tuple(p.shape) for name, p in skeleton(folder, _task(settings)).named_parameters()}
@@ -94,7 +94,7 @@ def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
 
 def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]:
     from dora_dist.adapters.inject import by_pattern
-    from dora_dist.adapters.linear import AdapterSpec
+    from dora_dist.adapters.layer import AdapterSpec
     from dora_dist.models.build import build_model
     from dora_dist.zero3.shards import ShardedPlacement
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dora_dist import distributed
+from dora_dist.runtime import distributed
 
 VARIANTS = {
     "dora": "this project, DoRA",

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dora_dist.adapters.linear import DoraLinear, before_any_forward
-from dora_dist.stopwatch import Stopwatch
+from dora_dist.adapters.layer import AdaptedLinear, before_any_forward
+from dora_dist.runtime.stopwatch import Stopwatch
 
 Schedule = Literal["dora", "adalora"]
 EPSILON = 1e-8
@@ -137,7 +137,7 @@ class ComponentPruner:
         backwards: int = 1,
         clear_moments: bool = False,
     ) -> None:
-        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, DoraLinear) and m.spec.gated}
+        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear) and m.spec.gated}
         self.budget, self.beta, self.clear_moments = budget, beta, clear_moments
         self.components = sum(layer.spec.r or 0 for layer in self.layers.values())
         self.step = 0

@@ -1,4 +1,4 @@
-"""Which modules of a model become DoraLinear."""
+"""Which modules of a model become AdaptedLinear."""
 
 import re
 from collections import Counter
@@ -8,9 +8,11 @@ from typing import cast
 
 from torch import nn
 
-from dora_dist.adapters.linear import AdapterSpec, DoraLinear
+from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec, adapted_layers, initial_bound
 from dora_dist.adapters.peft_format import PeftAdapter
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.loading import initial_values
+from dora_dist.weights.placement import Fill
 
 _LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 FAMILY_TARGETS: dict[str, list[str]] = dict.fromkeys(
@@ -107,7 +109,7 @@ def like(adapter: PeftAdapter) -> AdapterPlan:
 
 
 def inject(model: nn.Module, plan: AdapterPlan, trained_modules: Sequence[str] = ()) -> list[str]:
-    """Replace planned nn.Linear modules by DoraLinear over the SAME parameters, in place; freeze all else.
+    """Replace planned nn.Linear modules by AdaptedLinear over the SAME parameters, in place; freeze all else.
 
     All but what is in `trained_modules` (names, see `trained_in_full`): that is trained as it is. Adapters of a model
     that has its weights start as the paper says, from torch's random numbers, and change no output. Returns the names
@@ -137,7 +139,7 @@ def inject(model: nn.Module, plan: AdapterPlan, trained_modules: Sequence[str] =
     for name, spec in specs.items():
         parent, _, child = name.rpartition(".")
         linear = linears[name]
-        setattr(model.get_submodule(parent), child, DoraLinear.from_linear(linear, spec))
+        setattr(model.get_submodule(parent), child, AdaptedLinear.from_linear(linear, spec))
     return list(specs)
 
 
@@ -149,6 +151,16 @@ def _family_targets(model: nn.Module) -> list[str]:
             f"name the modules to adapt (families with a default: {', '.join(FAMILY_TARGETS)})"
         )
     return FAMILY_TARGETS[family]
+
+
+def initial_fills(model: nn.Module, seed: int) -> dict[str, Fill]:
+    """The values that each adapter parameter of `model` starts with, by its name: a function of `seed` and name."""
+    fills = {}
+    for layer_name, layer in adapted_layers(model).items():
+        for kind, parameter in layer.adapter_parameters().items():
+            name, bound = f"{layer_name}.{kind}", initial_bound(kind, parameter.shape, layer.spec.gated)
+            fills[name] = initial_values(name, parameter.shape, seed, bound)
+    return fills
 
 
 ABSURD_RANK = 64

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dora_dist.adapters.linear import DoraLinear, before_any_forward
-from dora_dist.stopwatch import Stopwatch
+from dora_dist.adapters.layer import AdaptedLinear, before_any_forward
+from dora_dist.runtime.stopwatch import Stopwatch
 
 CHUNK_ELEMENTS = 4 * 2**20
 """Elements of W0 upcast to fp32 at a time: 16 MiB."""
@@ -58,13 +58,13 @@ class WeightPiece(NamedTuple):
     start: int
 
 
-def add_base_squares(layer: DoraLinear, piece: WeightPiece, sums: Tensor) -> None:
+def add_base_squares(layer: AdaptedLinear, piece: WeightPiece, sums: Tensor) -> None:
     """Add the piece's share of rowsum(W0²) to `sums` (out,), fp32, in place."""
     for block, w in _blocks(layer, piece, sums.device):
         sums[block.row : block.row + block.rows] += w.square().sum(1)
 
 
-def add_adapter_squares(layer: DoraLinear, piece: WeightPiece, sums: Tensor) -> None:
+def add_adapter_squares(layer: AdaptedLinear, piece: WeightPiece, sums: Tensor) -> None:
     """Add the piece's share of n² − rowsum(W0²) to `sums` (out,), fp32, in place.
 
     The layer's low-rank factors must be whole; without any, nothing is added. The term in B alone is charged to
@@ -84,7 +84,7 @@ def add_adapter_squares(layer: DoraLinear, piece: WeightPiece, sums: Tensor) -> 
         sums[rows] += (inner * b_rows).sum(1)
 
 
-def _blocks(layer: DoraLinear, piece: WeightPiece, device: torch.device) -> Iterator[tuple[Rectangle, Tensor]]:
+def _blocks(layer: AdaptedLinear, piece: WeightPiece, device: torch.device) -> Iterator[tuple[Rectangle, Tensor]]:
     stop = piece.start + piece.values.numel()
     for block in rectangles(piece.start, stop, layer.in_features):
         flat = piece.values[block.offset : block.offset + block.rows * block.cols]
@@ -92,7 +92,7 @@ def _blocks(layer: DoraLinear, piece: WeightPiece, device: torch.device) -> Iter
 
 
 class NormRefresher:
-    """Keeps every DoraLinear's `norm` equal to ‖V'‖ of its present parameters, for weights held whole.
+    """Keeps every AdaptedLinear's `norm` equal to ‖V'‖ of its present parameters, for weights held whole.
 
     Attached to a model, it recomputes before the first forward that follows an optimizer step, whoever takes that
     step, and whether the root or an inner module is called: any torch optimizer's step marks the norms stale, the next
@@ -101,8 +101,8 @@ class NormRefresher:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        named = [(name, m) for name, m in model.named_modules() if isinstance(m, DoraLinear)]
-        self.layers: dict[str, DoraLinear] = {n: m for n, m in named if m.spec.weight_decomposed}
+        named = [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear)]
+        self.layers: dict[str, AdaptedLinear] = {n: m for n, m in named if m.spec.weight_decomposed}
         self.device = next(model.parameters()).device
         self.refreshes = 0
         self.stopwatch = Stopwatch()
@@ -152,7 +152,7 @@ class NormRefresher:
             self.refresh()
 
 
-def _zeros(layer: DoraLinear, device: torch.device) -> Tensor:
+def _zeros(layer: AdaptedLinear, device: torch.device) -> Tensor:
     return torch.zeros(layer.out_features, dtype=torch.float32, device=device)
 
 

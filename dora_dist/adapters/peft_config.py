@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 CONFIG_NAME = "adapter_config.json"
 NO_TARGETS = "dummy-target-modules"  # what PEFT takes for an adapter of trained modules alone

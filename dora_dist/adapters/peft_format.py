@@ -28,10 +28,10 @@ from dora_dist.adapters.peft_config import (
     read_peft_config,
     targets,
 )
-from dora_dist.console import warn
-from dora_dist.errors import UserError
-from dora_dist.folders import new_folder
-from dora_dist.safetensors_io import TensorFolder, TensorWriter
+from dora_dist.runtime.console import warn
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import new_folder
+from dora_dist.weights.safetensors_io import TensorFolder, TensorWriter
 
 MODEL_CONFIG_NAME = "model_config.json"
 """Fields of a model's config.json that its base's has not (its head's labels); PEFT does not look at it."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from dora_dist.errors import Stopped
+from dora_dist.runtime.errors import Stopped
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from typing import NoReturn
 
 from dora_dist.cli import env, evaluate, models, train, validate
 from dora_dist.config import RunConfig, check_names
-from dora_dist.console import Lasting, complain, is_first
-from dora_dist.errors import LostRank, Stopped, UserError
-from dora_dist.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED, USERS_MISTAKE
-from dora_dist.launchers import rank_among_several
+from dora_dist.runtime.console import Lasting, complain, is_first
+from dora_dist.runtime.errors import LostRank, Stopped, UserError
+from dora_dist.runtime.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED, USERS_MISTAKE
+from dora_dist.runtime.launchers import rank_among_several
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

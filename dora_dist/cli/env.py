@@ -31,7 +31,7 @@ def declare_env(commands: Commands) -> None:
 
 
 def _env(options: argparse.Namespace) -> None:
-    from dora_dist.environment import as_table, survey
+    from dora_dist.runtime.environment import as_table, survey
 
     with redirect_stdout(sys.stderr):  # what libraries print while they start is not part of the answer
         found = survey(options.timeout)

@@ -3,13 +3,13 @@
 import argparse
 from pathlib import Path
 
-from dora_dist import run_folder
+from dora_dist.checkpoint import run_folder
 from dora_dist.cli.endings import ended_by_signals
 from dora_dist.cli.options import DTYPES, Commands, declare, positive
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
-from dora_dist.console import note, say
-from dora_dist.errors import UserError
+from dora_dist.runtime.console import note, say
+from dora_dist.runtime.errors import UserError
 
 _LABELLED = "a classifier, answer finder or summariser"
 _DATA_FIELDS = {

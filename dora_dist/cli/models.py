@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from dora_dist import run_folder
+from dora_dist.checkpoint import run_folder
 from dora_dist.cli.endings import ended_by_signals
 from dora_dist.cli.options import DTYPES, Commands, add_output, declare, positive, size
-from dora_dist.console import say
-from dora_dist.errors import UserError
+from dora_dist.runtime.console import say
+from dora_dist.runtime.errors import UserError
 
 
 def declare_consolidate(commands: Commands) -> None:
@@ -32,8 +32,8 @@ def declare_consolidate(commands: Commands) -> None:
 
 
 def _consolidate(options: argparse.Namespace) -> None:
-    from dora_dist.adapter_folders import find_adapter
-    from dora_dist.consolidate import consolidate
+    from dora_dist.checkpoint.adapter_folders import find_adapter
+    from dora_dist.checkpoint.consolidate import consolidate
 
     adapter, found = find_adapter(options.path)
     if (choice := run_folder.chosen(options.path)) is not None:
@@ -111,8 +111,8 @@ def declare_assemble_llava(commands: Commands) -> None:
 
 def _assemble_llava(options: argparse.Namespace) -> None:
     from dora_dist.config import is_local
-    from dora_dist.hub import fetch
     from dora_dist.models.assemble import assemble_llava
+    from dora_dist.runtime.hub import fetch
 
     vision, language = (Path(n) if is_local(n) else fetch(n) for n in (options.vision, options.language))
     with ended_by_signals():

@@ -5,7 +5,7 @@ import json
 
 from dora_dist.cli.options import Commands, declare
 from dora_dist.config import RunConfig, add_arguments
-from dora_dist.console import say
+from dora_dist.runtime.console import say
 
 
 def declare_train(commands: Commands) -> None:
@@ -35,7 +35,7 @@ def _train(options: argparse.Namespace) -> None:
     config = load_config(options, check_files=True)
     import torch.distributed as dist
 
-    from dora_dist import distributed
+    from dora_dist.runtime import distributed
     from dora_dist.training.run import train
 
     taken_over = dist.is_available() and dist.is_initialized()  # whoever formed the group leaves it

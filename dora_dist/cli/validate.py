@@ -83,9 +83,9 @@ def show_data(config: RunConfig) -> None:
     """
     from rich.console import Console
 
+    from dora_dist.checkpoint.resuming import optimizer_steps
     from dora_dist.data.pictures import PictureProcessor
     from dora_dist.data.preview import longest
-    from dora_dist.resuming import optimizer_steps
     from dora_dist.training.inputs import fetched_for_data, read_data
     from dora_dist.training.run import pruning_budget
 

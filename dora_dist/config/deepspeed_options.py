@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from dora_dist.config.engine import merged
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 _ANY_BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 3}}
 _DEFAULTS = {"steps_per_print": 10}  # where DeepSpeed has none, which would say of which kind it is

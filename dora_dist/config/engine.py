@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from dora_dist.config.schema import RunConfig

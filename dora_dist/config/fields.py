@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dora_dist import strict_json
-from dora_dist.errors import UserError
+from dora_dist.runtime import strict_json
+from dora_dist.runtime.errors import UserError
 
 _WORDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
 _LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dora_dist.config.names import DATA_SUFFIXES, PACKED, TABLES, data_set, is_local
 from dora_dist.config.pictures import how_to_get
 from dora_dist.config.source import absence, nearby
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from dora_dist.config.schema import RunConfig

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from dora_dist.config.fields import field_specs
 from dora_dist.config.problems import suggestion
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 _METAVARS = {"integer": "INT", "number": "NUM", "boolean": "true|false", "array": "LIST", "object": "JSON"}
 

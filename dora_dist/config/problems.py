@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from dora_dist.config.fields import FieldSpec, field_specs
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 # Names of the same things elsewhere, too far from ours for a comparison of letters.
 OTHER_NAMES = {

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dora_dist import strict_json
-from dora_dist.errors import UserError
+from dora_dist.runtime import strict_json
+from dora_dist.runtime.errors import UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:

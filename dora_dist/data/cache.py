@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from torch import Tensor
 
-from dora_dist.console import warn
-from dora_dist.errors import UserError
-from dora_dist.safetensors_io import TensorWriter
+from dora_dist.runtime.console import warn
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.safetensors_io import TensorWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

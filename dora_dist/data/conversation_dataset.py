@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dora_dist import console
 from dora_dist.config.pictures import how_to_get
 from dora_dist.data.cache import cached
 from dora_dist.data.columns import Columns
@@ -27,7 +26,8 @@ from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.records import check_characters, read_records
 from dora_dist.data.stats import ConversationStats
 from dora_dist.data.strings import pack, unpack
-from dora_dist.errors import UserError
+from dora_dist.runtime import console
+from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from dora_dist.config import DataConfig

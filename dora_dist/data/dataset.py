@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dora_dist import console
 from dora_dist.data.cache import cached
 from dora_dist.data.columns import Columns, token_ids
 from dora_dist.data.doubts import Doubts, say
@@ -19,7 +18,8 @@ from dora_dist.data.formats import FORMATS, Rendered, check_template, texts_of
 from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.records import ANSWERS, FIELDS, Record, check_characters, read_records
 from dora_dist.data.stats import TextStats
-from dora_dist.errors import UserError
+from dora_dist.runtime import console
+from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dora_dist.console import is_first, warn
-from dora_dist.errors import UserError
+from dora_dist.runtime.console import is_first, warn
+from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from dora_dist.config import RunConfig

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dora_dist import console
-from dora_dist.console import warn
 from dora_dist.data.collate import WithFiller
 from dora_dist.data.columns import Columns
 from dora_dist.data.dataset import CHUNK, IGNORED, TokenizedData, held_out, pieces
@@ -23,7 +21,9 @@ from dora_dist.data.preview import Figures, Part, Preview, numbers, share
 from dora_dist.data.records import read_records
 from dora_dist.data.sampler import FILLER
 from dora_dist.data.stats import LabelledStats
-from dora_dist.errors import UserError
+from dora_dist.runtime import console
+from dora_dist.runtime.console import warn
+from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dora_dist.data.collate import Collator
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded: pictures only, none that runs another program (as EPS does)."""

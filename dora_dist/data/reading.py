@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 _KINDS = (
     (b"\x1f\x8b", "a gzip archive: unpack it first"),

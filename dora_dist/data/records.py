@@ -12,7 +12,7 @@ from dora_dist.config.files import not_a_data_file
 from dora_dist.config.names import data_set
 from dora_dist.data.reading import read_rows, shown
 from dora_dist.data.repository import data_files
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 Record = dict[str, Any]
 _MOST_SHOWN = 8  # fields of a record that a message lists

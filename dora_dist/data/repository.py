@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.config.names import DATA_SUFFIXES, DataSet
-from dora_dist.errors import UserError
-from dora_dist.hub import Repository
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.hub import Repository
 
 CARD = "README.md"  # it says which files are which configuration and split
 CONVERTED = "refs/convert/parquet"

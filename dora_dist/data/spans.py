@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dora_dist import console
-from dora_dist.console import warn
 from dora_dist.data.columns import Columns
 from dora_dist.data.dataset import CHUNK, TokenizedData, held_out
 from dora_dist.data.doubts import Doubts, say
@@ -20,8 +18,10 @@ from dora_dist.data.preview import Part, Preview
 from dora_dist.data.reading import shown
 from dora_dist.data.records import read_records
 from dora_dist.data.stats import SpanStats
-from dora_dist.errors import UserError
-from dora_dist.evaluation.squad import Question, Window
+from dora_dist.metrics.squad import Question, Window
+from dora_dist.runtime import console
+from dora_dist.runtime.console import warn
+from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dora_dist import console
 from dora_dist.data.columns import Columns
 from dora_dist.data.dataset import CHUNK, TokenizedData, held_out, pieces
 from dora_dist.data.doubts import Doubts, say
 from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.records import read_records
 from dora_dist.data.stats import SummaryStats
-from dora_dist.errors import UserError
+from dora_dist.runtime import console
+from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_dist import console
 from dora_dist.config import RunConfig
 from dora_dist.config.conflicts import FORMATS_OF_TASKS
+from dora_dist.runtime import console
 
 if TYPE_CHECKING:
-    from dora_dist.models.tasks import Task
+    from dora_dist.models.heads import Task
 
 
 def evaluate_encoder(
@@ -34,7 +34,7 @@ def evaluate_encoder(
     `dtype` are by default those of the run, if `model_path` is a run folder, a checkpoint or a checkpoint's adapter;
     else the configuration's defaults, and fp32. Raises UserError for records that do not fit the task.
     """
-    from dora_dist.models.inference import load_for_inference, run_of
+    from dora_dist.evaluation.inference import load_for_inference, run_of
 
     run = run_of(str(model_path))
     model_fields, training_fields = run.get("model", {}), run.get("training", {})
@@ -82,7 +82,7 @@ def score_records(
     import torch
 
     from dora_dist.data import EpochBatches, EpochDataLoader, build_data
-    from dora_dist.training.objectives import objective
+    from dora_dist.tasks.objectives import objective
 
     dataset = build_data(config, tokenizer, progress=progress).train
     if limit is not None:

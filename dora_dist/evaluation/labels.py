@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dora_dist import console
 from dora_dist.data.formats import Rendered, candidate, generation_prompt
 from dora_dist.data.records import Record
-from dora_dist.errors import UserError
 from dora_dist.evaluation.answers import ANSWERED, CHAT, PAPER, exchange, reference
-from dora_dist.evaluation.tasks import candidates, gold_label, paper_task
+from dora_dist.evaluation.commonsense import candidates, gold_label, paper_task
+from dora_dist.runtime import console
+from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

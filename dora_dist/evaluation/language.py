@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_dist import console
-from dora_dist.console import note
 from dora_dist.data.records import FIELDS, Record, read_records
-from dora_dist.errors import UserError
 from dora_dist.evaluation.answers import ANSWERED, PAPER, Exchange, exchange, gold_answers, reference, score_answers
 from dora_dist.evaluation.labels import check_format, right_answer, score_task, texts_of
 from dora_dist.evaluation.lengths import check_lengths, positions_of
+from dora_dist.runtime import console
+from dora_dist.runtime.console import note
+from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -71,7 +71,7 @@ def evaluate_language_model(
 
     `format` is by default that of the run in which the model was trained, else "instruction".
     """
-    from dora_dist.models.inference import base_folder, load_for_inference, run_of, tokenizer_at
+    from dora_dist.evaluation.inference import base_folder, load_for_inference, run_of, tokenizer_at
 
     path, run = str(model_path), run_of(str(model_path))
     asking = Asking(mode, format or _format_of(run), batch_size, normalise, num_beams or 4, max_new_tokens or 32)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dora_dist.errors import UserError
 from dora_dist.models.folder import transformers_config
+from dora_dist.runtime.errors import UserError
 
 
 def positions_of(folder: Path) -> int | None:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from dora_dist.data.dataset import encode
 from dora_dist.data.formats import Rendered
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dora_dist import console
 from dora_dist.config import DataConfig, RunConfig
 from dora_dist.data.conversations import Conversation, render, render_question
 from dora_dist.data.pictures import PictureProcessor, missing_pictures
-from dora_dist.errors import UserError
 from dora_dist.evaluation.generation import beam_search
 from dora_dist.evaluation.lengths import check_lengths, positions_of
 from dora_dist.evaluation.likelihood import candidate_log_probs
 from dora_dist.evaluation.questions import FORMATS, Question, check_format, read_questions
+from dora_dist.runtime import console
+from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ def evaluate_pictures(
     whether all pictures are there are checked before the model is loaded. Raises UserError for records that do not
     fit the format, and for pictures that cannot be read.
     """
-    from dora_dist.models.inference import base_folder, load_for_inference, run_of
+    from dora_dist.evaluation.inference import base_folder, load_for_inference, run_of
 
     check_format(format, mode)
     run = run_of(str(model_path))

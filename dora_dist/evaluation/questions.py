@@ -8,10 +8,10 @@ from typing import Any
 
 from dora_dist.data.conversations import MARK, picture_paths
 from dora_dist.data.records import Record, read_records
-from dora_dist.errors import UserError
-from dora_dist.evaluation.captions import caption_metrics, check_scorers
-from dora_dist.evaluation.choices import LETTERS, choice_metrics, chosen, says_yes, yes_no_metrics
-from dora_dist.evaluation.vqa import vqa_metrics
+from dora_dist.metrics.captions import caption_metrics, check_scorers
+from dora_dist.metrics.choices import LETTERS, choice_metrics, chosen, says_yes, yes_no_metrics
+from dora_dist.metrics.vqa import vqa_metrics
+from dora_dist.runtime.errors import UserError
 
 SHORT = "Answer the question using a single word or phrase."
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.data.records import local_file
-from dora_dist.errors import UserError
 from dora_dist.evaluation.encoders import evaluate_encoder
 from dora_dist.evaluation.labels import check_settings
 from dora_dist.evaluation.language import evaluate_language_model
 from dora_dist.evaluation.pictures import PICTURE_FIELDS, evaluate_pictures
-from dora_dist.folders import disk_errors
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import disk_errors
 
 ENCODER_FIELDS = ("text_fields", "label_field", "cutoff_len", "doc_stride", "target_len")
 _NOT_SHOWN = ("file", "without_answer", "seconds", "max_new_tokens", "predictions")
@@ -140,8 +140,8 @@ def _by_task(
     common: dict[str, Any],
 ) -> dict[str, Any]:
     """The evaluation of this kind of model. Raises UserError for a setting that means nothing to it."""
-    from dora_dist.models.inference import task_at
-    from dora_dist.models.tasks import CAUSAL_LM, IMAGE_TEXT, SEQ2SEQ_LM
+    from dora_dist.evaluation.inference import task_at
+    from dora_dist.models.heads import CAUSAL_LM, IMAGE_TEXT, SEQ2SEQ_LM
 
     task = task_at(str(model_path))
     if asking.get("mode") == "loss" and task.name != CAUSAL_LM:

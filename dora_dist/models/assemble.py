@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_dist.errors import UserError
-from dora_dist.folders import check_model_output, new_folder
 from dora_dist.models.folder import ModelFolder, transformers_config
 from dora_dist.models.llava import LANGUAGE, PROJECTOR, TOWER, other_use, tokens_per_picture
-from dora_dist.models.names import Rename, rename_for
-from dora_dist.safetensors_io import TensorEntry, TensorFolder, TensorWriter
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import check_model_output, new_folder
+from dora_dist.weights.names import Rename, rename_for
+from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder, TensorWriter
 
 BLOCK_ELEMENTS = 4 << 20
 EMBEDDING_MULTIPLE = 64  # new rows are added up to a multiple of it, as LLaVA-1.5 has them
@@ -197,7 +197,7 @@ def _preprocessing(vision: Path, model_type: str) -> dict[str, Any]:
 def _parts(folder: Path, config: Any, tower: TensorFolder, text: TensorFolder) -> list[list[Part]]:
     """What to write: one file for each file that is read, and one for the projector."""
     from dora_dist.models.build import skeleton
-    from dora_dist.models.tasks import IMAGE_TEXT, Task
+    from dora_dist.models.heads import IMAGE_TEXT, Task
 
     model = skeleton(folder, Task(IMAGE_TEXT))
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -256,7 +256,7 @@ def _write(folder: Path, files: list[list[Part]], seed: int) -> None:
 
 def _blocks(part: Part, seed: int) -> Iterator[Tensor]:
     """A tensor's values in order, a bounded number at a time; flat."""
-    from dora_dist.zero3.loading import initial_values
+    from dora_dist.weights.loading import initial_values
 
     if part.source is None or part.entry is None:
         values, shape = torch.zeros(torch.Size(part.shape).numel()), torch.Size(part.shape)

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_dist.adapters.inject import AdapterPlan, inject, trained_in_full
+from dora_dist.adapters.inject import AdapterPlan, initial_fills, inject, trained_in_full
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.adapters.recompute import keeping_outputs
-from dora_dist.base_digest import sampled_digest, warn_of_another_base
-from dora_dist.errors import UserError
 from dora_dist.models import start
 from dora_dist.models.folder import GENERATION_CONFIG, ModelFolder, generation_config, reason, transformers_config
-from dora_dist.models.names import locate, rename_for, stored_names
-from dora_dist.models.placement import Placement
-from dora_dist.models.tasks import IMAGE_TEXT, LANGUAGE_MODEL, Task, configure, default_trained, model_class
+from dora_dist.models.heads import IMAGE_TEXT, LANGUAGE_MODEL, Task, configure, default_trained, model_class
 from dora_dist.models.tying import untie, untie_different
 from dora_dist.models.unused import report_unused
-from dora_dist.zero3.loading import load_base
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.digest import sampled_digest, warn_of_another_base
+from dora_dist.weights.loading import load_base
+from dora_dist.weights.names import locate, rename_for, stored_names
+from dora_dist.weights.placement import Placement
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -53,6 +53,7 @@ def build_model(
     base: Path,
     plan: AdapterPlan,
     placement: Placement,
+    refresher: Callable[[nn.Module], NormRefresher] = NormRefresher,
     *,
     dtype: str = "bf16",
     task: Task = LANGUAGE_MODEL,
@@ -68,7 +69,8 @@ def build_model(
     The skeleton is made without memory, the adapters are injected into it, and only then does each parameter get
     its place (whole, or this rank's shard). Adapters start as the paper says (paper section 4.1, by `seed`), or as
     `start_from` has them. `trained_modules` are patterns of modules to train in full; None: the task's head. What is
-    trained or adapted of a tied weight is untied from the rest, as PEFT has it. `inspect` is called with the
+    trained or adapted of a tied weight is untied from the rest, as PEFT has it. `refresher` knows how weights
+    are held as `placement` holds them (`ShardedNormRefresher` for shards). `inspect` is called with the
     adapted model before its weights are read, and may refuse it. On ZeRO-3 this is collective. Raises UserError for a
     folder that is no model, a plan that does not fit it, and missing, misshapen or truncated tensors.
     """
@@ -91,10 +93,10 @@ def build_model(
     base_digest = sampled_digest(folder) if placement.first else ""
     if start_from is not None and start_from.source is not None and placement.first:
         warn_of_another_base(start_from.source.path, start_from.base_model, start_from.base_digest, base, base_digest)
-    fresh = load_base(model, folder, stored, placement, DTYPES[dtype], seed)
+    fresh = load_base(model, folder, stored, placement, DTYPES[dtype], seed, initial_fills(model, seed))
     there = {n: locate(n, stored, model.base_model_prefix) for n in fresh}
     resized = {n: (list(folder.entries[found].shape), list(shapes[n])) for n, found in there.items() if found}
-    norms = placement.norms(model)
+    norms = refresher(model)
     norms.refresh()
     if start_from is not None:
         start.assign(model, start_from, placement)

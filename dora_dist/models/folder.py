@@ -15,8 +15,8 @@ import torch
 from dora_dist.adapters.peft_format import read_json_object
 from dora_dist.config.names import is_local
 from dora_dist.config.source import absence
-from dora_dist.errors import UserError
-from dora_dist.safetensors_io import TensorEntry, TensorFolder
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder
 
 if TYPE_CHECKING:
     from dora_dist.config import RunConfig

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dora_dist.errors import UserError
-from dora_dist.folders import check_model_output, new_folder
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import check_model_output, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 LLAVA_PARTS = TOWER, PROJECTOR, LANGUAGE = "vision_tower", "multi_modal_projector", "language_model"
 """Names of modules."""

@@ -5,10 +5,10 @@ from typing import Any
 
 from dora_dist.config import DataConfig
 from dora_dist.data.pictures import PictureProcessor, PictureReader, PictureTokens
-from dora_dist.errors import UserError
 from dora_dist.models.folder import reason, transformers_config
 from dora_dist.models.llava import check_family, other_use, tokens_per_picture
 from dora_dist.models.tokenizer import load_tokenizer
+from dora_dist.runtime.errors import UserError
 
 
 def load_processor(base: Path, data: DataConfig, tokenizer: str | None = None) -> PictureProcessor:

@@ -7,13 +7,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dora_dist.adapters.linear import AdapterSpec, DoraLinear
+from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec, adapted_layers
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, warn_of_lacking
-from dora_dist.console import warn
-from dora_dist.errors import UserError
-from dora_dist.models.placement import Placement
-from dora_dist.models.tasks import PEFT_TYPES, Task
-from dora_dist.zero3.loading import adapted_layers
+from dora_dist.models.heads import PEFT_TYPES, Task
+from dora_dist.runtime.console import warn
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.placement import Placement
 
 
 def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdapter, base: Path, task: Task) -> None:
@@ -62,7 +61,7 @@ def assign(model: nn.Module, adapter: PeftAdapter, placement: Placement) -> None
 
 
 def _check_names(
-    where: str, layers: Mapping[str, DoraLinear], adapter: PeftAdapter, base: Path, plain: Iterable[str]
+    where: str, layers: Mapping[str, AdaptedLinear], adapter: PeftAdapter, base: Path, plain: Iterable[str]
 ) -> None:
     """`plain` are the linear layers of the model that are not adapted."""
     lacking = adapter.source.lacking([*plain, *layers]) if adapter.source else []

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_dist.console import warn
-from dora_dist.models.names import locate
-from dora_dist.safetensors_io import TensorFolder
+from dora_dist.runtime.console import warn
+from dora_dist.weights.names import locate
+from dora_dist.weights.safetensors_io import TensorFolder
 
 _PIECE = 4 << 20  # elements
 

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dora_dist.console import note, warn
 from dora_dist.models.folder import ModelFolder
-from dora_dist.models.names import locate
+from dora_dist.runtime.console import note, warn
+from dora_dist.weights.names import locate
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks?)\.(\d+)\.")
 _SHOWN = 3

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_dist.console import note, warn
-from dora_dist.errors import UserError
+from dora_dist.runtime.console import note, warn
+from dora_dist.runtime.errors import UserError
 
 _USUAL_SHARE = 0.9
 """Embeddings are often rounded up to a multiple of 64 or 128; more unused rows than that are another tokenizer's."""

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from dora_dist import run_folder
-from dora_dist.agreement import package_version
+from dora_dist.checkpoint import run_folder
 from dora_dist.config import RunConfig
-from dora_dist.console import say, width
-from dora_dist.distributed import World
 from dora_dist.models.build import AdaptedModel
+from dora_dist.runtime.agreement import package_version
+from dora_dist.runtime.console import say, width
+from dora_dist.runtime.distributed import World
 from dora_dist.training.table import duration
 from dora_dist.zero3.shards import full_numel
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from dora_dist.adapters.layer import adapted_layers
 from dora_dist.config import RunConfig
-from dora_dist.console import note, warn
-from dora_dist.errors import UserError
+from dora_dist.runtime.console import note, warn
+from dora_dist.runtime.errors import UserError
 from dora_dist.training.rates import rated
-from dora_dist.zero3.loading import adapted_layers
 
 _LARGE_RATE = 0.1  # AdamW moves every weight by about the rate in each step, and weights are of this size
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # tables of learned ones

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from dora_dist.config import RunConfig, is_local
 from dora_dist.config.names import data_set
 from dora_dist.data.repository import data_files
-from dora_dist.distributed import World, together
-from dora_dist.errors import UserError
-from dora_dist.hub import CODE, TEXTS, NotReached, Repository, by_hand, wanted
+from dora_dist.runtime.distributed import World, together
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.hub import CODE, TEXTS, NotReached, Repository, by_hand, wanted
 
 if TYPE_CHECKING:
     from dora_dist.data import TokenizedData
@@ -26,8 +26,8 @@ _LONGEST_DOWNLOAD = timedelta(days=1)
 def read_data(config: RunConfig, base: Path, *, progress: bool) -> tuple[Any, TokenizedData]:
     """The tokenizer (or picture processor) and the data of a run whose names are `fetched`. Raises UserError."""
     from dora_dist.data import build_data
+    from dora_dist.models.heads import GENERATIVE, IMAGE_TEXT
     from dora_dist.models.processor import load_processor
-    from dora_dist.models.tasks import GENERATIVE, IMAGE_TEXT
     from dora_dist.models.tokenizer import load_tokenizer
 
     model = config.model

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dora_dist.adapters.inject import trained_in_full
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 
 def rated(model: nn.Module, pattern: str) -> list[nn.Parameter]:

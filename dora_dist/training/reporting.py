@@ -13,10 +13,10 @@ from transformers import TrainerCallback
 
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.analysis.rank_map import rank_table, write_rank_map
-from dora_dist.console import progress, say, width
-from dora_dist.distributed import World
-from dora_dist.folders import disk_errors
-from dora_dist.run_folder import METRICS
+from dora_dist.checkpoint.run_folder import METRICS
+from dora_dist.runtime.console import progress, say, width
+from dora_dist.runtime.distributed import World
+from dora_dist.runtime.folders import disk_errors
 from dora_dist.training.table import Table
 
 PEAK_BF16_FLOPS = {

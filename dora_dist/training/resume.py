@@ -9,13 +9,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dora_dist import resuming, run_folder
-from dora_dist.agreement import check_checkpoint
+from dora_dist.checkpoint import resuming, run_folder
 from dora_dist.config import RunConfig
-from dora_dist.console import note, warn
-from dora_dist.distributed import World, together
-from dora_dist.errors import UserError
-from dora_dist.safetensors_io import TensorFolder
+from dora_dist.runtime.console import note, warn
+from dora_dist.runtime.distributed import World, together
+from dora_dist.runtime.errors import UserError
+from dora_dist.training.agreement import check_checkpoint
+from dora_dist.weights.safetensors_io import TensorFolder
 
 
 def find_checkpoint(config: RunConfig, run_dir: Path, world: World) -> Path | None:

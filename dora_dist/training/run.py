@@ -8,25 +8,27 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dora_dist import distributed, run_folder
 from dora_dist.adapters.components import Budget
 from dora_dist.adapters.inject import by_pattern, with_ranks
-from dora_dist.adapters.linear import AdapterSpec
+from dora_dist.adapters.layer import AdapterSpec
 from dora_dist.adapters.peft_format import read_peft_folder
-from dora_dist.agreement import check_agreement, of_code, of_configuration, of_data, of_model_folder
+from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.resuming import located, optimizer_steps
 from dora_dist.config import RunConfig
-from dora_dist.console import say
-from dora_dist.distributed import World, together
-from dora_dist.errors import Stopped, UserError
-from dora_dist.folders import DISK_IS_FULL, disk_errors
-from dora_dist.hub import wanted
-from dora_dist.launchers import rank_among_several
 from dora_dist.models.folder import check_base, transformers_config
-from dora_dist.resuming import located, optimizer_steps
-from dora_dist.run_log import RunLog
-from dora_dist.stopping import StopRequest
+from dora_dist.runtime import distributed
+from dora_dist.runtime.agreement import check_agreement, of_code
+from dora_dist.runtime.console import say
+from dora_dist.runtime.distributed import World, together
+from dora_dist.runtime.errors import Stopped, UserError
+from dora_dist.runtime.folders import DISK_IS_FULL, disk_errors
+from dora_dist.runtime.hub import wanted
+from dora_dist.runtime.launchers import rank_among_several
+from dora_dist.runtime.run_log import RunLog
+from dora_dist.runtime.stopping import StopRequest
+from dora_dist.runtime.watch import Watch
+from dora_dist.training.agreement import of_configuration, of_data, of_model_folder
 from dora_dist.training.resume import check_unused, compare, find_checkpoint, is_finished, read_by_all
-from dora_dist.watch import Watch
 
 
 def train(config: RunConfig) -> Path:
@@ -123,9 +125,11 @@ def _fine_tune(
 
 def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, resume: Path | None) -> Any:
     # Imported here: they cost seconds, and mistakes in the configuration should show at once.
+    from dora_dist.adapters.layer import adapted_layers
+    from dora_dist.checkpoint.format import check_budget
     from dora_dist.models.build import build_model, checkpoint_activations
+    from dora_dist.models.heads import IMAGE_TEXT, Task
     from dora_dist.models.llava import prepare_for_training
-    from dora_dist.models.tasks import IMAGE_TEXT, Task
     from dora_dist.models.vocabulary import check_vocabulary
     from dora_dist.training import doubts
     from dora_dist.training.arguments import training_arguments
@@ -134,8 +138,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.training.reporting import ReportCallback
     from dora_dist.training.steps import StepCallback
     from dora_dist.training.trainer import DoraTrainer
-    from dora_dist.zero3.checkpoint import check_budget
-    from dora_dist.zero3.loading import adapted_layers
+    from dora_dist.zero3.norms import ShardedNormRefresher
     from dora_dist.zero3.shards import ShardedPlacement, full_numel
 
     model, deepspeed = config.model, config.deepspeed_config(world.world_size)
@@ -177,6 +180,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         base,
         plan,
         ShardedPlacement(deepspeed),
+        ShardedNormRefresher,
         dtype=model.dtype,
         task=Task(model.task, model.num_labels),
         trained_modules=config.adapter.trained_modules,

@@ -8,9 +8,9 @@ import torch
 from transformers import TrainerCallback
 
 from dora_dist.config import RunConfig
-from dora_dist.distributed import World, limit_collectives
-from dora_dist.stopping import StopRequest
-from dora_dist.watch import Watch
+from dora_dist.runtime.distributed import World, limit_collectives
+from dora_dist.runtime.stopping import StopRequest
+from dora_dist.runtime.watch import Watch
 
 if TYPE_CHECKING:
     from dora_dist.training.trainer import DoraTrainer

@@ -11,26 +11,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from dora_dist import run_folder
 from dora_dist.adapters.components import Budget, ComponentPruner
-from dora_dist.adapters.linear import AdapterSpec
+from dora_dist.adapters.layer import AdapterSpec
+from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.format import load_checkpoint, load_pruner, pruner_state
+from dora_dist.checkpoint.resuming import forgets_best, located
+from dora_dist.checkpoint.saving import Origin, Saver
 from dora_dist.config import RunConfig
-from dora_dist.console import note, warn
 from dora_dist.data import EpochBatches, EpochDataLoader, TokenizedData
-from dora_dist.distributed import World
-from dora_dist.errors import UserError
 from dora_dist.models.build import DTYPES, AdaptedModel
-from dora_dist.models.tasks import IMAGE_TEXT
+from dora_dist.models.heads import IMAGE_TEXT
 from dora_dist.models.tokenizer import files_of
-from dora_dist.resuming import forgets_best, located
-from dora_dist.stopping import EvaluationStopped, StopRequest, StopTogether
+from dora_dist.runtime.console import note, warn
+from dora_dist.runtime.distributed import World
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.stopping import EvaluationStopped, StopRequest, StopTogether
+from dora_dist.tasks.objectives import objective
 from dora_dist.training.finiteness import StepLosses
-from dora_dist.training.objectives import objective
 from dora_dist.training.rates import go_on_at, set_rates
 from dora_dist.training.unreadable import Unreadable
-from dora_dist.zero3.checkpoint import load_checkpoint, load_pruner, pruner_state
 from dora_dist.zero3.components import ShardedComponentPruner
-from dora_dist.zero3.saving import Origin, Saver
 from dora_dist.zero3.shards import inner_optimizer, step_was_skipped
 from dora_dist.zero3.teardown import release
 

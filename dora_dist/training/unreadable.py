@@ -4,9 +4,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dora_dist.console import warn
-from dora_dist.distributed import World
-from dora_dist.errors import UserError
+from dora_dist.runtime.console import warn
+from dora_dist.runtime.distributed import World
+from dora_dist.runtime.errors import UserError
 
 
 class Unreadable:

@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from dora_dist.adapters.components import ComponentPruner, FactorSums, LayerSums
-from dora_dist.adapters.linear import DoraLinear
+from dora_dist.adapters.layer import AdaptedLinear
 from dora_dist.zero3 import shards
 
 
@@ -81,7 +81,7 @@ class _Slots(NamedTuple):
         return gates, a.view(-1, self.r), b.view(-1, self.r)
 
 
-def _parameters(layer: DoraLinear) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+def _parameters(layer: AdaptedLinear) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
     assert layer.lora_A is not None and layer.lora_B is not None and layer.lora_gates is not None
     return layer.lora_A, layer.lora_B, layer.lora_gates
 

@@ -11,7 +11,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from dora_dist.adapters.linear import DoraLinear
+from dora_dist.adapters.layer import AdaptedLinear
 from dora_dist.adapters.norms import NormRefresher, add_adapter_squares, add_base_squares
 from dora_dist.zero3 import shards
 
@@ -75,5 +75,5 @@ class ShardedNormRefresher(NormRefresher):
             yield bucket
 
 
-def _factors(layer: DoraLinear) -> list[nn.Parameter]:
+def _factors(layer: AdaptedLinear) -> list[nn.Parameter]:
     return [f for f in (layer.lora_A, layer.lora_B, layer.lora_gates) if f is not None]

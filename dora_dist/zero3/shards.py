@@ -26,8 +26,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from dora_dist.adapters.norms import NormRefresher, WeightPiece
-from dora_dist.models.placement import Fill
+from dora_dist.adapters.norms import WeightPiece
+from dora_dist.weights.placement import Fill
 
 
 class ShardedPlacement:
@@ -83,11 +83,6 @@ class ShardedPlacement:
         everyone: list[list[str]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everyone, found)
         return list(dict.fromkeys(name for names in everyone for name in names))
-
-    def norms(self, model: nn.Module) -> NormRefresher:
-        from dora_dist.zero3.norms import ShardedNormRefresher
-
-        return ShardedNormRefresher(model)
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dora_dist.exit_codes import DONE
+from dora_dist.runtime.exit_codes import DONE
 from tests import toy
 from tests.bad_inputs.case import Folder, Table, Words
 

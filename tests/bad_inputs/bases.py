@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
-from dora_dist.exit_codes import DONE
+from dora_dist.runtime.exit_codes import DONE
 from tests.bad_inputs.case import Folder, Table, Words
 
 CASES = Table()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_dist.exit_codes import USERS_MISTAKE
+from dora_dist.runtime.exit_codes import USERS_MISTAKE
 from tests import toy
 from tests.distributed.training_runs import config, train_file
 from tests.ranks import run_ranks

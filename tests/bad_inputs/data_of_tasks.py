@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dora_dist.exit_codes import DONE, USERS_MISTAKE
+from dora_dist.runtime.exit_codes import DONE, USERS_MISTAKE
 from tests import encoders, llava, summaries
 from tests.bad_inputs.case import Folder, Table, Words
 from tests.bad_inputs.records import Fields, Says, add, lines, validated

@@ -5,7 +5,7 @@ import os
 from functools import partial
 from typing import Any
 
-from dora_dist.exit_codes import DONE
+from dora_dist.runtime.exit_codes import DONE
 from tests import toy
 from tests.bad_inputs.case import Folder, Table, Words
 from tests.bad_inputs.records import BOTH, Says, add, lines, refused, validated

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_dist import run_folder
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
-from dora_dist.exit_codes import DONE
+from dora_dist.checkpoint import run_folder
+from dora_dist.runtime.exit_codes import DONE
 from tests import llava
 from tests.bad_inputs.case import Folder, Table, Words
 

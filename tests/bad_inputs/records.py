@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from dora_dist.exit_codes import DONE, USERS_MISTAKE
+from dora_dist.runtime.exit_codes import DONE, USERS_MISTAKE
 from tests.bad_inputs.case import Case, Folder, Table, Words
 
 BOTH = (1, 2)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from dora_dist import run_folder
-from dora_dist.exit_codes import DONE, USERS_MISTAKE
+from dora_dist.checkpoint import run_folder
+from dora_dist.runtime.exit_codes import DONE, USERS_MISTAKE
 from tests import toy
 from tests.bad_inputs.case import Folder, Table, Words
 

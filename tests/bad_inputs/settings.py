@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dora_dist.exit_codes import DONE, USERS_MISTAKE
+from dora_dist.runtime.exit_codes import DONE, USERS_MISTAKE
 from tests import encoders
 from tests.bad_inputs.case import Folder, Table, Words
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dora_dist import cli
-from dora_dist.exit_codes import DONE
+from dora_dist.runtime.exit_codes import DONE
 from tests import toy
 from tests.bad_inputs import adapters, bases, data, data_of_tasks, data_of_texts, evaluating, runs, settings
 from tests.bad_inputs.case import Case, Folder, Words

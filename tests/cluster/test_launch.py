@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_dist.safetensors_io import TensorFolder
+from dora_dist.weights.safetensors_io import TensorFolder
 from tests import llava, toy
 from tests.cluster.workspace import Workspace
 from tests.conftest import ROOT

@@ -34,7 +34,7 @@ def refusals(*runs: tuple[dict[str, Any], dict[str, Any]]) -> list[str]:
     import torch.distributed as dist
 
     from dora_dist.config import RunConfig
-    from dora_dist.errors import UserError
+    from dora_dist.runtime.errors import UserError
     from dora_dist.training.run import train
 
     said = []

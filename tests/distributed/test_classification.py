@@ -122,8 +122,8 @@ def test_merged_unmerged_and_peft_give_the_same_logits(runs: Path, name: str, ba
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    from dora_dist.consolidate import consolidate
-    from dora_dist.models.inference import load_for_inference
+    from dora_dist.checkpoint.consolidate import consolidate
+    from dora_dist.evaluation.inference import load_for_inference
 
     adapter, ids = runs / name / "checkpoint-6" / "adapter", encoders.tokens()
     consolidate(adapter, runs / base, runs / f"merged-{name}", progress=False)
@@ -142,9 +142,9 @@ def test_merged_unmerged_and_peft_give_the_same_logits(runs: Path, name: str, ba
 def test_a_decoder_without_a_padding_token_pads_the_same_in_training_evaluation_and_merged(runs: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    from dora_dist.consolidate import consolidate
+    from dora_dist.checkpoint.consolidate import consolidate
+    from dora_dist.evaluation.inference import load_for_inference
     from dora_dist.evaluation.run import evaluate
-    from dora_dist.models.inference import load_for_inference
 
     adapter = runs / "decoder" / "checkpoint-6" / "adapter"
     consolidate(adapter, runs / "llama", runs / "merged-decoder", progress=False)
@@ -174,7 +174,7 @@ def test_a_decoder_without_a_padding_token_pads_the_same_in_training_evaluation_
 
 def goes_on(same: dict[str, Any], other: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Train `same`; then `other`, expecting a UserError."""
-    from dora_dist.errors import UserError
+    from dora_dist.runtime.errors import UserError
 
     [result] = run(same)
     try:

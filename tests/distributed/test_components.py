@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_dist import run_folder
+from dora_dist.checkpoint import run_folder
 from tests import toy
 from tests.distributed.test_training import fail_all
 from tests.distributed.training_runs import config, metrics, run
@@ -31,9 +31,10 @@ def score_and_prune(persistence: int) -> dict[str, Any]:
 
     from dora_dist.adapters.components import Budget
     from dora_dist.adapters.inject import by_pattern, inject
-    from dora_dist.adapters.linear import AdapterSpec
+    from dora_dist.adapters.layer import AdapterSpec
     from dora_dist.zero3 import shards
     from dora_dist.zero3.components import ShardedComponentPruner
+    from dora_dist.zero3.norms import ShardedNormRefresher
     from tests.distributed.test_norms import Chain, engine_json, place_everything
     from tests.unit.test_components import brute_force, variance
 
@@ -48,7 +49,7 @@ def score_and_prune(persistence: int) -> dict[str, Any]:
     for parameter in model.parameters():  # padding is uninitialised memory in general: make it poison
         start, stop = shards.local_range(parameter)
         parameter.ds_tensor[stop - start :] = float("nan")
-    placement.norms(model)
+    ShardedNormRefresher(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     pruner = ShardedComponentPruner(
@@ -165,7 +166,7 @@ def test_losses_do_not_depend_on_the_world_size_on_a_resume_or_on_compaction(run
 
 
 def test_compaction_leaves_what_survived_and_its_optimizer_state(runs: dict[str, Path]) -> None:
-    from dora_dist.safetensors_io import TensorFolder
+    from dora_dist.weights.safetensors_io import TensorFolder
 
     def numbers(run_dir: Path, step: int) -> int:
         entries = TensorFolder.open(run_dir / f"checkpoint-{step}" / "state.safetensors").entries
@@ -180,16 +181,15 @@ def test_compaction_leaves_what_survived_and_its_optimizer_state(runs: dict[str,
 
 def sizes_around_compaction(raw: dict[str, Any]) -> list[dict[str, Any]]:
     """What a run trains and its optimizer holds on this rank, at the mask's step and at the end; and what is alive."""
-    from dora_dist.adapters.linear import DoraLinear
+    from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
     from dora_dist.training.trainer import DoraTrainer
     from dora_dist.zero3 import shards
-    from dora_dist.zero3.loading import adapted_layers
 
     found: list[dict[str, Any]] = []
     train = DoraTrainer.train
 
     def measured(trainer: Any, *args: Any, **options: Any) -> Any:
-        alive = sum(isinstance(thing, DoraLinear) for thing in gc.get_objects())
+        alive = sum(isinstance(thing, AdaptedLinear) for thing in gc.get_objects())
         result = train(trainer, *args, **options)
         layers = adapted_layers(trainer.run.model)
         trained = [p for p in trainer.run.model.parameters() if p.requires_grad]
@@ -243,7 +243,7 @@ def test_the_merged_model_and_peft_compute_the_trained_function(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from dora_dist.consolidate import consolidate
+    from dora_dist.checkpoint.consolidate import consolidate
 
     adapter = runs[name] / "checkpoint-10" / "adapter"
     consolidate(adapter, files[0], tmp_path / "merged", progress=False)

@@ -16,8 +16,9 @@ def run() -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     from dora_dist.adapters.inject import by_pattern, inject
-    from dora_dist.adapters.linear import AdapterSpec
+    from dora_dist.adapters.layer import AdapterSpec
     from dora_dist.zero3 import shards
+    from dora_dist.zero3.norms import ShardedNormRefresher
 
     deepspeed.init_distributed("gloo", verbose=False)
     torch.manual_seed(0)
@@ -27,7 +28,7 @@ def run() -> dict[str, Any]:
     config = engine_json(10**6, 1, dist.get_world_size())
     placement = shards.ShardedPlacement(config)
     place_everything(model, placement, weights)
-    placement.norms(model)
+    ShardedNormRefresher(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 

@@ -65,8 +65,8 @@ def merged_labels(folder: Path, base: Path) -> list[int]:
     """What transformers alone makes of the best checkpoint, consolidated, on the held-out sentences."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from dora_dist.adapter_folders import find_adapter
-    from dora_dist.consolidate import consolidate
+    from dora_dist.checkpoint.adapter_folders import find_adapter
+    from dora_dist.checkpoint.consolidate import consolidate
 
     consolidate(find_adapter(folder / "sst2")[0], base, folder / "merged", progress=False)
     model: Any = AutoModelForSequenceClassification.from_pretrained(folder / "merged")

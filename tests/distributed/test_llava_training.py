@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_dist.safetensors_io import TensorFolder
+from dora_dist.weights.safetensors_io import TensorFolder
 from tests import llava
 from tests.distributed import training_runs
 from tests.ranks import run_ranks
@@ -183,7 +183,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def test_merged_models_differ_from_the_base_in_what_was_trained_only(runs: dict[str, Any], folder: Path) -> None:
-    from dora_dist.consolidate import consolidate
+    from dora_dist.checkpoint.consolidate import consolidate
 
     base = tensors(folder / "base")
     for name, changed in (
@@ -205,8 +205,8 @@ def test_merged_unmerged_and_peft_give_the_same_logits(runs: dict[str, Any], fol
     from peft import PeftModel
     from transformers import LlavaForConditionalGeneration
 
-    from dora_dist.consolidate import consolidate
-    from dora_dist.models.inference import load_for_inference
+    from dora_dist.checkpoint.consolidate import consolidate
+    from dora_dist.evaluation.inference import load_for_inference
 
     adapter = folder / name / "checkpoint-6" / "adapter"
     consolidate(adapter, folder / "base", folder / f"{name}-merged", progress=False)
@@ -224,7 +224,7 @@ def test_merged_unmerged_and_peft_give_the_same_logits(runs: dict[str, Any], fol
 
 
 def test_a_run_its_adapter_alone_and_the_merged_model_give_the_same_answers(runs: dict[str, Any], folder: Path) -> None:
-    from dora_dist.consolidate import consolidate
+    from dora_dist.checkpoint.consolidate import consolidate
     from dora_dist.evaluation import evaluate
 
     records = [r for r in json.loads((folder / "data.json").read_text()) if len(r["conversations"]) == 2]
@@ -268,10 +268,10 @@ def step_and_compare(base: str, batch: dict[str, Tensor], text: Tensor) -> dict[
     import torch.distributed as dist
 
     from dora_dist.adapters.inject import by_pattern
-    from dora_dist.adapters.linear import AdapterSpec
+    from dora_dist.adapters.layer import AdapterSpec
     from dora_dist.models.build import build_model
+    from dora_dist.models.heads import IMAGE_TEXT, Task
     from dora_dist.models.llava import prepare_for_training
-    from dora_dist.models.tasks import IMAGE_TEXT, Task
     from dora_dist.zero3.shards import ShardedPlacement, local_piece
 
     torch.set_num_threads(1)

@@ -31,7 +31,7 @@ def build(base: str, dtype: str = "fp32") -> Any:
     import torch.distributed as dist
 
     from dora_dist.adapters.inject import by_pattern
-    from dora_dist.adapters.linear import AdapterSpec
+    from dora_dist.adapters.layer import AdapterSpec
     from dora_dist.models.build import build_model
     from dora_dist.zero3.shards import ShardedPlacement
 
@@ -122,7 +122,7 @@ def test_a_rank_reads_and_holds_its_share(world_size: int, tmp_path: Path) -> No
 
 
 def refusals(bases: list[str]) -> list[str]:
-    from dora_dist.errors import UserError
+    from dora_dist.runtime.errors import UserError
 
     messages = []
     for base in bases:

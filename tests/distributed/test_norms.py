@@ -67,7 +67,8 @@ def run(persistence: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from dora_dist.adapters.inject import by_pattern, inject
-    from dora_dist.adapters.linear import AdapterSpec
+    from dora_dist.adapters.layer import AdapterSpec
+    from dora_dist.zero3.norms import ShardedNormRefresher
     from dora_dist.zero3.shards import ShardedPlacement
 
     deepspeed.init_distributed("gloo", verbose=False)
@@ -90,7 +91,7 @@ def run(persistence: int) -> dict[str, Any]:
             ),
         )
         parameter.ds_tensor[valid:] = float("nan")
-    norms = placement.norms(model)
+    norms = ShardedNormRefresher(model)
     norms.refresh()
     start = {"refreshes": norms.refreshes, "errors": errors(model)}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)

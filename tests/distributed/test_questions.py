@@ -29,7 +29,7 @@ def test_losses_metrics_and_what_is_saved(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForQuestionAnswering
 
-    from dora_dist.consolidate import consolidate
+    from dora_dist.checkpoint.consolidate import consolidate
 
     encoders.plain_encoder(tmp_path / "base")
     (tmp_path / "questions.json").write_text(json.dumps(encoders.questions(27)))

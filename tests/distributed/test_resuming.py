@@ -172,8 +172,8 @@ def relative(folder: Path, raw: dict[str, Any]) -> None:
 def test_a_run_of_relative_paths_is_found_from_elsewhere_with_its_tokenizer(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from dora_dist.adapter_folders import find_adapter
-    from dora_dist.models.inference import base_folder
+    from dora_dist.checkpoint.adapter_folders import find_adapter
+    from dora_dist.evaluation.inference import base_folder
 
     raw = config(Path("base"), Path("data.json"), Path("away"), training={"max_steps": 1})
     run_ranks(relative, 1, folder, raw)

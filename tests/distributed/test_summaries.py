@@ -63,7 +63,7 @@ def test_merged_unmerged_and_peft_give_the_same_logits(runs: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    from dora_dist.models.inference import load_for_inference
+    from dora_dist.evaluation.inference import load_for_inference
 
     merged: Any = AutoModelForSeq2SeqLM.from_pretrained(consolidated(runs)).eval()
     plain: Any = AutoModelForSeq2SeqLM.from_pretrained(runs / "base")
@@ -119,7 +119,7 @@ def adapter(runs: Path) -> Path:
 
 
 def consolidated(runs: Path) -> Path:
-    from dora_dist.consolidate import consolidate
+    from dora_dist.checkpoint.consolidate import consolidate
 
     assert json.loads((adapter(runs) / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
     consolidate(adapter(runs), runs / "base", runs / "merged", overwrite=True, progress=False)

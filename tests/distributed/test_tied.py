@@ -15,7 +15,7 @@ def test_training_one_use_of_a_tied_weight_leaves_the_other_as_it_was(tmp_path: 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from dora_dist.consolidate import consolidate
+    from dora_dist.checkpoint.consolidate import consolidate
 
     base = toy.base_model(tmp_path / "base", tie_word_embeddings=True)
     data = toy.write_records(tmp_path / "data.json", 25)

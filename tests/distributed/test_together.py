@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from dora_dist.distributed import limit_collectives, together
+from dora_dist.runtime.distributed import limit_collectives, together
 from tests.ranks import RankError, run_ranks
 
 PATIENCE = timedelta(minutes=5)

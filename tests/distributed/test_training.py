@@ -150,8 +150,8 @@ def test_merged_unmerged_and_peft_give_the_same_logits(runs: dict[str, Any], fol
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from dora_dist.consolidate import consolidate
-    from dora_dist.models.inference import load_for_inference
+    from dora_dist.checkpoint.consolidate import consolidate
+    from dora_dist.evaluation.inference import load_for_inference
 
     adapter = folder / "two" / "checkpoint-6" / "adapter"
     consolidate(adapter, folder / "base", folder / "merged", progress=False)
@@ -174,7 +174,7 @@ def test_a_run_can_start_from_a_peft_folder(runs: dict[str, Any], folder: Path) 
 
 
 def test_no_checkpoint_beyond_keep_last_stays(runs: dict[str, Any], folder: Path) -> None:
-    from dora_dist import run_folder
+    from dora_dist.checkpoint import run_folder
 
     assert [c.name for c in run_folder.checkpoints(folder / "two")] == ["checkpoint-3", "checkpoint-6"]
     run_folder.retire(folder / "two-micro3", keep_last=1)
@@ -250,8 +250,8 @@ DAMAGE = {
 def test_damage_is_refused_by_name_and_auto_takes_the_checkpoint_before(
     runs: dict[str, Any], folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dora_dist import run_folder
-    from dora_dist.errors import UserError
+    from dora_dist.checkpoint import run_folder
+    from dora_dist.runtime.errors import UserError
 
     for checkpoint in ("checkpoint-3", "checkpoint-6"):
         shutil.copytree(folder / "two" / checkpoint, tmp_path / checkpoint)

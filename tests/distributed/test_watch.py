@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from dora_dist import distributed
-from dora_dist.errors import UserError
-from dora_dist.exit_codes import FAILED, USERS_MISTAKE
-from dora_dist.watch import FAREWELL_S, Watch
+from dora_dist.runtime import distributed
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.exit_codes import FAILED, USERS_MISTAKE
+from dora_dist.runtime.watch import FAREWELL_S, Watch
 from tests import toy
 from tests.distributed import training_runs
 from tests.ranks import RankError, run_ranks
@@ -82,7 +82,7 @@ def collectives_of(configuration: dict[str, Any]) -> int:
     """How many collectives this rank's main thread has entered after a run."""
     import torch.distributed as dist
 
-    from dora_dist.signs import collectives_entered
+    from dora_dist.runtime.signs import collectives_entered
 
     training_runs.run(configuration)
     entered = collectives_entered()

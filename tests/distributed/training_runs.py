@@ -62,7 +62,7 @@ def train_file(file: Path) -> None:
 
 def fails(raw: dict[str, Any]) -> str:
     """Run on a rank, expecting a UserError; returns its message."""
-    from dora_dist.errors import UserError
+    from dora_dist.runtime.errors import UserError
 
     try:
         run(raw)

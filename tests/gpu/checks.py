@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dora_dist.exit_codes import LOST_RANK
+from dora_dist.runtime.exit_codes import LOST_RANK
 from tests import toy
 from tests.conftest import ROOT
 from tests.distributed.training_runs import config, metrics

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from dora_dist import distributed
 from dora_dist.config import RunConfig
+from dora_dist.runtime import distributed
 from tests import toy
 from tests.distributed import training_runs
 
@@ -69,9 +69,9 @@ def step_0(base: str, task: str, dtype: str) -> dict[str, Any]:
     from deepspeed.accelerator import get_accelerator
 
     from dora_dist.adapters.inject import by_pattern
-    from dora_dist.adapters.linear import AdapterSpec
+    from dora_dist.adapters.layer import AdapterSpec
     from dora_dist.models.build import DTYPES, build_model
-    from dora_dist.models.tasks import Task, auto_class
+    from dora_dist.models.heads import Task, auto_class
     from dora_dist.zero3.shards import ShardedPlacement
 
     settings = {
@@ -99,9 +99,9 @@ def merged(run_dir: str, base: str, output: str) -> dict[str, Any]:
     """How far the consolidated model's logits are from those of the adapter on its base, and these from the base's."""
     from transformers import AutoModelForCausalLM
 
-    from dora_dist.adapter_folders import find_adapter
-    from dora_dist.consolidate import consolidate
-    from dora_dist.models.inference import load_for_inference
+    from dora_dist.checkpoint.adapter_folders import find_adapter
+    from dora_dist.checkpoint.consolidate import consolidate
+    from dora_dist.evaluation.inference import load_for_inference
 
     consolidate(find_adapter(Path(run_dir))[0], base, Path(output), progress=False)
     unmerged = load_for_inference(run_dir, dtype="fp32")[0]

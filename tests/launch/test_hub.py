@@ -51,8 +51,8 @@ ASK = """
 import json, sys
 from dora_dist.config.names import data_set
 from dora_dist.data.repository import data_files
-from dora_dist.errors import UserError
-from dora_dist.hub import fetch
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.hub import fetch
 for call in json.loads(sys.argv[1]):
     try:
         if call[0] == "model":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_dist.launchers import free_port
+from dora_dist.runtime.launchers import free_port
 from tests import toy
 from tests.distributed.training_runs import config, metrics
 from tests.launch.test_launch import ROOT, type_in
@@ -184,7 +184,7 @@ def test_mpirun_of_another_mpi_than_mpi4py_finds_is_explained(monkeypatch: pytes
 def test_a_rank_with_an_old_checkout_is_named(folder: Path) -> None:
     old = folder / "old"
     shutil.copytree(ROOT / "dora_dist", old / "dora_dist", ignore=shutil.ignore_patterns("__pycache__"))
-    layer = old / "dora_dist/adapters/linear.py"
+    layer = old / "dora_dist/adapters/layer.py"
     layer.write_text(layer.read_text() + "# of last week\n")
     words = ("-m", "dora_dist", "train", "--config", write_run(folder, "stale"))
     port = free_port()
@@ -192,5 +192,5 @@ def test_a_rank_with_an_old_checkout_is_named(folder: Path) -> None:
     for rank, (status, text) in enumerate(ends(ranks)):
         assert status == 2, text
         assert f"error on rank {rank}: the ranks disagree" in text and "Traceback" not in text
-        assert "  dora_dist/adapters/linear.py: sha256 " in text and "on rank 1 (" in text
+        assert "  dora_dist/adapters/layer.py: sha256 " in text and "on rank 1 (" in text
     assert not (folder / "stale").exists()

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dora_dist.exit_codes import USERS_MISTAKE
-from dora_dist.launchers import free_port
+from dora_dist.runtime.exit_codes import USERS_MISTAKE
+from dora_dist.runtime.launchers import free_port
 from tests import toy
 from tests.distributed.training_runs import config, metrics
 from tests.launch.test_launch import ROOT, type_in

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from dora_dist import run_folder
+from dora_dist.checkpoint import run_folder
 from dora_dist.config.schema import TrainingConfig
 from dora_dist.data.dataset import held_out
-from dora_dist.exit_codes import DONE, INTERRUPTED, LOST_RANK, STOPPED, USERS_MISTAKE
-from dora_dist.stopping import SAME_PRESS_S
+from dora_dist.runtime.exit_codes import DONE, INTERRUPTED, LOST_RANK, STOPPED, USERS_MISTAKE
+from dora_dist.runtime.stopping import SAME_PRESS_S
 from tests import toy
 from tests.distributed.training_runs import config, metrics
 from tests.job import Job

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dora_dist import run_folder
-from dora_dist.exit_codes import DONE, STOPPED, USERS_MISTAKE
+from dora_dist.checkpoint import run_folder
+from dora_dist.runtime.exit_codes import DONE, STOPPED, USERS_MISTAKE
 from tests import toy
 from tests.conftest import ROOT
 from tests.distributed.training_runs import config

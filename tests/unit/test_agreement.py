@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
-from dora_dist.agreement import OWN_TO_A_NODE, differences, of_code, of_configuration, of_model_folder, where
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
-from dora_dist.hub import wanted
+from dora_dist.runtime.agreement import differences, of_code, where
+from dora_dist.runtime.hub import wanted
+from dora_dist.training.agreement import OWN_TO_A_NODE, of_configuration, of_model_folder
 from tests import toy
 
 RECIPE = Path(__file__).parents[2] / "configs/llama7b_dora.json"

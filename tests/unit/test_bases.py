@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dora_dist.adapters.inject import by_pattern
-from dora_dist.adapters.linear import AdapterSpec
+from dora_dist.adapters.layer import AdapterSpec
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
-from dora_dist.consolidate import consolidate
-from dora_dist.errors import UserError
+from dora_dist.checkpoint.consolidate import consolidate
+from dora_dist.evaluation.inference import load_for_inference
 from dora_dist.models.build import AdaptedModel, build_model
 from dora_dist.models.folder import ModelFolder
-from dora_dist.models.inference import load_for_inference
-from dora_dist.models.placement import WholePlacement
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.placement import WholePlacement
 from tests import toy
 
 BLOCK = 128

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
-from dora_dist.exit_codes import DONE, INTERRUPTED, STOPPED, USERS_MISTAKE
+from dora_dist.runtime.exit_codes import DONE, INTERRUPTED, STOPPED, USERS_MISTAKE
 from tests import toy
 from tests.ranks import context
 from tests.terminal import Terminal

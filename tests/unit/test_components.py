@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.adapters.components import Budget, ComponentPruner
-from dora_dist.adapters.linear import AdapterSpec, DoraLinear
+from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec
 from dora_dist.adapters.norms import NormRefresher
 from tests.toy import relative_error
 
@@ -23,7 +23,7 @@ class Chain(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         spec = AdapterSpec(START_R, ALPHA, weight_decomposed, gated=True)
-        self.layers = nn.ModuleList(DoraLinear.from_linear(nn.Linear(i, o), spec) for i, o in SHAPES)
+        self.layers = nn.ModuleList(AdaptedLinear.from_linear(nn.Linear(i, o), spec) for i, o in SHAPES)
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.requires_grad and parameter.ndim > 0)
 

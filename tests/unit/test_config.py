@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from dora_dist.config import RunConfig, is_local
 from dora_dist.config.fields import field_specs
 from dora_dist.config.problems import OTHER_NAMES
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted((REPOSITORY / "configs").glob("*.json"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dora_dist.config import RunConfig, deepspeed_options
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 from tests.unit.test_config import RECIPES, refusal, with_fields
 
 

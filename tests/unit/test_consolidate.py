@@ -19,14 +19,14 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from dora_dist.adapter_folders import find_adapter
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
-from dora_dist.consolidate import consolidate
-from dora_dist.errors import UserError
+from dora_dist.checkpoint.adapter_folders import find_adapter
+from dora_dist.checkpoint.consolidate import consolidate
+from dora_dist.checkpoint.run_folder import set_best, write_manifest
+from dora_dist.evaluation.inference import load_for_inference
 from dora_dist.models.assemble import assemble_llava
-from dora_dist.models.inference import load_for_inference
-from dora_dist.run_folder import set_best, write_manifest
-from dora_dist.safetensors_io import TensorFolder
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.safetensors_io import TensorFolder
 from tests import llava, summaries, toy
 
 TOKENS = torch.arange(24).view(2, 12) % 61
@@ -228,7 +228,9 @@ def test_small_shards_and_blocks_give_the_same_weights(tmp_path: Path, monkeypat
     base = save_base(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", base)
     consolidate(adapter, base, tmp_path / "one", progress=False)
-    monkeypatch.setattr("dora_dist.consolidate.BLOCK_BYTES", 1000)  # 7 rows of width 32: cut rows, short last block
+    monkeypatch.setattr(
+        "dora_dist.checkpoint.consolidate.BLOCK_BYTES", 1000
+    )  # 7 rows of width 32: cut rows, short last block
     report = consolidate(adapter, base, tmp_path / "many", max_shard_bytes=20_000, progress=False)
     index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "many").glob("*.safetensors"))
@@ -357,7 +359,7 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         assert any(path.name.startswith(".out.partial") for path in tmp_path.iterdir())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dora_dist.consolidate.merge_rows", interrupt)
+    monkeypatch.setattr("dora_dist.checkpoint.consolidate.merge_rows", interrupt)
     with pytest.raises(KeyboardInterrupt):
         consolidate(adapter, base, tmp_path / "out", overwrite=True, progress=False)
     assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter", "out"}
@@ -396,7 +398,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from dora_dist.consolidate import consolidate
+from dora_dist.checkpoint.consolidate import consolidate
 assert "deepspeed" not in sys.modules
 def peak():  # of this address space alone; ru_maxrss would begin with the parent's
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10

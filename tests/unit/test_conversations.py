@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_dist.agreement import of_data
 from dora_dist.config import DataConfig
 from dora_dist.data import FILLER, IGNORED, EpochBatches, build_conversations
 from dora_dist.data.conversations import VICUNA_SYSTEM, read_conversation, render
 from dora_dist.data.pictures import PictureCollator, PictureReader, missing_pictures
-from dora_dist.errors import UserError
 from dora_dist.models.processor import load_processor
+from dora_dist.runtime.errors import UserError
+from dora_dist.training.agreement import of_data
 from tests import llava
 
 IMAGE, COUNT = 300, 4  # the toy's image token, and how many a picture is

@@ -12,7 +12,7 @@ from dora_dist.config import DataConfig
 from dora_dist.data import FORMATS, TokenizedDataset, build_dataset, load_records
 from dora_dist.data.dataset import encode
 from dora_dist.data.formats import answered, generation_prompt, training_prompt
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 from tests import toy
 
 CHATML = (

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from dora_dist.adapters.inject import by_pattern, inject, trained_in_full
-from dora_dist.adapters.linear import AdapterSpec
+from dora_dist.adapters.layer import AdapterSpec
 from dora_dist.adapters.peft_format import read_peft_folder, write_peft_folder
-from dora_dist.consolidate import consolidate
-from dora_dist.errors import UserError
+from dora_dist.checkpoint.consolidate import consolidate
+from dora_dist.evaluation.inference import load_for_inference, task_at
 from dora_dist.models.build import AdaptedModel, build_model
-from dora_dist.models.inference import load_for_inference, task_at
-from dora_dist.models.placement import WholePlacement
-from dora_dist.models.tasks import Task
+from dora_dist.models.heads import Task
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.placement import WholePlacement
 from tests import encoders, toy
 
 SPEC = AdapterSpec(4, 8.0)

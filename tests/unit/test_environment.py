@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from dora_dist import environment
-from dora_dist.distributed import choose_accelerator
-from dora_dist.errors import UserError
+from dora_dist.runtime import environment
+from dora_dist.runtime.distributed import choose_accelerator
+from dora_dist.runtime.errors import UserError
 
 
 def rank(number: int, host: str = "n0", **changes: Any) -> dict[str, Any]:

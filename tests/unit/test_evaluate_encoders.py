@@ -10,9 +10,9 @@ import transformers
 
 from dora_dist import cli
 from dora_dist.adapters.peft_format import read_peft_folder, write_peft_folder
-from dora_dist.consolidate import consolidate
-from dora_dist.errors import UserError
+from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.evaluation import as_table, evaluate
+from dora_dist.runtime.errors import UserError
 from tests import encoders, summaries, toy
 
 PAIR = {"text_fields": ["sentence1", "sentence2"], "cutoff_len": 32}

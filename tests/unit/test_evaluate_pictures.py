@@ -14,13 +14,13 @@ from dora_dist import cli
 from dora_dist.config import DataConfig
 from dora_dist.data.conversations import VICUNA_SYSTEM, Conversation, render, render_question
 from dora_dist.data.dataset import encode
-from dora_dist.errors import UserError
 from dora_dist.evaluation import as_table, evaluate
+from dora_dist.evaluation.inference import load_for_inference
 from dora_dist.evaluation.pictures import answer_questions, candidate_scores, likeliest_answers
 from dora_dist.evaluation.questions import Question, read_questions
 from dora_dist.models.assemble import assemble_llava
-from dora_dist.models.inference import load_for_inference
 from dora_dist.models.processor import load_processor
+from dora_dist.runtime.errors import UserError
 from tests import llava, toy
 
 NAMES = [f"{i}.png" for i in range(6)]

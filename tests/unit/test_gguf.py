@@ -9,9 +9,9 @@ import torch
 from gguf import GGUFWriter, TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dora_dist.errors import UserError
 from dora_dist.models.gguf import import_gguf
-from dora_dist.safetensors_io import TensorFolder
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.safetensors_io import TensorFolder
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["h e", "l l", "he ll", "hell o"]

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from dora_dist.adapters.inject import by_pattern, inject
-from dora_dist.adapters.linear import AdapterSpec, DoraLinear
+from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec
 from dora_dist.adapters.norms import NormRefresher
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 SPEC = AdapterSpec(4, 8.0)
 
@@ -32,7 +32,7 @@ def test_the_familys_default_is_the_papers_choice() -> None:
         "v_proj",
     ]
     assert len(names) == 10
-    assert all(isinstance(model.get_submodule(n), DoraLinear) for n in names)
+    assert all(isinstance(model.get_submodule(n), AdaptedLinear) for n in names)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable == {f"{n}.{p}" for n in names for p in ("lora_A", "lora_B", "magnitude_offset")}
 

@@ -11,8 +11,8 @@ import torch
 from dora_dist.config import RunConfig
 from dora_dist.data import LabelledCollator, TokenizedData, WithLabelledFiller, build_labelled
 from dora_dist.data.sampler import FILLER
-from dora_dist.errors import UserError
-from dora_dist.evaluation.glue import classification_metrics, rating_metrics
+from dora_dist.metrics.glue import classification_metrics, rating_metrics
+from dora_dist.runtime.errors import UserError
 from tests import encoders
 
 PAIR = ["sentence1", "sentence2"]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dora_dist import launchers
-from dora_dist.errors import UserError
-from dora_dist.launchers import Launch, discover, first_host, rank_among_several
+from dora_dist.runtime import launchers
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.launchers import Launch, discover, first_host, rank_among_several
 
 # One rank of each, not the first; Slurm 22.05, Open MPI 4.1, MPICH 4.0, Intel MPI 2021.19, torch 2.13, deepspeed 0.19.
 CAPTURED: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("launch_environments.json").read_text())

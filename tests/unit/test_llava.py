@@ -12,17 +12,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dora_dist.adapters.inject import by_pattern
-from dora_dist.adapters.linear import AdapterSpec, DoraLinear
+from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec
 from dora_dist.config import DataConfig
-from dora_dist.errors import UserError
 from dora_dist.models.assemble import assemble_llava
 from dora_dist.models.build import build_model, skeleton
+from dora_dist.models.heads import IMAGE_TEXT, Task
 from dora_dist.models.llava import prepare_for_training, tokens_per_picture
-from dora_dist.models.placement import WholePlacement
 from dora_dist.models.processor import load_processor
-from dora_dist.models.tasks import IMAGE_TEXT, Task
 from dora_dist.models.tokenizer import load_tokenizer
-from dora_dist.safetensors_io import TensorFolder
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.placement import WholePlacement
+from dora_dist.weights.safetensors_io import TensorFolder
 from tests import llava
 
 SPEC = AdapterSpec(r=4, lora_alpha=8.0)
@@ -106,7 +106,7 @@ def test_every_layout_of_names_loads(folders: Path, tmp_path: Path, names: dict[
 
 
 def adapted(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, DoraLinear)}
+    return {name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
 def test_only_the_language_model_is_adapted_unless_the_tower_is_named(folders: Path) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from package_archives import fetch_npm_package
 
-from dora_dist.errors import UserError
-from dora_dist.packages import fetch_npm_package
+from dora_dist.runtime.errors import UserError
 
 NAME = "tiny-pictures"
 

@@ -5,9 +5,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from package_archives import extract_member, fetch_package
 
-from dora_dist.errors import UserError
-from dora_dist.packages import extract_member, fetch_package
+from dora_dist.runtime.errors import UserError
 
 WHEEL = "tiny_data-1.2-py3-none-any.whl"
 

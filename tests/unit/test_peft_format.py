@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, read_peft_folder, write_peft_folder
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 TOKENS = torch.arange(24).view(2, 12) % 61

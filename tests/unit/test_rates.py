@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 from dora_dist.training.rates import set_rates
 
 

@@ -5,9 +5,9 @@ import os
 import psutil
 import pytest
 
-from dora_dist.errors import UserError
-from dora_dist.launchers import Launch
-from dora_dist.rendezvous import Card, check, choose_interface, core_share
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.launchers import Launch
+from dora_dist.runtime.rendezvous import Card, check, choose_interface, core_share
 
 
 def card(rank: int, host: str, cores: list[int], address: str = "127.0.0.1") -> Card:

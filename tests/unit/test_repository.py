@@ -7,7 +7,7 @@ import pytest
 from dora_dist.config.names import DataSet, data_set
 from dora_dist.data import load_records
 from dora_dist.data.repository import data_files
-from dora_dist.errors import UserError
+from dora_dist.runtime.errors import UserError
 from tests import toy
 
 

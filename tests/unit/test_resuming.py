@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dora_dist import resuming, run_folder
+from dora_dist.checkpoint import resuming, run_folder
+from dora_dist.checkpoint.run_folder import chosen, set_best, write_manifest
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
-from dora_dist.errors import UserError
-from dora_dist.run_folder import chosen, set_best, write_manifest
-from dora_dist.safetensors_io import TensorFolder
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.safetensors_io import TensorFolder
 
 
 def test_every_field_of_the_schema_has_one_rule() -> None:

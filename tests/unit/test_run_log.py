@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from dora_dist.console import Lasting
+from dora_dist.runtime.console import Lasting
 
 SCRIPT = """
 import os, sys, warnings, logging
 from pathlib import Path
-from dora_dist.console import complain, note, say, warn
-from dora_dist.errors import UserError
-from dora_dist.run_log import RunLog
+from dora_dist.runtime.console import complain, note, say, warn
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.run_log import RunLog
 
 say("before")
 handler = None

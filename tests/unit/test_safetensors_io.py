@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dora_dist.errors import UserError
-from dora_dist.folders import new_folder
-from dora_dist.safetensors_io import DTYPES, TensorFolder, TensorWriter
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import new_folder
+from dora_dist.weights.safetensors_io import DTYPES, TensorFolder, TensorWriter
 
 # Everything that the library can write; complex64 it can only read.
 TENSORS = {f"t.{n}": (torch.arange(-17, 18) * 3).view(5, 7).to(d) for n, d in DTYPES.items() if n != "C64"}
@@ -67,7 +67,7 @@ def test_reads_only_the_bytes_asked_for_and_counts_them(tmp_path: Path) -> None:
 
 
 def test_conversion_goes_through_small_staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dora_dist.safetensors_io._STAGING_BYTES", 64)
+    monkeypatch.setattr("dora_dist.weights.safetensors_io._STAGING_BYTES", 64)
     tensor = torch.randn(1000).to(torch.bfloat16)
     save_file({"w": tensor}, tmp_path / "model.safetensors")
     assert torch.equal(TensorFolder.open(tmp_path).read_flat("w", 7, 999, dtype=torch.float32), tensor[7:999].float())
@@ -242,8 +242,8 @@ FILL = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from dora_dist.folders import new_folder
-from dora_dist.safetensors_io import TensorWriter
+from dora_dist.runtime.folders import new_folder
+from dora_dist.weights.safetensors_io import TensorWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 if sys.argv[1] == "writer":

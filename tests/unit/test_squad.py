@@ -9,8 +9,8 @@ import torch
 
 from dora_dist.config import RunConfig
 from dora_dist.data import SpanDataset, build_spans
-from dora_dist.errors import UserError
-from dora_dist.evaluation.squad import Question, Window, normalised, predict, squad_metrics
+from dora_dist.metrics.squad import Question, Window, normalised, predict, squad_metrics
+from dora_dist.runtime.errors import UserError
 from tests import encoders
 
 

@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 from dora_dist.adapters.inject import by_pattern
-from dora_dist.adapters.linear import AdapterSpec
+from dora_dist.adapters.layer import AdapterSpec
+from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.config import RunConfig
-from dora_dist.consolidate import consolidate
 from dora_dist.data import TokenizedData, build_data
-from dora_dist.errors import UserError
-from dora_dist.evaluation.rouge import rouge_metrics
+from dora_dist.evaluation.inference import load_for_inference, task_at
+from dora_dist.metrics.rouge import rouge_metrics
 from dora_dist.models.build import AdaptedModel, build_model
-from dora_dist.models.inference import load_for_inference, task_at
-from dora_dist.models.placement import WholePlacement
-from dora_dist.models.tasks import Task
+from dora_dist.models.heads import Task
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.placement import WholePlacement
 from tests import summaries
 
 MODEL = {"path": "org/model", "task": "seq2seq_lm"}
@@ -125,7 +125,7 @@ def test_step_0_is_the_base(kind: str, tmp_path: Path) -> None:
 
 def test_the_familys_targets_are_all_projections_of_both_sides(tmp_path: Path) -> None:
     names = build(summaries.base_model(tmp_path / "base")).adapted
-    linears = [n for n, m in build(tmp_path / "base").model.named_modules() if type(m).__name__ == "DoraLinear"]
+    linears = [n for n, m in build(tmp_path / "base").model.named_modules() if type(m).__name__ == "AdaptedLinear"]
     assert sorted(names) == sorted(linears) and len(names) == 2 * 6 + 2 * 10
     assert [n.removeprefix("model.decoder.layers.1.") for n in names if n.startswith("model.decoder.layers.1.")] == [
         *(f"{kind}_attn.{part}_proj" for kind in ("self", "encoder") for part in ("k", "v", "q", "out")),

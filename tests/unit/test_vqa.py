@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from dora_dist.evaluation.captions import caption_metrics, tokenised
-from dora_dist.evaluation.choices import choice_metrics, chosen, says_yes, yes_no_metrics
-from dora_dist.evaluation.vqa import accuracy, normalised, vqa_metrics
+from dora_dist.metrics.captions import caption_metrics, tokenised
+from dora_dist.metrics.choices import choice_metrics, chosen, says_yes, yes_no_metrics
+from dora_dist.metrics.vqa import accuracy, normalised, vqa_metrics
 
 # --- VQA ------------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Who is lost and who hangs, from signs alone. With real ranks: tests/distributed and tests/launch."""
 
-from dora_dist.signs import Sign
-from dora_dist.watch import Judge
+from dora_dist.runtime.signs import Sign
+from dora_dist.runtime.watch import Judge
 
 
 def signs(*numbers_and_collectives: tuple[int, int]) -> dict[int, Sign]:

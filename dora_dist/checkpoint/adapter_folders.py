@@ -1,0 +1,72 @@
+"""Which adapter a path means, and where the base is that it was trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dora_dist.adapters.peft_config import CONFIG_NAME
+from dora_dist.checkpoint import run_folder
+from dora_dist.config import is_local
+from dora_dist.models.folder import not_a_folder
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.hub import fetch
+
+
+def find_adapter(path: Path) -> tuple[Path, str | None]:
+    """The adapter folder that `path` means, and the base it was trained on where that is known.
+
+    `path` is a PEFT folder, a checkpoint, or a run folder: then the checkpoint that `run_folder.chosen` takes. Raises
+    UserError when it is none of these.
+    """
+    path = Path(path)
+    if (path / CONFIG_NAME).is_file():
+        return path, _trained_on(path)
+    if (path / run_folder.ADAPTER / CONFIG_NAME).is_file():
+        if path.name.startswith("checkpoint-") and not run_folder.is_complete(path):
+            raise UserError(f"{path}: incomplete checkpoint (saving was cut short); use another one")
+        return path / run_folder.ADAPTER, _trained_on(path / run_folder.ADAPTER, path.parent)
+    choice = run_folder.chosen(path)
+    if choice is None:
+        what = "no such folder" if not path.is_dir() else "no adapter_config.json and no complete checkpoint-* in it"
+        if (path / "deepspeed.json").is_file():
+            what = "a run that has no complete checkpoint yet; wait for its first (checkpoint.save_every), or"
+            raise UserError(f"{path}: {what} give another run's folder")
+        raise UserError(f"{path}: {what}; give a PEFT folder, a checkpoint or a run folder")
+    return find_adapter(choice.folder)
+
+
+def _trained_on(adapter: Path, run: Path | None = None) -> str | None:
+    """The base's name: from the run's config.json, else as the adapter says."""
+    places = [(run / "config.json", ("model", "path"))] if run else []
+    for file, keys in [*places, (adapter / CONFIG_NAME, ("base_model_name_or_path",))]:
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+            for key in keys:
+                value = value[key]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(value, str) and value:
+            return value
+    return None
+
+
+def base_path(name: str, revision: str | None, named_by: str) -> Path:
+    """The folder of the base model `name`: a local one, or a hub name's snapshot.
+
+    `named_by`, the adapter folder or the option that names it, is for messages. Raises UserError where it is not to be
+    had.
+    """
+    remedy = f"it is the base that {named_by} names: if it was moved, or the name is relative to another working "
+    remedy += "directory, give its folder or hub name with --base MODEL"
+    if named_by == "--base":
+        remedy = "give the folder or hub name of a model with --base"
+    if not is_local(name):
+        try:
+            return fetch(name, revision, field="base model")
+        except UserError as error:
+            raise UserError(f"{error}\n  {remedy}") from error
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"base model {name!r}: {not_a_folder(folder, remedy)}")
+    return folder

@@ -1,0 +1,252 @@
+"""What may change when a run is resumed: a rule for every field of the configuration, and what a checkpoint records
+so that the rules can be applied.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_dist.checkpoint import run_folder
+from dora_dist.config.names import data_set, is_local
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.digest import sampled_digest
+
+if TYPE_CHECKING:
+    from dora_dist.config import RunConfig
+    from dora_dist.weights.safetensors_io import TensorFolder
+
+
+class Rule(Enum):
+    """What a change of a field means to a run that is resumed."""
+
+    FOLLOWED = "takes effect from the next step on, and is said"
+    CONTENT = "names or selects something: what it comes to is compared instead, and the change is said"
+    SHAPE = "refused: what the checkpoint holds has the old value"
+    ORDER = "refused: the order of the data would not continue"
+    FIRST = "only a run's start reads it: it may be given up, and not be set to something else"
+    PLACE = "where this start reads and writes: not compared"
+
+
+RULES: dict[Rule, dict[str, str]] = {
+    Rule.FOLLOWED: {
+        "model": "dtype attn_implementation trust_remote_code",
+        "adapter": "dropout dropout_mode norm_gradient importance_beta dem_weight dem_form pruned_moments compact",
+        "data": "target_len cache image_folder image_aspect_ratio max_image_pixels bad_images num_workers",
+        "training": "learning_rate learning_rates schedule warmup_steps warmup_ratio epochs max_steps micro_batch_size "
+        "weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon activation_checkpointing recompute_all "
+        "eval_every metric num_beams",
+        "checkpoint": "save_every keep_last on_failure keep_best",
+        "engine": "accelerator offload_param offload_optimizer hpz_partition_size param_persistence_threshold "
+        "prefetch_bucket_size reduce_bucket_size max_live_parameters max_reuse_distance allgather_sequential "
+        "start_timeout_s step_timeout_s deepspeed",
+        "logging": "every tensorboard progress_bar peak_flops",
+    },
+    Rule.CONTENT: {
+        "model": "path revision tokenizer",
+        # Which parameters they come to: zero3.checkpoint. What the pruning budget is: check_budget there.
+        "adapter": "target_modules magnitude_only_modules trained_modules start_rank_factor prune_start prune_stop "
+        "prune_every prune_schedule",
+        "data": "train validation validation_samples format text_fields label_field loss_on cutoff_len doc_stride "
+        "chat_template group_by_modality_length",
+    },
+    Rule.SHAPE: {"model": "task num_labels", "adapter": "weight_decomposed r lora_alpha dynamic_rank"},
+    Rule.ORDER: {"training": "global_batch_size seed"},
+    Rule.FIRST: {"adapter": "init_from"},
+    Rule.PLACE: {"checkpoint": "run_dir resume"},
+}
+"""Every field of the configuration, by rule and section."""
+
+_BEST = ("training.metric", "validation data")
+"""What the values are of that say which checkpoint is the best."""
+
+_UNREAD_IN_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+
+
+def rules() -> dict[str, Rule]:
+    """The rule of every field by its dotted name."""
+    return {
+        f"{section}.{field}": rule
+        for rule, sections in RULES.items()
+        for section, fields in sections.items()
+        for field in fields.split()
+    }
+
+
+def located(config: RunConfig) -> RunConfig:
+    """The run with absolute paths for what it reads on this machine; hub names stay names.
+
+    That is what is written down, so that a run can be found, merged and evaluated from another working directory.
+    """
+    model, adapter, data = config.model, config.adapter, config.data
+    places = {
+        "path": _absolute(model.path),
+        "tokenizer": model.tokenizer and _absolute(model.tokenizer),
+    }
+    sources = {split: _sources(getattr(data, split)) for split in ("train", "validation")}
+    pictures = {"image_folder": data.image_folder and os.path.abspath(data.image_folder)}
+    start = {"init_from": adapter.init_from and os.path.abspath(adapter.init_from)}
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update=places),
+            "adapter": adapter.model_copy(update=start),
+            "data": data.model_copy(update=sources | pictures),
+        }
+    )
+
+
+def _absolute(name: str) -> str:
+    return os.path.abspath(name) if is_local(name) else name
+
+
+def _sources(names: str | list[str] | None) -> Any:
+    if names is None or isinstance(names, list):
+        return names and [_sources(name) for name in names]
+    named = data_set(names)
+    return names if named is not None and not named.is_here else os.path.abspath(names)
+
+
+def record(
+    config: RunConfig,
+    world_size: int,
+    data: Mapping[str, str],
+    order: Mapping[str, Any],
+    base: Path,
+    tensors: TensorFolder,
+) -> dict[str, Any]:
+    """What a checkpoint says of the run that writes it; plain JSON.
+
+    `data` are short texts that differ where a data set does (`agreement.of_data`), `order` what the order of the
+    training data follows from; `base` is the base's folder, and `tensors` the same. Its weights are known by 3 short
+    pieces of each: to read all of them would take minutes.
+    """
+    described = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    return {
+        "configuration": json.loads(located(config).to_json()),
+        "ranks": world_size,
+        "data": dict(data),
+        "order": dict(order),
+        "base": {
+            "weights": sampled_digest(tensors),
+            "config": {name: value for name, value in described.items() if name not in _UNREAD_IN_CONFIG},
+        },
+    }
+
+
+def check_settings(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> None:
+    """Raise UserError for fields that may not change, all at once. Needs neither data nor base."""
+    lines = []
+    for name, theirs, ours in _changed(manifest, config):
+        rule = rules()[name]
+        told = f"{folder} was written with {name} = {_shown(theirs)}, this run has {_shown(ours)}"
+        if rule is Rule.SHAPE:
+            lines.append(f"{told}: what it holds does not fit that; set it back, or start a new run without it")
+        elif rule is Rule.ORDER:
+            lines.append(f"{told}: the order of the data would not continue; {_or_start_from(folder)}")
+        elif rule is Rule.FIRST and ours is not None:
+            lines.append(f"{told}: only a new run starts from it; leave it out, or start a new run without resuming")
+    if lines:
+        raise UserError("checkpoint.resume: " + "\n  ".join(lines))
+
+
+def changes(folder: Path, manifest: Mapping[str, Any], config: RunConfig, ours: Mapping[str, Any]) -> dict[str, str]:
+    """What differs from the run that wrote the checkpoint and is followed: `{"training.epochs": "3 -> 4", ...}`.
+
+    `ours` is this run's `record`. Raises UserError where base or training data are others.
+    """
+    theirs = manifest["trained_with"]
+    found = {name: f"{_shown(before)} -> {_shown(now)}" for name, before, now in _changed(manifest, config)}
+    if theirs["base"]["weights"] != ours["base"]["weights"]:
+        raise UserError(
+            f"checkpoint.resume: {folder} was trained on another base: the weights in model.path = "
+            f'"{config.model.path}" are not those of "{theirs["configuration"]["model"]["path"]}" then; set model.path '
+            "to the base it was trained on"
+        )
+    for name, (before, now) in _differing(theirs["base"]["config"], ours["base"]["config"]):
+        found[f"the base's config.json: {name}"] = f"{_shown(before)} -> {_shown(now)}"
+    for name, (before, now) in _differing(theirs["data"], ours["data"]):
+        if name == "training data":
+            fields = [f"{field} {found[field]}" for field in found if field.startswith(("data.", "model.tok"))]
+            why = f" (changed: {', '.join(fields)})" if fields else ", although all fields are the same"
+            raise UserError(
+                f"checkpoint.resume: {folder} was trained on other records, or the same in another order: {before} "
+                f"there, {now} here{why}; {_or_start_from(folder)}"
+            )
+        found[name] = f"{before or 'none'} -> {now or 'none'}"
+    for name, (before, now) in _differing(theirs["order"], ours["order"]):
+        raise UserError(
+            f"checkpoint.resume: {folder} was written with {name} = {_shown(before)}, this run has {_shown(now)}: the "
+            f"order of the data would not continue; {_or_start_from(folder)}"
+        )
+    if theirs["ranks"] != ours["ranks"]:
+        found["ranks"] = f"{theirs['ranks']} -> {ours['ranks']}"
+    return found
+
+
+def told(changed: Mapping[str, str]) -> Iterator[str]:
+    """A line for each change."""
+    for name, values in changed.items():
+        same = rules().get(name) is Rule.CONTENT and not (name.startswith("data.") and "validation data" in changed)
+        yield f"{name} {values} ({'comes to the same' if same else 'followed'})"
+    if forgets_best(changed):
+        yield "earlier values do not count for which checkpoint is the best"
+
+
+def forgets_best(changed: Mapping[str, str]) -> bool:
+    """Whether earlier values of the metric cannot be compared with those to come."""
+    return any(name in changed for name in _BEST)
+
+
+def optimizer_steps(config: RunConfig, samples: int) -> int:
+    """Optimizer steps of a whole run on `samples` training samples, as the Trainer counts them."""
+    training = config.training
+    batches = -(-samples // training.global_batch_size)  # the last one of an epoch is filled up
+    return training.max_steps or math.ceil(training.epochs * batches)
+
+
+def finished(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> str | None:
+    """That a checkpoint is at the end of this run, or beyond, and how to train on; None if steps are left."""
+    step, samples = manifest["step"], manifest["trained_with"]["order"]["number of training samples"]
+    steps = optimizer_steps(config, samples)
+    if step < steps:
+        return None
+    by_steps = config.training.max_steps is not None
+    field, value = ("max_steps", steps) if by_steps else ("epochs", config.training.epochs)
+    pruned = "components" in manifest and not manifest["compacted"]
+    how = f"give a larger training.{field}: --training.{field} {2 * max(step, steps) if by_steps else f'{2 * value:g}'}"
+    if pruned:  # its pruning window is a share of all steps
+        how = f"start a new run from its adapter: --adapter.init_from {folder / run_folder.ADAPTER}"
+    return (
+        f"the run is finished: {folder} is at step {step} of {steps} (training.{field} = {value:g}), and nothing is "
+        f"left to train; to train on, {how}"
+    )
+
+
+def _changed(manifest: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value there, and value here, of every field that differs. A field that was not known then is left out."""
+    theirs, ours = manifest["trained_with"]["configuration"], json.loads(located(config).to_json())
+    for name, rule in rules().items():
+        section, field = name.split(".")
+        before, now = theirs.get(section, {}).get(field, ours[section][field]), ours[section][field]
+        if before != now and rule is not Rule.PLACE:
+            yield name, before, now
+
+
+def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for name in dict.fromkeys([*theirs, *ours]):
+        if theirs.get(name) != ours.get(name):
+            yield name, (theirs.get(name), ours.get(name))
+
+
+def _or_start_from(folder: Path) -> str:
+    return f"set it back, or start a new run from the adapter with --adapter.init_from {folder / run_folder.ADAPTER}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,377 @@
+"""What a run leaves on disk, and where: the one place that knows the folder's layout.
+
+RUN_DIR/
+    config.json  deepspeed.json  metrics.jsonl  run.log  tensorboard/  .in_use
+    run.json                       {"run": ...}: which run this is; every checkpoint's manifest says the same
+    best.json                      {"checkpoint": "checkpoint-80", "eval_loss": ...}, or another metric
+    checkpoint-80/
+        manifest.json              written last: step, what it was trained with (`resuming.record`), every file's
+                                   size and sha256, and a checksum of its own
+        state.safetensors          fp32 masters and Adam moments, whole tensors: no trace of the world size
+        trainer_state.json
+        adapter/                   a PEFT folder, with the tokenizer
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dora_dist.runtime.console import note, warn
+from dora_dist.runtime.errors import UserError
+
+CONFIG, MANIFEST, STATE, TRAINER_STATE, ADAPTER = (
+    "config.json",
+    "manifest.json",
+    "state.safetensors",
+    "trainer_state.json",
+    "adapter",
+)
+DEEPSPEED, METRICS, LOG, TENSORBOARD = "deepspeed.json", "metrics.jsonl", "run.log", "tensorboard"
+RUN, BEST, IN_USE = "run.json", "best.json", ".in_use"
+FORMAT = 2
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class Damaged(UserError):
+    """A checkpoint that is not, byte for byte, what was written; an earlier one may be."""
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of an optimizer step belongs."""
+    return run_dir / f"checkpoint-{step}"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. A folder without a readable manifest is not one."""
+    found = {}
+    for folder in run_dir.glob("checkpoint-*"):
+        name = _NAME.fullmatch(folder.name)
+        if name and is_complete(folder):
+            found[int(name[1])] = folder
+    return [found[step] for step in sorted(found)]
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint's manifest is there and every file it lists has the size it lists."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The complete checkpoint of the highest step."""
+    found = checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def newest_intact(run_dir: Path) -> Path | None:
+    """The newest checkpoint whose every byte is as it was written.
+
+    Damaged and incomplete ones that are newer are named, with what is wrong, and set aside under another name: what
+    comes later must not take them for good. Raises UserError for one that does not belong here: renamed, edited,
+    copied from another run, or of another version.
+    """
+    for folder in sorted(_named(run_dir), key=step_of, reverse=True):
+        try:
+            check_run(folder, read_manifest(folder))
+            return folder
+        except Damaged as error:
+            warn(f"{error}; it is now {_set_aside(folder, 'damaged')}, looking for an earlier one")
+    return None
+
+
+def set_aside_after(run_dir: Path, step: int) -> None:
+    """Rename the checkpoints of later steps than the one a run goes on from: they are of another course of it."""
+    for folder in _named(run_dir):
+        if step_of(folder) > step:
+            name = folder.name
+            warn(f"{name} is later than checkpoint-{step}, which the run goes on from: {_set_aside(folder, 'later')}")
+
+
+def _named(run_dir: Path) -> list[Path]:
+    return [folder for folder in run_dir.glob("checkpoint-*") if _NAME.fullmatch(folder.name)]
+
+
+def _set_aside(folder: Path, why: str) -> str:
+    aside = folder.with_name(f"{folder.name}.{why}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    return aside.name
+
+
+def run_of(run_dir: Path) -> str | None:
+    """Which run a folder belongs to; None if it does not say."""
+    try:
+        return str(json.loads((run_dir / RUN).read_text())["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def name_run(run_dir: Path, resume: Path | None) -> None:
+    """Write run.json: a run that starts, or that goes on from another folder's checkpoint, gets a name of its own."""
+    own = resume is not None and resume.resolve().parent == run_dir.resolve()
+    known = (run_of(run_dir) or read_manifest(resume, verify=False).get("run")) if own and resume else None
+    write_json(run_dir / RUN, {"run": known or uuid.uuid4().hex})
+
+
+def check_run(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise UserError if a checkpoint was written by another run than the one whose folder it is in."""
+    here = run_of(folder.parent)
+    if here is not None and manifest.get("run") != here:
+        raise UserError(
+            f"checkpoint.resume: {folder} was written by another run than the one in {folder.parent}; move it "
+            "elsewhere, and name it in --checkpoint.resume, with another checkpoint.run_dir, to go on from it"
+        )
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step of a checkpoint folder: its name says it, or else its manifest."""
+    name = _NAME.fullmatch(folder.name)
+    return int(name[1]) if name else int(json.loads((folder / MANIFEST).read_text())["step"])
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Remove what processes that were killed while they wrote have left. For a run that holds `InUse` alone."""
+    for pattern in (".checkpoint-*.partial-*", ".checkpoint-*.old-*"):
+        for leftover in run_dir.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def log_file(run_dir: Path, host: str, first_host: str) -> Path:
+    """The log of the ranks on `host`: run.log on the first rank's host, a file of its own for each other.
+
+    Machines that append to one file of a file server can lose lines.
+    """
+    return run_dir / (LOG if host == first_host else f"{Path(LOG).stem}.{host}.log")
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; lines that a killed process began are left out."""
+    path = run_dir / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if _is_up_to(line, 2**63)]
+
+
+def forget_metrics_after(run_dir: Path, step: int) -> None:
+    """Drop what metrics.jsonl says of later steps than the one a run goes on from: they will happen again."""
+    path = run_dir / METRICS
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if _is_up_to(line, step)]
+    if kept != lines:
+        temporary = path.with_name(f".{path.name}.partial")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False  # a line that a killed process began
+
+
+class InUse:
+    """At most one run at a time writes a folder: an advisory lock that ends with the process, however it ends.
+
+    Where the process ended with its node, a file server gives the lock free only after a lease, which is 90 s by
+    default on NFS: a run that goes on elsewhere waits for up to `patience_s`.
+    """
+
+    def __init__(self, run_dir: Path, patience_s: float = 120.0) -> None:
+        self._lock, self._patience_s = FileLock(run_dir / IN_USE), patience_s
+
+    def claim(self) -> None:
+        """Lock the folder, making it if need be. Raises UserError if another run holds it."""
+        path = Path(self._lock.lock_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with suppress(Timeout):
+                self._lock.acquire(timeout=0)
+                return
+            note(f"{path.parent} is in use by another run; waiting up to {self._patience_s:g} s for it to end")
+            self._lock.acquire(timeout=self._patience_s, poll_interval=0.5)
+        except Timeout:
+            raise UserError(
+                f"checkpoint.run_dir: {path.parent} is in use by another run; wait for it, or give another folder"
+            ) from None
+        except NotImplementedError:
+            warn(f"{path.parent} is on a file system without locks: take care that one run at a time uses it")
+
+    def __enter__(self) -> "InUse":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release(force=True)
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """The complete checkpoint that was best in evaluation, if the run kept one."""
+    best = _best(run_dir)
+    return best[0] if best is not None and is_complete(best[0]) else None
+
+
+def _best(run_dir: Path) -> tuple[Path, str] | None:
+    """The checkpoint that best.json names, be it there or not, and `eval_loss (0.41)`."""
+    try:
+        fields = json.loads((run_dir / BEST).read_text())
+        folder = run_dir / Path(fields.pop("checkpoint")).name
+        [(metric, value)] = fields.items()
+        return folder, f"{metric} ({value:.4g})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint that is a run's result, and why; `newest` is a later one, where there is one."""
+
+    folder: Path
+    reason: str
+    newest: Path | None = None
+
+    def told(self, command: str) -> str:
+        """In words, with how to get the newest: `command` is what to type for {}, such as "evaluate {}"."""
+        typed = command.replace("{}", str(self.newest))
+        other = f"; the newest: dora-dist {typed}" if self.newest is not None else ""
+        return f"{self.folder}, {self.reason}{other}"
+
+
+def chosen(run_dir: Path) -> Choice | None:
+    """Which checkpoint a run folder means: the best by evaluation if the run kept one, else the newest.
+
+    None for a folder without complete checkpoints.
+    """
+    found = checkpoints(run_dir)
+    if not found:
+        return None
+    newest, count = found[-1], f"of {len(found)} checkpoints"
+    best = _best(run_dir)
+    if best is None:
+        return Choice(newest, f"the newest {count}" if len(found) > 1 else "the only checkpoint")
+    folder, by = best
+    if folder not in found:
+        return Choice(newest, f"the newest {count}, as {folder.name}, the best by {by}, is gone or incomplete")
+    if folder == newest:
+        return Choice(folder, f"the best {count} by {by}, and the newest" if len(found) > 1 else "the only checkpoint")
+    return Choice(folder, f"the best {count} by {by}", newest)
+
+
+def config_of(adapter: Path) -> dict[str, Any]:
+    """The configuration of the run that an adapter folder lies in, as it was written; {} if it lies in none."""
+    checkpoint = adapter.resolve().parent
+    file = checkpoint.parent / CONFIG
+    if adapter.resolve().name != ADAPTER or not (checkpoint / MANIFEST).is_file() or not file.is_file():
+        return {}
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); correct it, or move the adapter away from it") from error
+    return config
+
+
+def set_best(run_dir: Path, checkpoint: Path, value: float, metric: str = "eval_loss") -> None:
+    """Record the best checkpoint and its metric; atomic."""
+    write_json(run_dir / BEST, {"checkpoint": checkpoint.name, metric: value})
+
+
+def retire(run_dir: Path, keep_last: int) -> list[Path]:
+    """Delete the oldest complete checkpoints beyond `keep_last`, never the best one. Returns what was deleted."""
+    best = best_checkpoint(run_dir)
+    old = [c for c in checkpoints(run_dir)[:-keep_last] if c != best]
+    for folder in old:
+        # The manifest goes first: a deletion cut short must not look like a checkpoint.
+        (folder / MANIFEST).unlink()
+        shutil.rmtree(folder)
+    return old
+
+
+def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
+    """Write manifest.json over everything else in the folder: sizes in bytes and sha256 of each file, and of itself."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    listed = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    manifest = json.loads(json.dumps({"format": FORMAT, **fields, "files": listed}))  # as it will be read
+    write_json(folder / MANIFEST, {**manifest, "sha256": _own_digest(manifest)})
+
+
+def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises Damaged naming what is missing or damaged; UserError for a manifest that was
+    edited or is of an unknown format, and for a folder that was renamed.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(
+            f"checkpoint.resume: {folder} is not a complete checkpoint (no readable {MANIFEST}: {error})"
+        ) from error
+    _check_manifest(folder, manifest)
+    for name, entry in files.items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise UserError(f"checkpoint.resume: {folder / MANIFEST} lists {name!r}, which leaves the folder")
+        if not path.is_file():
+            raise Damaged(f"checkpoint.resume: {path} is missing; resume from another checkpoint")
+        if path.stat().st_size != entry["bytes"] or (verify and sha256(path) != entry["sha256"]):
+            raise Damaged(f"checkpoint.resume: {path} is damaged (size or checksum); resume from another checkpoint")
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if not path.is_dir() and name not in files and name != MANIFEST:
+            raise Damaged(f"checkpoint.resume: {path} does not belong to the checkpoint; move it elsewhere")
+    return manifest
+
+
+def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise UserError unless the manifest is as this version wrote it, for the folder's own name."""
+    written = manifest.get("format")
+    if written != FORMAT:
+        raise UserError(
+            f"checkpoint.resume: {folder} has format {written}, this version of dora_dist reads {FORMAT}; resume with "
+            f"the version that wrote it, or start a new run from its adapter: --adapter.init_from {folder / ADAPTER}"
+        )
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    if manifest.get("sha256") != _own_digest(content):
+        raise UserError(
+            f"checkpoint.resume: {folder / MANIFEST} was changed after it was written (its own checksum differs); put "
+            "it back as it was, or resume from another checkpoint"
+        )
+    name, step = _NAME.fullmatch(folder.name), manifest.get("step")
+    if name and int(name[1]) != step:
+        raise UserError(
+            f"checkpoint.resume: {folder} was renamed: it holds step {step}; name it checkpoint-{step} again"
+        )
+
+
+def _own_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)

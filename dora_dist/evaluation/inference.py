@@ -1,0 +1,192 @@
+"""A model to ask questions of, in one process: plain, or with an adapter on its base."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_dist.adapters.inject import like
+from dora_dist.adapters.peft_config import CONFIG_NAME
+from dora_dist.adapters.peft_format import PeftFolder, read_peft_folder
+from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.adapter_folders import base_path, find_adapter
+from dora_dist.models.build import DTYPES, build_model
+from dora_dist.models.folder import (
+    GENERATION_CONFIG,
+    ModelFolder,
+    generation_config,
+    not_a_folder,
+    read_config,
+    reason,
+    transformers_config,
+)
+from dora_dist.models.heads import (
+    CLASSIFICATION,
+    GENERATIVE,
+    Task,
+    auto_class,
+    model_class,
+    task_of_adapter,
+    task_of_model,
+)
+from dora_dist.models.tokenizer import load_tokenizer
+from dora_dist.models.unused import say_unused
+from dora_dist.models.vocabulary import agree_on_padding, refuse_tokens_without_rows
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.hub import fetch
+from dora_dist.weights.loading import is_finite
+from dora_dist.weights.placement import WholePlacement
+from dora_dist.weights.safetensors_io import TensorFolder
+
+
+def load_for_inference(path: str, dtype: str = "bf16", base: str | None = None) -> tuple[Any, Any]:
+    """A model in evaluation mode and its tokenizer, on the accelerator if there is one.
+
+    `path` is the Hugging Face folder or hub name of a model of one of our tasks, or else a PEFT folder, a checkpoint
+    or a run folder, whose adapter is then put on its base unmerged, for the task that it was trained for; on `base`
+    (a folder or hub name) where that is given. Raises UserError if it is none of these, and later, from the model's
+    forward, where its logits are NaN or infinite.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    adapter = adapter_at(path)
+    folder = base_folder(path, base)
+    model = _plain(folder, dtype) if adapter is None else _adapted(adapter, folder, dtype, device)
+    tokenizer = tokenizer_at(path, base)
+    refuse_tokens_without_rows(model, tokenizer, folder)
+    if task_at(path).name == CLASSIFICATION:
+        agree_on_padding(model, tokenizer)
+    model.config.use_cache = True
+    if head := model.get_output_embeddings():
+        head.register_forward_pre_hook(_contiguous)
+    model.register_forward_hook(_FiniteLogits(path, dtype))
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _plain(folder: Path, dtype: str) -> Any:
+    """A whole model, read by transformers, which would make up what is missing and only say so in its log."""
+    opened = ModelFolder.open(folder)
+    task = task_of_model(opened.config)
+    model_class(transformers_config(folder), task)
+    if (folder / GENERATION_CONFIG).exists():
+        generation_config(folder)
+    try:
+        model, report = auto_class(task).from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # each family checks its fields in its own way
+        raise UserError(f"{folder}: transformers cannot load it: {reason(error)}") from error
+    doubt = "is this folder the model that its config.json describes?"
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{folder}: tensor {missing[0]!r} is missing ({len(missing)} in all); {doubt}")
+    for name, there, here in sorted(report["mismatched_keys"]):
+        raise UserError(f"{folder}: tensor {name!r} has shape {list(there)}, the model needs {list(here)}; {doubt}")
+    say_unused(opened, sorted(report["unexpected_keys"]), model)
+    if damaged := [name for name, values in model.named_parameters() if not is_finite(values)]:
+        raise UserError(f"{folder}: tensor {damaged[0]!r} holds NaN or infinity; download or copy the folder again")
+    return model
+
+
+def tokenizer_at(path: str, base: str | None = None) -> Any:
+    """The tokenizer of the model that `load_for_inference` would load: the adapter folder's where it holds one, else
+    the one that its run names, else the base's."""
+    adapter = adapter_at(path)
+    run = run_folder.config_of(adapter).get("model", {}) if adapter else {}
+    with_adapter = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
+    source = with_adapter or run.get("tokenizer") or base_folder(path, base)
+    return load_tokenizer(source, generative=task_at(path).name in GENERATIVE)
+
+
+def task_at(path: str) -> Task:
+    """The task of the model that `load_for_inference` would load. Raises UserError as that does."""
+    adapter = adapter_at(path)
+    return task_of_model(read_config(_folder(path))) if adapter is None else task_of_adapter(PeftFolder.open(adapter))
+
+
+def base_folder(path: str, base: str | None = None) -> Path:
+    """The folder of the plain model that `load_for_inference` would load, alone or under an adapter."""
+    adapter = adapter_at(path)
+    if adapter is not None:
+        return _base_of(adapter, base)
+    if base is not None:
+        raise UserError(f"--base {base}: {path} is a whole model, which needs no base; leave it out")
+    return _folder(path)
+
+
+def adapter_at(path: str) -> Path | None:
+    """The PEFT folder that `path` means; None if it is a plain model. Raises UserError if it is neither."""
+    folder = _folder(path)
+    is_adapters = any((place / CONFIG_NAME).exists() for place in (folder, folder / run_folder.ADAPTER))
+    if any(folder.glob("*.safetensors")) and not is_adapters:  # a checkpoint has its state in such a file, too
+        return None
+    if any(folder.glob("*.bin")) and not is_adapters:
+        TensorFolder.open(folder)  # refuses pickles
+    return find_adapter(folder)[0]
+
+
+def run_of(path: str) -> dict[str, Any]:
+    """The configuration of the run that the adapter at `path` was trained in; {} for any other model."""
+    adapter = adapter_at(path)
+    return run_folder.config_of(adapter) if adapter else {}
+
+
+class _FiniteLogits:
+    """A forward hook: answers read from NaN would look like answers. Waits for the device once per forward."""
+
+    def __init__(self, path: str, dtype: str) -> None:
+        narrow = "its numbers may be too large for fp16: try --dtype bf16 or fp32; or " if dtype == "fp16" else ""
+        self._message = (
+            f"{path}: the model's logits are NaN or infinite, so no answer of it means anything; {narrow}look at its "
+            "weights and its adapter's (a run that diverged?), or evaluate an earlier checkpoint"
+        )
+
+    def __call__(self, model: torch.nn.Module, inputs: Any, outputs: Any) -> None:
+        for name, values in outputs.items() if isinstance(outputs, dict) else ():  # custom code may give a tuple
+            # The largest is NaN if any is; single logits of minus infinity are how some models forbid a token.
+            if name.endswith("logits") and values.numel() and not torch.isfinite(values.amax()):
+                raise UserError(self._message)
+
+
+def _contiguous(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Generation passes on a slice, the last position of each sequence; torch would copy the weight for each one."""
+    return tuple(values.contiguous() for values in inputs)
+
+
+def _folder(path: str) -> Path:
+    from dora_dist.config import is_local
+
+    folder = Path(path) if is_local(path) else fetch(path)
+    if not folder.is_dir():
+        remedy = "give a model, PEFT, checkpoint or run folder, or a hub name"
+        raise UserError(f"{path}: {not_a_folder(folder, remedy)}")
+    return folder
+
+
+def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) -> Any:
+    adapter, task = read_peft_folder(folder), task_of_adapter(PeftFolder.open(folder))
+    placement = WholePlacement(device or "cpu")
+    run = build_model(
+        base,
+        like(adapter),
+        placement,
+        dtype=dtype,
+        task=task,
+        trained_modules=adapter.modules_to_save,
+        start_from=adapter,
+    )
+    return run.model
+
+
+def _base_of(adapter: Path, given: str | None) -> Path:
+    """The folder of the base: `given`, else as the run says, else as the adapter says."""
+    own, run = PeftFolder.open(adapter).config, run_folder.config_of(adapter).get("model", {})
+    if given is not None:
+        return base_path(given, None, "--base")
+    name = run.get("path") or own.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{adapter}: does not say what its base model is; give it with --base MODEL")
+    return base_path(name, (run if run.get("path") else own).get("revision"), str(adapter))

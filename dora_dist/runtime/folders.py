@@ -1,0 +1,94 @@
+"""Folders that appear whole or not at all, and what a disk says when it cannot take them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dora_dist.runtime.errors import UserError
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+@contextmanager
+def disk_errors(path: Path, only: Sequence[int] = ()) -> Iterator[None]:
+    """Turn OSErrors (all, or error numbers `only`) raised while `path` is written into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if only and error.errno not in only:
+            raise
+        reason = error.strerror or str(error)
+        remedy = "free some space or choose another place; nothing was left under that name"
+        raise UserError(f"{path}: cannot be written: {reason}; {remedy}") from error
+
+
+def check_model_output(output: Path, inputs: Mapping[str, Path]) -> None:
+    """Raise UserError where a model written to the folder `output` would replace one of `inputs` (what each is, and its
+    file or folder), lie in one, or replace a folder that holds something else than a model.
+    """
+    output = Path(output).resolve()
+    for kind, place in inputs.items():
+        place = place.resolve()
+        if place.is_relative_to(output):
+            raise UserError(f"{output}: holds the {kind} that is to be read; choose another output folder")
+        if output.is_relative_to(place):
+            raise UserError(f"{output}: lies in the {kind} {place}, which must stay as it is; choose another folder")
+    if os.path.isdir(output) and any(output.iterdir()) and not any(output.glob("model*.safetensors")):
+        raise UserError(f"{output}: already exists and does not hold a model; choose another output folder")
+
+
+@contextmanager
+def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to fill; it becomes `path` only when the block ends well.
+
+    Everything is flushed to disk before the rename. On failure nothing is left, and an existing folder stays
+    as it was. Raises UserError when `path` exists and `overwrite` is False, and when the disk is full.
+    """
+    path = Path(path).resolve()
+    if os.path.exists(path) and not (overwrite and path.is_dir()):
+        remedy = "choose another name, or replace it with --overwrite" if path.is_dir() else "choose another"
+        raise UserError(f"{path}: already exists; {remedy}")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)  # a killed process that had this id left it
+            partial.mkdir()
+        with disk_errors(path, only=DISK_IS_FULL):  # the caller's block may also fail to read something
+            yield partial
+        with disk_errors(path):
+            for folder, _, files in os.walk(partial):
+                for name in (*files, "."):
+                    _fsync(Path(folder, name))
+            _swap_in(partial, path)
+            _fsync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap_in(partial: Path, path: Path) -> None:
+    """Rename `partial` to `path`; a folder already there steps aside first and goes only afterwards."""
+    if not path.exists():
+        os.rename(partial, path)
+        return
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    os.rename(path, old)
+    try:
+        os.rename(partial, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old)

@@ -1,0 +1,151 @@
+"""Repositories of the model hub: fetched into the hub's own cache, or found there; never a pickle."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dora_dist.runtime.console import bars
+from dora_dist.runtime.errors import UserError
+
+TEXTS = ("*.json", "*.model", "*.txt", "*.jinja")
+"""Configuration and tokenizer."""
+WANTED = ("*.safetensors", *TEXTS)
+"""What is fetched of a model: weights as safetensors, configuration and tokenizer."""
+CODE = ("*.py",)
+"""A model's own Python code: for model.trust_remote_code alone."""
+_TRIES = 3
+
+
+class NotReached(UserError):
+    """The hub cannot be asked for something that is not here."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """What is wanted of one repository: `patterns` of its files, at a branch, tag or commit (None: its default).
+
+    `field` is what named it, for messages.
+    """
+
+    name: str
+    kind: Literal["model", "dataset"] = "model"
+    revision: str | None = None
+    patterns: tuple[str, ...] = WANTED
+    field: str = "model.path"
+
+    def fetch(self, local_only: bool = False) -> Path:
+        """The folder of the snapshot, which is downloaded unless it is in the cache (`local_only`: found there).
+
+        Files that are there whole are kept when others fail, and a connection that breaks is resumed within a file.
+        Raises NotReached if the hub does not answer, UserError if it answers that there is no such thing for us, or
+        if weights are wanted and there are none.
+        """
+        folder = self._snapshot(local_only)
+        if WANTED[0] in self.patterns and not any(folder.glob(WANTED[0])):
+            raise UserError(
+                f"{self.field} = {self.name!r}: has no .safetensors file at its revision {self.revision or 'main'!r}; "
+                "weights in other formats are not read: give the revision of a conversion (refs/pr/N, where its "
+                "discussions on the hub have one), or load it with transformers, save it with save_pretrained() and "
+                "give that folder"
+            )
+        return folder
+
+    def _snapshot(self, local_only: bool) -> Path:
+        from huggingface_hub import snapshot_download
+
+        patterns = list(self.patterns) or None
+        for attempt in range(1, _TRIES + 1):
+            try:
+                return Path(
+                    snapshot_download(
+                        self.name,
+                        repo_type=self.kind,
+                        revision=self.revision,
+                        allow_patterns=patterns,
+                        local_files_only=local_only,
+                        tqdm_class=bars(),
+                    )
+                )
+            except (OSError, ValueError) as error:
+                raise self._explained(error) from error
+            except Exception as error:  # of the HTTP library, which is another in other versions of the client
+                if attempt == _TRIES:
+                    raise self._not_reached(f"the connection to the hub broke ({_first_line(error)})") from error
+        raise AssertionError("unreachable")
+
+    def _explained(self, error: Exception) -> UserError:
+        from huggingface_hub import constants, errors
+
+        label, endpoint = f"{self.field} = {self.name!r}", constants.ENDPOINT
+        page = f"{endpoint}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
+        what = "data set" if self.kind == "dataset" else "model"
+        if isinstance(error, errors.GatedRepoError):
+            return UserError(
+                f"{label}: is gated; accept its conditions at {page} and log in on every node with `hf auth login` "
+                "(or set HF_TOKEN), or give the path of a downloaded folder"
+            )
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return UserError(
+                f"{label}: is not a folder here, and the hub shows us no such {what}; check the name, log in with "
+                "`hf auth login` if it is private, or give the path of a downloaded folder"
+            )
+        if isinstance(error, errors.RevisionNotFoundError):
+            return UserError(f"{label}: has no branch, tag or commit {self.revision!r}; look at {page}/tree/main")
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            if constants.HF_HUB_OFFLINE:
+                return self._not_reached("HF_HUB_OFFLINE is set, so the hub is not asked for it")
+            cause = error.__cause__ or error
+            return self._not_reached(f"the hub ({endpoint}) cannot be reached ({_first_line(cause)})")
+        return UserError(f"{label}: could not be fetched from the hub: {_first_line(error)}")
+
+    def _not_reached(self, why: str) -> NotReached:
+        return NotReached(f"{self.field} = {self.name!r}: is not whole on this machine, and {why}")
+
+    @property
+    def folder(self) -> str:
+        """Where a download by hand would be put."""
+        return f"{'data' if self.kind == 'dataset' else 'models'}/{self.name.rpartition('/')[2]}"
+
+    @property
+    def command(self) -> str:
+        """The command that downloads the same files into `folder`."""
+        words = ["hf", "download", self.name]
+        words += [pattern for pattern in self.patterns if "*" not in pattern]
+        words += ["--repo-type", self.kind] if self.kind != "model" else []
+        words += ["--revision", self.revision] if self.revision is not None else []
+        words += [word for pattern in self.patterns if "*" in pattern for word in ("--include", pattern)]
+        return shlex.join([*words, "--local-dir", self.folder])
+
+
+def wanted(trust_remote_code: bool) -> tuple[str, ...]:
+    """The files that count in a model's folder: its code only if it is to run."""
+    return (*WANTED, *CODE) if trust_remote_code else WANTED
+
+
+def fetch(name: str, revision: str | None = None, field: str = "model") -> Path:
+    """Download a model (or find it in the cache) and return its folder. Raises UserError with all that is to do."""
+    repository = Repository(name, revision=revision, field=field)
+    try:
+        return repository.fetch()
+    except NotReached as error:
+        raise UserError(f"{error}.\n{by_hand([repository], f'name {repository.folder} instead')}") from error
+
+
+def by_hand(repositories: Sequence[Repository], then: str) -> str:
+    """How to get repositories where the hub cannot be reached; `then` is what to do with the folders."""
+    commands = dict.fromkeys(f"    {repository.command}" for repository in repositories)
+    return "\n".join(
+        [
+            "  Where the hub can be reached, type",
+            *commands,
+            "  and with these folders copied here, or shared,",
+            f"    {then}",
+            "  or share the cache (HF_HOME) that they fill without --local-dir, and set HF_HUB_OFFLINE=1 here.",
+        ]
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

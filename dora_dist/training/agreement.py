@@ -1,0 +1,85 @@
+"""What all ranks of a run must agree on, beyond their code: configuration, base model, data, checkpoint."""
+
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_dist.checkpoint import run_folder
+from dora_dist.config import RunConfig
+from dora_dist.data import HasColumns, fingerprint
+from dora_dist.runtime.agreement import check_agreement, digest
+from dora_dist.runtime.distributed import World
+from dora_dist.runtime.hub import WANTED
+
+OWN_TO_A_NODE = {
+    "model.path",
+    "model.tokenizer",
+    "data.train",
+    "data.validation",
+    "data.cache",
+    "data.image_folder",
+    "adapter.init_from",
+}
+"""Fields that name where something is on this node; what is there has to agree, not the path."""
+
+
+_SHARED_FOLDER = (
+    "All ranks read one checkpoint, so its folder has to be shared by all nodes (NFS, Lustre or the like); put "
+    "checkpoint.run_dir on such a file system, or copy the checkpoint that you mean to every node"
+)
+
+
+def check_checkpoint(world: World, folder: Path) -> None:
+    """Whether `folder` is the same checkpoint on every rank (collective). Raises UserError, on every rank, if not.
+
+    Where the run folder is local to each node, rank 0 would verify one checkpoint and the others read another.
+    """
+    manifest = folder / run_folder.MANIFEST  # holds the checksums of all other files
+    try:
+        found = digest(manifest.read_bytes())
+    except OSError as error:
+        found = f"unreadable ({error.strerror})"
+    check_agreement(world, {f"checkpoint.resume: {manifest}": found}, _SHARED_FOLDER)
+
+
+def of_configuration(config: RunConfig) -> dict[str, str]:
+    """Every field but those in `OWN_TO_A_NODE` and what a rank logs."""
+    sections = json.loads(config.to_json())
+    return {
+        name: json.dumps(value)
+        for section, fields in sections.items()
+        for key, value in fields.items()
+        if (name := f"{section}.{key}") not in OWN_TO_A_NODE and section != "logging"
+    }
+
+
+def of_model_folder(
+    field: str, folder: Path, whole: bool = False, *, patterns: Sequence[str] = WANTED
+) -> dict[str, str]:
+    """Every file of a model or adapter folder that counts; of weights, size and header only, unless `whole`."""
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    return {f"{field}: {path.name}": _of_file(path, whole) for path in files}
+
+
+def of_data(data: Any) -> dict[str, str]:
+    """The samples as tokenized (TokenizedData): number and content of each set, by all its columns."""
+    sets: dict[str, HasColumns | None] = {"training data": data.train, "validation data": data.validation}
+    return {
+        name: f"{len(rows):,} samples, sha256 {fingerprint(rows.columns())}"
+        for name, rows in sets.items()
+        if rows is not None
+    }
+
+
+def _of_file(path: Path, whole: bool) -> str:
+    size = path.stat().st_size
+    if path.suffix == ".safetensors" and not whole:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            content = prefix + file.read(min(length, size))
+    else:
+        content = path.read_bytes()
+    return f"{size:,} bytes, {digest(content)}"
