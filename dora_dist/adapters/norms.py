@@ -11,56 +11,20 @@ All sums are fp32. `rowsum(W0²)` never changes and is computed once.
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_dist.adapters.layer import AdaptedLinear, before_any_forward
+from dora_dist.adapters.pieces import WeightPiece, blocks
 from dora_dist.runtime.stopwatch import Stopwatch
-
-CHUNK_ELEMENTS = 4 * 2**20
-"""Elements of W0 upcast to fp32 at a time: 16 MiB."""
-
-
-class Rectangle(NamedTuple):
-    """Rows [row, row+rows) × columns [col, col+cols) of a matrix, found at `offset` of a flat piece of it."""
-
-    row: int
-    rows: int
-    col: int
-    cols: int
-    offset: int
-
-
-def rectangles(start: int, stop: int, columns: int, max_elements: int = CHUNK_ELEMENTS) -> Iterator[Rectangle]:
-    """Cut elements [start, stop) of a row-major matrix into rectangles: a cut first row, whole rows, a cut last row.
-
-    Whole rows come in blocks of at most `max_elements` elements (at least one row).
-    """
-    position = start
-    block = max(1, max_elements // columns)
-    while position < stop:
-        row, col = divmod(position, columns)
-        if col == 0 and stop - position >= columns:
-            rows, cols = min(block, (stop - position) // columns), columns
-        else:
-            rows, cols = 1, min(columns - col, stop - position)
-        yield Rectangle(row, rows, col, cols, position - start)
-        position += rows * cols
-
-
-class WeightPiece(NamedTuple):
-    """Elements [start, start + values.numel()) of a layer's flattened weight, on any device."""
-
-    values: Tensor
-    start: int
 
 
 def add_base_squares(layer: AdaptedLinear, piece: WeightPiece, sums: Tensor) -> None:
     """Add the piece's share of rowsum(W0²) to `sums` (out,), fp32, in place."""
-    for block, w in _blocks(layer, piece, sums.device):
+    for block, w in blocks(layer, piece, sums.device):
         sums[block.row : block.row + block.rows] += w.square().sum(1)
 
 
@@ -75,20 +39,13 @@ def add_adapter_squares(layer: AdaptedLinear, piece: WeightPiece, sums: Tensor) 
         return
     a = layer.lora_A.float()
     gram = a.t() @ a
-    for block, w in _blocks(layer, piece, sums.device):
+    for block, w in blocks(layer, piece, sums.device):
         rows = slice(block.row, block.row + block.rows)
         b_rows = b[rows]
         inner = (w @ a[block.col : block.col + block.cols]).mul_(2 * s)
         if block.col == 0:
             inner.addmm_(b_rows, gram, alpha=s * s)
         sums[rows] += (inner * b_rows).sum(1)
-
-
-def _blocks(layer: AdaptedLinear, piece: WeightPiece, device: torch.device) -> Iterator[tuple[Rectangle, Tensor]]:
-    stop = piece.start + piece.values.numel()
-    for block in rectangles(piece.start, stop, layer.in_features):
-        flat = piece.values[block.offset : block.offset + block.rows * block.cols]
-        yield block, layer.storage.to_fp32(flat, device).view(block.rows, block.cols)
 
 
 class NormRefresher:

@@ -26,7 +26,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from dora_dist.adapters.norms import WeightPiece
+from dora_dist.adapters.pieces import WeightPiece
 from dora_dist.weights.placement import Fill
 
 

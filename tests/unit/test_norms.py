@@ -10,11 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec
 from dora_dist.adapters.norms import (
     NormRefresher,
-    WeightPiece,
     add_adapter_squares,
     add_base_squares,
-    rectangles,
 )
+from dora_dist.adapters.pieces import WeightPiece, rectangles
 
 
 @given(
