@@ -124,6 +124,14 @@ class AdaptedLinear(nn.Module):
             return None
         return self.lora_B.float() if self.lora_gates is None else self.lora_B.float() * self.lora_gates.float()
 
+    def base_product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (tokens, in) -> x·W0ᵀ + bias (tokens, out), in x's dtype."""
+        return self.storage.project(x, self.weight, bias)
+
+    def base_product_back(self, grad: Tensor) -> Tensor:
+        """grad (tokens, out) -> grad·W0 (tokens, in), in grad's dtype."""
+        return self.storage.project_back(grad, self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out), in x's dtype. Raises RuntimeError before norms were ever computed."""
         spec = self.spec
@@ -218,7 +226,7 @@ class _DoraFunction(torch.autograd.Function):
             gated_tr = hidden_tr if lora_gates is None else hidden_tr * lora_gates
 
         def unscaled(x_ti: Tensor, bias: Tensor | None) -> Tensor:
-            y_to = layer.storage.project(x_ti, layer.weight, bias)
+            y_to = layer.base_product(x_ti, bias)
             if gated_tr is not None and lora_B is not None:
                 y_to.addmm_(gated_tr, lora_B.t(), alpha=layer.spec.scaling)
             return y_to
@@ -257,9 +265,9 @@ class _DoraFunction(torch.autograd.Function):
 
         grad_x = grad_dropped = None
         if need_x:
-            grad_x = layer.storage.project_back(g_to if ctx.two_base_products else du_to, layer.weight)
+            grad_x = layer.base_product_back(g_to if ctx.two_base_products else du_to)
         if need_dropped and gu_to is not None:
-            grad_dropped = layer.storage.project_back(gu_to, layer.weight)
+            grad_dropped = layer.base_product_back(gu_to)
 
         grad_A = grad_B = grad_gates = None
         if hidden_tr is not None and lora_A is not None and lora_B is not None:
@@ -311,17 +319,17 @@ def _add_norm_gradient(
     for B·diag(c), and its gradient is handed on to B and c.
     """
     s, dtype = layer.spec.scaling, grad_A.dtype
-    lora_A, gated_B, weight = layer.lora_A, layer.gated_B(), layer.weight
+    lora_A, gated_B = layer.lora_A, layer.gated_B()
     assert lora_A is not None and gated_B is not None and layer.lora_B is not None and layer.norm is not None
     B = gated_B.to(dtype)
     m_over_n = 1.0 + layer.magnitude_excess()
     d_o = -_safe_divide(m_over_n * q_o, layer.norm.square())
     scaled_B = (gated_B * d_o[:, None]).to(dtype)  # D·B
-    v_a = layer.storage.project(lora_A.t(), weight).t() + s * (B @ (lora_A.t() @ lora_A))  # V'·A (out, r)
+    v_a = layer.base_product(lora_A.t()).t() + s * (B @ (lora_A.t() @ lora_A))  # V'·A (out, r)
     to_B = v_a.float() * (s * d_o[:, None])
     if layer.lora_gates is not None and grad_gates is not None:
         grad_gates.add_((to_B * layer.lora_B).sum(0))
         to_B = to_B * layer.lora_gates
     grad_B.add_(to_B.to(dtype))
-    bdv = layer.storage.project_back(scaled_B.t(), weight) + s * (scaled_B.t() @ B) @ lora_A.t()  # (r, in)
+    bdv = layer.base_product_back(scaled_B.t()) + s * (scaled_B.t() @ B) @ lora_A.t()  # (r, in)
     grad_A.add_(bdv.t(), alpha=s)
