@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.checkpoint import run_folder
+from dora_dist.config.fields import values
 from dora_dist.config.names import data_set, is_local
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.digest import sampled_digest
@@ -35,7 +36,8 @@ class Rule(Enum):
 
 RULES: dict[Rule, dict[str, str]] = {
     Rule.FOLLOWED: {
-        "model": "dtype attn_implementation trust_remote_code",
+        "": "plugins",
+        "model": "dtype attn_implementation storage trust_remote_code",
         "adapter": "dropout dropout_mode norm_gradient importance_beta dem_weight dem_form pruned_moments compact",
         "data": "target_len cache image_folder image_aspect_ratio max_image_pixels bad_images num_workers",
         "training": "learning_rate learning_rates schedule warmup_steps warmup_ratio epochs max_steps micro_batch_size "
@@ -55,12 +57,15 @@ RULES: dict[Rule, dict[str, str]] = {
         "data": "train validation validation_samples format text_fields label_field loss_on cutoff_len doc_stride "
         "chat_template group_by_modality_length",
     },
-    Rule.SHAPE: {"model": "task num_labels", "adapter": "weight_decomposed r lora_alpha dynamic_rank"},
+    Rule.SHAPE: {
+        "model": "task num_labels",
+        "adapter": "method settings weight_decomposed r lora_alpha dynamic_rank",
+    },
     Rule.ORDER: {"training": "global_batch_size seed"},
     Rule.FIRST: {"adapter": "init_from"},
     Rule.PLACE: {"checkpoint": "run_dir resume"},
 }
-"""Every field of the configuration, by rule and section."""
+"""Every field of the configuration, by rule and section ("": outside of the sections)."""
 
 _BEST = ("training.metric", "validation data")
 """What the values are of that say which checkpoint is the best."""
@@ -69,9 +74,9 @@ _UNREAD_IN_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dt
 
 
 def rules() -> dict[str, Rule]:
-    """The rule of every field by its dotted name."""
+    """The rule of every field by its name."""
     return {
-        f"{section}.{field}": rule
+        f"{section}.{field}".removeprefix("."): rule
         for rule, sections in RULES.items()
         for section, fields in sections.items()
         for field in fields.split()
@@ -190,9 +195,9 @@ def changes(folder: Path, manifest: Mapping[str, Any], config: RunConfig, ours: 
 
 def told(changed: Mapping[str, str]) -> Iterator[str]:
     """A line for each change."""
-    for name, values in changed.items():
+    for name, change in changed.items():
         same = rules().get(name) is Rule.CONTENT and not (name.startswith("data.") and "validation data" in changed)
-        yield f"{name} {values} ({'comes to the same' if same else 'followed'})"
+        yield f"{name} {change} ({'comes to the same' if same else 'followed'})"
     if forgets_best(changed):
         yield "earlier values do not count for which checkpoint is the best"
 
@@ -229,10 +234,10 @@ def finished(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> st
 
 def _changed(manifest: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """Name, value there, and value here, of every field that differs. A field that was not known then is left out."""
-    theirs, ours = manifest["trained_with"]["configuration"], json.loads(located(config).to_json())
+    theirs = values(manifest["trained_with"]["configuration"], type(config))
+    ours = values(json.loads(located(config).to_json()), type(config))
     for name, rule in rules().items():
-        section, field = name.split(".")
-        before, now = theirs.get(section, {}).get(field, ours[section][field]), ours[section][field]
+        before, now = theirs.get(name, ours[name]), ours[name]
         if before != now and rule is not Rule.PLACE:
             yield name, before, now
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from dora_dist.checkpoint import run_folder
 from dora_dist.cli.endings import ended_by_signals
-from dora_dist.cli.options import DTYPES, Commands, declare, positive
+from dora_dist.cli.options import DTYPES, Commands, add_plugins, declare, positive
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
+from dora_dist.runtime import plugins
 from dora_dist.runtime.console import note, say
 from dora_dist.runtime.errors import UserError
 
@@ -72,6 +73,7 @@ def declare_evaluate(commands: Commands) -> None:
     )
     command.add_argument("--output", type=Path, metavar="FILE", help="write the result there as JSON, too")
     _add_data_fields(command)
+    add_plugins(command)
 
 
 def _add_search(command: argparse.ArgumentParser) -> None:
@@ -115,6 +117,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     tasks = dict(options.tasks)
     if len(tasks) < len(options.tasks):
         raise UserError(f"--tasks: a name is given twice in {', '.join(name for name, _ in options.tasks)}")
+    plugins.load(options.plugins, "--plugins")
     from dora_dist.evaluation.run import as_table, check_output, evaluate, write_result
 
     if options.output is not None:

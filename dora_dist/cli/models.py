@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dora_dist.checkpoint import run_folder
 from dora_dist.cli.endings import ended_by_signals
-from dora_dist.cli.options import DTYPES, Commands, add_output, declare, positive, size
+from dora_dist.cli.options import DTYPES, Commands, add_output, add_plugins, declare, positive, size
+from dora_dist.runtime import plugins
 from dora_dist.runtime.console import say
 from dora_dist.runtime.errors import UserError
 
@@ -29,12 +30,14 @@ def declare_consolidate(commands: Commands) -> None:
         metavar="SIZE",
         help="largest file (default: %(default)s)",
     )
+    add_plugins(command)
 
 
 def _consolidate(options: argparse.Namespace) -> None:
     from dora_dist.checkpoint.adapter_folders import find_adapter
     from dora_dist.checkpoint.consolidate import consolidate
 
+    plugins.load(options.plugins, "--plugins")
     adapter, found = find_adapter(options.path)
     if (choice := run_folder.chosen(options.path)) is not None:
         print(f"merging {choice.told(f'consolidate {{}} --output {options.output}')}")

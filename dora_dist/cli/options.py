@@ -43,6 +43,17 @@ def add_output(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace the output folder if it is there already")
 
 
+def add_plugins(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--plugins",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="Python modules to import first, as plugins in a config file; those that a run folder names are not "
+        "imported by themselves",
+    )
+
+
 def positive(text: str) -> int:
     if not re.fullmatch(r"0*[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")

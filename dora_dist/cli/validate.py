@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_dist.cli.options import Commands, declare, positive
 from dora_dist.config import RunConfig, add_arguments
+from dora_dist.runtime import plugins
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,6 +52,7 @@ def declare_validate(commands: Commands) -> None:
 
 def _validate(options: argparse.Namespace) -> None:
     config = RunConfig.load(options.config, options.overrides, check_files=not options.no_files)
+    plugins.load(config.plugins)
     if not options.no_files:
         from dora_dist.models.folder import check_base
 

@@ -1,6 +1,7 @@
 """The schema's fields as data: what each may hold, and how its command-line text becomes a value."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,7 +18,9 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """One field: its dotted `name`, its alternatives as JSON schemas, its default or REQUIRED."""
+    """One field: its name (`section.key`, or `key` outside of sections), its alternatives as JSON schemas, its default
+    or REQUIRED.
+    """
 
     name: str
     kinds: tuple[dict[str, Any], ...]
@@ -53,16 +56,39 @@ class FieldSpec:
 
 @cache  # every command asks several times, and the schema is made by pydantic each time
 def field_specs(schema: type[BaseModel]) -> dict[str, FieldSpec]:
-    """Every field of a schema of sections by dotted name, in order."""
+    """Every field by its name, in order: those of the sections as `section.key`, others as they are called."""
     document = schema.model_json_schema()
-    specs = {}
-    for section, field in schema.model_fields.items():
-        properties = document["$defs"][field.annotation.__name__]["properties"] if field.annotation else {}
-        for key, entry in properties.items():
-            name = f"{section}.{key}"
-            kinds = tuple(entry.get("anyOf", [entry]))
-            specs[name] = FieldSpec(name, kinds, entry.get("default", REQUIRED), entry.get("description", ""))
-    return specs
+    inside = sections(schema)
+    entries: dict[str, dict[str, Any]] = {}
+    for name, entry in document["properties"].items():
+        if name in inside:
+            properties = document["$defs"][inside[name].__name__]["properties"]
+            entries |= {f"{name}.{key}": field for key, field in properties.items()}
+        else:
+            entries[name] = entry
+    return {
+        name: FieldSpec(
+            name, tuple(entry.get("anyOf", [entry])), entry.get("default", REQUIRED), entry.get("description", "")
+        )
+        for name, entry in entries.items()
+    }
+
+
+def sections(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The sections of a schema by name, in order."""
+    kinds = {name: field.annotation for name, field in schema.model_fields.items()}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+
+
+def values(document: Mapping[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
+    """The values in a configuration's JSON by the names of fields; fields that it does not have are left out."""
+    found = {}
+    for name in field_specs(schema):
+        section, _, key = name.rpartition(".")
+        holder = document.get(section, {}) if section else document
+        if key in holder:
+            found[name] = holder[key]
+    return found
 
 
 def _words(kind: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dora_dist.config.fields import field_specs
+from dora_dist.config.fields import field_specs, sections
 from dora_dist.config.problems import suggestion
 from dora_dist.runtime.errors import UserError
 
@@ -28,8 +28,8 @@ def apply(raw: dict[str, Any], arguments: Sequence[str], schema: type[BaseModel]
             text = next(tokens, "--")
             if text.startswith("--"):
                 raise UserError(f"{option}: needs a value, {specs[name].expected()}")
-        section, _, key = name.partition(".")
-        values = raw.setdefault(section, {})
+        section, _, key = name.rpartition(".")
+        values = raw.setdefault(section, {}) if section else raw
         if not isinstance(values, dict):
             return  # the schema says what is wrong with such a section, better than we could here
         values[key] = specs[name].parse(text)
@@ -39,13 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser, schema: type[BaseModel]) -> N
     """One option per field, grouped by section. Parsing collects `overrides` for `RunConfig.load`."""
     parser.set_defaults(overrides=[])
     groups = {
-        section: parser.add_argument_group(section, description=field.annotation.__doc__ if field.annotation else "")
-        for section, field in schema.model_fields.items()
+        name: parser.add_argument_group(name, description=section.__doc__) for name, section in sections(schema).items()
     }
     for name, spec in field_specs(schema).items():
         kind = spec.kinds[0]
         metavar = "|".join(kind["enum"]) if "enum" in kind else _METAVARS.get(kind["type"], "TEXT")
-        groups[name.partition(".")[0]].add_argument(
+        groups.get(name.rpartition(".")[0], parser).add_argument(
             f"--{name}",
             action=_Collect,
             dest="overrides",

@@ -44,7 +44,7 @@ def explain(error: ValidationError, schema: type[BaseModel], origin: str) -> Use
     lines: dict[str, str] = {}  # a union reports each of its alternatives; one line per field is enough
     for finding in error.errors(include_url=False):
         path = [str(part) for part in finding["loc"]]
-        name = ".".join(path[:2])
+        name = next((outer for outer in path[:1] if outer in specs), ".".join(path[:2]))
         if finding["type"] == "value_error":
             lines[finding["msg"]] = finding["msg"].removeprefix("Value error, ")
         elif finding["type"] == "extra_forbidden":
@@ -60,18 +60,21 @@ def explain(error: ValidationError, schema: type[BaseModel], origin: str) -> Use
 
 
 def suggestion(name: str, specs: dict[str, FieldSpec]) -> str:
-    """`; did you mean X?` for an unknown dotted `name`, or what there is instead."""
+    """`; did you mean X?` for an unknown `name`, or what there is instead."""
     section, _, key = name.rpartition(".")
-    sections = list(dict.fromkeys(known.partition(".")[0] for known in specs))
-    known_keys = {known.partition(".")[2]: known for known in specs}
+    sections = list(dict.fromkeys(known.partition(".")[0] for known in specs if "." in known))
+    known_keys = {known.rpartition(".")[2]: known for known in specs}
     if meant := known_keys.get(key) or OTHER_NAMES.get(key):
         return f"; did you mean {meant}?"
     if section not in sections:
-        close = difflib.get_close_matches(section or key, sections, 1)
-        return f"; did you mean the section {close[0]}?" if close else f"; the sections are {', '.join(sections)}"
+        outside = [known for known in specs if "." not in known]
+        close = difflib.get_close_matches(section or key, [*sections, *outside], 1)
+        if not close:
+            return f"; the sections are {', '.join(sections)}"
+        return f"; did you mean {close[0] if close[0] in outside else f'the section {close[0]}'}?"
 
     def likeness(known: str) -> float:
-        there, _, other = known.partition(".")
+        there, _, other = known.rpartition(".")
         return difflib.SequenceMatcher(None, key, other).ratio() + (0.1 if there == section else 0)
 
     best = max(specs, key=likeness)

@@ -54,12 +54,21 @@ class ModelConfig(Section):
     num_labels: int = Field(
         default=2, ge=1, description="Labels of sequence_classification: 0 up to this number; 1: a rating (regression)"
     )
+    storage: str = Field(
+        default="plain", min_length=1, description="How the frozen weights are held; plugins may add further ways"
+    )
     trust_remote_code: bool = Field(default=False, description="Let the hub repository's own Python code run here")
 
 
 class AdapterConfig(Section):
     """What is trained: the low-rank update, its components' gates, and the magnitudes."""
 
+    method: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Adapter method by name; null: the one that weight_decomposed and dynamic_rank say",
+    )
+    settings: dict[str, Any] = Field(default={}, description="Settings of a method that a plugin brings")
     weight_decomposed: bool = Field(
         default=True, description="true: DoRA; false: plain LoRA, the same layer with no magnitude"
     )
@@ -357,6 +366,11 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     engine: EngineConfig = EngineConfig()
     logging: LoggingConfig = LoggingConfig()
+    plugins: Patterns = Field(
+        default=[],
+        description="Python modules to import first, which register further adapter methods, storages, tasks or model "
+        "families",
+    )
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = False) -> "RunConfig":

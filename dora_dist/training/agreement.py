@@ -8,6 +8,7 @@ from typing import Any
 
 from dora_dist.checkpoint import run_folder
 from dora_dist.config import RunConfig
+from dora_dist.config.fields import values
 from dora_dist.data import HasColumns, fingerprint
 from dora_dist.runtime.agreement import check_agreement, digest
 from dora_dist.runtime.distributed import World
@@ -46,12 +47,10 @@ def check_checkpoint(world: World, folder: Path) -> None:
 
 def of_configuration(config: RunConfig) -> dict[str, str]:
     """Every field but those in `OWN_TO_A_NODE` and what a rank logs."""
-    sections = json.loads(config.to_json())
     return {
         name: json.dumps(value)
-        for section, fields in sections.items()
-        for key, value in fields.items()
-        if (name := f"{section}.{key}") not in OWN_TO_A_NODE and section != "logging"
+        for name, value in values(json.loads(config.to_json()), type(config)).items()
+        if name not in OWN_TO_A_NODE and not name.startswith("logging.")
     }
 
 

@@ -16,7 +16,7 @@ from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.resuming import located, optimizer_steps
 from dora_dist.config import RunConfig
 from dora_dist.models.folder import check_base, transformers_config
-from dora_dist.runtime import distributed
+from dora_dist.runtime import distributed, plugins
 from dora_dist.runtime.agreement import check_agreement, of_code
 from dora_dist.runtime.console import say
 from dora_dist.runtime.distributed import World, together
@@ -38,6 +38,7 @@ def train(config: RunConfig) -> Path:
     everything a user can mend.
     """
     started = time.perf_counter()
+    plugins.load(config.plugins)
     config.check_files()
     check_base(config)
     config.deepspeed_config(distributed.launched_world_size())

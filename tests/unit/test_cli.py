@@ -20,9 +20,9 @@ COMMANDS = ["train", "validate", "schema", "consolidate", "import-gguf", "assemb
 
 # Users' scripts depend on these: whoever changes one changes the interface.
 CONFIG_OPTIONS = {
-    "model": "path revision tokenizer dtype attn_implementation task num_labels trust_remote_code",
+    "model": "path revision tokenizer dtype attn_implementation task num_labels storage trust_remote_code",
     "adapter": (
-        "weight_decomposed r lora_alpha dropout dropout_mode norm_gradient target_modules "
+        "method settings weight_decomposed r lora_alpha dropout dropout_mode norm_gradient target_modules "
         "magnitude_only_modules trained_modules init_from dynamic_rank start_rank_factor prune_start prune_stop "
         "prune_every prune_schedule importance_beta dem_weight dem_form pruned_moments compact"
     ),
@@ -48,7 +48,7 @@ OWN_OPTIONS: dict[str, list[str]] = {
     "train": ["--config", "--resume", "--local_rank", "--local-rank"],
     "validate": ["--data", "--world-size", "--no-files"],
     "schema": [],
-    "consolidate": ["--output", "--overwrite", "--base", "--dtype", "--max-shard-size"],
+    "consolidate": ["--output", "--overwrite", "--base", "--dtype", "--max-shard-size", "--plugins"],
     "import-gguf": ["--output", "--overwrite", "--dtype"],
     "assemble-llava": [
         "--vision",
@@ -81,6 +81,7 @@ OWN_OPTIONS: dict[str, list[str]] = {
         "--image-aspect-ratio",
         "--max-image-pixels",
         "--chat-template",
+        "--plugins",
     ],
     "env": ["--json", "--timeout"],
 }
@@ -98,7 +99,7 @@ def declared_options() -> dict[str, list[str]]:
 
 
 def test_options_of_every_command_are_pinned() -> None:
-    fields = [f"--{section}.{key}" for section, keys in CONFIG_OPTIONS.items() for key in keys.split()]
+    fields = [f"--{section}.{key}" for section, keys in CONFIG_OPTIONS.items() for key in keys.split()] + ["--plugins"]
     wanted = {name: own + (fields if name in ("train", "validate") else []) for name, own in OWN_OPTIONS.items()}
     assert declared_options() == wanted
 

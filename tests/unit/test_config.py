@@ -94,6 +94,8 @@ def test_every_field_is_documented() -> None:
         ),
         (with_fields(engine={"deepspeed": [1]}), "engine.deepspeed = [1]: must be a JSON object"),
         (with_fields(training={"learning_rates": {"a": 0}}), "= 0: must be a JSON object, each value a number > 0"),
+        ({**MINIMAL, "plugins": "mine"}, 'plugins = "mine": must be a list of text (Python modules to import first'),
+        ({**MINIMAL, "plugins": ["mine", 3]}, "plugins = 3: must be a list of text (Python modules to import first"),
         ({**MINIMAL, "training": 7}, "training: 7; must be a section {...} with learning_rate, learning_rates"),
         (
             {"model": {}, "data": {"train": "x"}},
@@ -122,6 +124,8 @@ def test_wrong_value_names_field_value_and_what_is_right(raw: dict[str, Any], me
         ({**MINIMAL, "max_steps": 10}, "max_steps: unknown key; did you mean training.max_steps?"),
         ({**MINIMAL, "trainin": {}}, "trainin: unknown key; did you mean the section training?"),
         ({**MINIMAL, "zzz": {}}, "zzz: unknown key; the sections are model, adapter, data, training"),
+        ({**MINIMAL, "plugin": []}, "plugin: unknown key; did you mean plugins?"),
+        (with_fields(model={"plugins": []}), "model.plugins: unknown key; did you mean plugins?"),
         (with_fields(logging={"qqq": 1}), "logging.qqq: unknown key; logging has every, tensorboard"),
     ],
 )
@@ -227,6 +231,8 @@ def test_overrides_take_every_kind_of_value(workplace: Path) -> None:
             "--data.train=a.json,b.json",
             '--engine.deepspeed={"zero_optimization": {"sub_group_size": 5}}',
             "--model.revision=2",
+            '--adapter.settings={"blocks": 2}',
+            "--plugins=mine, yours.too",
         ],
     )
     assert config.training.max_steps == 12
@@ -239,6 +245,7 @@ def test_overrides_take_every_kind_of_value(workplace: Path) -> None:
     assert config.engine.deepspeed == {"zero_optimization": {"sub_group_size": 5}}
     assert config.model.revision == "2"  # text stays text
     assert config.model.path == "base"  # from the file
+    assert (config.adapter.settings, config.plugins) == ({"blocks": 2}, ["mine", "yours.too"])
 
 
 @pytest.mark.parametrize(

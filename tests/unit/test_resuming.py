@@ -1,5 +1,6 @@
 """What a resumed run compares: a rule for every field, the base by samples of its weights, and which checkpoint."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,24 @@ from dora_dist.weights.safetensors_io import TensorFolder
 
 def test_every_field_of_the_schema_has_one_rule() -> None:
     named = [
-        f"{section}.{field}"
+        f"{section}.{field}".removeprefix(".")
         for sections in resuming.RULES.values()
         for section, fields in sections.items()
         for field in fields.split()
     ]
     assert sorted(named) == sorted(field_specs(RunConfig))
     assert len(set(named)) == len(named)
+
+
+def test_a_checkpoint_from_before_a_field_existed_is_compared_without_it(tmp_path: Path) -> None:
+    config = RunConfig.from_dict({"model": {"path": "lab/base"}, "data": {"train": "lab/records"}, "plugins": ["mine"]})
+    written = json.loads(config.to_json())
+    manifest = {"trained_with": {"configuration": written}}
+    del written["model"]["storage"], written["adapter"]["method"], written["plugins"]
+    resuming.check_settings(tmp_path, manifest, config)
+    assert list(resuming._changed(manifest, config)) == []
+    written["plugins"] = []
+    assert list(resuming._changed(manifest, config)) == [("plugins", [], ["mine"])]
 
 
 def test_what_is_here_is_written_with_its_whole_path_and_hub_names_stay(
