@@ -1,0 +1,41 @@
+"""DoRA fine-tuning of large language models on DeepSpeed ZeRO-3: what a program imports.
+
+    from dora_dist import RunConfig, train
+
+    checkpoint = train(RunConfig.load("configs/quickstart.json", ["--training.max_steps=10"]))
+
+Each name below is imported when it is first used, so that `import dora_dist` does not wait for torch. The modules
+that define them hold everything else, such as the sections of a configuration (`dora_dist.config`).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dora_dist.checkpoint.consolidate import consolidate as consolidate
+    from dora_dist.config import RunConfig as RunConfig
+    from dora_dist.evaluation.run import evaluate as evaluate
+    from dora_dist.training.model import build_model as build_model
+    from dora_dist.training.run import train as train
+
+__version__ = "0.1.0"
+__all__ = ["RunConfig", "__version__", "build_model", "consolidate", "evaluate", "train"]
+
+_DEFINED_IN = {
+    "RunConfig": "dora_dist.config",
+    "train": "dora_dist.training.run",
+    "build_model": "dora_dist.training.model",
+    "consolidate": "dora_dist.checkpoint.consolidate",
+    "evaluate": "dora_dist.evaluation.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DEFINED_IN:
+        raise AttributeError(f"module 'dora_dist' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_DEFINED_IN[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,8 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dora_dist.adapters.components import Budget
-from dora_dist.adapters.inject import by_pattern, with_ranks
-from dora_dist.adapters.layer import AdapterSpec
+from dora_dist.adapters.inject import with_ranks
 from dora_dist.adapters.peft_format import read_peft_folder
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.resuming import located, optimizer_steps
@@ -32,10 +31,21 @@ from dora_dist.training.resume import check_unused, compare, find_checkpoint, is
 
 
 def train(config: RunConfig) -> Path:
-    """Fine-tune as `config` says, on however many ranks the launcher started; returns the newest checkpoint.
+    """Fine-tune as a configuration says, on however many ranks the launcher started.
 
-    What can be checked without ranks is checked before a process group exists. Raises UserError, on every rank, for
-    everything a user can mend.
+    Args:
+        config: the run: `RunConfig.load(FILE, OVERRIDES)` or `RunConfig.from_dict(DICT)`.
+
+    Returns: the folder of the newest checkpoint, `RUN_DIR/checkpoint-STEP`; its `adapter/` is a PEFT folder.
+
+    Raises: UserError, on every rank, for everything that a user can fix; what can be checked without ranks is checked
+    before a process group exists. Stopped where a signal ended the run (what it had learnt is saved), LostRank where
+    another rank is gone.
+
+    Example::
+
+        config = RunConfig.load("configs/quickstart.json", ["--training.max_steps=10"])
+        checkpoint = train(config)
     """
     started = time.perf_counter()
     plugins.load(config.plugins)
@@ -136,6 +146,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.training.arguments import training_arguments
     from dora_dist.training.blocks import about_data, about_model
     from dora_dist.training.inputs import fetched, read_data
+    from dora_dist.training.model import adapter_plan, adapter_spec
     from dora_dist.training.reporting import ReportCallback
     from dora_dist.training.steps import StepCallback
     from dora_dist.training.trainer import DoraTrainer
@@ -152,7 +163,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         tokenizer, data = read_data(local, base, progress=world.first)
     if world.first:
         about_data(config, data)  # by the names that the user gave, not by their places in the hub's cache
-    spec, steps = adapter_spec(config), optimizer_steps(config, len(data.train))
+    spec, steps = adapter_spec(config.adapter), optimizer_steps(config, len(data.train))
     budget = pruning_budget(config, steps)
     if resume is None or config.checkpoint.resume is not None:  # else the same run goes on, with smaller adapters
         doubts.of_settings(config, steps)
@@ -167,7 +178,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     check_agreement(world, files | contents)
     reader = tokenizer.tokenizer if model.task == IMAGE_TEXT else tokenizer
     check_vocabulary(reader, base_config.get_text_config().vocab_size, model.path, data.token_ids())
-    plan = by_pattern(spec, config.adapter.target_modules, config.adapter.magnitude_only_modules)
+    plan = adapter_plan(config.adapter)
     if resume is not None and budget is not None:
         with together(f"reading {resume}"):
             manifest = run_folder.read_manifest(resume, verify=False)
@@ -225,20 +236,6 @@ def _tensorboard(run_dir: Path) -> Any:
         ) from error
     callback.logging_dir = callback.logging_dir or str(run_dir / run_folder.TENSORBOARD)
     return callback
-
-
-def adapter_spec(config: RunConfig) -> AdapterSpec:
-    """The adapter section as the layer's own specification."""
-    adapter = config.adapter
-    return AdapterSpec(
-        r=adapter.start_rank,
-        lora_alpha=adapter.lora_alpha,
-        weight_decomposed=adapter.weight_decomposed,
-        dropout=adapter.dropout,
-        dropout_mode=adapter.dropout_mode,
-        norm_gradient=adapter.norm_gradient,
-        gated=adapter.dynamic_rank,
-    )
 
 
 def pruning_budget(config: RunConfig, steps: int) -> Budget | None:

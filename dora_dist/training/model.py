@@ -1,0 +1,103 @@
+"""An adapted model from the sections of a configuration: what `train` builds, and any other training loop."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_dist.adapters.inject import AdapterPlan, by_pattern
+from dora_dist.adapters.layer import AdapterSpec
+from dora_dist.adapters.norms import NormRefresher
+from dora_dist.adapters.peft_format import read_peft_folder
+from dora_dist.config import AdapterConfig, ModelConfig, is_local
+from dora_dist.models import build
+from dora_dist.models.build import AdaptedModel
+from dora_dist.models.heads import Task
+from dora_dist.runtime import distributed
+from dora_dist.runtime.hub import Repository, wanted
+from dora_dist.weights.placement import WholePlacement
+
+
+def build_model(
+    model: ModelConfig | str | os.PathLike[str],
+    adapter: AdapterConfig | None = None,
+    *,
+    deepspeed: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    seed: int = 42,
+) -> AdaptedModel:
+    """A model with adapters, ready for a training loop of your own. Its norms refresh by themselves.
+
+    Args:
+        model: the `model` section of a configuration, or a Hugging Face folder or hub name with its defaults (bf16,
+            causal language model).
+        adapter: the `adapter` section; None: DoRA of rank 16 on the modules that the model's family has by default.
+            Pruning (`dynamic_rank`) is the work of `train`: here all components stay.
+        deepspeed: a complete DeepSpeed JSON with `zero_optimization.stage` 3 (no "auto"): every parameter is made as
+            this rank's shard, for `deepspeed.initialize` with the same JSON. Collective: all ranks call this, and meet
+            first if they have not, whatever the launcher was. None: whole parameters on `device`, for plain PyTorch.
+        seed: of the adapters' initial values.
+
+    Returns: `AdaptedModel`; its `model` is the transformers model, whose parameters with `requires_grad` are the
+    adapters' (fp32 where whole; lora_A (in_features, r), lora_B (out_features, r), magnitude_offset (out_features,))
+    and those of modules trained in full.
+
+    Raises: UserError for a folder that is not a model, a section that does not fit it, damaged or missing tensors.
+
+    Example::
+
+        run = build_model("base", AdapterConfig(r=8, target_modules=["q_proj", "v_proj"]), deepspeed=settings)
+        trained = [p for p in run.model.parameters() if p.requires_grad]
+        engine, *_ = deepspeed.initialize(model=run.model, optimizer=torch.optim.AdamW(trained), config=settings)
+        for batch in batches:
+            engine.backward(engine(**batch).loss)
+            engine.step()
+    """
+    section = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
+    adapter = adapter or AdapterConfig()
+    base = Path(section.path)
+    if deepspeed is not None:
+        distributed.choose_accelerator("auto")
+        distributed.start()
+    if not is_local(section.path):
+        patterns = wanted(section.trust_remote_code)
+        base = Repository(section.path, revision=section.revision, patterns=patterns).fetch()
+    placement: Any = WholePlacement(device)
+    refresher = NormRefresher
+    if deepspeed is not None:
+        # Imported here: DeepSpeed takes seconds, and a model in one process does not need it.
+        from dora_dist.zero3.norms import ShardedNormRefresher
+        from dora_dist.zero3.shards import ShardedPlacement
+
+        placement, refresher = ShardedPlacement(dict(deepspeed)), ShardedNormRefresher
+    return build.build_model(
+        base,
+        adapter_plan(adapter),
+        placement,
+        refresher,
+        dtype=section.dtype,
+        task=Task(section.task, section.num_labels),
+        trained_modules=adapter.trained_modules,
+        start_from=read_peft_folder(Path(adapter.init_from)) if adapter.init_from else None,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+        seed=seed,
+    )
+
+
+def adapter_plan(adapter: AdapterConfig) -> AdapterPlan:
+    """Which modules of a model the section adapts, and how."""
+    return by_pattern(adapter_spec(adapter), adapter.target_modules, adapter.magnitude_only_modules)
+
+
+def adapter_spec(adapter: AdapterConfig) -> AdapterSpec:
+    """The adapter section as the layer's own specification."""
+    return AdapterSpec(
+        r=adapter.start_rank,
+        lora_alpha=adapter.lora_alpha,
+        weight_decomposed=adapter.weight_decomposed,
+        dropout=adapter.dropout,
+        dropout_mode=adapter.dropout_mode,
+        norm_gradient=adapter.norm_gradient,
+        gated=adapter.dynamic_rank,
+    )
