@@ -17,7 +17,7 @@ def test_the_names_are_these() -> None:
         assert getattr(dora_dist, name) is not None
         assert name in dir(dora_dist)
     with pytest.raises(AttributeError, match="no attribute 'tain'"):
-        dora_dist.tain
+        _ = dora_dist.tain
 
 
 def test_importing_it_imports_neither_torch_nor_a_schema() -> None:
