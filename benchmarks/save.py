@@ -62,7 +62,7 @@ def rank_main(rank: int, settings: Settings, r: int, saves: int, folder: Path) -
     from dora_dist.adapters.layer import AdapterSpec
     from dora_dist.checkpoint.saving import Origin, Saver
     from dora_dist.models.build import build_model
-    from dora_dist.zero3.shards import ShardedPlacement
+    from dora_dist.zero3.placement import ShardedPlacement
 
     world = distributed.start()
     spec, config = AdapterSpec(r, 2.0 * r), settings.deepspeed_config()

@@ -224,7 +224,7 @@ class ReceivedBytes:
 
 def optimizer_bytes(engine: Any) -> int:
     """What this rank's optimizer holds: fp32 masters and their Adam state."""
-    from dora_dist.zero3.shards import inner_optimizer
+    from dora_dist.zero3.optimizer_state import inner_optimizer
 
     state = inner_optimizer(engine).state
     tensors = [*state, *(value for entry in state.values() for value in entry.values())]

@@ -96,7 +96,7 @@ def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
     from dora_dist.adapters.inject import by_pattern
     from dora_dist.adapters.layer import AdapterSpec
     from dora_dist.models.build import build_model
-    from dora_dist.zero3.shards import ShardedPlacement
+    from dora_dist.zero3.placement import ShardedPlacement
 
     r, alpha = settings.start_rank if variant in GATED else settings.r, settings.alpha
     if variant == "compacted":
@@ -151,7 +151,7 @@ def pruner(variant: str, model: nn.Module, engine: Any, settings: Settings) -> A
         return None
     from dora_dist.adapters.components import Budget
     from dora_dist.zero3.components import ShardedComponentPruner
-    from dora_dist.zero3.shards import inner_optimizer
+    from dora_dist.zero3.optimizer_state import inner_optimizer
 
     last = 1000 if variant == "dynamic" else 2
     budget = Budget(settings.r, settings.start_rank, first=1, last=last, every=1)
@@ -164,16 +164,16 @@ def pruner(variant: str, model: nn.Module, engine: Any, settings: Settings) -> A
 
 def open_components(model: nn.Module) -> int:
     """How many gates are not 0, of those that this rank holds."""
-    from dora_dist.zero3.shards import local_piece
+    from dora_dist.zero3.partition import local_values
 
     gates = [p for name, p in model.named_parameters() if name.endswith("lora_gates")]
-    return sum(int(local_piece(p).values.count_nonzero()) for p in gates)
+    return sum(int(local_values(p).count_nonzero()) for p in gates)
 
 
 def unsharded(model: nn.Module, settings: Settings) -> Iterator[str]:
     """Names of parameters that the engine does not shard, or that are not bf16: there should be none."""
     dtypes = (torch.bfloat16, torch.float32) if settings.peft_fp32 else (torch.bfloat16,)
-    from dora_dist.zero3.shards import is_sharded
+    from dora_dist.zero3.partition import is_sharded
 
     for name, parameter in model.named_parameters():
         if not is_sharded(parameter) or parameter.dtype not in dtypes:

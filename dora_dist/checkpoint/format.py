@@ -18,12 +18,13 @@ from dora_dist.checkpoint import run_folder
 from dora_dist.runtime.distributed import together
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.safetensors_io import TensorFolder
-from dora_dist.zero3 import shards
+from dora_dist.zero3.optimizer_state import MASTER, MOMENTS, create_optimizer_state, write_state
+from dora_dist.zero3.partition import full_shape, local_range
 
 Survivors = Mapping[str, Tensor]
 """Gated layers' names with the indices of the components that are left."""
 
-KEYS = (shards.MASTER, *shards.MOMENTS)
+KEYS = (MASTER, *MOMENTS)
 _BUDGET_FIELDS = {
     "r": "adapter.r",
     "start_r": "adapter.start_rank_factor",
@@ -45,11 +46,11 @@ def load_checkpoint(folder: Path, engine: Any, model: nn.Module) -> dict[str, An
         manifest = run_folder.read_manifest(folder, verify=False)
         _check_identity(folder, manifest, model)
         source = TensorFolder.open(folder / run_folder.STATE)
-        shards.create_optimizer_state(engine, manifest["optimizer_steps"])
+        create_optimizer_state(engine, manifest["optimizer_steps"])
         for name, parameter in trainable(model):
-            start, stop = shards.local_range(parameter)
+            start, stop = local_range(parameter)
             for key in KEYS:
-                shards.write_state(parameter, key, source.read_flat(f"{name}.{key}", start, stop))
+                write_state(parameter, key, source.read_flat(f"{name}.{key}", start, stop))
     return manifest
 
 
@@ -100,7 +101,7 @@ def stored_shapes(model: nn.Module, survivors: Survivors) -> dict[str, tuple[int
     """Shapes of what is written of each trainable parameter; a layer without survivors has no factors."""
     shapes = {}
     for name, parameter in trainable(model):
-        shape, kept = tuple(shards.full_shape(parameter)), survivors.get(gated_layer(name))
+        shape, kept = tuple(full_shape(parameter)), survivors.get(gated_layer(name))
         if kept is None:
             shapes[name] = shape
         elif len(kept):

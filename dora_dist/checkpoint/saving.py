@@ -33,7 +33,8 @@ from dora_dist.checkpoint.format import (
 from dora_dist.models.heads import LANGUAGE_MODEL, PEFT_TYPES, Task, kept_config
 from dora_dist.runtime.folders import new_folder
 from dora_dist.weights.safetensors_io import TensorWriter
-from dora_dist.zero3 import shards
+from dora_dist.zero3.optimizer_state import MASTER, optimizer_step_count, read_state
+from dora_dist.zero3.partition import full_numel, full_shape, shard_length
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Saver:
         # Always gloo: the copies are in host memory, and the device's own group belongs to training.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s), group_desc="saving")
         self._trainable = trainable(model)
-        self._lengths = [shards.shard_length(p) for _, p in self._trainable]
+        self._lengths = [shard_length(p) for _, p in self._trainable]
         # Made and touched now, and kept: fresh memory costs more than copying into it.
         copies = torch.empty(len(KEYS) * sum(self._lengths), dtype=torch.float32).zero_()
         self._copies: Tensor = get_accelerator().pin_memory(copies)
@@ -99,7 +100,7 @@ class Saver:
         self._take_copies()
         manifest = {
             **fields,
-            "optimizer_steps": shards.optimizer_step_count(self._engine),
+            "optimizer_steps": optimizer_step_count(self._engine),
             "model": identity(self._model, survivors),
             "adapter": asdict(self._origin.spec),
             "adapter_ranks": adapter_ranks(self._model, survivors),
@@ -143,7 +144,7 @@ class Saver:
 
     def _take_copies(self) -> None:
         for (parameter, key), copy in zip(self._tensors(), self._pieces(), strict=True):
-            local = shards.read_state(parameter, key)
+            local = read_state(parameter, key)
             copy[: local.numel()].copy_(local, non_blocking=True)
         get_accelerator().synchronize()
 
@@ -182,7 +183,7 @@ class Saver:
             parts = list(whole.split(len(piece))) if dist.get_rank() == 0 else None
             dist.gather(piece, parts, dst=0, group=self._group)
             if parts is not None:
-                whole = whole[: shards.full_numel(parameter)].view(shards.full_shape(parameter))
+                whole = whole[: full_numel(parameter)].view(full_shape(parameter))
             yield name, key, whole
 
     def _write_state(
@@ -200,7 +201,7 @@ class Saver:
                 if kept is not None:
                     whole = whole[..., kept.cpu()].contiguous()
                 writer.write(f"{name}.{key}", whole)
-                if key == shards.MASTER:
+                if key == MASTER:
                     masters[name] = whole
         return masters
 

@@ -17,7 +17,7 @@ from dora_dist.runtime.agreement import package_version
 from dora_dist.runtime.console import say, width
 from dora_dist.runtime.distributed import World
 from dora_dist.training.table import duration
-from dora_dist.zero3.shards import full_numel
+from dora_dist.zero3.partition import full_numel
 
 _LABEL = 12  # columns
 

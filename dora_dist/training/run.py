@@ -151,7 +151,8 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.training.steps import StepCallback
     from dora_dist.training.trainer import DoraTrainer
     from dora_dist.zero3.norms import ShardedNormRefresher
-    from dora_dist.zero3.shards import ShardedPlacement, full_numel
+    from dora_dist.zero3.partition import full_numel
+    from dora_dist.zero3.placement import ShardedPlacement
 
     model, deepspeed = config.model, config.deepspeed_config(world.world_size)
     local = fetched(config, world)

@@ -31,7 +31,7 @@ from dora_dist.training.finiteness import StepLosses
 from dora_dist.training.rates import go_on_at, set_rates
 from dora_dist.training.unreadable import Unreadable
 from dora_dist.zero3.components import ShardedComponentPruner
-from dora_dist.zero3.shards import inner_optimizer, step_was_skipped
+from dora_dist.zero3.optimizer_state import inner_optimizer, step_was_skipped
 from dora_dist.zero3.teardown import release
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dora_dist.adapters.components import ComponentPruner, FactorSums, LayerSums
 from dora_dist.adapters.layer import AdaptedLinear
-from dora_dist.zero3 import shards
+from dora_dist.zero3.optimizer_state import MASTER, MOMENTS, read_state, zero_elements
+from dora_dist.zero3.partition import boundaries, full_numel, full_shape, local_range
 
 
 class ShardedComponentPruner(ComponentPruner):
@@ -36,7 +37,7 @@ class ShardedComponentPruner(ComponentPruner):
     def zero_gates(self, name: str, pruned: Tensor, clear_moments: bool) -> None:
         gates = self.layers[name].lora_gates
         assert gates is not None
-        shards.zero_elements(gates, pruned, shards.MOMENTS if clear_moments else ())
+        zero_elements(gates, pruned, MOMENTS if clear_moments else ())
 
 
 class _Factor(NamedTuple):
@@ -49,9 +50,9 @@ class _Factor(NamedTuple):
 
     @classmethod
     def of(cls, parameter: nn.Parameter) -> "_Factor":
-        rows, r = shards.full_shape(parameter)
-        boundaries = shards.boundaries(parameter)
-        return cls(parameter, rows, r, tuple(sorted({b // r for b in boundaries if b % r})))
+        rows, r = full_shape(parameter)
+        cuts = boundaries(parameter)
+        return cls(parameter, rows, r, tuple(sorted({cut // r for cut in cuts if cut % r})))
 
     @property
     def numel(self) -> int:
@@ -69,7 +70,7 @@ class _Slots(NamedTuple):
 
     @classmethod
     def of(cls, name: str, lora_A: nn.Parameter, lora_B: nn.Parameter, gates: nn.Parameter) -> "_Slots":
-        return cls(name, gates, shards.full_numel(gates), _Factor.of(lora_A), _Factor.of(lora_B))
+        return cls(name, gates, full_numel(gates), _Factor.of(lora_A), _Factor.of(lora_B))
 
     @property
     def numel(self) -> int:
@@ -93,16 +94,16 @@ def _parts(slots: list[_Slots], flat: Tensor) -> Iterator[tuple[_Slots, Tensor]]
 def _fill(slot: _Slots, part: Tensor) -> None:
     """Write what this rank holds of a layer into its part of the buffer."""
     gates, a, b = slot.split(part)
-    start, stop = shards.local_range(slot.gates)
-    gates[start:stop] = shards.read_state(slot.gates, shards.MASTER)
+    start, stop = local_range(slot.gates)
+    gates[start:stop] = read_state(slot.gates, MASTER)
     for factor, view in ((slot.A, a), (slot.B, b)):
         _fill_factor(factor, view)
 
 
 def _fill_factor(factor: _Factor, view: Tensor) -> None:
     r = factor.r
-    start, stop = shards.local_range(factor.parameter)
-    local = shards.read_state(factor.parameter, shards.MASTER)
+    start, stop = local_range(factor.parameter)
+    local = read_state(factor.parameter, MASTER)
     first, last = -(-start // r), stop // r  # whole rows [first, last)
     if first < last:
         whole = local[first * r - start : last * r - start].view(-1, r).double()

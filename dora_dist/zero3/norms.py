@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dora_dist.adapters.layer import AdaptedLinear
 from dora_dist.adapters.norms import NormRefresher, add_adapter_squares, add_base_squares
-from dora_dist.zero3 import shards
+from dora_dist.zero3.gather import gathered
+from dora_dist.zero3.partition import full_numel, local_piece
 
 GATHER_BUCKET_ELEMENTS = 32 * 2**20
 """Low-rank factors gathered at a time, in elements of the whole: bounds the refresh's memory."""
@@ -33,7 +34,7 @@ class ShardedNormRefresher(NormRefresher):
     def base_squares(self) -> dict[str, Tensor]:
         flat, sums = self._row_sums()
         for name, layer in self.layers.items():
-            add_base_squares(layer, shards.local_piece(layer.weight), sums[name])
+            add_base_squares(layer, local_piece(layer), sums[name])
         self._all_reduce(flat)
         return sums
 
@@ -41,11 +42,11 @@ class ShardedNormRefresher(NormRefresher):
         flat, sums = self._row_sums()
         for bucket in self._buckets():
             factors = [f for name in bucket for f in _factors(self.layers[name])]
-            with shards.gathered(factors) as received:
+            with gathered(factors) as received:
                 self.bytes_received += received
                 for name in bucket:
                     layer = self.layers[name]
-                    add_adapter_squares(layer, shards.local_piece(layer.weight), sums[name])
+                    add_adapter_squares(layer, local_piece(layer), sums[name])
         self._all_reduce(flat)
         yield from sums.items()
 
@@ -64,7 +65,7 @@ class ShardedNormRefresher(NormRefresher):
         bucket: list[str] = []
         elements = 0
         for name, layer in self.layers.items():
-            factors = sum(shards.full_numel(f) for f in _factors(layer))
+            factors = sum(full_numel(f) for f in _factors(layer))
             if bucket and elements + factors > GATHER_BUCKET_ELEMENTS:
                 yield bucket
                 bucket, elements = [], 0

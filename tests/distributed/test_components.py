@@ -32,9 +32,11 @@ def score_and_prune(persistence: int) -> dict[str, Any]:
     from dora_dist.adapters.components import Budget
     from dora_dist.adapters.inject import by_pattern, inject
     from dora_dist.adapters.layer import AdapterSpec
-    from dora_dist.zero3 import shards
     from dora_dist.zero3.components import ShardedComponentPruner
     from dora_dist.zero3.norms import ShardedNormRefresher
+    from dora_dist.zero3.optimizer_state import MASTER, inner_optimizer, read_state
+    from dora_dist.zero3.partition import local_range, local_values
+    from dora_dist.zero3.placement import ShardedPlacement
     from tests.distributed.test_norms import Chain, engine_json, place_everything
     from tests.unit.test_components import brute_force, variance
 
@@ -44,16 +46,16 @@ def score_and_prune(persistence: int) -> dict[str, Any]:
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     inject(model, by_pattern(AdapterSpec(START_R, 5.0, gated=True), [r"layers\.\d+"]))
     settings = engine_json(persistence, 1, dist.get_world_size())
-    placement = shards.ShardedPlacement(settings)
+    placement = ShardedPlacement(settings)
     place_everything(model, placement, weights)
     for parameter in model.parameters():  # padding is uninitialised memory in general: make it poison
-        start, stop = shards.local_range(parameter)
+        start, stop = local_range(parameter)
         parameter.ds_tensor[stop - start :] = float("nan")
     ShardedNormRefresher(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     pruner = ShardedComponentPruner(
-        model, shards.inner_optimizer(engine), Budget(R, START_R, 2, 6, 2), dem=0.1, clear_moments=True
+        model, inner_optimizer(engine), Budget(R, START_R, 2, 6, 2), dem=0.1, clear_moments=True
     )
     errors, masks = [], []
     for _ in range(56):
@@ -71,11 +73,11 @@ def score_and_prune(persistence: int) -> dict[str, Any]:
     drift = 0.0
     for name, pruned in pruner.pruned.items():
         gates = model.get_submodule(name).lora_gates
-        start, stop = shards.local_range(gates)
+        start, stop = local_range(gates)
         local = pruned[start:stop]
-        drift += float(shards.read_state(gates, shards.MASTER)[local].abs().sum())
-        drift += float(shards.read_state(gates, "exp_avg")[local].abs().sum())
-        drift += float(shards.local_piece(gates).values[local].abs().sum())
+        drift += float(read_state(gates, MASTER)[local].abs().sum())
+        drift += float(read_state(gates, "exp_avg")[local].abs().sum())
+        drift += float(local_values(gates)[local].abs().sum())
         if gates.numel():
             drift += float(gates.detach()[pruned].abs().sum())
     scores = torch.cat(list(pruner.scores.values()))
@@ -183,7 +185,8 @@ def sizes_around_compaction(raw: dict[str, Any]) -> list[dict[str, Any]]:
     """What a run trains and its optimizer holds on this rank, at the mask's step and at the end; and what is alive."""
     from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
     from dora_dist.training.trainer import DoraTrainer
-    from dora_dist.zero3 import shards
+    from dora_dist.zero3.optimizer_state import MOMENTS, inner_optimizer
+    from dora_dist.zero3.partition import full_numel
 
     found: list[dict[str, Any]] = []
     train = DoraTrainer.train
@@ -193,14 +196,14 @@ def sizes_around_compaction(raw: dict[str, Any]) -> list[dict[str, Any]]:
         result = train(trainer, *args, **options)
         layers = adapted_layers(trainer.run.model)
         trained = [p for p in trainer.run.model.parameters() if p.requires_grad]
-        state = shards.inner_optimizer(trainer.model_wrapped).state
+        state = inner_optimizer(trainer.model_wrapped).state
         found.append(
             {
                 "alive": alive,
                 "features": {name: (layer.in_features, layer.out_features) for name, layer in layers.items()},
-                "trained": sum(shards.full_numel(p) for p in trained),
+                "trained": sum(full_numel(p) for p in trained),
                 "masters": sum(master.numel() for master in state),
-                "moments": sum(entry[key].numel() for entry in state.values() for key in shards.MOMENTS),
+                "moments": sum(entry[key].numel() for entry in state.values() for key in MOMENTS),
                 "kept": trainer.pruner.events[-1].by_layer if trainer.pruner else None,
             }
         )

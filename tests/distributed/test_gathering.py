@@ -17,8 +17,10 @@ def run() -> dict[str, Any]:
 
     from dora_dist.adapters.inject import by_pattern, inject
     from dora_dist.adapters.layer import AdapterSpec
-    from dora_dist.zero3 import shards
+    from dora_dist.zero3.gather import gathered
     from dora_dist.zero3.norms import ShardedNormRefresher
+    from dora_dist.zero3.optimizer_state import MOMENTS, read_state
+    from dora_dist.zero3.placement import ShardedPlacement
 
     deepspeed.init_distributed("gloo", verbose=False)
     torch.manual_seed(0)
@@ -26,13 +28,13 @@ def run() -> dict[str, Any]:
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     inject(model, by_pattern(AdapterSpec(3, 5.0), [r"layers\.\d+"]))
     config = engine_json(10**6, 1, dist.get_world_size())
-    placement = shards.ShardedPlacement(config)
+    placement = ShardedPlacement(config)
     place_everything(model, placement, weights)
     ShardedNormRefresher(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
-    before = [shards.read_state(p, key) for p in model.parameters() if p.requires_grad for key in shards.MOMENTS]
+    before = [read_state(p, key) for p in model.parameters() if p.requires_grad for key in MOMENTS]
 
     def step() -> None:
         engine.backward(engine(torch.ones(4, 6)).square().sum())
@@ -53,7 +55,7 @@ def run() -> dict[str, Any]:
     unfrozen.requires_grad_(True)
     unfrozen.partition()  # as the engine does at every step,
     unfrozen.ds_tensor.data.fill_(3.0)  # and as an optimizer would write it
-    with shards.gathered([written, unfrozen]):
+    with gathered([written, unfrozen]):
         after = [weight.detach().mean().item() for weight in (written, unfrozen)]
     return {
         "gathers": gathers,

@@ -272,7 +272,8 @@ def step_and_compare(base: str, batch: dict[str, Tensor], text: Tensor) -> dict[
     from dora_dist.models.build import build_model
     from dora_dist.models.heads import IMAGE_TEXT, Task
     from dora_dist.models.llava import prepare_for_training
-    from dora_dist.zero3.shards import ShardedPlacement, local_piece
+    from dora_dist.zero3.partition import local_values
+    from dora_dist.zero3.placement import ShardedPlacement
 
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo", verbose=False)
@@ -292,12 +293,12 @@ def step_and_compare(base: str, batch: dict[str, Tensor], text: Tensor) -> dict[
         engine.eval()
         before = engine(**batch).logits
     engine.train()
-    shards = {name: local_piece(p).values.clone() for name, p in run.model.named_parameters()}
+    shards = {name: local_values(p).clone() for name, p in run.model.named_parameters()}
     unused = {"input_ids": text, "pixel_values": torch.zeros_like(batch["pixel_values"][:1])}
     given = batch if rank == 0 else unused
     engine.backward(engine(**given, labels=given["input_ids"]).loss)
     engine.step()
-    same = {n: torch.equal(local_piece(p).values, shards[n]) for n, p in run.model.named_parameters() if len(shards[n])}
+    same = {n: torch.equal(local_values(p), shards[n]) for n, p in run.model.named_parameters() if len(shards[n])}
     wanted = {name: p.requires_grad for name, p in run.model.named_parameters()}
     return {"logits": before, "same": same, "trained": wanted}
 

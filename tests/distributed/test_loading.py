@@ -33,7 +33,7 @@ def build(base: str, dtype: str = "fp32") -> Any:
     from dora_dist.adapters.inject import by_pattern
     from dora_dist.adapters.layer import AdapterSpec
     from dora_dist.models.build import build_model
-    from dora_dist.zero3.shards import ShardedPlacement
+    from dora_dist.zero3.placement import ShardedPlacement
 
     deepspeed.init_distributed("gloo", verbose=False)
     placement = ShardedPlacement(engine_json(dist.get_world_size(), dtype))

@@ -69,7 +69,7 @@ def run(persistence: int) -> dict[str, Any]:
     from dora_dist.adapters.inject import by_pattern, inject
     from dora_dist.adapters.layer import AdapterSpec
     from dora_dist.zero3.norms import ShardedNormRefresher
-    from dora_dist.zero3.shards import ShardedPlacement
+    from dora_dist.zero3.placement import ShardedPlacement
 
     deepspeed.init_distributed("gloo", verbose=False)
     world_size = dist.get_world_size()

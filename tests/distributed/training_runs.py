@@ -38,9 +38,9 @@ def run(*configurations: dict[str, Any]) -> list[dict[str, Any]]:
     from accelerate.state import AcceleratorState
 
     from dora_dist.training.run import train
-    from dora_dist.zero3 import shards
+    from dora_dist.zero3 import gather
 
-    shards.IN_PLACE_BYTES = 4096  # toy weights too are gathered as large ones are
+    gather.IN_PLACE_BYTES = 4096  # toy weights too are gathered as large ones are
     results = []
     for raw in configurations:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -72,7 +72,7 @@ def step_0(base: str, task: str, dtype: str) -> dict[str, Any]:
     from dora_dist.adapters.layer import AdapterSpec
     from dora_dist.models.build import DTYPES, build_model
     from dora_dist.models.heads import Task, auto_class
-    from dora_dist.zero3.shards import ShardedPlacement
+    from dora_dist.zero3.placement import ShardedPlacement
 
     settings = {
         "train_micro_batch_size_per_gpu": 1,

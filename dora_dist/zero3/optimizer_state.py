@@ -1,0 +1,111 @@
+"""What a ZeRO-3 optimizer holds of a trainable parameter: its fp32 master and Adam's moments, as shards.
+
+A trainable parameter exists up to three times: the fp32 master shard, the low-precision shard, and, for small
+("persistent") parameters, a resident whole copy. Whoever writes one of them writes all of them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from dora_dist.zero3.gather import forget_copies
+from dora_dist.zero3.partition import local_range, shard_length
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def read_state(parameter: nn.Parameter, key: str) -> Tensor:
+    """This rank's valid elements of the fp32 master (MASTER) or of an Adam moment (0 before the first step), 1-D on the
+    CPU or device.
+    """
+    start, stop = local_range(parameter)
+    if key == MASTER:
+        local = safe_get_local_fp32_param(parameter)
+    elif _has_moment(parameter, key):
+        local = safe_get_local_optimizer_state(parameter, key)
+    else:  # no step has been taken yet
+        local = torch.zeros_like(safe_get_local_fp32_param(parameter))
+    return local.detach().flatten()[: stop - start]
+
+
+def _has_moment(parameter: nn.Parameter, key: str) -> bool:
+    zero3 = parameter._z3_optimizer
+    sub_group = zero3.grad_position[zero3.get_param_id(parameter)][0]
+    return key in zero3.optimizer.state.get(zero3.fp32_partitioned_groups_flat[sub_group], {})
+
+
+def write_state(parameter: nn.Parameter, key: str, values: Tensor) -> None:
+    """Write this rank's valid elements of the master or of a moment. The master reaches every copy of the parameter."""
+    padded = _padded(parameter, values)
+    if key == MASTER:
+        safe_set_local_fp32_param(parameter, padded)
+        parameter.ds_tensor.data.copy_(padded)
+        forget_copies(parameter)
+    else:
+        safe_set_local_optimizer_state(parameter, padded, key)
+
+
+def _padded(parameter: nn.Parameter, values: Tensor) -> Tensor:
+    """A rank's valid elements as a whole shard, fp32."""
+    padded = torch.zeros(shard_length(parameter), dtype=torch.float32, device=parameter.ds_tensor.device)
+    padded[: values.numel()].copy_(values)
+    return padded
+
+
+def zero_elements(parameter: nn.Parameter, where: Tensor, moments: Sequence[str] = ()) -> None:
+    """Set a parameter's elements to 0 where `where` (its shape, bool, whole): in the master, the low-precision shard
+    and the resident copy; those of the named `moments` too. No communication.
+    """
+    # With offload, shard, master and moments are on different devices: each is masked where it is.
+    start, stop = local_range(parameter)
+    local = where.flatten()[start:stop]
+    _zero(parameter.ds_tensor.data[: stop - start], local)
+    parameter.ds_secondary_tensor = None
+    if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+        _zero(parameter.data, where)
+    if not local.any():
+        return
+    safe_set_local_fp32_param(parameter, _padded(parameter, _zero(read_state(parameter, MASTER).clone(), local)))
+    for key in moments:
+        write_state(parameter, key, _zero(read_state(parameter, key).clone(), local))
+
+
+def _zero(values: Tensor, where: Tensor) -> Tensor:
+    return values.masked_fill_(where.to(values.device, non_blocking=True), 0.0)
+
+
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer that steps an engine's master shards."""
+    optimizer: torch.optim.Optimizer = engine.optimizer.optimizer
+    return optimizer
+
+
+def step_was_skipped(engine: Any) -> bool:
+    """Whether the last optimizer step was not taken, because a gradient is infinite or not a number; on every rank."""
+    return bool(engine.optimizer.overflow)
+
+
+def optimizer_step_count(engine: Any) -> int:
+    """How many steps Adam's bias correction has counted."""
+    states = [s for s in inner_optimizer(engine).state.values() if "step" in s]
+    return int(states[0]["step"]) if states else 0
+
+
+def create_optimizer_state(engine: Any, step: int) -> None:
+    """Make Adam's state exist before the first step (zeros), so that it can be written, with `step` steps counted."""
+    zero3 = engine.optimizer
+    for flat in zero3.fp32_partitioned_groups_flat:
+        zero3.optimizer.state[flat] = {
+            "step": torch.tensor(float(step), dtype=torch.float32),
+            **{key: torch.zeros_like(flat.data) for key in MOMENTS},
+        }
