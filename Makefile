@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo demo-llava test test-cluster test-gpu lint bench-step bench-rank clean
+.PHONY: help demo demo-llava test test-cluster test-gpu lint docs hooks bench-step bench-rank clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -20,7 +20,7 @@ demo: $(VENV)/.installed-demo  ## set up, then fine-tune a real model on two ran
 demo-llava: $(VENV)/.installed-demo-llava  ## set up, then make a LLaVA of a real vision tower and language model, and teach it to see
 	$(BIN)/python launch/llava_demo.py
 
-test: lint  ## set up, then lint, type-check and run every test
+test: lint docs  ## set up, then lint, type-check, build the documents and run every test
 	@if [ -n "$$CI" ] || $(BIN)/python -m tests.cluster --check; then $(BIN)/python -m pytest; \
 	else trap 'echo "NOT RUN: tests/cluster, the tests on a Slurm cluster; the reason is above" >&2' EXIT; \
 		$(BIN)/python -m pytest --ignore tests/cluster; fi
@@ -32,12 +32,19 @@ test-cluster: $(VENV)/.installed-test  ## the tests on a Slurm cluster of two no
 test-gpu: $(VENV)/.installed-test  ## check on this machine's GPUs what no test can see without one, and print a table; DEVICE=cpu rehearses it
 	DORA_DIST_TEST_DEVICE=$(or $(DEVICE),cuda) $(BIN)/python -m tests.gpu $(ARGS)
 
-lint: $(VENV)/.installed-test  ## ruff, mypy and shellcheck
+lint: $(VENV)/.installed-test  ## ruff, mypy, the import contract and shellcheck
 	@if command -v shellcheck >/dev/null; then shellcheck slurm/*.sh tools/*.sh .ci/run; \
 	else echo "shellcheck is not installed: shell scripts are not checked" >&2; fi
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-test  ## build the documents' site into site/; every broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+hooks: $(VENV)/.installed-hooks  ## let git run ruff, mypy, the import contract and shellcheck before each commit
+	$(BIN)/pre-commit install
 
 bench-step: $(VENV)/.installed-bench  ## time one training step against PEFT's LoRA and DoRA; ARGS="--help" for its flags
 	$(BIN)/python benchmarks/step.py $(ARGS)

@@ -1,0 +1,96 @@
+"""The documents say what is there: every field, command, exit code, package and file; and the site builds by itself."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import generate
+import pytest
+
+from dora_dist.cli import build_parser
+from dora_dist.config import RunConfig
+from dora_dist.config.fields import REQUIRED, field_specs
+from dora_dist.runtime import exit_codes
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOP = ("dora_dist", "launch", "configs", "slurm", "examples", "benchmarks", "tools", "docs", "tests")
+
+
+def test_the_table_has_every_field_with_its_default_and_meaning() -> None:
+    table = generate.configuration()
+    for name, spec in field_specs(RunConfig).items():
+        default = "required" if spec.default is REQUIRED else f"`{json.dumps(spec.default)}`"
+        meaning = spec.description.replace("|", r"\|").replace("<", "&lt;").replace("*", r"\*")
+        assert meaning
+        assert f"| `{name}` | {default} | {meaning} |" in table
+
+
+def test_every_command_is_described_and_the_fields_are_not_described_twice() -> None:
+    text = generate.command_line()
+    for command in ("train", "validate", "schema", "consolidate", "import-gguf", "assemble-llava", "evaluate", "env"):
+        assert f"\n## {command}\n" in text
+        assert f"usage: dora-dist {command}" in text
+    assert "--adapter.r INT" not in text
+
+
+def test_every_exit_code_is_in_the_table_with_its_meaning() -> None:
+    codes = {name: code for name, code in vars(exit_codes).items() if name.isupper()}
+    rows = re.findall(r"^\| (\d+) \| `([A-Z_]+)` \| (\S.*) \|$", generate.exit_codes(), re.MULTILINE)
+    assert {name: int(code) for code, name, _ in rows} == codes
+
+
+def test_the_tree_has_every_package_and_module_with_what_it_is() -> None:
+    tree = generate.tree()
+    for module in (ROOT / "dora_dist").rglob("*.py"):
+        if module.name == "__init__.py":
+            assert module.parent.name == "dora_dist" or f"### {module.parent.relative_to(ROOT)}/" in tree
+        else:
+            assert re.search(rf"^\| `{module.name}` \| \S", tree, re.MULTILINE), module
+
+
+def test_the_drawing_has_every_package_of_the_contract() -> None:
+    drawing = generate.layers()
+    for package in (ROOT / "dora_dist").glob("*/__init__.py"):
+        assert f">{package.parent.name}</text>" in drawing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_names_files_make_targets_and_commands_that_are_there(page: Path) -> None:
+    text = page.read_text()
+    for name in re.findall(rf"`((?:{'|'.join(TOP)})/[\w./-]*)`", text):
+        assert (ROOT / name).exists(), name
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`make ([a-z-]+)", text) + re.findall(r"^    make ([a-z-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    known = field_specs(RunConfig)
+    for option in re.findall(r"--([a-z_]+\.[a-z_]+)", text.replace("section.field", "adapter.r")):
+        assert option in known, option
+    for line in re.findall(r"^    (dora-dist .+)$", text.replace("\\\n", ""), re.MULTILINE):
+        build_parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+def test_one_oldest_python_wherever_it_is_said() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    oldest = project["project"]["requires-python"].removeprefix(">=")
+    assert project["tool"]["mypy"]["python_version"] == oldest
+    assert project["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
+    assert f"sys.version_info < ({oldest.replace('.', ', ')})" in (ROOT / "tools/system_packages.sh").read_text()
+    assert f"(Python {oldest} and newer)" in (ROOT / "constraints.txt").read_text()
+    for page in PAGES:
+        assert set(re.findall(r"Python\W{1,4}(3\.\d+)", page.read_text())) <= {oldest}, page
+
+
+def test_the_site_builds_without_a_warning_and_asks_no_network(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    for page in (tmp_path / "site").rglob("*.html"):
+        text = page.read_text()
+        assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=\"(?:https?:)?//", text), page
+        assert 'class="arithmatex"' not in text, page  # a formula that stayed LaTeX
+        assert "{{" not in text, page
