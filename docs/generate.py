@@ -83,7 +83,7 @@ def layers() -> str:
 def tree() -> str:
     """Every package and module with the first sentence of its docstring."""
     packages = sorted(path.parent for path in PACKAGE.rglob("__init__.py"))
-    return "\n\n".join(_modules(package) for package in packages if package != PACKAGE)
+    return "\n\n".join(map(_modules, packages))
 
 
 GENERATED: dict[str, Callable[[], str]] = {

@@ -1,0 +1,1 @@
+"""Base models: folders, skeletons with adapters, tokenizers, LLaVA and its parts, GGUF."""

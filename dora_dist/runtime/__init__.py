@@ -1,0 +1,1 @@
+"""The process and its ranks: launchers, rendezvous, watch, signals, console, exit codes."""

@@ -1,0 +1,1 @@
+"""Bytes of weights: safetensors by range, names, loading, placement."""

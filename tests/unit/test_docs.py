@@ -48,7 +48,7 @@ def test_the_tree_has_every_package_and_module_with_what_it_is() -> None:
     tree = generate.tree()
     for module in (ROOT / "dora_dist").rglob("*.py"):
         if module.name == "__init__.py":
-            assert module.parent.name == "dora_dist" or f"### {module.parent.relative_to(ROOT)}/" in tree
+            assert re.search(rf"^### {module.parent.relative_to(ROOT)}/\n\n\S", tree, re.MULTILINE), module
         else:
             assert re.search(rf"^\| `{module.name}` \| \S", tree, re.MULTILINE), module
 
@@ -64,6 +64,8 @@ def test_a_page_names_files_make_targets_and_commands_that_are_there(page: Path)
     text = page.read_text()
     for name in re.findall(rf"`((?:{'|'.join(TOP)})/[\w./-]*)`", text):
         assert (ROOT / name).exists(), name
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`make ([a-z-]+)", text) + re.findall(r"^    make ([a-z-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
