@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.cli.options import Commands, declare, positive
-from dora_dist.config import RunConfig, add_arguments
+from dora_dist.config import RunConfig, add_arguments, deepspeed_options
 from dora_dist.runtime import plugins
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _validate(options: argparse.Namespace) -> None:
 
         check_base(config)
     if config.engine.deepspeed:
-        config.check_engine_options()
+        deepspeed_options.check(config.engine.deepspeed)
     if options.world_size is not None:
         print(json.dumps(config.deepspeed_config(options.world_size), indent=2))
     if config.adapter.dynamic_rank and config.training.max_steps is not None:
@@ -69,7 +69,7 @@ def _validate(options: argparse.Namespace) -> None:
         show_data(config)
     adapter, training = config.adapter, config.training
     most = training.global_batch_size
-    evenly = ", ".join(str(count) for count in range(1, most + 1) if config.batch_plan(count).empty == 0)
+    evenly = ", ".join(str(count) for count in range(1, most + 1) if config.training.batch_plan(count).empty == 0)
     print(
         f"{options.config} is valid: {'DoRA' if adapter.weight_decomposed else 'LoRA'} r={adapter.r} on "
         f"{config.model.path}, {training.global_batch_size} records a step; runs on "

@@ -2,19 +2,21 @@
 
 from dora_dist.config.names import is_local
 from dora_dist.config.options import add_arguments, check_names
+from dora_dist.config.run_config import RunConfig
 from dora_dist.config.schema import (
     AdapterConfig,
+    BatchPlan,
     CheckpointConfig,
     DataConfig,
     EngineConfig,
     LoggingConfig,
     ModelConfig,
-    RunConfig,
     TrainingConfig,
 )
 
 __all__ = [
     "AdapterConfig",
+    "BatchPlan",
     "CheckpointConfig",
     "DataConfig",
     "EngineConfig",

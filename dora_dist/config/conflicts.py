@@ -1,33 +1,30 @@
 """Combinations of fields that cannot work, though each field is right by itself."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dora_dist.config.schema import AdapterConfig, DataConfig, RunConfig
+from dora_dist.config.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, TrainingConfig
 
 
-def between_fields(config: RunConfig) -> Iterator[str]:
+def between_fields(
+    model: ModelConfig, adapter: AdapterConfig, data: DataConfig, *, training: TrainingConfig, engine: EngineConfig
+) -> Iterator[str]:
     """What is wrong, one line each, naming the fields and the way out."""
-    yield from _batches_and_warmup(config)
-    yield from _validation(config)
-    yield from _adapter(config.adapter, config.model.task)
-    yield from _task(config)
-    yield from _fields_of_other_formats(config.data)
-    flash = config.model.attn_implementation == "flash_attention_2"
-    if flash and (config.model.dtype == "fp32" or config.engine.accelerator == "cpu"):
+    yield from _batches_and_warmup(training)
+    yield from _validation(data, training.eval_every)
+    yield from _adapter(adapter, model.task)
+    yield from _task(model, data, training.metric)
+    yield from _fields_of_other_formats(data)
+    flash = model.attn_implementation == "flash_attention_2"
+    if flash and (model.dtype == "fp32" or engine.accelerator == "cpu"):
         yield (
             'model.attn_implementation = "flash_attention_2": needs model.dtype = "bf16" and a GPU; '
             'use "sdpa" otherwise'
         )
 
 
-def _batches_and_warmup(config: RunConfig) -> Iterator[str]:
-    training = config.training
+def _batches_and_warmup(training: TrainingConfig) -> Iterator[str]:
     if training.warmup_steps is not None and training.warmup_ratio is not None:
         given = f"training.warmup_steps = {training.warmup_steps} and warmup_ratio = {training.warmup_ratio}"
         yield f"{given}: give one of the two and leave the other null"
@@ -39,8 +36,7 @@ def _batches_and_warmup(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _validation(config: RunConfig) -> Iterator[str]:
-    data, every = config.data, config.training.eval_every
+def _validation(data: DataConfig, every: int | None) -> Iterator[str]:
     if data.validation is not None and data.validation_samples:
         yield (
             f"data.validation = {json.dumps(data.validation)} and data.validation_samples = "
@@ -63,18 +59,18 @@ _TASKS_WITH_HEADS = ("sequence_classification", "question_answering", "image_tex
 """They train something in full beside adapters, or instead."""
 
 
-def _task(config: RunConfig) -> Iterator[str]:
-    task, format, metric = config.model.task, config.data.format, config.training.metric
+def _task(model: ModelConfig, data: DataConfig, metric: str) -> Iterator[str]:
+    task, format = model.task, data.format
     for name, its_format in FORMATS_OF_TASKS.items():
         if (task == name) != (format == its_format):
             yield (
                 f'model.task = "{task}" and data.format = "{format}": {name} and the format {its_format} go together'
             )
-    if format == "llava" and config.data.image_folder is None:
+    if format == "llava" and data.image_folder is None:
         yield 'data.format = "llava": data.image_folder is not set; give the folder that the pictures are in'
-    if format == "llava" and config.data.loss_on != "answer":
+    if format == "llava" and data.loss_on != "answer":
         yield (
-            f'data.loss_on = "{config.data.loss_on}": of conversations with pictures only the assistant\'s turns are '
+            f'data.loss_on = "{data.loss_on}": of conversations with pictures only the assistant\'s turns are '
             'learnt; set it to "answer"'
         )
     known = ["loss"]
@@ -82,20 +78,20 @@ def _task(config: RunConfig) -> Iterator[str]:
         known += ["f1", "exact_match"]
     elif task == "seq2seq_lm":
         known += ["rouge1", "rouge2", "rougeL"]
-    elif task == "sequence_classification" and config.model.num_labels == 1:
+    elif task == "sequence_classification" and model.num_labels == 1:
         known += ["pearson", "spearman"]
     elif task == "sequence_classification":
-        known += ["accuracy", "matthews", *(["f1"] if config.model.num_labels == 2 else [])]
+        known += ["accuracy", "matthews", *(["f1"] if model.num_labels == 2 else [])]
     if metric not in known:
         given = f'training.metric = "{metric}": there is none for model.task = "{task}"'
-        labels = f" with model.num_labels = {config.model.num_labels}" if task == "sequence_classification" else ""
+        labels = f" with model.num_labels = {model.num_labels}" if task == "sequence_classification" else ""
         yield f"{given}{labels}; use {', '.join(known)}"
-    if task == "seq2seq_lm" and len(config.data.text_fields) > 1:
-        yield f"data.text_fields = {json.dumps(config.data.text_fields)}: a document is one field; name one"
-    if task == "question_answering" and config.data.doc_stride >= config.data.cutoff_len // 2:
+    if task == "seq2seq_lm" and len(data.text_fields) > 1:
+        yield f"data.text_fields = {json.dumps(data.text_fields)}: a document is one field; name one"
+    if task == "question_answering" and data.doc_stride >= data.cutoff_len // 2:
         yield (
-            f"data.doc_stride = {config.data.doc_stride}: must be below half of data.cutoff_len = "
-            f"{config.data.cutoff_len}, or windows would hardly move on"
+            f"data.doc_stride = {data.doc_stride}: must be below half of data.cutoff_len = "
+            f"{data.cutoff_len}, or windows would hardly move on"
         )
 
 

@@ -1,16 +1,12 @@
 """The DeepSpeed JSON, derived from the run's configuration and the user's own engine options."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal
 
+from dora_dist.config.schema import EngineConfig, TrainingConfig
 from dora_dist.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from dora_dist.config.schema import RunConfig
 
 # DeepSpeed options that other fields decide, by dotted name: the field to use instead.
 _DECIDED_BY = {
@@ -107,46 +103,22 @@ def conflicts(options: dict[str, Any]) -> Iterator[str]:
             yield f"engine.deepspeed: {name} = {value!r}: must be a JSON object"
 
 
-class BatchPlan(NamedTuple):
-    """How one rank takes its part of every global batch: `accumulation_steps` passes of `micro_batch_size` records.
-
-    `empty` places over all ranks hold no record (and count in no loss), where the ranks do not divide the batch.
-    """
-
-    micro_batch_size: int
-    accumulation_steps: int
-    empty: int
-
-
-def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
-    """The fewest passes of at most training.micro_batch_size records. Raises UserError where ranks would idle."""
-    batch, most = config.training.global_batch_size, config.training.micro_batch_size
-    if world_size > batch:
-        raise UserError(
-            f"training.global_batch_size = {batch}: has no record for each of {world_size} ranks; raise it, or start "
-            f"at most {batch} {'rank' if batch == 1 else 'ranks'}"
-        )
-    each = -(-batch // world_size)
-    steps = -(-each // most)
-    micro = -(-each // steps)
-    return BatchPlan(micro, steps, micro * steps * world_size - batch)
-
-
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_config(
+    engine: EngineConfig, training: TrainingConfig, *, dtype: Literal["bf16", "fp32"], world_size: int
+) -> dict[str, Any]:
     """What `deepspeed.initialize` and `TrainingArguments(deepspeed=...)` take. Raises UserError."""
-    training, engine = config.training, config.engine
     if world_size % engine.hpz_partition_size:
         raise UserError(
             f"engine.hpz_partition_size = {engine.hpz_partition_size}: does not divide {world_size} ranks; "
             "use the number of ranks of one node, or 1"
         )
-    plan = batch_plan(config, world_size)
+    plan = training.batch_plan(world_size)
     derived = {
         "train_batch_size": training.global_batch_size + plan.empty,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation_steps,
         "gradient_clipping": training.max_grad_norm,
-        "bf16": {"enabled": config.model.dtype == "bf16"},
+        "bf16": {"enabled": dtype == "bf16"},
         "zero_optimization": {
             "stage": 3,
             "stage3_param_persistence_threshold": engine.param_persistence_threshold,

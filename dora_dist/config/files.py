@@ -1,35 +1,37 @@
 """Are the files and folders of a run there? Asked before any process group exists, so no rank has to wait."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dora_dist.config.names import DATA_SUFFIXES, PACKED, TABLES, data_set, is_local
 from dora_dist.config.pictures import how_to_get
+from dora_dist.config.schema import AdapterConfig, CheckpointConfig, DataConfig, ModelConfig
 from dora_dist.config.source import absence, nearby
 from dora_dist.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from dora_dist.config.schema import RunConfig
-
 
 _MADE = "`make demo` creates the quickstart's, `dora-dist import-gguf` one of a GGUF file"
 _MADE_BY = {"image_text_to_text": "`dora-dist assemble-llava` makes one, `dora-dist consolidate` one of a trained run"}
 
 
-def check(config: RunConfig) -> None:
+def check(model: ModelConfig, adapter: AdapterConfig, data: DataConfig, *, checkpoint: CheckpointConfig) -> None:
     """Raise one UserError over everything that is missing. Hub names are not looked up."""
-    if problems := [*_model(config), *_data(config), *_pictures(config), *_starting_points(config), *_run_dir(config)]:
+    problems = [
+        *_model(model),
+        *_data(data),
+        *_pictures(data),
+        *_init_from(adapter.init_from),
+        *_resume(checkpoint.resume),
+        *_run_dir(Path(checkpoint.run_dir)),
+    ]
+    if problems:
         title = f"{len(problems)} problems with files\n  " if len(problems) > 1 else ""
         raise UserError(title + "\n  ".join(problems))
 
 
-def _model(config: RunConfig) -> Iterator[str]:
-    name = config.model.path
+def _model(model: ModelConfig) -> Iterator[str]:
+    name = model.path
     folder = Path(name)
     label = f'model.path = "{name}"'
     if not is_local(name):
@@ -41,7 +43,7 @@ def _model(config: RunConfig) -> Iterator[str]:
         where = f" in {Path.cwd()}{nearby(folder)}" if what == "no such folder" else ""
         yield (
             f"{label}: {what}{where}; give a Hugging Face model folder or "
-            f"a hub name ({_MADE_BY.get(config.model.task, _MADE)})"
+            f"a hub name ({_MADE_BY.get(model.task, _MADE)})"
         )
     elif not folder.is_dir():
         yield f'{label}: is a file; give the folder that it is in, "{folder.parent}"'
@@ -52,7 +54,7 @@ def _model(config: RunConfig) -> Iterator[str]:
             f"{label}: no .safetensors file in it; weights in other formats are not read: load the model "
             "with transformers and save it with save_pretrained()"
         )
-    tokenizer = config.model.tokenizer
+    tokenizer = model.tokenizer
     if tokenizer is not None and is_local(tokenizer) and not Path(tokenizer).exists():
         yield (
             f'model.tokenizer = "{tokenizer}": no such file or folder{nearby(Path(tokenizer))}; give a '
@@ -60,15 +62,15 @@ def _model(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _data(config: RunConfig) -> Iterator[str]:
-    named = [("data.train", name) for name in _listed(config.data.train)]
-    named += [("data.validation", name) for name in _listed(config.data.validation)]
+def _data(data: DataConfig) -> Iterator[str]:
+    named = [("data.train", name) for name in _listed(data.train)]
+    named += [("data.validation", name) for name in _listed(data.validation)]
     for field, name in named:
         path = Path(name)
         label = f'{field} = "{name}"'
-        if (data := data_set(name)) is not None:
-            if data.is_here and not data.looks_whole():
-                missing = data.file or f"{', '.join(DATA_SUFFIXES)} file"
+        if (named_set := data_set(name)) is not None:
+            if named_set.is_here and not named_set.looks_whole():
+                missing = named_set.file or f"{', '.join(DATA_SUFFIXES)} file"
                 yield f"{label}: no {missing} in that folder; give a data file, or the folder of a data set"
         elif problem := not_a_data_file(path):
             yield f"{label}: {problem}"
@@ -95,30 +97,29 @@ def not_a_data_file(path: Path) -> str | None:
     return "the file is empty" if path.stat().st_size == 0 else None
 
 
-def _pictures(config: RunConfig) -> Iterator[str]:
-    folder = config.data.image_folder
+def _pictures(data: DataConfig) -> Iterator[str]:
+    folder = data.image_folder
     if folder is not None and not Path(folder).is_dir():
         missing = f'data.image_folder = "{folder}": no such folder in {Path.cwd()}{nearby(Path(folder))}'
-        yield missing + how_to_get(folder, _listed(config.data.train))
+        yield missing + how_to_get(folder, _listed(data.train))
 
 
 def _listed(names: str | list[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else names or []
 
 
-def _starting_points(config: RunConfig) -> Iterator[str]:
-    start = config.adapter.init_from
+def _init_from(start: str | None) -> Iterator[str]:
     if start is not None and not (Path(start) / "adapter_config.json").is_file():
         inside = Path(start) / "adapter" / "adapter_config.json"
         hint = f'; did you mean "{inside.parent}"?' if inside.is_file() else nearby(Path(start))
         yield f'adapter.init_from = "{start}": no adapter_config.json in it; give a PEFT adapter folder{hint}'
-    resume = config.checkpoint.resume
-    if resume is not None and resume != "auto" and not (Path(resume) / "manifest.json").is_file():
-        yield from _no_checkpoint(Path(resume))
 
 
-def _no_checkpoint(folder: Path) -> Iterator[str]:
+def _resume(resume: str | None) -> Iterator[str]:
     """What checkpoint.resume names, where it is not a checkpoint; a run folder with checkpoints will do."""
+    if resume is None or resume == "auto" or (Path(resume) / "manifest.json").is_file():
+        return
+    folder = Path(resume)
     label = f'checkpoint.resume = "{folder}"'
     if (folder / "adapter_config.json").is_file():
         inside = f", or {folder.parent} to go on with it" if (folder.parent / "manifest.json").is_file() else ""
@@ -133,8 +134,7 @@ def _no_checkpoint(folder: Path) -> Iterator[str]:
         )
 
 
-def _run_dir(config: RunConfig) -> Iterator[str]:
-    folder = Path(config.checkpoint.run_dir)
+def _run_dir(folder: Path) -> Iterator[str]:
     label = f'checkpoint.run_dir = "{folder}"'
     try:
         places = (folder, *folder.absolute().parents)

@@ -2,11 +2,13 @@
 
 import difflib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from dora_dist.config.fields import FieldSpec, field_specs
+from dora_dist.config.section import ABSURD
 from dora_dist.runtime.errors import UserError
 
 # Names of the same things elsewhere, too far from ours for a comparison of letters.
@@ -49,14 +51,21 @@ def explain(error: ValidationError, schema: type[BaseModel], origin: str) -> Use
             lines[finding["msg"]] = finding["msg"].removeprefix("Value error, ")
         elif finding["type"] == "extra_forbidden":
             lines[name] = f"{name}: unknown key{suggestion(name, specs)}"
+        elif finding["type"] == ABSURD:
+            key = "".join(f', "{inside}"' for inside in path[2:])
+            lines[f"{name}{key}"] = f"{name}{key} = {finding['input']:.15g}: {finding['msg']}"
         elif name in specs:
             lines.setdefault(name, _wrong_value(specs[name], finding))
         else:
             shape = f"must be a section {{...}} with {', '.join(_keys(name, specs))}"
             lines[name] = f"{name}: {'missing' if finding['type'] == 'missing' else _shown(finding['input'])}; {shape}"
-    found = "\n".join(lines.values()).splitlines()
-    title = "1 problem" if len(found) == 1 else f"{len(found)} problems"
-    return UserError(f"{origin}: {title}\n" + "\n".join(f"  {line}" for line in found))
+    return listed("\n".join(lines.values()).splitlines(), origin)
+
+
+def listed(problems: Sequence[str], origin: str) -> UserError:
+    """One UserError over all `problems`, each on a line of its own; `origin` is the file that they are in."""
+    title = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return UserError(f"{origin}: {title}\n" + "\n".join(f"  {line}" for line in problems))
 
 
 def suggestion(name: str, specs: dict[str, FieldSpec]) -> str:

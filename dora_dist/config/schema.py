@@ -5,27 +5,27 @@ messages and the DeepSpeed JSON are all derived from it.
 """
 
 import math
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field
 
-from dora_dist.config import conflicts, deepspeed_options, engine, files, limits, options, problems, source
-from dora_dist.config.engine import BatchPlan
+from dora_dist.config.section import (
+    Elements,
+    PathText,
+    PathTexts,
+    Patterns,
+    Rate,
+    Records,
+    Seconds,
+    Section,
+    Steps,
+    Text,
+    at_most,
+)
+from dora_dist.runtime.errors import UserError
 
-PathText = Annotated[
-    str, Field(min_length=1, max_length=4095, pattern=r"^[^\x00]+$"), AfterValidator(os.path.expanduser)
-]
-PathTexts = Annotated[list[PathText], Field(min_length=1)]
-Patterns = list[Annotated[str, Field(min_length=1)]]
 Task = Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq_lm", "image_text_to_text"]
 Format = Literal["instruction", "alpaca", "completion", "messages", "classification", "squad", "summarisation", "llava"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -51,8 +51,8 @@ class ModelConfig(Section):
         "or rates it; question_answering finds the answer in a text; seq2seq_lm reads a text and writes another; "
         "image_text_to_text predicts the next token of texts with pictures (LLaVA)",
     )
-    num_labels: int = Field(
-        default=2, ge=1, description="Labels of sequence_classification: 0 up to this number; 1: a rating (regression)"
+    num_labels: Records = Field(
+        default=2, description="Labels of sequence_classification: 0 up to this number; 1: a rating (regression)"
     )
     storage: str = Field(
         default="plain", min_length=1, description="How the frozen weights are held; plugins may add further ways"
@@ -72,8 +72,12 @@ class AdapterConfig(Section):
     weight_decomposed: bool = Field(
         default=True, description="true: DoRA; false: plain LoRA, the same layer with no magnitude"
     )
-    r: int = Field(default=16, ge=1, description="Adapter rank: components of the low-rank update of one layer")
-    lora_alpha: float = Field(default=32.0, gt=0, description="The update is scaled by lora_alpha / r")
+    r: Annotated[int, Field(ge=1), at_most(2**16)] = Field(
+        default=16, description="Adapter rank: components of the low-rank update of one layer"
+    )
+    lora_alpha: Annotated[float, Field(gt=0), at_most(10**6)] = Field(
+        default=32.0, description="The update is scaled by lora_alpha / r"
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Probability of dropping an input of the adapter")
     dropout_mode: Literal["exact", "adapter"] = Field(
         default="exact",
@@ -105,8 +109,8 @@ class AdapterConfig(Section):
         description="Start with more components than r in each layer, and prune the least important ones over all "
         "layers while training (Mao et al.); r is then the average rank at the end",
     )
-    start_rank_factor: float = Field(
-        default=1.5, ge=1, description="Dynamic rank: layers start with this times r components, rounded up"
+    start_rank_factor: Annotated[float, Field(ge=1), at_most(1000)] = Field(
+        default=1.5, description="Dynamic rank: layers start with this times r components, rounded up"
     )
     prune_start: float = Field(
         default=0.15, ge=0, lt=1, description="Dynamic rank: pruning begins at this share of all optimizer steps"
@@ -114,15 +118,15 @@ class AdapterConfig(Section):
     prune_stop: float = Field(
         default=0.5, gt=0, le=1, description="Dynamic rank: the mask is final from this share of all steps on"
     )
-    prune_every: int = Field(default=10, ge=1, description="Dynamic rank: optimizer steps between prunings")
+    prune_every: Steps = Field(default=10, description="Dynamic rank: optimizer steps between prunings")
     prune_schedule: Literal["dora", "adalora"] = Field(
         default="dora", description="Dynamic rank: dora prunes slowly first and fast last, adalora the other way round"
     )
     importance_beta: float = Field(
         default=0.9, ge=0, lt=1, description="Dynamic rank: share of the old score in the smoothed importance"
     )
-    dem_weight: float = Field(
-        default=0.3, ge=0, description="Dynamic rank: weight of the penalty on the variance of components; 0: none"
+    dem_weight: Annotated[float, Field(ge=0), at_most(1e60)] = Field(
+        default=0.3, description="Dynamic rank: weight of the penalty on the variance of components; 0: none"
     )
     dem_form: Literal["paper", "code"] = Field(
         default="paper", description="Dynamic rank: the penalty as the paper has it, or half of it, as its code does"
@@ -151,9 +155,8 @@ class DataConfig(Section):
     validation: PathText | PathTexts | None = Field(
         default=None, description="Validation data, as train (split validation); null: see validation_samples"
     )
-    validation_samples: int = Field(
+    validation_samples: Annotated[int, Field(ge=0), at_most(10**12)] = Field(
         default=0,
-        ge=0,
         description="Records held out from the training data for validation when there is no validation file",
     )
     format: Format = Field(
@@ -162,7 +165,7 @@ class DataConfig(Section):
         "are), messages (the chat template), classification (one or two texts and a label), squad (question, "
         "context, answers), summarisation (a document and its summary), or llava (conversations with pictures)",
     )
-    text_fields: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=2)] = Field(
+    text_fields: Annotated[list[Text], Field(min_length=1, max_length=2)] = Field(
         default=["text"],
         description="Where a classification record has its text, or its two texts, and a summarisation record its "
         "document",
@@ -178,20 +181,18 @@ class DataConfig(Section):
         description="Tokens that count in the loss: all (prompt and answer, as in the paper), or answer (llava: this "
         "alone)",
     )
-    cutoff_len: int = Field(
+    cutoff_len: Annotated[int, Field(ge=8), at_most(2**30)] = Field(
         default=256,
-        ge=8,
         description="Longest record in tokens, those of its pictures included; longer ones are cut and counted",
     )
-    target_len: int = Field(
-        default=64, ge=2, description="Longest summary in tokens, in training and when one is generated (summarisation)"
+    target_len: Annotated[int, Field(ge=2), at_most(2**30)] = Field(
+        default=64, description="Longest summary in tokens, in training and when one is generated (summarisation)"
     )
-    doc_stride: int = Field(
+    doc_stride: Annotated[int, Field(ge=0), at_most(2**30)] = Field(
         default=128,
-        ge=0,
         description="Tokens that windows of a text share where it is too long to be read at once (squad)",
     )
-    cache: Annotated[str, Field(min_length=1)] | None = Field(
+    cache: Text | None = Field(
         default="~/.cache/dora_dist",
         description="Folder for tokenized data of language models and LLaVAs: one rank of a node makes it for the "
         "others and for later runs; null: every rank tokenizes for itself",
@@ -221,14 +222,27 @@ class DataConfig(Section):
         default=True,
         description="Batches of llava records are all with pictures or all without, and go from long records to short",
     )
-    num_workers: int = Field(default=0, ge=0, description="Loader processes per rank; 0: load in the rank itself")
+    num_workers: Annotated[int, Field(ge=0), at_most(1024)] = Field(
+        default=0, description="Loader processes per rank; 0: load in the rank itself"
+    )
+
+
+class BatchPlan(NamedTuple):
+    """How one rank takes its part of every global batch: `accumulation_steps` passes of `micro_batch_size` records.
+
+    `empty` places over all ranks hold no record, and count in no loss: the ranks do not divide the batch.
+    """
+
+    micro_batch_size: int
+    accumulation_steps: int
+    empty: int
 
 
 class TrainingConfig(Section):
     """Optimisation: AdamW over the trainable parameters."""
 
-    learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate")
-    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    learning_rate: Rate = Field(default=2e-4, description="Peak learning rate")
+    learning_rates: dict[str, Rate] = Field(
         default={},
         description="Peak learning rates of single modules where they are others, by pattern as in "
         'adapter.trained_modules: {"multi_modal_projector": 2e-5}',
@@ -237,23 +251,29 @@ class TrainingConfig(Section):
         default="linear",
         description="Learning rate after the warm-up: linear or cosine decay to 0, or constant",
     )
-    warmup_steps: int | None = Field(
-        default=None, ge=0, description="Optimizer steps of linear warm-up; null: see warmup_ratio"
+    warmup_steps: Annotated[int, Field(ge=0), at_most(10**9)] | None = Field(
+        default=None, description="Optimizer steps of linear warm-up; null: see warmup_ratio"
     )
     warmup_ratio: float | None = Field(
         default=None, ge=0, lt=1, description="Warm-up as a share of all optimizer steps"
     )
-    epochs: float = Field(default=3.0, gt=0, description="Passes over the training data")
-    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps to stop after; null: as epochs says")
-    global_batch_size: int = Field(default=16, ge=1, description="Records per optimizer step, over all ranks")
-    micro_batch_size: int = Field(
-        default=4, ge=1, description="Most records per forward pass on one rank; the rest is accumulated"
+    epochs: Annotated[float, Field(gt=0), at_most(10**6)] = Field(
+        default=3.0, description="Passes over the training data"
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
-    max_grad_norm: float = Field(default=1.0, ge=0, description="Global gradient norm to clip at; 0: no clipping")
+    max_steps: Steps | None = Field(default=None, description="Optimizer steps to stop after; null: as epochs says")
+    global_batch_size: Records = Field(default=16, description="Records per optimizer step, over all ranks")
+    micro_batch_size: Records = Field(
+        default=4, description="Most records per forward pass on one rank; the rest is accumulated"
+    )
+    weight_decay: Annotated[float, Field(ge=0), at_most(1000)] = Field(
+        default=0.0, description="AdamW's decoupled weight decay"
+    )
+    max_grad_norm: Annotated[float, Field(ge=0), at_most(1e30)] = Field(
+        default=1.0, description="Global gradient norm to clip at; 0: no clipping"
+    )
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
     adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
-    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    adam_epsilon: Annotated[float, Field(gt=0), at_most(1)] = Field(default=1e-8, description="AdamW's epsilon")
     activation_checkpointing: bool = Field(
         default=True,
         description="Keep one activation per decoder layer, recompute the rest in backward: slower, smaller",
@@ -263,8 +283,8 @@ class TrainingConfig(Section):
         description="With activation checkpointing: recompute the outputs of DoRA layers with at least twice as many "
         "inputs (down_proj), too, which are kept otherwise: slower by a twentieth, smaller by one activation a layer",
     )
-    eval_every: int | None = Field(
-        default=None, ge=1, description="Optimizer steps between evaluations; null: none in training"
+    eval_every: Steps | None = Field(
+        default=None, description="Optimizer steps between evaluations; null: none in training"
     )
     metric: Literal[
         "loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "rouge1", "rouge2", "rougeL"
@@ -272,8 +292,23 @@ class TrainingConfig(Section):
         default="loss",
         description="What makes a checkpoint the best in evaluation: the lowest loss, or the highest of the others",
     )
-    num_beams: int = Field(default=4, ge=1, description="Beams that evaluation generates with (seq2seq_lm)")
+    num_beams: Annotated[int, Field(ge=1), at_most(1024)] = Field(
+        default=4, description="Beams that evaluation generates with (seq2seq_lm)"
+    )
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="Seed of initial values, data order and dropout")
+
+    def batch_plan(self, world_size: int) -> BatchPlan:
+        """The fewest passes of at most micro_batch_size records. Raises UserError for more ranks than records."""
+        batch = self.global_batch_size
+        if world_size > batch:
+            raise UserError(
+                f"training.global_batch_size = {batch}: has no record for each of {world_size} ranks; raise it, or "
+                f"start at most {batch} {'rank' if batch == 1 else 'ranks'}"
+            )
+        each = -(-batch // world_size)
+        steps = -(-each // self.micro_batch_size)
+        micro = -(-each // steps)
+        return BatchPlan(micro, steps, micro * steps * world_size - batch)
 
 
 class CheckpointConfig(Section):
@@ -283,10 +318,10 @@ class CheckpointConfig(Section):
         default="runs/{config}",
         description="Folder of the run; {config} stands for the name of the config file without .json",
     )
-    save_every: int | None = Field(
-        default=None, ge=1, description="Optimizer steps between checkpoints; null: only at the end"
+    save_every: Steps | None = Field(
+        default=None, description="Optimizer steps between checkpoints; null: only at the end"
     )
-    keep_last: int = Field(default=2, ge=1, description="Newest checkpoints to keep")
+    keep_last: Steps = Field(default=2, description="Newest checkpoints to keep")
     on_failure: Literal["stop", "continue"] = Field(
         default="stop", description="When a checkpoint cannot be written: stop the run, or warn and go on without it"
     )
@@ -309,34 +344,34 @@ class EngineConfig(Section):
     offload_optimizer: Literal["none", "cpu"] = Field(
         default="none", description="cpu: AdamW's state and step on the host"
     )
-    hpz_partition_size: int = Field(
+    hpz_partition_size: Records = Field(
         default=1,
-        ge=1,
         description="Ranks (of one node) that share a second copy of the shards for backward; 1: off",
     )
-    param_persistence_threshold: int = Field(
-        default=100_000, ge=0, description="Parameters with fewer elements stay whole on every rank"
+    param_persistence_threshold: Elements = Field(
+        default=100_000, description="Parameters with fewer elements stay whole on every rank"
     )
-    prefetch_bucket_size: int = Field(default=50_000_000, ge=0, description="Elements to gather ahead of their use")
+    prefetch_bucket_size: Elements = Field(default=50_000_000, description="Elements to gather ahead of their use")
     # Not DeepSpeed's 5e8: the bucket is allocated whole (1 to 2 GB), and only adapter gradients use it.
-    reduce_bucket_size: int = Field(default=50_000_000, ge=1, description="Gradient elements to reduce at a time")
-    max_live_parameters: int = Field(
-        default=1_000_000_000, ge=0, description="Most elements that stay gathered at a time"
+    reduce_bucket_size: Annotated[int, Field(ge=1), at_most(2**50)] = Field(
+        default=50_000_000, description="Gradient elements to reduce at a time"
     )
-    max_reuse_distance: int = Field(
+    max_live_parameters: Elements = Field(
+        default=1_000_000_000, description="Most elements that stay gathered at a time"
+    )
+    max_reuse_distance: Elements = Field(
         default=1_000_000_000,
-        ge=0,
         description="Keep a parameter gathered if it is used again within this many elements",
     )
     allgather_sequential: bool = Field(
         default=False,
         description="Gather parameter by parameter, without a bucket: fewer copies, lower peak memory",
     )
-    start_timeout_s: float = Field(
-        default=1800.0, gt=0, description="Longest wait for other ranks up to the first step, seconds"
+    start_timeout_s: Seconds = Field(
+        default=1800.0, description="Longest wait for other ranks up to the first step, seconds"
     )
-    step_timeout_s: float = Field(
-        default=600.0, gt=0, description="Longest wait for other ranks after the first step, seconds"
+    step_timeout_s: Seconds = Field(
+        default=600.0, description="Longest wait for other ranks after the first step, seconds"
     )
     deepspeed: dict[str, Any] = Field(
         default={}, description="Further DeepSpeed options, merged into the derived DeepSpeed JSON"
@@ -346,89 +381,10 @@ class EngineConfig(Section):
 class LoggingConfig(Section):
     """What a run reports."""
 
-    every: int = Field(default=10, ge=1, description="Optimizer steps between log lines")
+    every: Steps = Field(default=10, description="Optimizer steps between log lines")
     tensorboard: bool = Field(default=False, description="Write TensorBoard events into the run folder")
     progress_bar: bool = Field(default=True, description="Show a progress bar on rank 0")
-    peak_flops: float | None = Field(
+    peak_flops: Annotated[float, Field(gt=0), at_most(1e24)] | None = Field(
         default=None,
-        gt=0,
         description="Peak FLOP/s of one device, for the utilisation in the log; null: known GPUs looked up",
     )
-
-
-class RunConfig(Section):
-    """One fine-tuning run. Relative paths in it are relative to the current directory."""
-
-    model: ModelConfig
-    adapter: AdapterConfig = AdapterConfig()
-    data: DataConfig
-    training: TrainingConfig = TrainingConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    engine: EngineConfig = EngineConfig()
-    logging: LoggingConfig = LoggingConfig()
-    plugins: Patterns = Field(
-        default=[],
-        description="Python modules to import first, which register further adapter methods, storages, tasks or model "
-        "families",
-    )
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = False) -> "RunConfig":
-        """The run that a JSON file describes, with dotted `overrides`: `["--adapter.r", "8", "--a.b=1"]`.
-
-        `check_files` also checks that every file and folder it names is there. Raises UserError.
-        """
-        raw = source.read_json(Path(path))
-        options.apply(raw, overrides, cls)
-        config = cls.from_dict(raw, name=Path(path).stem, origin=str(path))
-        if check_files:
-            config.check_files()
-        return config
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any], *, name: str = "run", origin: str = "configuration") -> "RunConfig":
-        """The run that a dict describes; `name` fills {config} in checkpoint.run_dir. Raises UserError."""
-        try:
-            config = cls.model_validate(raw)
-        except ValidationError as error:
-            raise problems.explain(error, cls, origin) from None
-        run_dir = config.checkpoint.run_dir.replace("{config}", name)
-        return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"run_dir": run_dir})})
-
-    @model_validator(mode="after")
-    def _possible_together(self) -> "RunConfig":
-        found = list(limits.absurd(self)) or [
-            *conflicts.between_fields(self),
-            *engine.conflicts(self.engine.deepspeed),
-        ]
-        if found:
-            raise ValueError("\n".join(found))
-        return self
-
-    def check_files(self) -> None:
-        """Raise UserError unless every file and folder of the run is there (hub names are not looked up)."""
-        files.check(self)
-
-    def batch_plan(self, world_size: int) -> BatchPlan:
-        """How the ranks share every global batch. Raises UserError where there are more ranks than records."""
-        return engine.batch_plan(self, world_size)
-
-    def deepspeed_config(self, world_size: int) -> dict[str, Any]:
-        """A new dict: the DeepSpeed JSON of this run on `world_size` ranks. Raises UserError."""
-        return engine.deepspeed_config(self, world_size)
-
-    def check_engine_options(self) -> None:
-        """Raise UserError for options in engine.deepspeed that DeepSpeed would refuse, or not look at.
-
-        Imports deepspeed, which settles on an accelerator then: choose it (DS_ACCELERATOR) before.
-        """
-        deepspeed_options.check(self.engine.deepspeed)
-
-    def to_json(self) -> str:
-        """The whole configuration as JSON text, defaults included; `load` gives an equal one back."""
-        return self.model_dump_json(indent=2) + "\n"
-
-    @classmethod
-    def json_schema(cls) -> dict[str, Any]:
-        """The JSON schema of a config file, for editors."""
-        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}

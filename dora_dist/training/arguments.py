@@ -13,7 +13,7 @@ NEVER = 10**12
 def training_arguments(config: RunConfig, world_size: int, deepspeed: dict[str, Any]) -> TrainingArguments:
     """The Trainer's settings of a run; every one follows from `config`, which stays the only source."""
     training, checkpoint = config.training, config.checkpoint
-    plan = config.batch_plan(world_size)
+    plan = config.training.batch_plan(world_size)
     warmup = training.warmup_steps if training.warmup_steps is not None else (training.warmup_ratio or 0)
     return TrainingArguments(
         output_dir=checkpoint.run_dir,

@@ -70,7 +70,7 @@ def about_model(config: RunConfig, run: AdaptedModel, world: World, steps: int, 
     if run.trained:
         new = f"; new, not in the base: {', '.join(run.fresh)}" if run.fresh else ""
         line("in full", f"{', '.join(run.trained)}{new}")
-    plan = config.batch_plan(world.world_size)
+    plan = config.training.batch_plan(world.world_size)
     empty = f"; {plan.empty} places of the last micro-batches stay empty" if plan.empty else ""
     line(
         "batch",

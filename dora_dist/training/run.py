@@ -13,7 +13,7 @@ from dora_dist.adapters.inject import with_ranks
 from dora_dist.adapters.peft_format import read_peft_folder
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.resuming import located, optimizer_steps
-from dora_dist.config import RunConfig
+from dora_dist.config import RunConfig, deepspeed_options
 from dora_dist.models.folder import check_base, transformers_config
 from dora_dist.runtime import distributed, plugins
 from dora_dist.runtime.agreement import check_agreement, of_code
@@ -56,7 +56,7 @@ def train(config: RunConfig) -> Path:
         pruning_budget(config, config.training.max_steps)
     distributed.choose_accelerator(config.engine.accelerator)
     distributed.check_attention(config.model.attn_implementation)
-    config.check_engine_options()
+    deepspeed_options.check(config.engine.deepspeed)
     with RunLog(rank_among_several(os.environ) or 0) as log, StopRequest() as stop:
         distributed.leave_nccl_errors_to_the_watch()
         world = distributed.start(config.engine.start_timeout_s)

@@ -65,7 +65,7 @@ class DoraTrainer(Trainer):
         self._tokenizer, self._trained_with, self._changed = tokenizer, trained_with, changed
         self.run, self.config, self.spec, self.data, self.world = run, config, spec, data, world
         self.stopping = False
-        self._plan = config.batch_plan(world.world_size)
+        self._plan = config.training.batch_plan(world.world_size)
         self._budget = budget
         self.run_dir = Path(config.checkpoint.run_dir)
         self.tokens_seen = 0

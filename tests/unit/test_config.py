@@ -414,7 +414,7 @@ def test_paper_recipe_validates_and_has_the_papers_numbers(name: str, workplace:
     assert (training.schedule, training.warmup_steps, training.epochs) == ("linear", 100, 3)
     assert (training.global_batch_size, training.weight_decay, training.eval_every) == (16, 0, 80)
     assert (config.checkpoint.save_every, config.checkpoint.keep_best) == (80, True)
-    assert [config.batch_plan(ranks).accumulation_steps for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    assert [config.training.batch_plan(ranks).accumulation_steps for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
 
 
 @pytest.mark.parametrize("name", GLUE)
@@ -437,7 +437,7 @@ def test_glue_recipe_validates_and_has_the_papers_numbers(name: str) -> None:
         "classification",
     )
     assert config.data.train == f"nyu-mll/glue:{name.removeprefix('glue_')}"
-    assert config.batch_plan(1).accumulation_steps == training.global_batch_size // 8
+    assert config.training.batch_plan(1).accumulation_steps == training.global_batch_size // 8
 
 
 @pytest.mark.parametrize(("name", "rate"), [("squad", 5e-3), ("squad_v2", 3.4e-3)])
@@ -498,7 +498,7 @@ def test_llava_recipes_say_where_their_pictures_are(name: str, says: str, workpl
 @pytest.mark.parametrize("name", LLAVA)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 16, 32])
 def test_llava_recipes_take_128_records_a_step_whatever_the_ranks(name: str, ranks: int) -> None:
-    plan = RunConfig.load(REPOSITORY / "configs" / f"{name}.json").batch_plan(ranks)
+    plan = RunConfig.load(REPOSITORY / "configs" / f"{name}.json").training.batch_plan(ranks)
     assert plan.micro_batch_size * plan.accumulation_steps * ranks - plan.empty == 128
     assert (plan.empty == 0) == (ranks != 3)
 
@@ -509,4 +509,4 @@ def test_quickstart_trains_every_projection_with_dora() -> None:
     assert len(config.adapter.target_modules or []) == 7
     assert (config.data.loss_on, config.model.dtype) == ("answer", "bf16")
     assert config.checkpoint.run_dir == "runs/quickstart/train"
-    assert config.batch_plan(2).accumulation_steps >= 1
+    assert config.training.batch_plan(2).accumulation_steps >= 1

@@ -28,7 +28,7 @@ def test_every_world_size_takes_the_global_batch(
     batch: int, micro: int, ranks: int, plan: tuple[int, int, int]
 ) -> None:
     config = RunConfig.from_dict(with_fields(training={"global_batch_size": batch, "micro_batch_size": micro}))
-    assert config.batch_plan(ranks) == plan
+    assert config.training.batch_plan(ranks) == plan
     derived = config.deepspeed_config(ranks)
     assert derived["train_batch_size"] == plan[0] * plan[1] * ranks
     assert (derived["train_micro_batch_size_per_gpu"], derived["gradient_accumulation_steps"]) == plan[:2]
@@ -152,18 +152,18 @@ def test_engine_option_that_deepspeed_refuses_is_told_before_it_starts() -> None
     def config(zero: dict[str, Any]) -> RunConfig:
         return RunConfig.from_dict(with_fields(engine={"deepspeed": {"zero_optimization": zero}}))
 
-    config({"sub_group_size": 5, "offload_param": {"pin_memory": False}}).check_engine_options()
+    deepspeed_options.check(config({"sub_group_size": 5, "offload_param": {"pin_memory": False}}).engine.deepspeed)
     with pytest.raises(
         UserError, match=r"zero_optimization\.sub_group_sise: unknown key; did you mean sub_group_size\?"
     ):
-        config({"sub_group_sise": 5}).check_engine_options()
+        deepspeed_options.check(config({"sub_group_sise": 5}).engine.deepspeed)
     with pytest.raises(UserError, match=r"zero_optimization\.sub_group_size = 'big': .*valid integer"):
-        config({"sub_group_size": "big"}).check_engine_options()
+        deepspeed_options.check(config({"sub_group_size": "big"}).engine.deepspeed)
     sparse = RunConfig.from_dict(with_fields(engine={"deepspeed": {"sparse_gradients": True}}))
     with pytest.raises(
         UserError, match=r"engine\.deepspeed: DeepSpeed refuses it\n  sparse_gradients = True: .*sparse_gradients"
     ):
-        sparse.check_engine_options()
+        deepspeed_options.check(sparse.engine.deepspeed)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -180,7 +180,7 @@ def test_deepspeed_reads_the_derived_json_of_every_recipe(recipe: Path, dtype: s
     assert (read.train_batch_size, read.train_micro_batch_size_per_gpu, read.gradient_accumulation_steps) == (
         config.training.global_batch_size,
         config.training.micro_batch_size,
-        config.batch_plan(1).accumulation_steps,
+        config.training.batch_plan(1).accumulation_steps,
     )
     assert read.bfloat16_config.enabled is (dtype == "bf16")
     assert read.gradient_clipping == config.training.max_grad_norm
@@ -205,7 +205,7 @@ def test_hugging_face_finds_no_mismatch_with_the_derived_json(tmp_path: Path) ->
         use_cpu=True,
         bf16=True,
         per_device_train_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=config.batch_plan(1).accumulation_steps,
+        gradient_accumulation_steps=config.training.batch_plan(1).accumulation_steps,
         max_grad_norm=training.max_grad_norm,
         learning_rate=training.learning_rate,
     )

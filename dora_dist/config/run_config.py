@@ -1,0 +1,85 @@
+"""A run as its JSON file describes it: the sections together, and what holds between them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from dora_dist.config import conflicts, engine, files, options, problems, source
+from dora_dist.config.schema import (
+    AdapterConfig,
+    CheckpointConfig,
+    DataConfig,
+    EngineConfig,
+    LoggingConfig,
+    ModelConfig,
+    TrainingConfig,
+)
+from dora_dist.config.section import Patterns, Section
+
+
+class RunConfig(Section):
+    """One fine-tuning run. Relative paths in it are relative to the current directory."""
+
+    model: ModelConfig
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    engine: EngineConfig = EngineConfig()
+    logging: LoggingConfig = LoggingConfig()
+    plugins: Patterns = Field(
+        default=[],
+        description="Python modules to import first, which register further adapter methods, storages, tasks or model "
+        "families",
+    )
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = False) -> "RunConfig":
+        """The run that a JSON file describes, with dotted `overrides`: `["--adapter.r", "8", "--a.b=1"]`.
+
+        `check_files` also checks that every file and folder it names is there. Raises UserError.
+        """
+        raw = source.read_json(Path(path))
+        options.apply(raw, overrides, cls)
+        config = cls.from_dict(raw, name=Path(path).stem, origin=str(path))
+        if check_files:
+            config.check_files()
+        return config
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], *, name: str = "run", origin: str = "configuration") -> "RunConfig":
+        """The run that a dict describes; `name` fills {config} in checkpoint.run_dir. Raises UserError."""
+        try:
+            config = cls.model_validate(raw)
+        except ValidationError as error:
+            raise problems.explain(error, cls, origin) from None
+        run_dir = config.checkpoint.run_dir.replace("{config}", name)
+        return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"run_dir": run_dir})})
+
+    @model_validator(mode="after")
+    def _possible_together(self) -> "RunConfig":
+        between = conflicts.between_fields(
+            self.model, self.adapter, self.data, training=self.training, engine=self.engine
+        )
+        if found := [*between, *engine.conflicts(self.engine.deepspeed)]:
+            raise ValueError("\n".join(found))
+        return self
+
+    def check_files(self) -> None:
+        """Raise UserError unless every file and folder of the run is there (hub names are not looked up)."""
+        files.check(self.model, self.adapter, self.data, checkpoint=self.checkpoint)
+
+    def deepspeed_config(self, world_size: int) -> dict[str, Any]:
+        """A new dict: the DeepSpeed JSON of this run on `world_size` ranks. Raises UserError."""
+        return engine.deepspeed_config(self.engine, self.training, dtype=self.model.dtype, world_size=world_size)
+
+    def to_json(self) -> str:
+        """The whole configuration as JSON text, defaults included; `load` gives an equal one back."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The JSON schema of a config file, for editors."""
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
