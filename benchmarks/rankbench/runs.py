@@ -148,10 +148,10 @@ def _parameters_at_start(config: Any) -> int:
     """Trainable numbers of a run's adapters as they are injected: neither the head's nor the base's."""
     from dora_dist.adapters.inject import inject
     from dora_dist.models.build import skeleton
-    from dora_dist.models.heads import Task as ModelTask
+    from dora_dist.tasks import task_named
     from dora_dist.training.model import adapter_plan
 
-    model = skeleton(Path(config.model.path), ModelTask(config.model.task, config.model.num_labels))
+    model = skeleton(Path(config.model.path), task_named(config.model.task).head(config.model))
     adapted = inject(model, adapter_plan(config.adapter))
     layers = [model.get_submodule(name) for name in adapted]
     return sum(p.numel() for layer in layers for p in layer.adapter_parameters().values())

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dora_dist.models.build import checkpoint_activations
-from dora_dist.models.heads import CAUSAL_LM, IMAGE_TEXT, Task, auto_class
+from dora_dist.models.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, Head
 from dora_dist.models.llava import prepare_for_training
 from stepbench.settings import PATCH, TARGETS, Settings
 
@@ -21,7 +21,7 @@ def write_base(folder: Path, settings: Settings) -> None:
     from dora_dist.weights.safetensors_io import TensorWriter
 
     _config(settings).save_pretrained(folder)
-    shapes = {name: tuple(p.shape) for name, p in skeleton(folder, _task(settings)).named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in skeleton(folder, _head(settings)).named_parameters()}
     generator = torch.Generator().manual_seed(0)
     layout = [(name, torch.bfloat16, shape) for name, shape in shapes.items()]
     with TensorWriter(folder / "model.safetensors", layout, {"format": "pt"}) as writer:
@@ -64,8 +64,8 @@ def _config(settings: Settings) -> Any:
     )
 
 
-def _task(settings: Settings) -> Task:
-    return Task(IMAGE_TEXT if settings.pictures else CAUSAL_LM)
+def _head(settings: Settings) -> Head:
+    return IMAGE_TEXT_TO_TEXT if settings.pictures else CAUSAL_LM
 
 
 def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]:
@@ -103,14 +103,14 @@ def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
         r, alpha = settings.kept_rank, alpha * settings.kept_rank / r  # the update's scaling stays
     spec = AdapterSpec(r, alpha, weight_decomposed=variant != "lora", dropout=settings.dropout, gated=variant in GATED)
     placement = ShardedPlacement(settings.deepspeed_config())
-    adapted = build_model(base, by_pattern(spec, [TARGETS]), placement, task=_task(settings))
+    adapted = build_model(base, by_pattern(spec, [TARGETS]), placement, head=_head(settings))
     if settings.pictures:
         prepare_for_training(adapted.model)
     return adapted.model, adapted.norms
 
 
 def _hugging_face(base: Path, settings: Settings) -> Any:
-    kind = auto_class(_task(settings))
+    kind = _head(settings).reading_class()
     model = kind.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa")
     if settings.pictures:  # PEFT at its best: as it comes, its steps go backward through the frozen tower, too
         model.model.vision_tower.requires_grad_(False)

@@ -191,11 +191,11 @@ def _names(adapter: PeftFolder, base: Path, config: dict[str, Any]) -> _Names:
     if not changed and not is_llava(config):
         return _Names()
     from dora_dist.models.build import skeleton
-    from dora_dist.models.heads import IMAGE_TEXT, Task, task_of_adapter
+    from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT, head_of_adapter
     from dora_dist.models.tying import parted_names
     from dora_dist.weights.names import rename_for
 
-    model = skeleton(base, Task(IMAGE_TEXT) if is_llava(config) else task_of_adapter(adapter))
+    model = skeleton(base, IMAGE_TEXT_TO_TEXT if is_llava(config) else head_of_adapter(adapter))
     parted = tuple(names for _, names in parted_names(model, changed))
     return _Names(rename_for(model) if is_llava(config) else None, model.base_model_prefix, parted)
 

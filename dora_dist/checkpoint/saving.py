@@ -30,7 +30,7 @@ from dora_dist.checkpoint.format import (
     stored_shapes,
     trainable,
 )
-from dora_dist.models.heads import LANGUAGE_MODEL, PEFT_TYPES, Task, kept_config
+from dora_dist.models.heads import CAUSAL_LM, Head
 from dora_dist.runtime.folders import new_folder
 from dora_dist.weights.safetensors_io import TensorWriter
 from dora_dist.zero3.optimizer_state import MASTER, optimizer_step_count, read_state
@@ -46,7 +46,7 @@ class Origin:
     spec: AdapterSpec
     base_model: str
     revision: str | None = None
-    task: Task = LANGUAGE_MODEL
+    head: Head = CAUSAL_LM
     trained_modules: Sequence[str] = ()
     base_digest: str = ""
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -218,8 +218,8 @@ class Saver:
             revision=origin.revision,
             trained={name: values for name, values in masters.items() if name.rpartition(".")[0] not in adapted},
         )
-        adapter.task_type = PEFT_TYPES[origin.task.name]
-        adapter.model_config = kept_config(self._model, origin.task)
+        adapter.task_type = origin.head.peft_type
+        adapter.model_config = origin.head.kept_config(self._model)
         adapter.modules_to_save = list(origin.trained_modules)
         adapter.base_digest = origin.base_digest
         return adapter

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dora_dist.cli.options import Commands, declare, positive
 from dora_dist.config import RunConfig, add_arguments, deepspeed_options
 from dora_dist.runtime import plugins
+from dora_dist.tasks import task_named
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,14 +87,13 @@ def show_data(config: RunConfig) -> None:
     from rich.console import Console
 
     from dora_dist.checkpoint.resuming import optimizer_steps
-    from dora_dist.data.pictures import PictureProcessor
     from dora_dist.data.preview import longest
     from dora_dist.training.inputs import fetched_for_data, read_data
     from dora_dist.training.run import pruning_budget
 
     local = fetched_for_data(config)
     processor, data = read_data(local, Path(local.model.path), progress=True)
-    tokenizer = processor.tokenizer if isinstance(processor, PictureProcessor) else processor
+    tokenizer = task_named(config.model.task).tokenizer(processor)
     steps = optimizer_steps(config, len(data.train))
     pruning_budget(config, steps)
     console = Console(highlight=False, markup=False, emoji=False)

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.config import RunConfig
-from dora_dist.config.conflicts import FORMATS_OF_TASKS
 from dora_dist.runtime import console
+from dora_dist.tasks import task_named
 
 if TYPE_CHECKING:
-    from dora_dist.models.heads import Task
+    from dora_dist.models.heads import Head
 
 
 def evaluate_encoder(
     model_path: str | Path,
-    task: Task,
+    head: Head,
     tasks: Mapping[str, str | Path],
     *,
     fields: Mapping[str, Any],
@@ -38,13 +38,13 @@ def evaluate_encoder(
 
     run = run_of(str(model_path))
     model_fields, training_fields = run.get("model", {}), run.get("training", {})
-    data = {**run.get("data", {}), **fields, "format": FORMATS_OF_TASKS[task.name]}
+    data = {**run.get("data", {}), **fields, "format": task_named(head.task).formats[0]}
     training = {
         "global_batch_size": batch_size,
         "micro_batch_size": batch_size,
         "num_beams": num_beams or training_fields.get("num_beams", 4),
     }
-    model_of = {"path": str(model_path), "task": task.name, "num_labels": task.num_labels}
+    model_of = {"path": str(model_path), "task": head.task, "num_labels": head.num_labels}
     configs = {name: _config(model_of, {**data, "train": str(file)}, training) for name, file in tasks.items()}
     dtype = dtype or model_fields.get("dtype", "fp32")
     started = time.perf_counter()
@@ -57,7 +57,7 @@ def evaluate_encoder(
         results[name] = {"file": str(tasks[name]), **scores, "seconds": round(time.perf_counter() - began, 3)}
     return {
         "model": str(model_path),
-        "task": task.name,
+        "task": head.task,
         "settings": {**training, "dtype": dtype, "limit": limit, "data": data},
         "tasks": results,
         "load_seconds": round(loaded - started, 3),
@@ -82,12 +82,12 @@ def score_records(
     import torch
 
     from dora_dist.data import EpochBatches, EpochDataLoader, build_data
-    from dora_dist.tasks.objectives import objective
 
     dataset = build_data(config, tokenizer, progress=progress).train
     if limit is not None:
         dataset = dataset.first(limit)
-    aim, size = objective(config, tokenizer, model), config.training.micro_batch_size
+    aim = task_named(config.model.task).objective(tokenizer, model, data=config.data, training=config.training)
+    size = config.training.micro_batch_size
     order = EpochBatches.in_order(len(dataset), micro_batch_size=size, world_size=1, rank=0)
     loader = EpochDataLoader(aim.with_filler(dataset), batch_sampler=order, collate_fn=aim.collator)
     device = next(model.parameters()).device

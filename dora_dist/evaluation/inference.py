@@ -20,18 +20,10 @@ from dora_dist.models.folder import (
     reason,
     transformers_config,
 )
-from dora_dist.models.heads import (
-    CLASSIFICATION,
-    GENERATIVE,
-    Task,
-    auto_class,
-    model_class,
-    task_of_adapter,
-    task_of_model,
-)
+from dora_dist.models.heads import Head, head_of_adapter, head_of_model
 from dora_dist.models.tokenizer import load_tokenizer
 from dora_dist.models.unused import say_unused
-from dora_dist.models.vocabulary import agree_on_padding, refuse_tokens_without_rows
+from dora_dist.models.vocabulary import refuse_tokens_without_rows
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.hub import fetch
 from dora_dist.weights.loading import is_finite
@@ -53,8 +45,7 @@ def load_for_inference(path: str, dtype: str = "bf16", base: str | None = None) 
     model = _plain(folder, dtype) if adapter is None else _adapted(adapter, folder, dtype, device)
     tokenizer = tokenizer_at(path, base)
     refuse_tokens_without_rows(model, tokenizer, folder)
-    if task_at(path).name == CLASSIFICATION:
-        agree_on_padding(model, tokenizer)
+    head_at(path).fit(model, tokenizer)
     model.config.use_cache = True
     if head := model.get_output_embeddings():
         head.register_forward_pre_hook(_contiguous)
@@ -65,12 +56,12 @@ def load_for_inference(path: str, dtype: str = "bf16", base: str | None = None) 
 def _plain(folder: Path, dtype: str) -> Any:
     """A whole model, read by transformers, which would make up what is missing and only say so in its log."""
     opened = ModelFolder.open(folder)
-    task = task_of_model(opened.config)
-    model_class(transformers_config(folder), task)
+    head = head_of_model(opened.config)
+    head.model_class(transformers_config(folder))
     if (folder / GENERATION_CONFIG).exists():
         generation_config(folder)
     try:
-        model, report = auto_class(task).from_pretrained(
+        model, report = head.reading_class().from_pretrained(
             folder,
             dtype=DTYPES[dtype],
             use_safetensors=True,
@@ -98,13 +89,13 @@ def tokenizer_at(path: str, base: str | None = None) -> Any:
     run = run_folder.config_of(adapter).get("model", {}) if adapter else {}
     with_adapter = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
     source = with_adapter or run.get("tokenizer") or base_folder(path, base)
-    return load_tokenizer(source, generative=task_at(path).name in GENERATIVE)
+    return load_tokenizer(source, generative=head_at(path).generative)
 
 
-def task_at(path: str) -> Task:
-    """The task of the model that `load_for_inference` would load. Raises UserError as that does."""
+def head_at(path: str) -> Head:
+    """The head of the model that `load_for_inference` would load. Raises UserError as that does."""
     adapter = adapter_at(path)
-    return task_of_model(read_config(_folder(path))) if adapter is None else task_of_adapter(PeftFolder.open(adapter))
+    return head_of_model(read_config(_folder(path))) if adapter is None else head_of_adapter(PeftFolder.open(adapter))
 
 
 def base_folder(path: str, base: str | None = None) -> Path:
@@ -167,14 +158,14 @@ def _folder(path: str) -> Path:
 
 
 def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) -> Any:
-    adapter, task = read_peft_folder(folder), task_of_adapter(PeftFolder.open(folder))
+    adapter, head = read_peft_folder(folder), head_of_adapter(PeftFolder.open(folder))
     placement = WholePlacement(device or "cpu")
     run = build_model(
         base,
         like(adapter),
         placement,
         dtype=dtype,
-        task=task,
+        head=head,
         trained_modules=adapter.modules_to_save,
         start_from=adapter,
     )

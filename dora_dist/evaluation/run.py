@@ -140,23 +140,23 @@ def _by_task(
     common: dict[str, Any],
 ) -> dict[str, Any]:
     """The evaluation of this kind of model. Raises UserError for a setting that means nothing to it."""
-    from dora_dist.evaluation.inference import task_at
-    from dora_dist.models.heads import CAUSAL_LM, IMAGE_TEXT, SEQ2SEQ_LM
+    from dora_dist.evaluation.inference import head_at
+    from dora_dist.models.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, SEQ2SEQ_LM
 
-    task = task_at(str(model_path))
-    if asking.get("mode") == "loss" and task.name != CAUSAL_LM:
-        raise UserError(f"--mode loss: is for a language model, and this is {task.name}; leave it out")
-    if task.name in (CAUSAL_LM, IMAGE_TEXT):
+    task = head_at(str(model_path))
+    if asking.get("mode") == "loss" and task.task != CAUSAL_LM.task:
+        raise UserError(f"--mode loss: is for a language model, and this is {task.task}; leave it out")
+    if task.task in (CAUSAL_LM.task, IMAGE_TEXT_TO_TEXT.task):
         _refuse_other_modes(asking, searching)
-    if task.name == CAUSAL_LM:
-        _refuse(task.name, fields | {name: value for name, value in asking.items() if name == "instruction"})
+    if task.task == CAUSAL_LM.task:
+        _refuse(task.task, fields | {name: value for name, value in asking.items() if name == "instruction"})
         return evaluate_language_model(model_path, tasks, **asking, **searching, **common)
-    if task.name == IMAGE_TEXT:
-        _refuse(task.name, fields, PICTURE_FIELDS)
+    if task.task == IMAGE_TEXT_TO_TEXT.task:
+        _refuse(task.task, fields, PICTURE_FIELDS)
         return evaluate_pictures(model_path, tasks, fields=fields, **asking, **searching, **common)
-    _refuse(task.name, fields | asking, ENCODER_FIELDS)
-    if task.name != SEQ2SEQ_LM:
-        _refuse(task.name, searching)
+    _refuse(task.task, fields | asking, ENCODER_FIELDS)
+    if task.task != SEQ2SEQ_LM.task:
+        _refuse(task.task, searching)
     if "max_new_tokens" in searching:
         fields["target_len"] = searching.pop("max_new_tokens")
     return evaluate_encoder(model_path, task, tasks, fields=fields, **searching, **common)

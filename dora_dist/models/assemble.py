@@ -197,9 +197,9 @@ def _preprocessing(vision: Path, model_type: str) -> dict[str, Any]:
 def _parts(folder: Path, config: Any, tower: TensorFolder, text: TensorFolder) -> list[list[Part]]:
     """What to write: one file for each file that is read, and one for the projector."""
     from dora_dist.models.build import skeleton
-    from dora_dist.models.heads import IMAGE_TEXT, Task
+    from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT
 
-    model = skeleton(folder, Task(IMAGE_TEXT))
+    model = skeleton(folder, IMAGE_TEXT_TO_TEXT)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     rename = rename_for(model)
     files: dict[Path, list[Part]] = {}

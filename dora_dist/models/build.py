@@ -14,7 +14,7 @@ from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.adapters.recompute import keeping_outputs
 from dora_dist.models import start
 from dora_dist.models.folder import GENERATION_CONFIG, ModelFolder, generation_config, reason, transformers_config
-from dora_dist.models.heads import IMAGE_TEXT, LANGUAGE_MODEL, Task, configure, default_trained, model_class
+from dora_dist.models.heads import CAUSAL_LM, Head
 from dora_dist.models.tying import untie, untie_different
 from dora_dist.models.unused import report_unused
 from dora_dist.runtime.errors import UserError
@@ -41,7 +41,7 @@ class AdaptedModel:
     adapted: list[str]
     base: Path
     base_bytes_read: int
-    task: Task = LANGUAGE_MODEL
+    head: Head = CAUSAL_LM
     trained: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     resized: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
@@ -56,7 +56,7 @@ def build_model(
     refresher: Callable[[nn.Module], NormRefresher] = NormRefresher,
     *,
     dtype: str = "bf16",
-    task: Task = LANGUAGE_MODEL,
+    head: Head = CAUSAL_LM,
     trained_modules: Sequence[str] | None = None,
     start_from: PeftAdapter | None = None,
     attn_implementation: str = "sdpa",
@@ -64,7 +64,7 @@ def build_model(
     seed: int = 0,
     inspect: Callable[[Any], None] = lambda model: None,
 ) -> AdaptedModel:
-    """Build, adapt and load the model for `task` from a local folder; norms are refreshed before it returns.
+    """Build, adapt and load the model with `head` from a local folder; norms are refreshed before it returns.
 
     The skeleton is made without memory, the adapters are injected into it, and only then does each parameter get
     its place (whole, or this rank's shard). Adapters start as the paper says (paper section 4.1, by `seed`), or as
@@ -76,19 +76,19 @@ def build_model(
     """
     opened = ModelFolder.open(base)
     folder = opened.tensors
-    model = skeleton(base, task, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
-    named = stored_names(folder.entries, rename_for(model) if task.name == IMAGE_TEXT else None)
+    model = skeleton(base, head, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    named = stored_names(folder.entries, rename_for(model) if head.reads_pictures else None)
     stored = untie_different(model, folder, named)
     report_unused(opened, model, stored)
     if trained_modules is None:
-        trained = default_trained(model, task, stored)
+        trained = head.default_trained(model, stored)
     else:
         trained = trained_in_full(model, trained_modules)
     untied, stored = untie(model, [*trained, *plan(model)], stored)
     adapted = inject(model, plan, trained)
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}  # shards have none
     if start_from is not None:
-        start.check(model, shapes, start_from, base, task)
+        start.check(model, shapes, start_from, base, head)
     inspect(model)
     base_digest = sampled_digest(folder) if placement.first else ""
     if start_from is not None and start_from.source is not None and placement.first:
@@ -102,7 +102,7 @@ def build_model(
         start.assign(model, start_from, placement)
         norms.refresh()
     return AdaptedModel(
-        model, norms, adapted, base, folder.bytes_read, task, trained, fresh, resized, untied, base_digest
+        model, norms, adapted, base, folder.bytes_read, head, trained, fresh, resized, untied, base_digest
     )
 
 
@@ -119,7 +119,7 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def skeleton(
-    base: Path, task: Task = LANGUAGE_MODEL, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False
+    base: Path, head: Head = CAUSAL_LM, *, attn_implementation: str = "sdpa", trust_remote_code: bool = False
 ) -> Any:
     """The model's modules with parameters on the meta device and real buffers (rotary frequencies and the like)."""
     from accelerate import init_empty_weights
@@ -127,8 +127,8 @@ def skeleton(
     from transformers.modeling_utils import set_zero3_state
 
     config = transformers_config(base, trust_remote_code)
-    configure(config, task)
-    kind: Any = model_class(config, task, trust_remote_code)
+    head.configure(config)
+    kind: Any = head.model_class(config, trust_remote_code)
     sdpa = attn_implementation != "sdpa" or getattr(kind, "_supports_sdpa", True)
     config._attn_implementation = attn_implementation if sdpa else "eager"
     config.use_cache = False

@@ -1,7 +1,12 @@
-"""What a model is built for: its class of transformers, its head, and how its adapter says so."""
+"""What a model ends in: its class of transformers, the modules that are new in it, and how its adapter says so.
+
+`Head` is what models, checkpoints and adapters' folders know of a task.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
@@ -9,135 +14,210 @@ from torch import nn
 from dora_dist.adapters.inject import trained_in_full
 from dora_dist.adapters.peft_format import PeftFolder
 from dora_dist.models.folder import own_code_needed
-from dora_dist.models.llava import LLAVA_PARTS, PROJECTOR, check_family
+from dora_dist.models.llava import LLAVA_PARTS, PROJECTOR, check_family, prepare_for_training
+from dora_dist.models.vocabulary import agree_on_padding
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.names import locate
 
-CAUSAL_LM = "causal_lm"
-CLASSIFICATION = "sequence_classification"
-QUESTIONS = "question_answering"
-SEQ2SEQ_LM = "seq2seq_lm"
-IMAGE_TEXT = "image_text_to_text"
-GENERATIVE = (CAUSAL_LM, SEQ2SEQ_LM, IMAGE_TEXT)
-"""Tasks whose answer is text, and whose models have no head of their own for it."""
-PEFT_TYPES = {
-    IMAGE_TEXT: "CAUSAL_LM",
-    CAUSAL_LM: "CAUSAL_LM",
-    CLASSIFICATION: "SEQ_CLS",
-    QUESTIONS: "QUESTION_ANS",
-    SEQ2SEQ_LM: "SEQ_2_SEQ_LM",
-}
-"""PEFT's `task_type` of each task."""
-_MAPPINGS = {
-    CAUSAL_LM: ("MODEL_FOR_CAUSAL_LM_MAPPING", "AutoModelForCausalLM"),
-    IMAGE_TEXT: ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "AutoModelForImageTextToText"),
-    QUESTIONS: ("MODEL_FOR_QUESTION_ANSWERING_MAPPING", "AutoModelForQuestionAnswering"),
-    CLASSIFICATION: ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "AutoModelForSequenceClassification"),
-    SEQ2SEQ_LM: ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "AutoModelForSeq2SeqLM"),
-}
 _KEPT_FIELDS = ("architectures", "id2label", "label2id", "problem_type", "pad_token_id")
 
 
 @dataclass(frozen=True)
-class Task:
-    """`name` is a key of PEFT_TYPES; `num_labels` is the head's number of outputs, 1 for regression."""
+class Head:
+    """A head that the pre-trained model does not have: it is trained in full beside the adapters.
 
-    name: str = CAUSAL_LM
-    num_labels: int = 2
-
-
-LANGUAGE_MODEL = Task()
-
-
-def configure(config: Any, task: Task) -> None:
-    """Set what a task needs in a transformers configuration, in place."""
-    if task.name == QUESTIONS:
-        config.num_labels = 2  # where an answer starts, and where it ends
-    if task.name == CLASSIFICATION:
-        if config.num_labels != task.num_labels:
-            config.num_labels = task.num_labels
-        config.problem_type = "regression" if task.num_labels == 1 else "single_label_classification"
-
-
-def model_class(config: Any, task: Task, trust_remote_code: bool = False) -> type[nn.Module]:
-    """The class of transformers for a configuration and a task. Raises UserError where there is none."""
-    from transformers.models.auto import modeling_auto
-
-    mapping, auto_name = _MAPPINGS[task.name]
-    if task.name == IMAGE_TEXT:
-        check_family(config)
-    known = getattr(modeling_auto, mapping)
-    if type(config) in known:
-        return cast(type[nn.Module], known[type(config)])
-    if trust_remote_code and auto_name in (getattr(config, "auto_map", None) or {}):
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        return get_class_from_dynamic_module(config.auto_map[auto_name], config._name_or_path)
-    if auto_name in (getattr(config, "auto_map", None) or {}):
-        raise UserError(f"{config._name_or_path}/config.json: {own_code_needed(config._name_or_path)}")
-    kind = task.name.replace("_", " ").replace("causal lm", "causal language")
-    raise UserError(f"model.path: {config.model_type!r} is not a {kind} model that {auto_name} knows")
-
-
-def default_trained(model: Any, task: Task, stored: Mapping[str, str]) -> list[str]:
-    """The modules of `model` to train in full unless told otherwise, by name.
-
-    The projector of one that sees pictures, none for another that writes text. Else the head, which is all that lies
-    outside the pre-trained encoder, and the encoder's own pooler where the folder (`stored_names`) has none.
+    task: the name of the task, as in model.task. auto_class: the class of transformers that reads any model with such
+    a head, and mapping: its table in transformers.models.auto.modeling_auto. peft_type: PEFT's `task_type`.
+    num_labels: the head's outputs where the run chooses them, 1 for regression. words: the task in messages.
     """
-    if task.name == IMAGE_TEXT:
-        return trained_in_full(model, [PROJECTOR])
-    if task.name in GENERATIVE:
+
+    task: str
+    auto_class: str
+    mapping: str
+    peft_type: str
+    num_labels: int = 2
+    words: str = ""
+
+    @property
+    def generative(self) -> bool:
+        """Whether the model writes text, whose end its tokenizer must know."""
+        return False
+
+    @property
+    def reads_pictures(self) -> bool:
+        return False
+
+    def with_labels(self, count: int) -> Head:
+        """The head with so many outputs, where the run chooses how many there are."""
+        return self
+
+    def configure(self, config: Any) -> None:
+        """Set what the head needs in a transformers configuration, in place."""
+
+    def model_class(self, config: Any, trust_remote_code: bool = False) -> type[nn.Module]:
+        """The class of transformers for a configuration. Raises UserError where there is none."""
+        from transformers.models.auto import modeling_auto
+
+        known, auto = getattr(modeling_auto, self.mapping), self.auto_class
+        if type(config) in known:
+            return cast(type[nn.Module], known[type(config)])
+        own_code = getattr(config, "auto_map", None) or {}
+        if trust_remote_code and auto in own_code:
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            return get_class_from_dynamic_module(own_code[auto], config._name_or_path)
+        if auto in own_code:
+            raise UserError(f"{config._name_or_path}/config.json: {own_code_needed(config._name_or_path)}")
+        kind = self.words or self.task.replace("_", " ")
+        raise UserError(f"model.path: {config.model_type!r} is not a {kind} model that {auto} knows")
+
+    def reading_class(self) -> Any:
+        """The class of transformers that reads a folder of any such model."""
+        import transformers
+
+        return getattr(transformers, self.auto_class)
+
+    def is_named_by(self, config: Mapping[str, Any]) -> bool:
+        """Whether a folder's config.json describes such a model."""
+        from transformers.models.auto import modeling_auto
+
+        known = getattr(modeling_auto, f"{self.mapping}_NAMES").get(config.get("model_type"))
+        return known is not None and known in (config.get("architectures") or ())
+
+    def fit(self, model: Any, tokenizer: Any) -> None:
+        """Set what a built model must know of its tokenizer, in place."""
+
+    def prepare_for_training(self, model: Any) -> None:
+        """Change an adapted model, in place, so that ranks with different batches can train it."""
+
+    def default_trained(self, model: Any, stored: Mapping[str, str]) -> list[str]:
+        """The modules of `model` to train in full unless told otherwise, by name.
+
+        The head, which is all that lies outside the pre-trained encoder, and the encoder's own pooler where the folder
+        (`stored_names`) has none.
+        """
+        prefix = model.base_model_prefix
+        names = [name for name, child in model.named_children() if name != prefix and _has_parameters(child)]
+        pooler = f"{prefix}.pooler"
+        new = [locate(n, stored, prefix) is None for n, _ in model.named_parameters() if n.startswith(f"{pooler}.")]
+        return [*names, pooler] if new and all(new) else names
+
+    def kept_config(self, model: Any) -> dict[str, Any]:
+        """What the configuration of a model with an adapter has that its base's has not; plain JSON."""
+        full = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+        return {name: full[name] for name in _KEPT_FIELDS if full.get(name) is not None}
+
+    def recognises(self, adapter: PeftFolder) -> bool:
+        """Whether a saved adapter is for such a model."""
+        return bool(adapter.config.get("task_type") == self.peft_type)
+
+
+class _Labels(Head):
+    """One of `num_labels` labels for a text, or a rating."""
+
+    def with_labels(self, count: int) -> Head:
+        return replace(self, num_labels=count)
+
+    def configure(self, config: Any) -> None:
+        if config.num_labels != self.num_labels:  # setting it makes new names for all labels
+            config.num_labels = self.num_labels
+        config.problem_type = "regression" if self.num_labels == 1 else "single_label_classification"
+
+    def fit(self, model: Any, tokenizer: Any) -> None:
+        agree_on_padding(model, tokenizer)
+
+
+class _Span(Head):
+    def configure(self, config: Any) -> None:
+        config.num_labels = 2  # where an answer starts, and where it ends
+
+
+class _Language(Head):
+    """A model that writes text with the head that it was pre-trained with."""
+
+    @property
+    def generative(self) -> bool:
+        return True
+
+    def default_trained(self, model: Any, stored: Mapping[str, str]) -> list[str]:
         return []
-    prefix = model.base_model_prefix
-    names = [name for name, child in model.named_children() if name != prefix and _has_parameters(child)]
-    pooler = f"{prefix}.pooler"
-    new = [locate(n, stored, prefix) is None for n, _ in model.named_parameters() if n.startswith(f"{pooler}.")]
-    return [*names, pooler] if new and all(new) else names
+
+    def kept_config(self, model: Any) -> dict[str, Any]:
+        return {}
+
+
+class _EncoderDecoder(_Language):
+    def kept_config(self, model: Any) -> dict[str, Any]:
+        return {"architectures": [type(model).__name__]}
+
+
+class _Pictures(_Language):
+    """A language model behind a vision tower and a projector, which is trained in full."""
+
+    @property
+    def reads_pictures(self) -> bool:
+        return True
+
+    def model_class(self, config: Any, trust_remote_code: bool = False) -> type[nn.Module]:
+        check_family(config)
+        return super().model_class(config, trust_remote_code)
+
+    def prepare_for_training(self, model: Any) -> None:
+        prepare_for_training(model)
+
+    def default_trained(self, model: Any, stored: Mapping[str, str]) -> list[str]:
+        return trained_in_full(model, [PROJECTOR])
+
+    def recognises(self, adapter: PeftFolder) -> bool:
+        """By its parts' names: PEFT has no type of its own for models with pictures."""
+        return any(part in LLAVA_PARTS for name in (*adapter.modules, *adapter.trained) for part in name.split("."))
+
+
+CAUSAL_LM = _Language(
+    "causal_lm", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING", "CAUSAL_LM", words="causal language"
+)
+SEQUENCE_CLASSIFICATION = _Labels(
+    "sequence_classification",
+    "AutoModelForSequenceClassification",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "SEQ_CLS",
+)
+QUESTION_ANSWERING = _Span(
+    "question_answering", "AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING", "QUESTION_ANS"
+)
+SEQ2SEQ_LM = _EncoderDecoder(
+    "seq2seq_lm", "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "SEQ_2_SEQ_LM"
+)
+IMAGE_TEXT_TO_TEXT = _Pictures(
+    "image_text_to_text", "AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "CAUSAL_LM"
+)
+
+_HEADS = [IMAGE_TEXT_TO_TEXT, SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING, SEQ2SEQ_LM]
+"""Heads that folders are compared with; a folder that none of them recognises is a language model's."""
+
+
+def register(head: Head) -> None:
+    """Have folders of models and adapters with such a head recognised."""
+    if head not in (CAUSAL_LM, *_HEADS):
+        _HEADS.insert(0, head)  # the latest first: it may share another's PEFT type, and know its own better
 
 
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def kept_config(model: Any, task: Task) -> dict[str, Any]:
-    """What the configuration of a model with an adapter has that its base's has not; plain JSON."""
-    if task.name in (CAUSAL_LM, IMAGE_TEXT):
-        return {}
-    architectures = [type(model).__name__]
-    if task.name == SEQ2SEQ_LM:
-        return {"architectures": architectures}
-    full = {**model.config.to_dict(), "architectures": architectures}
-    return {name: full[name] for name in _KEPT_FIELDS if full.get(name) is not None}
-
-
-def task_of_adapter(adapter: PeftFolder) -> Task:
-    """The task that a saved adapter is for: from PEFT's `task_type`, and its `kept_config` if it has one.
+def head_of_adapter(adapter: PeftFolder) -> Head:
+    """The head that a saved adapter is for, from PEFT's `task_type`, and its `kept_config` if it has one.
 
     A folder of PEFT's own says nowhere how many labels there are; its head's last layer has as many rows, and they
-    are fewer than any other's. PEFT has no type for models with pictures; their parts' names tell.
+    are fewer than any other's.
     """
-    if any(part in LLAVA_PARTS for name in (*adapter.modules, *adapter.trained) for part in name.split(".")):
-        return Task(IMAGE_TEXT)
-    names = {peft: name for name, peft in PEFT_TYPES.items()}
+    head = next((head for head in _HEADS if head.recognises(adapter)), CAUSAL_LM)
     rows = [adapter.tensors.entries[stored].shape[0] for stored in adapter.trained.values()]
-    labels = len(adapter.model_config.get("id2label") or ()) or min(rows, default=2)
-    return Task(names.get(adapter.config.get("task_type") or "", CAUSAL_LM), labels)
+    return head.with_labels(len(adapter.model_config.get("id2label") or ()) or min(rows, default=2))
 
 
-def task_of_model(config: Mapping[str, Any]) -> Task:
-    """The task of a model folder, from its config.json; a language model's where its class says nothing else."""
-    from transformers.models.auto import modeling_auto
-
-    for name in (CLASSIFICATION, QUESTIONS, SEQ2SEQ_LM, IMAGE_TEXT):
-        known = getattr(modeling_auto, f"{_MAPPINGS[name][0]}_NAMES").get(config.get("model_type"))
-        if known is not None and known in (config.get("architectures") or ()):
-            return Task(name, len(config.get("id2label") or range(2)))
-    return LANGUAGE_MODEL
-
-
-def auto_class(task: Task) -> Any:
-    """The class of transformers that reads a folder of any model for a task."""
-    import transformers
-
-    return getattr(transformers, _MAPPINGS[task.name][1])
+def head_of_model(config: Mapping[str, Any]) -> Head:
+    """The head of a model's folder, from its config.json; a language model's where its class says nothing else."""
+    head = next((head for head in _HEADS if head.is_named_by(config)), CAUSAL_LM)
+    return head.with_labels(len(config.get("id2label") or range(2)))

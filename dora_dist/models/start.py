@@ -9,16 +9,16 @@ from torch import nn
 
 from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec, adapted_layers
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, warn_of_lacking
-from dora_dist.models.heads import PEFT_TYPES, Task
+from dora_dist.models.heads import Head
 from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.placement import Placement
 
 
-def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdapter, base: Path, task: Task) -> None:
+def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdapter, base: Path, head: Head) -> None:
     """Raise UserError where an adapter is not of the layers, ranks and shapes of an adapted `model`.
 
-    `trained` are the shapes of its parameters that are trained, `base` and `task` what it was made of. Warns of what
+    `trained` are the shapes of its parameters that are trained, `base` and `head` what it was made of. Warns of what
     is odd and yet can be meant: another task, layers that are missing.
     """
     where = str(adapter.source.path) if adapter.source else "the adapter"
@@ -35,11 +35,10 @@ def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdap
                 "trained on"
             )
     _check_trained(where, trained, adapter)
-    peft_type = PEFT_TYPES[task.name]
-    if adapter.task_type not in (None, peft_type):
+    if adapter.task_type not in (None, head.peft_type):
         warn(
-            f"{where} was trained with task_type={adapter.task_type}, and model.task = {task.name!r} is {peft_type}: "
-            "make sure that it is meant as a start for another task"
+            f"{where} was trained with task_type={adapter.task_type}, and model.task = {head.task!r} is "
+            f"{head.peft_type}: make sure that it is meant as a start for another task"
         )
 
 

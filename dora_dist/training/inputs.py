@@ -15,6 +15,7 @@ from dora_dist.data.repository import data_files
 from dora_dist.runtime.distributed import World, together
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.hub import CODE, TEXTS, NotReached, Repository, by_hand, wanted
+from dora_dist.tasks import task_named
 
 if TYPE_CHECKING:
     from dora_dist.data import TokenizedData
@@ -26,19 +27,8 @@ _LONGEST_DOWNLOAD = timedelta(days=1)
 def read_data(config: RunConfig, base: Path, *, progress: bool) -> tuple[Any, TokenizedData]:
     """The tokenizer (or picture processor) and the data of a run whose names are `fetched`. Raises UserError."""
     from dora_dist.data import build_data
-    from dora_dist.models.heads import GENERATIVE, IMAGE_TEXT
-    from dora_dist.models.processor import load_processor
-    from dora_dist.models.tokenizer import load_tokenizer
 
-    model = config.model
-    if model.task == IMAGE_TEXT:
-        tokenizer: Any = load_processor(base, config.data, model.tokenizer)
-    else:
-        tokenizer = load_tokenizer(
-            model.tokenizer or str(base),
-            trust_remote_code=model.trust_remote_code,
-            generative=model.task in GENERATIVE,
-        )
+    tokenizer = task_named(config.model.task).processor(base, config.model, config.data)
     data = build_data(config, tokenizer, progress=progress)
     if config.training.eval_every and data.validation is None:
         raise UserError(

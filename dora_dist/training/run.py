@@ -26,6 +26,7 @@ from dora_dist.runtime.launchers import rank_among_several
 from dora_dist.runtime.run_log import RunLog
 from dora_dist.runtime.stopping import StopRequest
 from dora_dist.runtime.watch import Watch
+from dora_dist.tasks import task_named
 from dora_dist.training.agreement import of_configuration, of_data, of_model_folder
 from dora_dist.training.resume import check_unused, compare, find_checkpoint, is_finished, read_by_all
 
@@ -139,8 +140,6 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.adapters.layer import adapted_layers
     from dora_dist.checkpoint.format import check_budget
     from dora_dist.models.build import build_model, checkpoint_activations
-    from dora_dist.models.heads import IMAGE_TEXT, Task
-    from dora_dist.models.llava import prepare_for_training
     from dora_dist.models.vocabulary import check_vocabulary
     from dora_dist.training import doubts
     from dora_dist.training.arguments import training_arguments
@@ -177,8 +176,8 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
             files |= of_model_folder("adapter.init_from", Path(config.adapter.init_from), whole=True)
     contents = of_data(data)
     check_agreement(world, files | contents)
-    reader = tokenizer.tokenizer if model.task == IMAGE_TEXT else tokenizer
-    check_vocabulary(reader, base_config.get_text_config().vocab_size, model.path, data.token_ids())
+    task = task_named(model.task)
+    check_vocabulary(task.tokenizer(tokenizer), base_config.get_text_config().vocab_size, model.path, data.token_ids())
     plan = adapter_plan(config.adapter)
     if resume is not None and budget is not None:
         with together(f"reading {resume}"):
@@ -195,7 +194,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         ShardedPlacement(deepspeed),
         ShardedNormRefresher,
         dtype=model.dtype,
-        task=Task(model.task, model.num_labels),
+        head=task.head(model),
         trained_modules=config.adapter.trained_modules,
         start_from=start_from,
         attn_implementation=model.attn_implementation,
@@ -203,8 +202,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         seed=config.training.seed,
         inspect=lambda adapted: doubts.of_model(config, adapted, data.train),
     )
-    if model.task == IMAGE_TEXT:
-        prepare_for_training(run.model)
+    run.head.prepare_for_training(run.model)
     if config.training.activation_checkpointing:
         checkpoint_activations(run.model)
     if config.training.recompute_all:

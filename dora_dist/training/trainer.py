@@ -20,13 +20,11 @@ from dora_dist.checkpoint.saving import Origin, Saver
 from dora_dist.config import RunConfig
 from dora_dist.data import EpochBatches, EpochDataLoader, TokenizedData
 from dora_dist.models.build import DTYPES, AdaptedModel
-from dora_dist.models.heads import IMAGE_TEXT
-from dora_dist.models.tokenizer import files_of
 from dora_dist.runtime.console import note, warn
 from dora_dist.runtime.distributed import World
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.stopping import EvaluationStopped, StopRequest, StopTogether
-from dora_dist.tasks.objectives import objective
+from dora_dist.tasks import task_named
 from dora_dist.training.finiteness import StepLosses
 from dora_dist.training.rates import go_on_at, set_rates
 from dora_dist.training.unreadable import Unreadable
@@ -69,8 +67,9 @@ class DoraTrainer(Trainer):
         self._budget = budget
         self.run_dir = Path(config.checkpoint.run_dir)
         self.tokens_seen = 0
-        self._objective = objective(config, tokenizer, run.model)
-        self._unreadable = Unreadable(getattr(self._objective, "problems", []), config.data.bad_images, world)
+        self._task = task_named(config.model.task)
+        self._objective = self._task.objective(tokenizer, run.model, data=config.data, training=config.training)
+        self._unreadable = Unreadable(self._objective.problems, config.data.bad_images, world)
         self._stop = stop
         self._together: StopTogether | None = None
         self._saver: Saver | None = None
@@ -311,9 +310,8 @@ class DoraTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         model, run = located(self.config).model, self.run
-        text = self._tokenizer.tokenizer if model.task == IMAGE_TEXT else self._tokenizer
-        files = files_of(text, run.base if model.task == IMAGE_TEXT else None) if self.world.first else {}
-        origin = Origin(self.spec, model.path, model.revision, run.task, run.trained, run.base_digest, files)
+        files = self._task.files(self._tokenizer, run.base) if self.world.first else {}
+        origin = Origin(self.spec, model.path, model.revision, run.head, run.trained, run.base_digest, files)
         self._saver = Saver(self.model_wrapped, run.model, origin, self.config.engine.start_timeout_s)
         manifest = None if resume_from_checkpoint is None else self._go_on_from(Path(resume_from_checkpoint))
         if manifest is not None and manifest.get("compacted"):

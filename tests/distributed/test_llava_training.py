@@ -270,7 +270,7 @@ def step_and_compare(base: str, batch: dict[str, Tensor], text: Tensor) -> dict[
     from dora_dist.adapters.inject import by_pattern
     from dora_dist.adapters.layer import AdapterSpec
     from dora_dist.models.build import build_model
-    from dora_dist.models.heads import IMAGE_TEXT, Task
+    from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT
     from dora_dist.models.llava import prepare_for_training
     from dora_dist.zero3.partition import local_values
     from dora_dist.zero3.placement import ShardedPlacement
@@ -285,7 +285,7 @@ def step_and_compare(base: str, batch: dict[str, Tensor], text: Tensor) -> dict[
         "zero_allow_untested_optimizer": True,
     }
     plan = by_pattern(AdapterSpec(4, 8.0))
-    run = build_model(Path(base), plan, ShardedPlacement(engine_json), dtype="fp32", task=Task(IMAGE_TEXT))
+    run = build_model(Path(base), plan, ShardedPlacement(engine_json), dtype="fp32", head=IMAGE_TEXT_TO_TEXT)
     prepare_for_training(run.model)
     trained = [p for p in run.model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=run.model, optimizer=torch.optim.AdamW(trained, lr=0.1), config=engine_json)

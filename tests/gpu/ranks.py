@@ -70,8 +70,9 @@ def step_0(base: str, task: str, dtype: str) -> dict[str, Any]:
 
     from dora_dist.adapters.inject import by_pattern
     from dora_dist.adapters.layer import AdapterSpec
+    from dora_dist.config import ModelConfig
     from dora_dist.models.build import DTYPES, build_model
-    from dora_dist.models.heads import Task, auto_class
+    from dora_dist.tasks import task_named
     from dora_dist.zero3.placement import ShardedPlacement
 
     settings = {
@@ -80,10 +81,10 @@ def step_0(base: str, task: str, dtype: str) -> dict[str, Any]:
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 30, "reduce_bucket_size": 100_000},
         "zero_allow_untested_optimizer": True,
     }
-    device = get_accelerator().current_device_name()
-    plain = auto_class(Task(task)).from_pretrained(base, dtype=DTYPES[dtype]).to(device).eval()
+    device, head = get_accelerator().current_device_name(), task_named(task).head(ModelConfig(path=base))
+    plain = head.reading_class().from_pretrained(base, dtype=DTYPES[dtype]).to(device).eval()
     adapted = build_model(
-        Path(base), by_pattern(AdapterSpec(4, 8.0)), ShardedPlacement(settings), dtype=dtype, task=Task(task)
+        Path(base), by_pattern(AdapterSpec(4, 8.0)), ShardedPlacement(settings), dtype=dtype, head=head
     )
     trained = [p for p in adapted.model.parameters() if p.requires_grad]
     engine = deepspeed.initialize(model=adapted.model, optimizer=torch.optim.AdamW(trained), config=settings)[0]

@@ -13,19 +13,19 @@ from dora_dist.adapters.inject import by_pattern, inject, trained_in_full
 from dora_dist.adapters.layer import AdapterSpec
 from dora_dist.adapters.peft_format import read_peft_folder, write_peft_folder
 from dora_dist.checkpoint.consolidate import consolidate
-from dora_dist.evaluation.inference import load_for_inference, task_at
+from dora_dist.evaluation.inference import head_at, load_for_inference
 from dora_dist.models.build import AdaptedModel, build_model
-from dora_dist.models.heads import Task
+from dora_dist.models.heads import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.placement import WholePlacement
 from tests import encoders, toy
 
 SPEC = AdapterSpec(4, 8.0)
-CLASSIFY = Task("sequence_classification", 3)
+CLASSIFY = SEQUENCE_CLASSIFICATION.with_labels(3)
 
 
 def build(base: Path, **options: Any) -> AdaptedModel:
-    options = {"plan": by_pattern(SPEC), "task": CLASSIFY, "dtype": "fp32", **options}
+    options = {"plan": by_pattern(SPEC), "head": CLASSIFY, "dtype": "fp32", **options}
     return build_model(base, options.pop("plan"), WholePlacement(), **options)
 
 
@@ -97,8 +97,8 @@ def test_a_head_in_the_folder_is_read(tmp_path: Path) -> None:
 
 def test_a_head_for_other_labels_starts_anew(tmp_path: Path) -> None:
     base = encoders.classifier(tmp_path / "base", "roberta", num_labels=3)
-    two = Task("sequence_classification", 2)
-    run = build(base, task=two)
+    two = SEQUENCE_CLASSIFICATION.with_labels(2)
+    run = build(base, head=two)
     shapes = {"classifier.out_proj.weight": ([3, 20], [2, 20]), "classifier.out_proj.bias": ([3], [2])}
     assert (run.fresh, run.resized) == (list(shapes), shapes)
     read = AutoModelForSequenceClassification.from_pretrained(base)
@@ -107,7 +107,7 @@ def test_a_head_for_other_labels_starts_anew(tmp_path: Path) -> None:
     model.load_state_dict({name: run.model.get_parameter(name) for name in run.fresh}, strict=False)
     assert torch.equal(logits(run.model), logits(model))
     with pytest.raises(UserError, match=r"out_proj.weight'.* has shape \[3, 20\], the model needs \[2, 20\]"):
-        build(base, task=two, trained_modules=["classifier.dense"])  # the rest of the head is frozen
+        build(base, head=two, trained_modules=["classifier.dense"])  # the rest of the head is frozen
 
 
 def test_other_shapes_of_the_encoder_are_refused_even_if_trained(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_trained_modules_that_cannot_be_are_refused(tmp_path: Path) -> None:
 
 def test_a_tied_head_that_is_trained_gets_a_weight_of_its_own(tmp_path: Path) -> None:
     tied = toy.base_model(tmp_path / "tied", tie_word_embeddings=True)
-    run = build(tied, task=Task(), trained_modules=["lm_head"])
+    run = build(tied, head=CAUSAL_LM, trained_modules=["lm_head"])
     head, embedding = run.model.get_parameter("lm_head.weight"), run.model.get_parameter("model.embed_tokens.weight")
     assert head is not embedding and torch.equal(head, embedding)
     assert head.requires_grad and not embedding.requires_grad
@@ -220,7 +220,7 @@ def test_pefts_saved_modules_come_in_and_go_out(family: str, options: dict, save
         rename = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
         rename["base_model_name_or_path"] = str(base)
         (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(rename))
-        assert task_at(str(tmp_path / "peft")) == CLASSIFY
+        assert head_at(str(tmp_path / "peft")) == CLASSIFY
         theirs, _ = load_for_inference(str(tmp_path / "peft"), "fp32")
         torch.testing.assert_close(logits(theirs), expected, atol=1e-5, rtol=0)
 

@@ -16,7 +16,7 @@ from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec
 from dora_dist.config import DataConfig
 from dora_dist.models.assemble import assemble_llava
 from dora_dist.models.build import build_model, skeleton
-from dora_dist.models.heads import IMAGE_TEXT, Task
+from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT
 from dora_dist.models.llava import prepare_for_training, tokens_per_picture
 from dora_dist.models.processor import load_processor
 from dora_dist.models.tokenizer import load_tokenizer
@@ -38,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(folder: Path, target_modules: list[str] | None = None, **options: Any) -> Any:
     plan = by_pattern(SPEC, target_modules)
-    return build_model(folder, plan, WholePlacement(), dtype="fp32", task=Task(IMAGE_TEXT), **options)
+    return build_model(folder, plan, WholePlacement(), dtype="fp32", head=IMAGE_TEXT_TO_TEXT, **options)
 
 
 def trainable(folder: Path, target_modules: list[str] | None = None) -> Any:
@@ -193,7 +193,7 @@ def test_another_family_with_pictures_is_refused(tmp_path: Path) -> None:
 
     Idefics3Config().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="'idefics3' with pictures is not supported"):
-        skeleton(tmp_path, Task(IMAGE_TEXT))
+        skeleton(tmp_path, IMAGE_TEXT_TO_TEXT)
 
 
 # --- assembling ---------------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from dora_dist.adapters.layer import AdapterSpec
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.config import RunConfig
 from dora_dist.data import TokenizedData, build_data
-from dora_dist.evaluation.inference import load_for_inference, task_at
+from dora_dist.evaluation.inference import head_at, load_for_inference
 from dora_dist.metrics.rouge import rouge_metrics
 from dora_dist.models.build import AdaptedModel, build_model
-from dora_dist.models.heads import Task
+from dora_dist.models.heads import SEQ2SEQ_LM
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.placement import WholePlacement
 from tests import summaries
@@ -102,7 +102,7 @@ def test_rouge_by_hand() -> None:
 
 def build(base: Path, **options: Any) -> AdaptedModel:
     plan = by_pattern(AdapterSpec(4, 8.0))
-    return build_model(base, plan, WholePlacement(), task=Task("seq2seq_lm"), dtype="fp32", **options)
+    return build_model(base, plan, WholePlacement(), head=SEQ2SEQ_LM, dtype="fp32", **options)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -160,12 +160,12 @@ def test_pefts_folder_comes_in_and_is_merged(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "peft"))
     expected = logits(model)
     unmerged, tokenizer = load_for_inference(str(tmp_path / "peft"), "fp32")
-    assert task_at(str(tmp_path / "peft")).name == "seq2seq_lm" and tokenizer.eos_token_id == 2
+    assert head_at(str(tmp_path / "peft")) == SEQ2SEQ_LM and tokenizer.eos_token_id == 2
     torch.testing.assert_close(logits(unmerged), expected, atol=1e-4, rtol=0)
     if kind == "BartModel":  # PEFT's folder does not say what class the merged one is of; ours does
         config = {"architectures": ["BartForConditionalGeneration"]}
         (tmp_path / "peft" / "model_config.json").write_text(json.dumps(config))
     consolidate(tmp_path / "peft", base, tmp_path / "merged", progress=False)
-    assert task_at(str(tmp_path / "merged")).name == "seq2seq_lm"
+    assert head_at(str(tmp_path / "merged")) == SEQ2SEQ_LM
     merged, _ = load_for_inference(str(tmp_path / "merged"), "fp32")
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=0)

@@ -1,0 +1,42 @@
+"""A language model that sees pictures (LLaVA): the next token of a conversation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_dist.tasks.task import Task
+
+if TYPE_CHECKING:
+    from dora_dist.config import DataConfig, ModelConfig, TrainingConfig
+    from dora_dist.models.heads import Head
+    from dora_dist.tasks.objectives.base import Objective
+
+
+class ImageTextToText(Task):
+    name = "image_text_to_text"
+    formats = ("llava",)
+
+    def head(self, model: ModelConfig) -> Head:
+        from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT
+
+        return IMAGE_TEXT_TO_TEXT
+
+    def processor(self, base: Path, model: ModelConfig, data: DataConfig) -> Any:
+        """A PictureProcessor."""
+        from dora_dist.models.processor import load_processor
+
+        return load_processor(base, data, model.tokenizer)
+
+    def tokenizer(self, processor: Any) -> Any:
+        return processor.tokenizer
+
+    def files(self, processor: Any, base: Path) -> dict[str, bytes]:
+        from dora_dist.models.tokenizer import files_of
+
+        return files_of(processor.tokenizer, base)
+
+    def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
+        from dora_dist.tasks.objectives.language import PictureModelling
+
+        return PictureModelling(processor)

@@ -1,0 +1,56 @@
+"""`Objective`: what a run minimises and measures, and what the tasks' objectives share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Batch = dict[str, Any]
+PAD_TO_MULTIPLE_OF = 8  # few shapes: fewer kernels to build
+
+
+class Objective:
+    """One for each run: `collator` makes batches of samples.
+
+    `loss` is loss(outputs, labels, num_items_in_batch) of this rank's batch divided by the items of all ranks; None:
+    the model computes it itself. `problems` are messages about this rank's samples that could not be read, and
+    carried no loss: whoever reports them clears the list.
+    """
+
+    collator: Any
+    loss: Callable[..., Tensor] | None = None
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def with_filler(self, dataset: Any) -> Any:
+        """The data set with the sample FILLER, which carries no loss."""
+        raise NotImplementedError
+
+    def prepared(self, batch: Batch) -> Batch:
+        """What the model's forward takes."""
+        return batch
+
+    def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
+        """Metrics over all ranks' `batches` of a `dataset` (collective, if there are ranks); the same on every rank."""
+        raise NotImplementedError
+
+
+def everyones(batches: list[Tensor]) -> Tensor:
+    """This rank's batches of rows -> all ranks' rows, in the data set's order, with its fillers at the end."""
+    local = torch.stack(batches)
+    if not dist.is_initialized():
+        return local.flatten(0, 1)
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local)
+    return torch.stack(parts, dim=1).flatten(0, 2)  # rank k has batches k, k + W, ... of the set
+
+
+def add_up(total: Tensor) -> None:
+    """Sum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(total)

@@ -1,0 +1,63 @@
+"""The next token of a text, and of a text with pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dora_dist.data import IGNORED, Collator, WithFiller
+from dora_dist.data.pictures import PictureCollator, PictureProcessor
+from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Batch, Objective, add_up
+
+
+class LanguageModelling(Objective):
+    """Cross entropy per valid token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self.collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
+
+    def with_filler(self, dataset: Any) -> WithFiller:
+        return WithFiller(dataset, self.collator.pad_token_id)
+
+    def prepared(self, batch: Batch) -> Batch:
+        return labelled_positions(batch)
+
+    def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in batches:
+            batch = self.prepared(batch)
+            # num_items_in_batch=1 makes the model return the SUM of its tokens' losses.
+            total[0] += model(**batch, num_items_in_batch=1).loss.double()
+            total[1] += (batch["shift_labels"] != IGNORED).sum()
+        add_up(total)
+        return {"loss": float(total[0] / total[1])}
+
+
+def labelled_positions(batch: Batch) -> Batch:
+    """Have the model compute logits only at positions where some row has a label.
+
+    With a loss on answers alone that is a quarter of them or less, and logits are the largest activation. Labels are
+    (batch, length) token ids, IGNORED where nothing is predicted; "shift_labels" are those of the next token at the
+    positions kept (batch, kept), which "logits_to_keep" lists.
+    """
+    following = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    kept = (following != IGNORED).any(0).nonzero()[:, 0]
+    if not len(kept):  # a batch of fillers: one position without a label, so that every rank runs every module
+        kept = kept.new_zeros(1)
+    return {**batch, "shift_labels": following[:, kept], "logits_to_keep": kept}
+
+
+class PictureModelling(LanguageModelling):
+    """Cross entropy per valid token of texts with pictures; those that cannot be read are `problems`."""
+
+    def __init__(self, processor: PictureProcessor) -> None:
+        super().__init__(processor.tokenizer)
+        self.collator = PictureCollator(processor.tokenizer.pad_token_id, processor.size, PAD_TO_MULTIPLE_OF)
+
+    def prepared(self, batch: Batch) -> Batch:
+        self.problems += batch.pop("problems", [])
+        return super().prepared(batch)

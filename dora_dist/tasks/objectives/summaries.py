@@ -1,0 +1,68 @@
+"""A text written by an encoder-decoder model after it has read another."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_dist.data import IGNORED, WithFiller
+from dora_dist.metrics.rouge import rouge_metrics
+from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Batch, Objective, add_up, everyones
+
+
+class Summarising(Objective):
+    """Cross entropy per token of the summary, after the document; ROUGE of the summaries that the model writes."""
+
+    def __init__(self, tokenizer: Any, model: Any, target_len: int, num_beams: int) -> None:
+        super().__init__()
+        from transformers import DataCollatorForSeq2Seq
+
+        # Padding, labels and, from `model`'s configuration, the decoder's input: the labels one place later.
+        self.collator = DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
+        self.tokenizer, self.target_len = tokenizer, target_len
+        # Besides beams and lengths as the model's folder has it: how a summary starts and ends is the model's own.
+        self.generation = copy.deepcopy(model.generation_config)
+        self.generation.update(
+            num_beams=num_beams, max_new_tokens=target_len, max_length=None, min_length=0, do_sample=False
+        )
+        self.generation.use_cache = True
+
+    def with_filler(self, dataset: Any) -> WithFiller:
+        return WithFiller(dataset, self.tokenizer.pad_token_id)
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int = 1) -> Tensor:
+        return _losses(outputs.logits, labels) / num_items_in_batch
+
+    def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
+        written, total = [], torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in batches:
+            labels = batch.pop("labels")
+            total[0] += _losses(model(**batch).logits, labels)
+            total[1] += (labels != IGNORED).sum()
+            tokens = self._generate(model, batch)
+            written.append(F.pad(tokens, (0, self.target_len + 1 - tokens.shape[1]), value=self.tokenizer.pad_token_id))
+        add_up(total)
+        tokens = everyones(written)[: len(dataset)]
+        summaries = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return {"loss": float(total[0] / total[1]), **rouge_metrics(summaries, dataset.references)}
+
+    def _generate(self, model: Any, batch: Batch) -> Tensor:
+        """(rows, 1 + generated) token ids: the decoder's start, then the summaries."""
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        return model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            generation_config=self.generation,
+            synced_gpus=several,  # a rank that is done goes on for the others, which gather weights with it
+        )
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum over labelled tokens; logits (rows, length, vocabulary), labels (rows, length)."""
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")

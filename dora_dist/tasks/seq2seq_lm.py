@@ -1,0 +1,27 @@
+"""An encoder-decoder model: a summary of a document."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dora_dist.tasks.task import Task
+
+if TYPE_CHECKING:
+    from dora_dist.config import DataConfig, ModelConfig, TrainingConfig
+    from dora_dist.models.heads import Head
+    from dora_dist.tasks.objectives.base import Objective
+
+
+class Seq2SeqLM(Task):
+    name = "seq2seq_lm"
+    formats = ("summarisation",)
+
+    def head(self, model: ModelConfig) -> Head:
+        from dora_dist.models.heads import SEQ2SEQ_LM
+
+        return SEQ2SEQ_LM
+
+    def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
+        from dora_dist.tasks.objectives.summaries import Summarising
+
+        return Summarising(processor, model, data.target_len, training.num_beams)
