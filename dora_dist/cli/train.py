@@ -6,6 +6,7 @@ import json
 from dora_dist.cli.options import Commands, declare
 from dora_dist.config import RunConfig, add_arguments
 from dora_dist.runtime.console import say
+from dora_dist.tasks import problems
 
 
 def declare_train(commands: Commands) -> None:
@@ -28,7 +29,7 @@ def declare_train(commands: Commands) -> None:
 def load_config(options: argparse.Namespace, *, check_files: bool) -> RunConfig:
     """The run that the options of `train` describe. Raises UserError."""
     resume = ["--checkpoint.resume=auto"] if options.resume else []
-    return RunConfig.load(options.config, [*resume, *options.overrides], check_files=check_files)
+    return RunConfig.load(options.config, [*resume, *options.overrides], check_files=check_files, rules=problems)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_dist.cli.options import Commands, declare, positive
 from dora_dist.config import RunConfig, add_arguments, deepspeed_options
-from dora_dist.runtime import plugins
-from dora_dist.tasks import task_named
+from dora_dist.tasks import problems, task_named
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,8 +51,7 @@ def declare_validate(commands: Commands) -> None:
 
 
 def _validate(options: argparse.Namespace) -> None:
-    config = RunConfig.load(options.config, options.overrides, check_files=not options.no_files)
-    plugins.load(config.plugins)
+    config = RunConfig.load(options.config, options.overrides, check_files=not options.no_files, rules=problems)
     if not options.no_files:
         from dora_dist.models.folder import check_base
 

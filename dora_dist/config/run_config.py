@@ -1,10 +1,10 @@
 """A run as its JSON file describes it: the sections together, and what holds between them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from dora_dist.config import conflicts, engine, files, options, problems, source
 from dora_dist.config.schema import (
@@ -17,6 +17,9 @@ from dora_dist.config.schema import (
     TrainingConfig,
 )
 from dora_dist.config.section import Patterns, Section
+
+Rules = Callable[["RunConfig"], Iterable[str]]
+"""What is wrong with a run besides what this package knows, one line each, as `dora_dist.tasks.problems` says it."""
 
 
 class RunConfig(Section):
@@ -36,34 +39,43 @@ class RunConfig(Section):
     )
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = False) -> "RunConfig":
+    def load(
+        cls, path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = False, rules: Rules | None = None
+    ) -> "RunConfig":
         """The run that a JSON file describes, with dotted `overrides`: `["--adapter.r", "8", "--a.b=1"]`.
 
-        `check_files` also checks that every file and folder it names is there. Raises UserError.
+        `check_files` also checks that every file and folder it names is there. `rules`: further ones, whose problems
+        are told with all others. Raises UserError.
         """
         raw = source.read_json(Path(path))
         options.apply(raw, overrides, cls)
-        config = cls.from_dict(raw, name=Path(path).stem, origin=str(path))
+        config = cls.from_dict(raw, name=Path(path).stem, origin=str(path), rules=rules)
         if check_files:
             config.check_files()
         return config
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any], *, name: str = "run", origin: str = "configuration") -> "RunConfig":
-        """The run that a dict describes; `name` fills {config} in checkpoint.run_dir. Raises UserError."""
+    def from_dict(
+        cls, raw: dict[str, Any], *, name: str = "run", origin: str = "configuration", rules: Rules | None = None
+    ) -> "RunConfig":
+        """The run that a dict describes; `name` fills {config} in checkpoint.run_dir. `rules` as of `load`.
+
+        Raises UserError.
+        """
         try:
-            config = cls.model_validate(raw)
+            config = cls.model_validate(raw, context=rules)
         except ValidationError as error:
             raise problems.explain(error, cls, origin) from None
         run_dir = config.checkpoint.run_dir.replace("{config}", name)
         return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"run_dir": run_dir})})
 
     @model_validator(mode="after")
-    def _possible_together(self) -> "RunConfig":
+    def _possible_together(self, info: ValidationInfo) -> "RunConfig":
         between = conflicts.between_fields(
             self.model, self.adapter, self.data, training=self.training, engine=self.engine
         )
-        if found := [*between, *engine.conflicts(self.engine.deepspeed)]:
+        further = info.context(self) if info.context else ()
+        if found := [*between, *further, *engine.conflicts(self.engine.deepspeed)]:
             raise ValueError("\n".join(found))
         return self
 

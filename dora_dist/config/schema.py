@@ -21,11 +21,21 @@ from dora_dist.config.section import (
     Steps,
     Text,
     at_most,
+    known,
 )
 from dora_dist.runtime.errors import UserError
 
-Task = Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq_lm", "image_text_to_text"]
-Format = Literal["instruction", "alpaca", "completion", "messages", "classification", "squad", "summarisation", "llava"]
+Task = Annotated[
+    Text, known("causal_lm", "sequence_classification", "question_answering", "seq2seq_lm", "image_text_to_text")
+]
+Format = Annotated[
+    Text,
+    known("instruction", "alpaca", "completion", "messages", "classification", "squad", "summarisation", "llava"),
+]
+Metric = Annotated[
+    Text,
+    known("loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "rouge1", "rouge2", "rougeL"),
+]
 
 
 class ModelConfig(Section):
@@ -286,9 +296,7 @@ class TrainingConfig(Section):
     eval_every: Steps | None = Field(
         default=None, description="Optimizer steps between evaluations; null: none in training"
     )
-    metric: Literal[
-        "loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "rouge1", "rouge2", "rougeL"
-    ] = Field(
+    metric: Metric = Field(
         default="loss",
         description="What makes a checkpoint the best in evaluation: the lowest loss, or the highest of the others",
     )

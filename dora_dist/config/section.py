@@ -3,7 +3,7 @@
 import os
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 ABSURD = "absurd"
@@ -26,6 +26,11 @@ def at_most(most: float) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def known(*names: str) -> WithJsonSchema:
+    """For names that a plugin may add to: editors and `--help` show those of the package."""
+    return WithJsonSchema({"anyOf": [{"type": "string", "enum": list(names)}, {"type": "string", "minLength": 1}]})
 
 
 Steps = Annotated[int, Field(ge=1), at_most(10**9)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_dist.config import RunConfig
 from dora_dist.runtime import console
-from dora_dist.tasks import task_named
+from dora_dist.tasks import problems, task_named
 
 if TYPE_CHECKING:
     from dora_dist.models.heads import Head
@@ -69,7 +69,7 @@ def _config(model: dict[str, Any], data: dict[str, Any], training: dict[str, Any
     """A run whose training data is what to evaluate on: all of it, and nothing else."""
     alone = {"validation": None, "validation_samples": 0}
     raw = {"model": model, "data": {**data, **alone}, "training": training}
-    return RunConfig.from_dict(raw, origin="the evaluation")
+    return RunConfig.from_dict(raw, origin="the evaluation", rules=problems)
 
 
 def score_records(

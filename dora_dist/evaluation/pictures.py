@@ -20,6 +20,7 @@ from dora_dist.evaluation.likelihood import candidate_log_probs
 from dora_dist.evaluation.questions import FORMATS, Question, check_format, read_questions
 from dora_dist.runtime import console
 from dora_dist.runtime.errors import UserError
+from dora_dist.tasks import problems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +102,7 @@ def _data(path: str, tasks: Mapping[str, Any], run: Mapping[str, Any], fields: M
     unset = data.get("image_folder") is None
     model = {"path": path, "task": "image_text_to_text"}
     raw = {"model": model, "data": {**data, "image_folder": "."} if unset else data}
-    found = RunConfig.from_dict(raw, origin="the evaluation").data
+    found = RunConfig.from_dict(raw, origin="the evaluation", rules=problems).data
     return found.model_copy(update={"image_folder": None}) if unset else found
 
 

@@ -3,6 +3,7 @@
 from dora_dist.tasks.causal_lm import CausalLM
 from dora_dist.tasks.image_text_to_text import ImageTextToText
 from dora_dist.tasks.question_answering import QuestionAnswering
+from dora_dist.tasks.rules import check, problems
 from dora_dist.tasks.seq2seq_lm import Seq2SeqLM
 from dora_dist.tasks.sequence_classification import SequenceClassification
 from dora_dist.tasks.task import TASKS, Task, register, task_named
@@ -10,4 +11,4 @@ from dora_dist.tasks.task import TASKS, Task, register, task_named
 for _task in (CausalLM(), SequenceClassification(), QuestionAnswering(), Seq2SeqLM(), ImageTextToText()):
     register(_task)
 
-__all__ = ["TASKS", "Task", "register", "task_named"]
+__all__ = ["TASKS", "Task", "check", "problems", "register", "task_named"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.tasks.task import Task
@@ -12,9 +13,21 @@ if TYPE_CHECKING:
     from dora_dist.tasks.objectives.base import Objective
 
 
+CHAT = "messages"
+
+
 class CausalLM(Task):
     name = "causal_lm"
-    formats = ("instruction", "alpaca", "completion", "messages")
+    formats = ("instruction", "alpaca", "completion", CHAT)
+    trains_in_full = False
+
+    def fields_of(self, data: DataConfig) -> tuple[str, ...]:
+        return ("chat_template",) if data.format == CHAT else ()
+
+    def problems_of_data(self, data: DataConfig) -> Iterator[str]:
+        given = data.chat_template
+        if data.format == CHAT and given not in ("model", type(data).model_fields["chat_template"].default):
+            yield f'data.chat_template = "{given}": data.format = "{CHAT}" takes the tokenizer\'s; give "model"'
 
     def head(self, model: ModelConfig) -> Head:
         from dora_dist.models.heads import CAUSAL_LM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
 class ImageTextToText(Task):
     name = "image_text_to_text"
     formats = ("llava",)
+    fields = ("image_folder", "chat_template")
+
+    def problems_of_data(self, data: DataConfig) -> Iterator[str]:
+        if data.image_folder is None:
+            remedy = "give the folder that the pictures are in"
+            yield f'data.format = "{data.format}": data.image_folder is not set; {remedy}'
+        if data.loss_on != "answer":
+            yield (
+                f'data.loss_on = "{data.loss_on}": of conversations with pictures only the assistant\'s turns are '
+                'learnt; set it to "answer"'
+            )
 
     def head(self, model: ModelConfig) -> Head:
         from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT

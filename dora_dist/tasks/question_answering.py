@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.tasks.task import Task
 
 if TYPE_CHECKING:
-    from dora_dist.config import DataConfig, ModelConfig, TrainingConfig
+    from dora_dist.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
     from dora_dist.models.heads import Head
     from dora_dist.tasks.objectives.base import Objective
 
@@ -15,6 +16,19 @@ if TYPE_CHECKING:
 class QuestionAnswering(Task):
     name = "question_answering"
     formats = ("squad",)
+    fields = ("doc_stride",)
+
+    def metrics(self, model: ModelConfig) -> tuple[str, ...]:
+        return "f1", "exact_match"
+
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        yield from super().problems(config)
+        data = config.data
+        if data.doc_stride >= data.cutoff_len // 2:
+            yield (
+                f"data.doc_stride = {data.doc_stride}: must be below half of data.cutoff_len = {data.cutoff_len}, or "
+                "windows would hardly move on"
+            )
 
     def head(self, model: ModelConfig) -> Head:
         from dora_dist.models.heads import QUESTION_ANSWERING

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.tasks.task import Task
 
 if TYPE_CHECKING:
-    from dora_dist.config import DataConfig, ModelConfig, TrainingConfig
+    from dora_dist.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
     from dora_dist.models.heads import Head
     from dora_dist.tasks.objectives.base import Objective
 
@@ -15,6 +17,16 @@ if TYPE_CHECKING:
 class Seq2SeqLM(Task):
     name = "seq2seq_lm"
     formats = ("summarisation",)
+    fields = ("text_fields", "label_field", "target_len")
+    trains_in_full = False
+
+    def metrics(self, model: ModelConfig) -> tuple[str, ...]:
+        return "rouge1", "rouge2", "rougeL"
+
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        yield from super().problems(config)
+        if len(config.data.text_fields) > 1:
+            yield f"data.text_fields = {json.dumps(config.data.text_fields)}: a document is one field; name one"
 
     def head(self, model: ModelConfig) -> Head:
         from dora_dist.models.heads import SEQ2SEQ_LM

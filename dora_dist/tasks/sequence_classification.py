@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 class SequenceClassification(Task):
     name = "sequence_classification"
     formats = ("classification",)
+    fields = ("text_fields", "label_field")
+
+    def metrics(self, model: ModelConfig) -> tuple[str, ...]:
+        if model.num_labels == 1:
+            return "pearson", "spearman"
+        return "accuracy", "matthews", *(["f1"] if model.num_labels == 2 else [])
+
+    def words(self, model: ModelConfig) -> str:
+        return f"{super().words(model)} with model.num_labels = {model.num_labels}"
 
     def head(self, model: ModelConfig) -> Head:
         from dora_dist.models.heads import SEQUENCE_CLASSIFICATION

@@ -6,13 +6,14 @@ needs models, data or losses imports them itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from dora_dist.config import DataConfig, ModelConfig, TrainingConfig
+    from dora_dist.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
     from dora_dist.models.heads import Head
     from dora_dist.tasks.objectives.base import Objective
 
@@ -20,11 +21,45 @@ if TYPE_CHECKING:
 class Task:
     """What a model is trained for. The defaults here are those of a task on texts.
 
-    name: as in model.task. formats: of its records, as in data.format.
+    name: as in model.task. formats: of its records, as in data.format. fields: of the data section,
+    those that mean nothing to most other tasks. trains_in_full: whether something is trained in full
+    beside the adapters even where adapter.trained_modules is null.
     """
 
     name: ClassVar[str]
     formats: ClassVar[tuple[str, ...]]
+    fields: ClassVar[tuple[str, ...]] = ()
+    trains_in_full: ClassVar[bool] = True
+
+    # --- the configuration ------------------------------------------------------------------------------------------
+
+    def metrics(self, model: ModelConfig) -> tuple[str, ...]:
+        """What evaluation finds besides the loss, by which training.metric can choose a checkpoint."""
+        return ()
+
+    def words(self, model: ModelConfig) -> str:
+        """The task for messages about fields that do not fit it, as fields and their values."""
+        return f'model.task = "{self.name}"'
+
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        """What is wrong with a run of this task, one line each, naming the fields and the way out."""
+        metric, known = config.training.metric, ("loss", *self.metrics(config.model))
+        if metric not in known:
+            yield f'training.metric = "{metric}": there is none for {self.words(config.model)}; use {", ".join(known)}'
+        adapter = config.adapter
+        in_full = self.trains_in_full if adapter.trained_modules is None else bool(adapter.trained_modules)
+        if adapter.target_modules == [] and not adapter.magnitude_only_modules and not in_full:
+            yield "adapter.target_modules = []: nothing to train; name modules, or null for the family's default"
+
+    def fields_of(self, data: DataConfig) -> tuple[str, ...]:
+        """Those of all tasks' `fields` that mean something for records of data.format."""
+        return self.fields
+
+    def problems_of_data(self, data: DataConfig) -> Iterator[str]:
+        """As `problems`, with a data section whose format is one of this task's."""
+        yield from ()
+
+    # --- a run ------------------------------------------------------------------------------------------------------
 
     def head(self, model: ModelConfig) -> Head:
         """The model's class of transformers, and what is new in it."""

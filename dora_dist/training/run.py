@@ -26,7 +26,7 @@ from dora_dist.runtime.launchers import rank_among_several
 from dora_dist.runtime.run_log import RunLog
 from dora_dist.runtime.stopping import StopRequest
 from dora_dist.runtime.watch import Watch
-from dora_dist.tasks import task_named
+from dora_dist.tasks import check, task_named
 from dora_dist.training.agreement import of_configuration, of_data, of_model_folder
 from dora_dist.training.resume import check_unused, compare, find_checkpoint, is_finished, read_by_all
 
@@ -50,6 +50,7 @@ def train(config: RunConfig) -> Path:
     """
     started = time.perf_counter()
     plugins.load(config.plugins)
+    check(config)
     config.check_files()
     check_base(config)
     config.deepspeed_config(distributed.launched_world_size())

@@ -12,6 +12,7 @@ from dora_dist.config import RunConfig, is_local
 from dora_dist.config.fields import field_specs
 from dora_dist.config.problems import OTHER_NAMES
 from dora_dist.runtime.errors import UserError
+from dora_dist.tasks import problems
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted((REPOSITORY / "configs").glob("*.json"))
@@ -29,7 +30,7 @@ def with_fields(**sections: dict[str, Any]) -> dict[str, Any]:
 
 def refusal(raw: dict[str, Any]) -> str:
     with pytest.raises(UserError) as caught:
-        RunConfig.from_dict(raw, origin="run.json")
+        RunConfig.from_dict(raw, origin="run.json", rules=problems)
     return str(caught.value)
 
 

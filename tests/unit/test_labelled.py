@@ -13,6 +13,7 @@ from dora_dist.data import LabelledCollator, TokenizedData, WithLabelledFiller, 
 from dora_dist.data.sampler import FILLER
 from dora_dist.metrics.glue import classification_metrics, rating_metrics
 from dora_dist.runtime.errors import UserError
+from dora_dist.tasks import problems
 from tests import encoders
 
 PAIR = ["sentence1", "sentence2"]
@@ -148,5 +149,5 @@ CLASSIFIER = {"path": "org/model", "task": "sequence_classification"}
 def test_fields_that_do_not_go_together_are_refused(model: dict, data: dict, training: dict, message: str) -> None:
     raw = {"model": model, "data": {"train": "org/data", **data}, "training": training}
     with pytest.raises(UserError) as caught:
-        RunConfig.from_dict(raw)
+        RunConfig.from_dict(raw, rules=problems)
     assert message in str(caught.value)

@@ -11,6 +11,7 @@ from dora_dist.config import RunConfig
 from dora_dist.data import SpanDataset, build_spans
 from dora_dist.metrics.squad import Question, Window, normalised, predict, squad_metrics
 from dora_dist.runtime.errors import UserError
+from dora_dist.tasks import problems
 from tests import encoders
 
 
@@ -18,7 +19,7 @@ def load(tmp_path: Path, records: list[dict[str, Any]], **fields: Any) -> SpanDa
     (tmp_path / "train.json").write_text(json.dumps(records))
     model = {"path": "org/model", "task": "question_answering"}
     data = {"train": str(tmp_path / "train.json"), "format": "squad", "cutoff_len": 40, "doc_stride": 6, **fields}
-    config = RunConfig.from_dict({"model": model, "data": data})
+    config = RunConfig.from_dict({"model": model, "data": data}, rules=problems)
     return build_spans(config.data, encoders.tokenizer(), seed=0, progress=False).train
 
 

@@ -19,6 +19,7 @@ from dora_dist.metrics.rouge import rouge_metrics
 from dora_dist.models.build import AdaptedModel, build_model
 from dora_dist.models.heads import SEQ2SEQ_LM
 from dora_dist.runtime.errors import UserError
+from dora_dist.tasks import problems
 from dora_dist.weights.placement import WholePlacement
 from tests import summaries
 
@@ -80,7 +81,8 @@ def test_records_are_held_out(tmp_path: Path) -> None:
 )
 def test_fields_that_do_not_go_together_are_refused(data: dict, training: dict, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        RunConfig.from_dict({"model": MODEL, "data": {"train": "org/data", **FIELDS, **data}, "training": training})
+        raw = {"model": MODEL, "data": {"train": "org/data", **FIELDS, **data}, "training": training}
+        RunConfig.from_dict(raw, rules=problems)
     assert message in str(caught.value)
 
 
