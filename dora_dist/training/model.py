@@ -12,9 +12,9 @@ from dora_dist.adapters.peft_format import read_peft_folder
 from dora_dist.config import AdapterConfig, ModelConfig, is_local
 from dora_dist.models import build
 from dora_dist.models.build import AdaptedModel
-from dora_dist.models.heads import Task
 from dora_dist.runtime import distributed
 from dora_dist.runtime.hub import Repository, wanted
+from dora_dist.tasks import task_named
 from dora_dist.weights.placement import WholePlacement
 
 
@@ -76,7 +76,7 @@ def build_model(
         placement,
         refresher,
         dtype=section.dtype,
-        task=Task(section.task, section.num_labels),
+        head=task_named(section.task).head(section),
         trained_modules=adapter.trained_modules,
         start_from=read_peft_folder(Path(adapter.init_from)) if adapter.init_from else None,
         attn_implementation=section.attn_implementation,
