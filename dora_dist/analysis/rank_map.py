@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from dora_dist.adapters.components import Budget, PruningEvent
+from dora_dist.runtime import extras
+from dora_dist.runtime.console import warn
 
 
 def rank_table(event: PruningEvent) -> str:
@@ -22,7 +24,13 @@ def rank_table(event: PruningEvent) -> str:
 
 
 def write_rank_map(events: Sequence[PruningEvent], budget: Budget, path: Path) -> None:
-    """A PNG: the last event's ranks as a heat map, and the open components at every pruning beside the schedule."""
+    """A PNG: the last event's ranks as a heat map, and the open components at every pruning beside the schedule.
+
+    Without matplotlib, a warning instead: a run does not end for a picture.
+    """
+    if (remedy := extras.missing("matplotlib")) is not None:
+        warn(f"{path} is not drawn: it {remedy}")
+        return
     import matplotlib
 
     matplotlib.use("Agg")

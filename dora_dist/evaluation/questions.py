@@ -8,9 +8,10 @@ from typing import Any
 
 from dora_dist.data.conversations import MARK, picture_paths
 from dora_dist.data.records import Record, read_records
-from dora_dist.metrics.captions import caption_metrics, check_scorers
+from dora_dist.metrics.captions import caption_metrics
 from dora_dist.metrics.choices import LETTERS, choice_metrics, chosen, says_yes, yes_no_metrics
 from dora_dist.metrics.vqa import vqa_metrics
+from dora_dist.runtime import extras
 from dora_dist.runtime.errors import UserError
 
 SHORT = "Answer the question using a single word or phrase."
@@ -48,6 +49,7 @@ class QuestionFormat:
     score: Callable[[Sequence[Question], Sequence[str]], Metrics]
     has_candidates: bool = False
     needs_text: bool = True
+    packages: tuple[str, ...] = ()  # modules of extras that scoring imports
 
 
 def read_questions(file: str, format: str, instruction: str | None = None, limit: int | None = None) -> list[Question]:
@@ -160,9 +162,14 @@ FORMATS = {
         _score_choices,
         has_candidates=True,
     ),
-    "pope": QuestionFormat(SHORT, 16, _yes_or_no, _score_yes_no, has_candidates=True),
+    "pope": QuestionFormat(SHORT, 16, _yes_or_no, _score_yes_no, has_candidates=True, packages=("sklearn",)),
     "captions": QuestionFormat(
-        "Provide a one-sentence caption for the provided image.", 64, _captions, _score_captions, needs_text=False
+        "Provide a one-sentence caption for the provided image.",
+        64,
+        _captions,
+        _score_captions,
+        needs_text=False,
+        packages=("pycocoevalcap", "nltk"),
     ),
 }
 
@@ -174,5 +181,4 @@ def check_format(format: str, mode: str) -> None:
     if mode == "likelihood" and not FORMATS[format].has_candidates:
         comparable = " and ".join(name for name, how in FORMATS.items() if how.has_candidates)
         raise UserError(f"--format {format}: has no candidates to compare with --mode likelihood; {comparable} have")
-    if format == "captions":
-        check_scorers()
+    extras.need(*FORMATS[format].packages, purpose=f"--format {format}")

@@ -1,20 +1,10 @@
 """CIDEr, BLEU-4 and ROUGE-L of captions, by COCO's scorers (package pycocoevalcap)."""
 
-import importlib.util
 import re
 from collections.abc import Sequence
 
-from dora_dist.runtime.errors import UserError
-
 # What COCO's tokenizer leaves out, its names for brackets written as brackets.
 _LEFT_OUT = {"''", "'", "``", "`", "(", ")", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
-
-
-def check_scorers() -> None:
-    """Raise UserError unless the packages that score captions are installed."""
-    for package in ("pycocoevalcap", "nltk"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"--format captions: CIDEr needs the package {package}; pip install 'dora-dist[captions]'")
 
 
 def caption_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

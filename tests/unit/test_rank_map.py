@@ -1,7 +1,12 @@
 """The table of adapter ranks: a line per layer, an encoder's and a decoder's told apart."""
 
-from dora_dist.adapters.components import PruningEvent
-from dora_dist.analysis.rank_map import rank_table
+import sys
+from pathlib import Path
+
+import pytest
+
+from dora_dist.adapters.components import Budget, PruningEvent
+from dora_dist.analysis.rank_map import rank_table, write_rank_map
 
 
 def table(by_layer: dict[str, int]) -> list[list[str]]:
@@ -26,3 +31,14 @@ def test_two_stacks_do_not_hide_each_other() -> None:
         ["encoder", "0", "3"],
         ["decoder", "0", "5", "6"],
     ]
+
+
+def test_without_matplotlib_the_run_goes_on_and_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    event = PruningEvent(step=9, components=40, pruned=30, kept=10, by_layer={"layers.0.up_proj": 10})
+    budget = Budget(r=4, start_r=6, first=1, last=9, every=1)
+    write_rank_map([event], budget, tmp_path / "rank_map.png")
+    assert not (tmp_path / "rank_map.png").exists()
+    assert "pip install 'dora-dist[plots]'" in " ".join(capfd.readouterr().err.split())

@@ -1,0 +1,31 @@
+"""Packages that only some users need: which extra brings each, and what to say where one is missing."""
+
+import importlib.util
+
+from dora_dist.runtime.errors import UserError
+
+BROUGHT_BY = {
+    "PIL": ("pillow", "images"),
+    "matplotlib": ("matplotlib", "plots"),
+    "nltk": ("nltk", "captions"),
+    "pycocoevalcap": ("pycocoevalcap", "captions"),
+    "rouge_score": ("rouge-score", "metrics"),
+    "scipy": ("scipy", "metrics"),
+    "sklearn": ("scikit-learn", "metrics"),
+}
+"""Names of modules, with the package that has each and the extra that brings it."""
+
+
+def missing(*modules: str) -> str | None:
+    """What to install so that all of `modules` can be imported, for a message; None where they can. Imports none."""
+    absent = [BROUGHT_BY[module] for module in modules if importlib.util.find_spec(module) is None]
+    if not absent:
+        return None
+    extras = ",".join(sorted({extra for _, extra in absent}))
+    return f"needs the package {' and '.join(package for package, _ in absent)}; pip install 'dora-dist[{extras}]'"
+
+
+def need(*modules: str, purpose: str) -> None:
+    """Raise UserError, `purpose` being its beginning, unless all of `modules` can be imported."""
+    if (remedy := missing(*modules)) is not None:
+        raise UserError(f"{purpose} {remedy}")
