@@ -8,6 +8,7 @@ from dora_dist.data.pictures import PictureProcessor, PictureReader, PictureToke
 from dora_dist.models.folder import reason, transformers_config
 from dora_dist.models.llava import check_family, other_use, tokens_per_picture
 from dora_dist.models.tokenizer import load_tokenizer
+from dora_dist.runtime import extras
 from dora_dist.runtime.errors import UserError
 
 
@@ -17,6 +18,7 @@ def load_processor(base: Path, data: DataConfig, tokenizer: str | None = None) -
     The number of tokens of a picture is what the model's own tower makes of it, whatever the processor's settings
     say. Raises UserError if the parts do not fit together.
     """
+    extras.need("PIL", purpose=f"model.path: reading pictures for {base}")
     from transformers import AutoImageProcessor
 
     config = transformers_config(base)

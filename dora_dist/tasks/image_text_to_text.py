@@ -18,6 +18,7 @@ class ImageTextToText(Task):
     name = "image_text_to_text"
     formats = ("llava",)
     fields = ("image_folder", "chat_template")
+    packages = ("PIL",)
 
     def problems_of_data(self, data: DataConfig) -> Iterator[str]:
         if data.image_folder is None:

@@ -18,6 +18,7 @@ class Seq2SeqLM(Task):
     name = "seq2seq_lm"
     formats = ("summarisation",)
     fields = ("text_fields", "label_field", "target_len")
+    packages = ("rouge_score",)
     trains_in_full = False
 
     def metrics(self, model: ModelConfig) -> tuple[str, ...]:

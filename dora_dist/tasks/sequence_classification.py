@@ -16,6 +16,7 @@ class SequenceClassification(Task):
     name = "sequence_classification"
     formats = ("classification",)
     fields = ("text_fields", "label_field")
+    packages = ("sklearn", "scipy")
 
     def metrics(self, model: ModelConfig) -> tuple[str, ...]:
         if model.num_labels == 1:

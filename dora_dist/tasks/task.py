@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dora_dist.runtime import extras
 from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,13 +23,15 @@ class Task:
     """What a model is trained for. The defaults here are those of a task on texts.
 
     name: as in model.task. formats: of its records, as in data.format. fields: of the data section,
-    those that mean nothing to most other tasks. trains_in_full: whether something is trained in full
-    beside the adapters even where adapter.trained_modules is null.
+    those that mean nothing to most other tasks. packages: modules of pyproject's extras that it imports.
+    trains_in_full: whether something is trained in full beside the adapters even where
+    adapter.trained_modules is null.
     """
 
     name: ClassVar[str]
     formats: ClassVar[tuple[str, ...]]
     fields: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[tuple[str, ...]] = ()
     trains_in_full: ClassVar[bool] = True
 
     # --- the configuration ------------------------------------------------------------------------------------------
@@ -46,6 +49,8 @@ class Task:
         metric, known = config.training.metric, ("loss", *self.metrics(config.model))
         if metric not in known:
             yield f'training.metric = "{metric}": there is none for {self.words(config.model)}; use {", ".join(known)}'
+        if (remedy := extras.missing(*self.packages)) is not None:
+            yield f'model.task = "{self.name}": {remedy}'
         adapter = config.adapter
         in_full = self.trains_in_full if adapter.trained_modules is None else bool(adapter.trained_modules)
         if adapter.target_modules == [] and not adapter.magnitude_only_modules and not in_full:

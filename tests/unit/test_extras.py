@@ -61,3 +61,16 @@ def test_a_format_that_cannot_be_scored_is_refused_before_a_question_is_asked(
     check_format("vqa", "generate")
     with pytest.raises(UserError, match=rf"^--format {format} needs .* pip install 'dora-dist\[{extra}\]'$"):
         check_format(format, "generate")
+
+
+def test_a_run_whose_metrics_cannot_be_computed_is_refused_before_it_starts() -> None:
+    """The real command, in an interpreter without scikit-learn."""
+    program = (
+        "import sys\nsys.modules['sklearn'] = None\nfrom dora_dist.cli import main\n"
+        "sys.exit(main(['validate', 'configs/glue_rte.json', '--no-files']))"
+    )
+    refused = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2, refused.stderr
+    said = " ".join(refused.stderr.split())
+    assert 'model.task = "sequence_classification": needs the package scikit-learn;' in said
+    assert "pip install 'dora-dist[metrics]'" in said
