@@ -1,7 +1,7 @@
 """Whether all ranks run the same code on the same configuration, base model and data.
 
-A node with an old checkout or half a copy of the model would train something else, or stop in the middle of a
-collective. What must agree is turned into short texts by name, `{"adapter.r": "16"}`; `check_agreement` compares them.
+A node with an old checkout or an incomplete copy of the model would train something else, or fail inside a collective.
+What must agree is turned into short texts by name, `{"adapter.r": "16"}`; `check_agreement` compares them.
 """
 
 import hashlib
@@ -76,7 +76,7 @@ def versions() -> dict[str, str]:
 
 
 def package_version(package: str) -> str:
-    """The version of an installed package, or words where it is none (a checkout on the path)."""
+    """The version of an installed package; "(not installed)" for one that is only on the path."""
     try:
         return version(package)
     except PackageNotFoundError:

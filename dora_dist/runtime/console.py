@@ -39,12 +39,12 @@ class Lasting:
         return False
 
     def fileno(self) -> int:
-        """Raises what the stream raises that has none."""
+        """Raises what the stream itself raises where it does not have one."""
         return int(self._stream.fileno())
 
 
 class _Streams:
-    """Where lines go: the standard streams of the moment, or what a run has set apart for its person."""
+    """Where lines go: the present standard streams, or those that a run keeps for the person who started it."""
 
     def __init__(self) -> None:
         self.apart: tuple[Lasting, Lasting] | None = None
@@ -87,7 +87,7 @@ def _apart(text: str) -> None:
 
 
 def _show_wrapped(text: str, stream: Lasting) -> None:
-    """Whole lines in files, for programs that look for something in them."""
+    """Wrapped on a terminal; in files a line stays whole, so that it can be searched for."""
     _show("\n".join(map(_wrapped, text.split("\n"))) if stream.isatty() else text, stream)
 
 
@@ -145,7 +145,7 @@ def _bars_away() -> Iterator[None]:
     from tqdm import tqdm
 
     with tqdm.get_lock():
-        drawn = [bar for bar in getattr(tqdm, "_instances", ()) if not bar.disable]
+        drawn = [bar for bar in tqdm._instances if not bar.disable]
         for bar in drawn:
             bar.clear(nolock=True)
         yield

@@ -1,4 +1,4 @@
-"""The process group: who we are among the ranks, and acting together on success and failure."""
+"""The process group: this rank's place in it, limits and errors of collectives, and failing on all ranks together."""
 
 import importlib.util
 import os
@@ -40,9 +40,9 @@ def launched_world_size() -> int:
 def choose_accelerator(name: str) -> None:
     """Settle the device, before DeepSpeed is imported: "cpu", "cuda", or "auto" for a GPU where there is one.
 
-    DS_ACCELERATOR in the environment wins. With "auto", DeepSpeed alone would take a machine that has a CUDA build
-    of torch but no GPU for a GPU machine. Raises UserError for "cuda" where there is none, and for a `name` that the
-    environment contradicts.
+    DS_ACCELERATOR in the environment wins. "auto" is decided here because DeepSpeed would choose CUDA wherever torch
+    is built for it, also on a machine without a GPU. Raises UserError for "cuda" where there is no GPU, and for a
+    `name` that the environment contradicts.
     """
     if found := os.environ.get("DS_ACCELERATOR"):
         if name not in ("auto", found):
@@ -99,8 +99,8 @@ def start(timeout_s: float = 1800.0) -> World:
     ranks_here = launch.local_world_size or sum(card.host == host for card in cards)
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"] = str(ranks_here)  # the latter is DeepSpeed's name
     if on_cpu:
-        # DeepSpeed would compile an all-reduce for inference, which nothing here uses. A process that is killed while
-        # it builds or loads that leaves a lock behind, at which all later ones would wait for ever.
+        # DeepSpeed would compile its shared-memory all-reduce for inference, which nothing here uses. A process that is
+        # killed while it compiles leaves a lock file behind, and every later run would wait for it for ever.
         deepspeed.ops.__compatible_ops__ = {}
         if "OMP_NUM_THREADS" not in os.environ:
             threads = rendezvous.core_share(cards, dist.get_rank())
@@ -139,7 +139,7 @@ def stop() -> None:
 def training_groups() -> list[Any]:
     """Process groups of this rank that the main thread uses: torch's default one and those that DeepSpeed makes.
 
-    Groups of ours that work in the background (checkpoints) say so in their description, and keep time by themselves.
+    This package's own groups for work in the background (checkpoints) have another description and their own timeouts.
     """
     groups = list(dist.distributed_c10d._world.pg_map)
     return [group for group in groups if group.group_desc in ("default_pg", "undefined")]
@@ -148,19 +148,19 @@ def training_groups() -> list[Any]:
 def limit_collectives(timeout_s: float) -> None:
     """From now on a collective that takes longer than this is an error, in all of `training_groups`.
 
-    DeepSpeed makes its groups (data parallelism, hpZ's inside a node) without a timeout: they would have torch's own,
-    30 minutes with gloo and 10 with NCCL.
+    DeepSpeed makes its groups (data parallelism, and hpZ's inside a node) without a timeout, so they have torch's
+    default: 30 minutes with gloo, 10 with NCCL. (hpZ: hierarchical partitioning, see engine.hpz_partition_size.)
     """
     for group in training_groups():
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def broken_collective() -> str | None:
-    """What went wrong in a collective that cannot raise, as NCCL's watchdog has it: "TIMEOUT", "COMM_ERROR", ..."""
+    """The error that NCCL's watchdog recorded for a collective, which raises nothing: "TIMEOUT", "COMM_ERROR", ..."""
     for group in training_groups():
         for device in group._device_types:
             backend = group._get_backend(device)
-            # gloo keeps no such record: its collectives raise.
+            # gloo has no such record, because its collectives raise.
             if hasattr(backend, "get_error") and backend.get_error().name != "SUCCESS":
                 return str(backend.get_error().name)
     return None
@@ -169,13 +169,13 @@ def broken_collective() -> str | None:
 def leave_nccl_errors_to_the_watch() -> None:
     """Have NCCL's errors end a run through `Watch`, with a reason and its exit code (before any process group exists).
 
-    By itself torch's NCCL watchdog ends the process with SIGABRT and a C++ stack when a peer is gone or a collective
-    times out (TORCH_NCCL_ASYNC_ERROR_HANDLING=3, and torchrun sets 1). Modes 1 and 2 abort the communicator first:
-    kernels return with half a result, and the main thread would go on with it. With 0 the failed kernel keeps the
-    main thread where it is, the error stays readable (`broken_collective`), and the watch says who is lost.
-    TORCH_NCCL_DUMP_ON_TIMEOUT would have the rank that sees the error first tell all ranks' monitor threads to dump
-    and to end their processes, and TORCH_NCCL_ENABLE_MONITORING lets such a thread end a process whose watchdog
-    stands still for 8 minutes, maybe because a device is busy. What a user has set stays.
+    By default torch's NCCL watchdog ends the process with SIGABRT and a C++ stack when a peer is gone or a collective
+    times out (TORCH_NCCL_ASYNC_ERROR_HANDLING=3; torchrun sets 1). Modes 1 and 2 abort the communicator first: kernels
+    return with partial results, and the main thread would continue with them. With 0 the main thread stays blocked in
+    the failed kernel, the error can be read (`broken_collective`), and the watch says which rank is lost.
+    With TORCH_NCCL_DUMP_ON_TIMEOUT the first rank that sees an error would have the monitor threads of all ranks dump
+    their state and end their processes. With TORCH_NCCL_ENABLE_MONITORING a monitor thread ends a process whose
+    watchdog makes no progress for 8 minutes, which can also mean that its device is busy. What a user has set stays.
     """
     if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1") == "1":  # torchrun's, not the user's
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
@@ -187,11 +187,12 @@ def leave_nccl_errors_to_the_watch() -> None:
 def together(what: str, patience: timedelta | None = None) -> Iterator[None]:
     """Run a block without collectives on every rank; if it raises anywhere, every rank raises.
 
-    A rank that failed alone would leave the others waiting in their next collective. The error names the ranks.
-    `patience`: how long ranks wait for the slowest, for a block that may take longer than a collective; one that dies
-    is noticed at once. Raises UserError on all ranks if the failure was one anywhere, else RuntimeError.
+    If one rank failed alone, the others would wait for it in their next collective. The error names the rank.
+    `patience`: how long ranks wait for the slowest, where the block may take longer than a collective may; a rank that
+    dies is noticed at once. Raises UserError on all ranks if the first failed rank raised one (or an OSError), else
+    RuntimeError.
     """
-    # gloo whatever the backend is: its connections break with the process at their other end.
+    # gloo, whatever the backend is: its connections break when the process at the other end dies.
     waiting = dist.new_group(backend="gloo", timeout=patience) if patience and dist.get_world_size() > 1 else None
     failure: Exception | None = None
     try:

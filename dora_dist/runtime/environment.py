@@ -1,4 +1,4 @@
-"""What a run would find here: ranks, devices, memory, versions, and how fast the ranks talk to one another."""
+"""What a run would find here: ranks, devices, memory, versions, and the speed of collectives between the ranks."""
 
 import os
 import platform
@@ -134,7 +134,7 @@ def _this_rank(world: World) -> dict[str, Any]:
 
 
 def _notes(world: World) -> list[str]:
-    """What only the rank itself can see."""
+    """What is odd and only the rank itself can see."""
     found = []
     if torch.version.cuda is not None and not torch.cuda.is_available():
         found.append(f"torch is built for CUDA {torch.version.cuda} but finds no GPU")

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and what a disk says when it cannot take them."""
+"""Folders that appear whole or not at all, and errors of a disk that cannot take them, in words."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _fsync(path: Path) -> None:
 
 
 def _swap_in(partial: Path, path: Path) -> None:
-    """Rename `partial` to `path`; a folder already there steps aside first and goes only afterwards."""
+    """Rename `partial` to `path`; a folder already there is renamed first, and removed only afterwards."""
     if not path.exists():
         os.rename(partial, path)
         return

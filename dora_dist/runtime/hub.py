@@ -19,7 +19,7 @@ _TRIES = 3
 
 
 class NotReached(UserError):
-    """The hub cannot be asked for something that is not here."""
+    """Something is not on this machine, and the hub cannot be asked for it."""
 
 
 @dataclass(frozen=True)

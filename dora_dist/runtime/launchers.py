@@ -1,4 +1,4 @@
-"""Who started this process, as which rank of how many: one answer for every launcher.
+"""Which launcher started this process, and as which rank of how many: one answer for every launcher.
 
 `discover` reads an environment and nothing else. `settle` adds what only the other ranks or Slurm know (where to
 meet), and writes the answer into this process's environment under the names that torch and DeepSpeed read.
@@ -58,8 +58,9 @@ def discover(environment: Mapping[str, str]) -> Launch:
     """Who started a process with this environment.
 
     torchrun's and DeepSpeed's agents may themselves be started by mpirun or srun, and mpirun's by srun: the innermost
-    launcher counts. Variables of `OWN` beside another launcher's must say the same. A Slurm job's shell without srun
-    is one process. Raises UserError, naming variables and values, where the environment contradicts itself.
+    launcher counts. Where its own variables and those of `OWN` are both set, they must agree. A process in a Slurm job
+    that srun did not start is one process. Raises UserError, naming variables and values, where the environment
+    contradicts itself.
     """
     rank, world_size, local_rank, local_size = (_number(environment, name) for name in OWN[:4])
     given = Launch(
@@ -80,7 +81,7 @@ def discover(environment: Mapping[str, str]) -> Launch:
         launch = given
         _check_own(environment)
     if launch.port is not None and not 0 < launch.port < 1 << 16:
-        raise UserError(f"MASTER_PORT = {launch.port} in the environment is no port (1 to 65535); set another")
+        raise UserError(f"MASTER_PORT = {launch.port} in the environment is not a port (1 to 65535); set another")
     if launch.rank >= launch.world_size:
         name, size = ("RANK", "WORLD_SIZE") if starter is None else _NAMES[starter][:2]
         raise UserError(
@@ -91,10 +92,10 @@ def discover(environment: Mapping[str, str]) -> Launch:
 
 
 def settle() -> Launch:
-    """Find out who started this process and where the ranks meet, and say so in os.environ (collective under MPI).
+    """Find out who started this process and where the ranks meet, and write it into os.environ (collective under MPI).
 
-    Nothing of the result is None but local_world_size, where only the variables of `OWN` were set by hand. Raises
-    UserError as `discover` does, and when a launcher's MPI library cannot be used.
+    In the result only local_world_size may be None: where the variables of `OWN` were set by hand. Raises UserError as
+    `discover` does, and when a launcher's MPI library cannot be used.
     """
     launch = discover(os.environ)
     if launch.world_size == 1 and launch.launcher not in ("torchrun", "deepspeed"):
@@ -108,9 +109,8 @@ def settle() -> Launch:
     found = (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch.address, launch.port)
     os.environ.update({name: str(value) for name, value in zip(OWN, found, strict=True) if value is not None})
     if launch.local_world_size is not None:
-        os.environ["LOCAL_SIZE"] = str(
-            launch.local_world_size
-        )  # DeepSpeed's name: all ranks here, shared memory serves
+        # DeepSpeed's name for it. Where it equals the world size, DeepSpeed may use shared memory.
+        os.environ["LOCAL_SIZE"] = str(launch.local_world_size)
     return launch
 
 
@@ -232,7 +232,7 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
 
 
 def _ask_mpi(launch: Launch) -> Launch:
-    """What the environment leaves open, from the other ranks. MPI is over when this returns: nothing else needs it."""
+    """Ask the other ranks, over MPI, for what the environment leaves open. MPI is finalised before this returns."""
     # Several MPI libraries on one machine are common, and mpi4py would take the first it finds.
     library = "libmpi.so.40" if launch.launcher == "openmpi" else "libmpi.so.12"
     os.environ.setdefault("MPI4PY_LIBMPI", f"{library}:libmpi.so")

@@ -21,7 +21,7 @@ _FAREWELL_S = 10.0  # how long rank 0 keeps the store open for the others to hea
 
 @dataclass(frozen=True)
 class Card:
-    """What a rank tells the others of itself."""
+    """What a rank tells the others about itself."""
 
     rank: int
     host: str
@@ -49,10 +49,10 @@ def meet(launch: Launch, mine: Card, timeout_s: float) -> tuple[dist.Store, list
     """Exchange cards with all ranks; returns the store and every rank's card, in rank order.
 
     Raises UserError, on every rank that came, when ranks are missing after `timeout_s`, with their numbers; and where
-    another run's ranks meet, which takes no notice.
+    another run's ranks meet already, which is not disturbed.
     """
     store = _open(launch, mine, timeout_s)
-    # The store that answers may be another run's, where ours could not listen: whoever came there first stays.
+    # If another run listens at this port, its store answers: the rank that claimed its number first stays.
     if store.add(f"claim/{launch.rank}", 1) > 1:
         raise UserError(_taken(launch, mine, f"another run's rank {launch.rank} is there"))
     store.set(f"card/{launch.rank}", json.dumps(asdict(mine)))
@@ -97,16 +97,16 @@ def check(cards: Sequence[Card]) -> None:
 
 
 def choose_interface(cards: Sequence[Card], launch: Launch) -> None:
-    """Let gloo use the network interface on the way to the other hosts, unless GLOO_SOCKET_IFNAME is set.
+    """Let gloo use the network interface that leads to the other hosts, unless GLOO_SOCKET_IFNAME is set.
 
-    By itself it takes the one of the host's own name, which on many systems is loopback (127.0.1.1 in /etc/hosts).
+    By default gloo uses the address of the host's own name, which is often loopback (127.0.1.1 in /etc/hosts).
     """
     mine = cards[launch.rank]
     others = [card for card in cards if card.host != mine.host]
     if not others or "GLOO_SOCKET_IFNAME" in os.environ:
         return
     target = others[0].address if mine.host == cards[0].host else launch.address
-    with suppress(OSError):  # then gloo's own choice stands
+    with suppress(OSError):  # then gloo makes its own choice
         address = source_address(target or "")
         for name, addresses in psutil.net_if_addrs().items():
             if any(a.address.split("%")[0] == address for a in addresses):
@@ -151,7 +151,7 @@ def _open(launch: Launch, mine: Card, timeout_s: float) -> dist.Store:
             f"MASTER_PORT), tried for {timeout_s:g} s: {str(error).splitlines()[0]}; look whether rank 0 runs there, "
             "whether the name means that host here too, and at firewalls"
         ) from error
-    # torchrun's agent keeps its store when it starts the ranks again, with all that the last ones have put there.
+    # torchrun's agent keeps its store when it starts the ranks again, with the keys of those before.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else "0"
     return dist.PrefixStore(f"dora_dist/{attempt}", store)
 
@@ -167,13 +167,13 @@ def _taken(launch: Launch, mine: Card, how: str) -> str:
 def _roll(store: dist.Store, world_size: int, timeout_s: float) -> str:
     """All cards as JSON, null for ranks that did not come in time."""
     keys = [f"card/{rank}" for rank in range(world_size)]
-    with suppress(dist.DistStoreError):  # the time is over: who came?
+    with suppress(dist.DistStoreError):  # not all came in time
         store.wait(keys, timedelta(seconds=timeout_s))
     return json.dumps([json.loads(store.get(key)) if store.check([key]) else None for key in keys])
 
 
 def _await_farewells(store: dist.Store, present: int) -> None:
-    """The store ends with rank 0: not before the others have read what it says."""
+    """Keep the store, which ends with rank 0's process, until the others have read who is missing."""
     deadline = time.monotonic() + _FAREWELL_S
     while store.add("farewells", 0) < present - 1 and time.monotonic() < deadline:
         time.sleep(0.05)

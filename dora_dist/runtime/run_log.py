@@ -102,7 +102,9 @@ def _apart(stream: Any, fd: int) -> Any:
 
 
 class _Lines(io.TextIOBase):
-    """A standard stream inside a run. Handlers of libraries may keep it: afterwards it is the stream it replaced."""
+    """A standard stream inside a run. A library's log handler may keep it longer: it then writes to the stream that it
+    replaced.
+    """
 
     def __init__(self, log: RunLog, before: Any) -> None:
         self._log: RunLog | None = log

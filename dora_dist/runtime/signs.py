@@ -1,8 +1,8 @@
-"""Signs of life: what each rank says of itself every second, in the store that the ranks met in.
+"""Signs of life: what each rank writes every second into the store that the ranks met in.
 
-A sign says who gives it, that it is a fresh one, and how far the main thread has come: the number of collectives that
-it has entered. Nobody else needs to help: whatever trains, evaluates or generates enters collectives, all ranks enter
-the same ones, and a rank that hangs has entered fewer than those that wait for it.
+A sign says which process gives it, its own number, and how far the main thread has come: the number of collectives that
+it has entered. That needs no code in what trains, evaluates or generates: all ranks enter the same collectives, and a
+rank that hangs has entered fewer than those that wait for it.
 """
 
 import json
@@ -22,12 +22,12 @@ from dora_dist.runtime.distributed import World, training_groups
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank says of itself."""
+    """One sign of life of one rank."""
 
     host: str
     pid: int
     number: int
-    """Of this sign; the next one has another."""
+    """Counts this rank's signs: two with the same number are the same sign."""
     collectives: int
     """How many the main thread has entered."""
 
@@ -44,7 +44,7 @@ class Reason:
 class SignsOfLife:
     """The ranks' signs and the reason to end, in one store. Methods raise RuntimeError when the store is gone."""
 
-    _runs = 0  # the same on every rank: what an earlier run left in the store is not ours
+    _runs = 0  # in this process, the same on every rank; keeps the keys of one run in the store apart from the next's
 
     def __init__(self, world: World) -> None:
         self._world = world

@@ -1,8 +1,9 @@
 """Stopping when asked: by a scheduler that takes the machines away, or by a person.
 
 SIGTERM (preemption, a launcher that ends the job), SIGUSR1 (a time limit is near; sbatch --signal), SIGINT (Ctrl-C)
-and SIGHUP (a closed terminal; not under nohup) ask a run to stop. A rank that is asked only takes note. All ranks agree
-on it at the next optimizer step, or at the next batch of an evaluation, save, and end. A second Ctrl-C does not wait.
+and SIGHUP (a closed terminal; not under nohup) ask a run to stop. The handler only records the signal. At the next
+optimizer step, or the next batch of an evaluation, all ranks agree to stop, save, and end. A second Ctrl-C ends the
+process at once.
 """
 
 import os
@@ -23,12 +24,12 @@ from dora_dist.runtime.exit_codes import INTERRUPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 SAME_PRESS_S = 1.0
-"""A launcher may pass on what the terminal has sent to all its processes: SIGINTs within this time are one Ctrl-C."""
+"""SIGINTs within this time are one Ctrl-C: the terminal sends it to all processes, and a launcher may send it again."""
 
 
 class StopRequest:
-    """Listens inside its context (in the main thread, where Python hears signals). Repeated signals change nothing,
-    but for a second Ctrl-C: that ends the process, whatever it is doing.
+    """Handles the signals inside its context (in the main thread, the only one where Python can). Repeated signals
+    change nothing, except a second Ctrl-C, which ends the process, whatever it is doing.
     """
 
     def __init__(self) -> None:
@@ -43,8 +44,8 @@ class StopRequest:
             return self
         heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._note) for number in heard}
-        # Python's own handlers run only when the main thread comes back from C++, which may be in a collective for
-        # minutes. The numbers of signals arrive in this socket at once.
+        # Python runs handlers only when the main thread returns from C++, which may be in a collective for minutes. The
+        # wake-up descriptor gets the numbers of signals at once.
         self._arrivals, sender = socket.socketpair()
         sender.setblocking(False)
         self._sender, self._wakeup_before = sender, signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
@@ -82,14 +83,15 @@ class StopRequest:
 
 
 class EvaluationStopped(Exception):
-    """An evaluation was left at the same batch on all ranks, because one of them was asked to stop."""
+    """All ranks left an evaluation at the same batch, because one of them was asked to stop."""
 
 
 class StopTogether:
     """Lets all ranks learn at the same batch that one of them was asked to stop, without waiting for a device.
 
-    A batch's answer is that of the batch before: by then the ranks have exchanged it in the background, over gloo, so
-    that neither the device nor a slower rank is waited for. Made, asked and closed by all ranks (collective).
+    The ranks exchange the answer in the background, over gloo. Each batch reads the exchange that the batch before has
+    started, so that no batch waits for the device or for a slower rank. Made, asked and closed by all ranks
+    (collective).
     """
 
     def __init__(self, stop: StopRequest, timeout_s: float) -> None:
@@ -107,7 +109,7 @@ class StopTogether:
         self._exchange = dist.all_reduce(self._anyone, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def finish(self) -> None:
-        """Wait for the exchange that is under way. One that was asked after its last batch stops at the next step."""
+        """Wait for the exchange that is under way. A rank asked after the last batch is heard at the next step."""
         if self._exchange is not None:
             self._exchange.wait()
             self._exchange = None

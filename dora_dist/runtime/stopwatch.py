@@ -10,8 +10,8 @@ import torch
 class Stopwatch:
     """Adds up the seconds spent inside `with stopwatch.on(device):`.
 
-    On a GPU the host only launches work, so the device keeps the time: by a pair of events in its queue, which are
-    read when `seconds` is asked for. On a CPU it is the host's clock.
+    On a GPU the host only launches work, so time is taken on the device, by two events in its queue, which are read
+    when `seconds` is asked for. On a CPU it is the host's clock.
     """
 
     def __init__(self) -> None:
@@ -20,13 +20,13 @@ class Stopwatch:
         self._device = torch.device("cpu")
 
     def on(self, device: torch.device) -> "Stopwatch":
-        """Of work that is queued on `device`."""
+        """Measure work that is queued on `device`."""
         self._device = device
         return self
 
     @property
     def seconds(self) -> float:
-        """Since the beginning. Waits for the device if it still works on what is to be counted."""
+        """The sum so far. Waits for the device until what was measured is done."""
         for start, end in self._pairs:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1e3

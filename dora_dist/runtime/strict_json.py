@@ -1,11 +1,12 @@
-"""JSON that means the same to every reader: what Python alone accepts, or settles silently, is an error."""
+"""JSON that means the same to every reader: what only Python accepts, or resolves silently, is an error."""
 
 import json
 import math
 from typing import Any, NoReturn
 
-_MOST_DIGITS = 300  # what still is a float
+_MOST_DIGITS = 300  # a number of more does not fit into a float
 _MOST_LEVELS = 100
+_TOO_DEEP = f"brackets are nested more than {_MOST_LEVELS} levels deep; take some out"
 
 
 def parse(text: str) -> Any:
@@ -30,9 +31,6 @@ def parse(text: str) -> Any:
         if not level:
             return value
     raise ValueError(_TOO_DEEP)
-
-
-_TOO_DEEP = f"brackets are nested more than {_MOST_LEVELS} levels deep; take some out"
 
 
 def _members(value: Any) -> list[Any]:

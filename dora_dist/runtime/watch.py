@@ -1,13 +1,13 @@
 """No rank waits for ever for one that is gone or that hangs, and every rank can say which it was.
 
-A thread of every rank gives a sign of life each second. Nothing else is needed of the main thread, which may be inside
-a collective, or wait for a device without end: with NCCL a collective only queues work, and no exception ever comes
-back to Python when another rank dies.
+A thread of every rank writes a sign of life into the ranks' store each second. The main thread need not help: it may be
+inside a collective, or wait for a device without end, because with NCCL a collective only queues work and raises
+nothing in Python when another rank dies.
 
-Rank 0's thread judges the signs. A rank without a fresh one is lost. When no rank comes further, those that have
-entered the fewest collectives hang, and the others wait for them. A rank that fails leaves its reason; a rank whose
-collective breaks calls the roll first. Whatever the reason, every rank's thread sees it, and ends the process if the
-main thread does not.
+Rank 0's thread judges the signs. A rank without a fresh sign is lost. When no rank makes progress, those that have
+entered the fewest collectives hang, and the others wait for them. A rank that fails writes its reason; a rank whose
+collective breaks first looks at who still gives signs. Every rank's thread reads the reason, and ends the process if
+the main thread does not.
 """
 
 import os
@@ -30,16 +30,16 @@ from dora_dist.runtime.signs import Reason, Sign, SignsOfLife
 INTERVAL_S = 1.0  # between signs of life
 FAREWELL_S = 5.0  # for ranks to end by themselves; a rank silent for so long is lost if a collective broke, too
 SILENCE_S = 30.0
-"""Without a sign a rank is lost, once steps are taken. A thread that has nothing to do but this is late only where its
-process does not run, or other code holds Python's lock: no step holds it for more than moments."""
+"""Without a sign for so long a rank is lost, once steps are taken. The thread does nothing else, so a sign is late only
+where the process does not run, or other code holds Python's global interpreter lock, which a step does for moments."""
 START_SILENCE_S = 120.0
-"""The same before the first step: parsing JSON holds Python's lock, and data may be gigabytes of it at 100 MB/s."""
+"""The same before the first step: parsing JSON holds the lock, and data may be gigabytes of JSON, read at 100 MB/s."""
 
 
 class Judge:
     """Who is lost and who hangs, from the ranks' signs, looked at every INTERVAL_S.
 
-    Time is counted in looks: while this process itself stood still (stopped, swapped out), nobody else aged.
+    Time is counted in looks: while this process itself did not run (stopped, swapped out), no rank becomes older.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -71,10 +71,10 @@ class Judge:
 
 
 class Watch:
-    """Watches over all ranks inside its context; on an error the context ends every rank.
+    """Watches over all ranks inside its context; an error that leaves the context ends every rank.
 
-    Leaving it well waits for the other ranks. Leaving it by an error raises that error, or LostRank if its cause is
-    that another rank is gone. A rank that cannot end by itself, because it is stuck in a collective or waits for a
+    Without an error, leaving waits for the other ranks. Leaving by an error raises that error, or LostRank if its cause
+    is that another rank is gone. A rank that cannot end by itself, because it is stuck in a collective or waits for a
     device, is ended by its thread: the reason goes to stderr, `before_exit` runs, and the process ends with the
     reason's exit status.
     """
@@ -96,7 +96,7 @@ class Watch:
 
     def expect_steps(self, timeout_s: float) -> None:
         """From now on all ranks take steps together, and none may keep the others waiting for `timeout_s`."""
-        self._limit_s = 0.9 * timeout_s  # before collectives give up, who know less
+        self._limit_s = 0.9 * timeout_s  # before collectives time out, whose errors do not name the rank
         self._silence_s = min(SILENCE_S, self._limit_s)
 
     def expect_no_steps(self) -> None:
@@ -118,7 +118,7 @@ class Watch:
             return
         if error is None:
             try:
-                dist.barrier()  # until the last has come this far, it may still be lost
+                dist.barrier()  # a rank may still be lost until the last one is here
             except RuntimeError as broke:
                 self._leave(broke)
                 raise
@@ -153,11 +153,11 @@ class Watch:
                 reason = self._signs.reason()
             except RuntimeError as error:
                 reason = Reason(0, LOST_RANK, self._no_store(error))
-            if reason is not None and not self._over.wait(FAREWELL_S):  # the main thread has not noticed by itself
+            if reason is not None and not self._over.wait(FAREWELL_S):  # the main thread does not end by itself
                 self._end(reason)
 
     def _look(self) -> None:
-        """Rank 0 looks at everyone's signs; so does a rank whose collective broke, though no exception says so."""
+        """Rank 0 looks at everyone's signs; so does a rank whose collective broke without an exception."""
         broken = broken_collective()
         if self._holder == "rank 0":
             self._holder = self._signs.describe([0])
@@ -179,7 +179,7 @@ class Watch:
             self._signs.agree(LOST_RANK, f"{text}; look at the network between the nodes")
 
     def _watch_the_store(self) -> None:
-        """The store answers within moments, or its process or host is gone, and no connection says so."""
+        """End this rank if the store stops answering: its process or host is gone, though no connection has broken."""
         question, looks = None, 0
         while not self._left.wait(INTERVAL_S):
             if self._signs.open_question != question or question is None:

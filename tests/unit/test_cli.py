@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from dora_dist import cli
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
+from dora_dist.runtime.exit_codes import DONE, USERS_MISTAKE
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = str(REPOSITORY / "configs/llama7b_dora.json")
@@ -144,15 +145,40 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("dora-dist ")
 
 
-def test_parsing_loads_nothing_heavy() -> None:
+HEAVY = (
+    "torch transformers deepspeed datasets numpy accelerate huggingface_hub safetensors tokenizers pyarrow PIL "
+    "matplotlib scipy sklearn rich tqdm"
+)
+"""Packages that take long to import: whoever asks for help, or has misspelt a field, is answered without them."""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--help"], DONE, "dora-dist COMMAND --help"),
+        (["train", "--help"], DONE, "--adapter.r INT"),
+        (["evaluate", "--help"], DONE, "--tasks NAME=FILE"),
+        (["schema"], DONE, json.dumps(RunConfig.json_schema(), indent=2)),
+        (["validate", RECIPE, "--no-files"], DONE, "is valid: DoRA"),
+        (["validate", RECIPE, "--no-files", "--adapter.rr=8"], USERS_MISTAKE, "did you mean adapter.r?"),
+        (["train", "--config", RECIPE, "--adapter.r=0"], USERS_MISTAKE, "adapter.r = 0: must be a whole number >= 1"),
+        (["train", "--config", RECIPE, "--data.train=no.json"], USERS_MISTAKE, "no such file"),
+    ],
+)
+def test_answers_that_need_no_model_load_nothing_heavy(words: list[str], code: int, says: str) -> None:
     program = (
-        "import sys; from dora_dist.cli import main; code = main(['schema']); "
-        "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & set(sys.modules); "
-        "sys.exit(str(heavy) if heavy else code)"
+        f"import sys; from dora_dist.cli import main\ntry: code = main({words!r})\nexcept SystemExit as left: "
+        f"code = left.code\nheavy = set({HEAVY!r}.split()) & set(sys.modules); sys.exit(str(heavy) if heavy else code)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == RunConfig.json_schema()
+    assert (done.returncode, says in done.stdout + done.stderr) == (code, True), done.stderr
+
+
+@pytest.mark.parametrize("module", ["dora_dist", "dora_dist.config", "dora_dist.cli"])
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    program = f"import sys, {module}; print(set({HEAVY!r}.split()) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "set()\n", done.stderr
 
 
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "configs").glob("*.json")), ids=lambda path: path.stem)
