@@ -13,8 +13,8 @@ def declare_env(commands: Commands) -> None:
         commands,
         "env",
         _env,
-        "print what each rank finds: launcher, device, memory, versions, and the speed of collectives",
-        "dora-dist env\n"
+        summary="print what each rank finds: launcher, device, memory, versions, and the speed of collectives",
+        example="dora-dist env\n"
         "          srun dora-dist env\n"
         "          mpirun -n 2 dora-dist env\n"
         "          torchrun --nproc_per_node 2 --no-python dora-dist env\n"

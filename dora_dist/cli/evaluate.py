@@ -24,9 +24,9 @@ def declare_evaluate(commands: Commands) -> None:
         commands,
         "evaluate",
         _evaluate,
-        "measure a model on files: accuracy of a language model's answers, a LLaVA's answers about pictures, or the "
-        "metrics of the model's own task",
-        "dora-dist evaluate runs/quickstart/train --tasks boolq=boolq.json piqa=piqa.json\n"
+        summary="measure a model on files: accuracy of a language model's answers, a LLaVA's answers about pictures, "
+        "or the metrics of the model's own task",
+        example="dora-dist evaluate runs/quickstart/train --tasks boolq=boolq.json piqa=piqa.json\n"
         "          dora-dist evaluate runs/glue_sst2 --tasks sst2=dev.jsonl\n"
         "          dora-dist evaluate runs/llava7b_dora --tasks vqav2=vqa.jsonl --image-folder val2014",
     )

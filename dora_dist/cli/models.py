@@ -16,8 +16,8 @@ def declare_consolidate(commands: Commands) -> None:
         commands,
         "consolidate",
         _consolidate,
-        "merge an adapter into its base: a plain Hugging Face model folder",
-        "dora-dist consolidate runs/quickstart/train --output merged/",
+        summary="merge an adapter into its base: a plain Hugging Face model folder",
+        example="dora-dist consolidate runs/quickstart/train --output merged/",
     )
     command.add_argument("path", type=Path, metavar="PATH", help="run folder, checkpoint, or PEFT adapter folder")
     add_output(command, "the merged model")
@@ -64,8 +64,8 @@ def declare_import_gguf(commands: Commands) -> None:
         commands,
         "import-gguf",
         _import_gguf,
-        "convert a GGUF file to a Hugging Face model folder, once",
-        "dora-dist import-gguf SmolLM2-135M-Instruct.gguf --output base/",
+        summary="convert a GGUF file to a Hugging Face model folder, once",
+        example="dora-dist import-gguf SmolLM2-135M-Instruct.gguf --output base/",
     )
     command.add_argument("file", type=Path, metavar="FILE", help="GGUF file")
     add_output(command, "the model")
@@ -87,8 +87,8 @@ def declare_assemble_llava(commands: Commands) -> None:
         commands,
         "assemble-llava",
         _assemble_llava,
-        "make a LLaVA of a vision tower and a language model, with a fresh projector",
-        "dora-dist assemble-llava --vision clip/ --language vicuna/ --output llava/",
+        summary="make a LLaVA of a vision tower and a language model, with a fresh projector",
+        example="dora-dist assemble-llava --vision clip/ --language vicuna/ --output llava/",
     )
     command.add_argument("--vision", required=True, metavar="MODEL", help="vision tower: folder or hub name")
     command.add_argument("--language", required=True, metavar="MODEL", help="language model: folder or hub name")

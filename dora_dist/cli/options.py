@@ -15,10 +15,12 @@ def declare(
     commands: Commands,
     name: str,
     handler: Callable[[argparse.Namespace], None],
+    *,
     summary: str,
     example: str,
     usage: str | None = None,
 ) -> argparse.ArgumentParser:
+    """Add a command that `handler` answers; `example` is the end of its help, `usage` what follows its name there."""
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,

@@ -14,10 +14,10 @@ def declare_train(commands: Commands) -> None:
         commands,
         "train",
         _train,
-        "fine-tune a model as a config file says, here or on the ranks that a launcher starts",
-        "dora-dist train --config configs/quickstart.json --training.max_steps 10\n"
+        summary="fine-tune a model as a config file says, here or on the ranks that a launcher starts",
+        example="dora-dist train --config configs/quickstart.json --training.max_steps 10\n"
         "          deepspeed --num_accelerators 2 launch/train.py --config configs/quickstart.json",
-        "--config FILE [--resume] [--SECTION.FIELD VALUE ...]",
+        usage="--config FILE [--resume] [--SECTION.FIELD VALUE ...]",
     )
     command.add_argument("--config", required=True, metavar="FILE", help="JSON file that describes the run")
     command.add_argument("--resume", action="store_true", help="short for --checkpoint.resume auto")
@@ -50,8 +50,8 @@ def declare_schema(commands: Commands) -> None:
         commands,
         "schema",
         _schema,
-        "print the JSON schema of config files, for editors",
-        "dora-dist schema > dora_dist.schema.json",
+        summary="print the JSON schema of config files, for editors",
+        example="dora-dist schema > dora_dist.schema.json",
     )
 
 

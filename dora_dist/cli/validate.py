@@ -33,9 +33,9 @@ def declare_validate(commands: Commands) -> None:
         commands,
         "validate",
         _validate,
-        "check a config file, and the files that it names, without starting anything",
-        "dora-dist validate configs/llama7b_dora.json --data --data.train mine.jsonl",
-        "CONFIG [--data] [--world-size N] [--no-files] [--SECTION.FIELD VALUE ...]",
+        summary="check a config file, and the files that it names, without starting anything",
+        example="dora-dist validate configs/llama7b_dora.json --data --data.train mine.jsonl",
+        usage="CONFIG [--data] [--world-size N] [--no-files] [--SECTION.FIELD VALUE ...]",
     )
     command.add_argument("config", metavar="CONFIG", help="JSON file that describes the run")
     command.add_argument(
