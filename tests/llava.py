@@ -44,7 +44,7 @@ def language_model(folder: Path, **config: Any) -> Path:
 
 def model(folder: Path, kind: str = "clip", **options: Any) -> Path:
     """A LLaVA folder, assembled; `options` as of `assemble_llava`."""
-    from dora_dist.models.assemble import assemble_llava
+    from dora_dist.models.llava.assemble import assemble_llava
 
     parts = folder.with_name(f"{folder.name}-parts")
     assemble_llava(tower(parts / "tower", kind), language_model(parts / "language"), folder, **options)

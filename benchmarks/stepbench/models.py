@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from dora_dist.models.build import checkpoint_activations
+from dora_dist.models.families import family_of_model
 from dora_dist.models.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, Head
-from dora_dist.models.llava import prepare_for_training
 from stepbench.settings import PATCH, TARGETS, Settings
 
 GATED = ("gated", "dynamic", "closed", "compacted")
@@ -105,7 +105,7 @@ def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
     placement = ShardedPlacement(settings.deepspeed_config())
     adapted = build_model(base, by_pattern(spec, [TARGETS]), placement, head=_head(settings))
     if settings.pictures:
-        prepare_for_training(adapted.model)
+        adapted.family.prepare_for_training(adapted.model)
     return adapted.model, adapted.norms
 
 
@@ -114,7 +114,7 @@ def _hugging_face(base: Path, settings: Settings) -> Any:
     model = kind.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa")
     if settings.pictures:  # PEFT at its best: as it comes, its steps go backward through the frozen tower, too
         model.model.vision_tower.requires_grad_(False)
-        prepare_for_training(model)
+        family_of_model(model).prepare_for_training(model)
     return model
 
 

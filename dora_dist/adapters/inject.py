@@ -14,47 +14,30 @@ from dora_dist.runtime.errors import UserError
 from dora_dist.weights.loading import initial_values
 from dora_dist.weights.placement import Fill
 
-_LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-FAMILY_TARGETS: dict[str, list[str]] = dict.fromkeys(
-    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "granite", "smollm3"), _LLAMA_LIKE
-)
-"""Default `target_modules` by a Hugging Face config's `model_type`: the paper's choice (section 5.1)."""
-# Encoders: query, key, value, attention output, intermediate and output, as Mao et al. (arXiv 2405.17357) have it.
-_BERT_LIKE = ["query", "key", "value", "intermediate.dense", "output.dense"]
-FAMILY_TARGETS |= dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT_LIKE)
-FAMILY_TARGETS["deberta-v2"] = ["query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"]
-# The same six of an encoder-decoder: every projection of its three kinds of attention, and both of its feed-forwards.
-FAMILY_TARGETS["bart"] = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj", "encoder_attn.out_proj", "fc1", "fc2"]
-FAMILY_TARGETS["mpnet"] = ["attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense"]
-
-# Liu et al. (section 5.4) adapt all seven projections of LLaVA's language model.
-FAMILY_TARGETS["llava"] = [r".*\blanguage_model\..*\.(q|k|v|o|gate|up|down)_proj"]
-_APART = ("vision_tower", "multi_modal_projector")
-"""Parts of a model that the ending of a name does not reach: "q_proj" means the language model's, and "vision_tower"
-has to be said."""
-
-
 AdapterPlan = Callable[[nn.Module], dict[str, AdapterSpec]]
 """Given a model, the adapter of each linear layer that gets one, by module name."""
 
 
 def by_pattern(
-    spec: AdapterSpec, target_modules: Sequence[str] | None = None, magnitude_only: Sequence[str] = ()
+    spec: AdapterSpec,
+    target_modules: Sequence[str],
+    magnitude_only: Sequence[str] = (),
+    *,
+    apart: Sequence[str] = (),
 ) -> AdapterPlan:
     """Plan `spec` for every nn.Linear that a pattern names.
 
     A pattern is a module's full name, a suffix of it that starts at a dot ("q_proj", "mlp.up_proj"), or a regular
-    expression that matches the full name. None means the model family's default. `magnitude_only` modules get a
-    magnitude and no low-rank factors. The plan raises UserError if a pattern matches nothing, or if both lists
-    match one module.
+    expression that matches the full name. `magnitude_only` modules get a magnitude and no low-rank factors. `apart`
+    are parts of the model that a suffix does not reach: a pattern has to name them. The plan raises UserError if a
+    pattern matches nothing, or if both lists match one module.
     """
 
     def plan(model: nn.Module) -> dict[str, AdapterSpec]:
         linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-        patterns = list(target_modules) if target_modules is not None else _family_targets(model)
         others = {name: type(m).__name__ for name, m in model.named_modules() if name and name not in linears}
-        low_rank = _match_all(patterns, linears, others, "adapter.target_modules")
-        magnitudes = _match_all(magnitude_only, linears, others, "adapter.magnitude_only_modules")
+        low_rank = _match_all(target_modules, linears, others, "adapter.target_modules", apart=apart)
+        magnitudes = _match_all(magnitude_only, linears, others, "adapter.magnitude_only_modules", apart=apart)
         if both := sorted(low_rank & magnitudes):
             raise UserError(
                 f"adapter.magnitude_only_modules and adapter.target_modules both match {both[0]!r}; "
@@ -143,16 +126,6 @@ def inject(model: nn.Module, plan: AdapterPlan, trained_modules: Sequence[str] =
     return list(specs)
 
 
-def _family_targets(model: nn.Module) -> list[str]:
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    if family not in FAMILY_TARGETS:
-        raise UserError(
-            f"adapter.target_modules is not set and the model family {family!r} has no default; "
-            f"name the modules to adapt (families with a default: {', '.join(FAMILY_TARGETS)})"
-        )
-    return FAMILY_TARGETS[family]
-
-
 def initial_fills(model: nn.Module, seed: int) -> dict[str, Fill]:
     """The values that each adapter parameter of `model` starts with, by its name: a function of `seed` and name."""
     fills = {}
@@ -178,33 +151,42 @@ def _refuse_absurd_rank(spec: AdapterSpec, model: nn.Module, names: Iterable[str
             )
 
 
-def _match_all(patterns: Sequence[str], linears: Sequence[str], others: Mapping[str, str], field: str) -> set[str]:
+def _match_all(
+    patterns: Sequence[str], linears: Sequence[str], others: Mapping[str, str], field: str, *, apart: Sequence[str]
+) -> set[str]:
     """The names in `linears` that any pattern matches; `others` are the kinds of all other modules, by name."""
     matched: set[str] = set()
     for pattern in patterns:
-        names = {name for name in linears if _matches(pattern, name, field)}
+        names = {name for name in linears if _matches(pattern, name, field, apart=apart)}
         if not names:
             kinds = Counter(name.rpartition(".")[2] for name in linears)
             could = ", ".join(f"{kind} ({count})" for kind, count in kinds.items()) or "none"
-            found = next((f"{name!r} ({kind})" for name, kind in others.items() if _matches(pattern, name, field)), "")
+            named = [name for name in others if _matches(pattern, name, field, apart=apart)]
+            found = f"{named[0]!r} ({others[named[0]]})" if named else ""
             instead = f", only {found}; adapter.trained_modules trains such a module in full" if found else ""
             raise UserError(f"{field}: {pattern!r} matches no linear layer of this model{instead}; it has: {could}")
         matched |= names
     return matched
 
 
-def _matches(pattern: str, name: str, field: str) -> bool:
+def _matches(pattern: str, name: str, field: str, *, apart: Sequence[str]) -> bool:
     if name == pattern:
         return True
     if name.endswith("." + pattern):
-        return not any(part in name and part not in pattern for part in _APART)
+        return not any(part in name and part not in pattern for part in apart)
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
         raise UserError(f"{field}: {pattern!r} is neither a module name nor a regular expression ({error})") from error
 
 
-def trained_in_full(model: nn.Module, patterns: Sequence[str], field: str = "adapter.trained_modules") -> list[str]:
+def trained_in_full(
+    model: nn.Module,
+    patterns: Sequence[str],
+    field: str = "adapter.trained_modules",
+    *,
+    apart: Sequence[str] = (),
+) -> list[str]:
     """The outermost modules with parameters that a pattern names (as in `by_pattern`), in the model's order.
 
     Raises UserError, naming the `field` of the patterns, if one matches none.
@@ -212,7 +194,7 @@ def trained_in_full(model: nn.Module, patterns: Sequence[str], field: str = "ada
     modules = [name for name, m in model.named_modules() if name and next(m.parameters(), None) is not None]
     matched: set[str] = set()
     for pattern in patterns:
-        names = {name for name in modules if _matches(pattern, name, field)}
+        names = {name for name in modules if _matches(pattern, name, field, apart=apart)}
         if not names:
             outer = ", ".join(name for name in modules if "." not in name)
             raise UserError(f"{field}: {pattern!r} matches no module with parameters; the outermost are: {outer}")

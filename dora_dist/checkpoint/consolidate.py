@@ -22,8 +22,8 @@ from torch import Tensor
 from dora_dist.adapters.peft_format import AdapterLayer, PeftFolder, warn_of_lacking, warn_of_magnitudes
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_folders import base_path
+from dora_dist.models.families import family_of
 from dora_dist.models.folder import FLOATS, ModelFolder
-from dora_dist.models.llava import LANGUAGE, is_llava
 from dora_dist.runtime import console
 from dora_dist.runtime.console import note
 from dora_dist.runtime.errors import UserError
@@ -175,11 +175,12 @@ def _check_space(output: Path, nbytes: int) -> None:
 
 @dataclass(frozen=True)
 class _Names:
-    """What the base's model knows of its names: `rename` gives today's, for a composite model; its folder's own are
-    what is written all the same. `parted` are the names of each weight of which the adapter changes one use alone.
+    """What the base's model knows of its names: `rename` gives today's, for a model made of `parts`; its folder's own
+    are what is written all the same. `parted` are the names of each weight of which the adapter changes one use alone.
     """
 
     rename: Rename | None = None
+    parts: tuple[str, ...] = ()
     prefix: str = ""
     parted: tuple[list[str], ...] = ()
 
@@ -188,16 +189,16 @@ def _names(adapter: PeftFolder, base: Path, config: dict[str, Any]) -> _Names:
     # A weight that several modules share is an embedding or a head, never one of the numbered layers.
     outer = [m for m in adapter.modules if not any(part.isdigit() for part in m.split("."))]
     changed = [*adapter.modules_to_save(), *outer]
-    if not changed and not is_llava(config):
+    family = family_of(config["model_type"])
+    if not changed and not family.parts:
         return _Names()
     from dora_dist.models.build import skeleton
     from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT, head_of_adapter
     from dora_dist.models.tying import parted_names
-    from dora_dist.weights.names import rename_for
 
-    model = skeleton(base, IMAGE_TEXT_TO_TEXT if is_llava(config) else head_of_adapter(adapter))
+    model = skeleton(base, IMAGE_TEXT_TO_TEXT if family.sees_pictures else head_of_adapter(adapter))
     parted = tuple(names for _, names in parted_names(model, changed))
-    return _Names(rename_for(model) if is_llava(config) else None, model.base_model_prefix, parted)
+    return _Names(family.rename(model), family.parts, model.base_model_prefix, parted)
 
 
 def _entries(tensors: TensorFolder, names: _Names) -> dict[str, TensorEntry]:
@@ -207,14 +208,15 @@ def _entries(tensors: TensorFolder, names: _Names) -> dict[str, TensorEntry]:
         found = {name: locate(name, stored, names.prefix) for name in shared}
         if source := next(filter(None, found.values()), None):
             for name in (name for name in shared if not found[name]):
-                entries[_own_name(name, tensors.entries, names.rename)] = tensors.entries[source]
+                entries[_own_name(name, tensors.entries, names)] = tensors.entries[source]
     return entries
 
 
-def _own_name(name: str, entries: Iterable[str], rename: Rename | None) -> str:
-    """A name as the folder would have it: LLaVA's are older than today's where its others are."""
-    older = f"{LANGUAGE}.{name}"
-    return older if rename and rename(older) == name and any(n.startswith(f"{LANGUAGE}.") for n in entries) else name
+def _own_name(name: str, entries: Iterable[str], names: _Names) -> str:
+    """A name as the folder would have it: older than today's where the others of its part of the model are."""
+    there = {own.partition(".")[0] for own in entries}
+    older = [f"{part}.{name}" for part in names.parts if part in there]
+    return next((own for own in older if names.rename and names.rename(own) == name), name)
 
 
 def _outputs(adapter: PeftFolder, tensors: TensorFolder, dtype: str | None, names: _Names) -> list[Output]:

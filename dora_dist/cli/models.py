@@ -114,7 +114,7 @@ def declare_assemble_llava(commands: Commands) -> None:
 
 def _assemble_llava(options: argparse.Namespace) -> None:
     from dora_dist.config import is_local
-    from dora_dist.models.assemble import assemble_llava
+    from dora_dist.models.llava.assemble import assemble_llava
     from dora_dist.runtime.hub import fetch
 
     vision, language = (Path(n) if is_local(n) else fetch(n) for n in (options.vision, options.language))

@@ -12,16 +12,13 @@ from torch.nn.functional import cross_entropy
 
 from dora_dist.data.dataset import encode
 from dora_dist.data.formats import Rendered
+from dora_dist.models.families import family_of
 from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Inputs = Mapping[str, Tensor]
-
-# Families whose attention is a plain softmax over rotary positions, so that a mask and positions of our own
-# say all there is to say. Others get one row per candidate: the same numbers, more work.
-SHARED_PROMPT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -141,11 +138,14 @@ def _end(answer: list[bool], complete: bool) -> int:
 
 
 def _shares_prompts(model: PreTrainedModel, longest: int) -> bool:
-    """Whether several candidates may follow one prompt in one sequence, kept apart by a 4-D mask."""
+    """Whether several candidates may follow one prompt in one sequence, kept apart by a 4-D mask.
+
+    Other models get one row per candidate: the same numbers, more work.
+    """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     return (
-        config.model_type in SHARED_PROMPT_FAMILIES
+        family_of(config.model_type).masks_are_free
         and config._attn_implementation in ("sdpa", "eager")
         and (window is None or longest <= window)
     )

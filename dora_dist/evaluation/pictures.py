@@ -115,7 +115,7 @@ def _processor(
     new_tokens: int,
 ) -> PictureProcessor:
     """The model's processor. Raises UserError for questions that it, the chat template or the model cannot take."""
-    from dora_dist.models.processor import load_processor
+    from dora_dist.models.families import load_processor
 
     if data.chat_template == "plain" and FORMATS[format].needs_text:
         raise UserError(

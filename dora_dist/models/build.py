@@ -1,7 +1,7 @@
 """A model from a Hugging Face folder or hub name, adapted and placed: the order of construction in one place."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.adapters.recompute import keeping_outputs
 from dora_dist.models import start
+from dora_dist.models.families import family_of_model
+from dora_dist.models.family import Family
 from dora_dist.models.folder import GENERATION_CONFIG, ModelFolder, generation_config, reason, transformers_config
 from dora_dist.models.heads import CAUSAL_LM, Head
 from dora_dist.models.tying import untie, untie_different
@@ -20,13 +22,13 @@ from dora_dist.models.unused import report_unused
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.digest import sampled_digest, warn_of_another_base
 from dora_dist.weights.loading import load_base
-from dora_dist.weights.names import locate, rename_for, stored_names
+from dora_dist.weights.names import locate, stored_names
 from dora_dist.weights.placement import Placement
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AdaptedModel:
     """A model ready to train: `norms` is attached to it, `base` is the folder that its weights came from.
 
@@ -41,12 +43,13 @@ class AdaptedModel:
     adapted: list[str]
     base: Path
     base_bytes_read: int
-    head: Head = CAUSAL_LM
-    trained: list[str] = field(default_factory=list)
-    fresh: list[str] = field(default_factory=list)
-    resized: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
-    untied: list[str] = field(default_factory=list)
-    base_digest: str = ""
+    base_digest: str
+    family: Family
+    head: Head
+    trained: list[str]
+    fresh: list[str]
+    resized: dict[str, tuple[list[int], list[int]]]
+    untied: list[str]
 
 
 def build_model(
@@ -77,13 +80,14 @@ def build_model(
     opened = ModelFolder.open(base)
     folder = opened.tensors
     model = skeleton(base, head, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
-    named = stored_names(folder.entries, rename_for(model) if head.reads_pictures else None)
+    family = family_of_model(model)
+    named = stored_names(folder.entries, family.rename(model))
     stored = untie_different(model, folder, named)
     report_unused(opened, model, stored)
     if trained_modules is None:
         trained = head.default_trained(model, stored)
     else:
-        trained = trained_in_full(model, trained_modules)
+        trained = trained_in_full(model, trained_modules, apart=family.apart)
     untied, stored = untie(model, [*trained, *plan(model)], stored)
     adapted = inject(model, plan, trained)
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}  # shards have none
@@ -102,7 +106,18 @@ def build_model(
         start.assign(model, start_from, placement)
         norms.refresh()
     return AdaptedModel(
-        model, norms, adapted, base, folder.bytes_read, head, trained, fresh, resized, untied, base_digest
+        model=model,
+        norms=norms,
+        adapted=adapted,
+        base=base,
+        base_bytes_read=folder.bytes_read,
+        base_digest=base_digest,
+        family=family,
+        head=head,
+        trained=trained,
+        fresh=fresh,
+        resized=resized,
+        untied=untied,
     )
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from dora_dist.adapters.inject import trained_in_full
 from dora_dist.adapters.peft_format import PeftFolder
+from dora_dist.models.families import check_sees_pictures, family_of_model, family_of_parts
 from dora_dist.models.folder import own_code_needed
-from dora_dist.models.llava import LLAVA_PARTS, PROJECTOR, check_family, prepare_for_training
 from dora_dist.models.vocabulary import agree_on_padding
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.names import locate
@@ -87,9 +87,6 @@ class Head:
     def fit(self, model: Any, tokenizer: Any) -> None:
         """Set what a built model must know of its tokenizer, in place."""
 
-    def prepare_for_training(self, model: Any) -> None:
-        """Change an adapted model, in place, so that ranks with different batches can train it."""
-
     def default_trained(self, model: Any, stored: Mapping[str, str]) -> list[str]:
         """The modules of `model` to train in full unless told otherwise, by name.
 
@@ -140,7 +137,8 @@ class _Language(Head):
         return True
 
     def default_trained(self, model: Any, stored: Mapping[str, str]) -> list[str]:
-        return []
+        family = family_of_model(model)
+        return trained_in_full(model, family.trained, apart=family.apart)
 
     def kept_config(self, model: Any) -> dict[str, Any]:
         return {}
@@ -152,25 +150,20 @@ class _EncoderDecoder(_Language):
 
 
 class _Pictures(_Language):
-    """A language model behind a vision tower and a projector, which is trained in full."""
+    """A language model that is shown pictures, too."""
 
     @property
     def reads_pictures(self) -> bool:
         return True
 
     def model_class(self, config: Any, trust_remote_code: bool = False) -> type[nn.Module]:
-        check_family(config)
+        check_sees_pictures(config)
         return super().model_class(config, trust_remote_code)
-
-    def prepare_for_training(self, model: Any) -> None:
-        prepare_for_training(model)
-
-    def default_trained(self, model: Any, stored: Mapping[str, str]) -> list[str]:
-        return trained_in_full(model, [PROJECTOR])
 
     def recognises(self, adapter: PeftFolder) -> bool:
         """By its parts' names: PEFT has no type of its own for models with pictures."""
-        return any(part in LLAVA_PARTS for name in (*adapter.modules, *adapter.trained) for part in name.split("."))
+        family = family_of_parts((*adapter.modules, *adapter.trained))
+        return family is not None and family.sees_pictures
 
 
 CAUSAL_LM = _Language(

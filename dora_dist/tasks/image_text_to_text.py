@@ -37,7 +37,7 @@ class ImageTextToText(Task):
 
     def processor(self, base: Path, model: ModelConfig, data: DataConfig) -> Any:
         """A PictureProcessor."""
-        from dora_dist.models.processor import load_processor
+        from dora_dist.models.families import load_processor
 
         return load_processor(base, data, model.tokenizer)
 

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_dist.adapters.inject import AdapterPlan, by_pattern
+from dora_dist.adapters.inject import AdapterPlan
 from dora_dist.adapters.layer import AdapterSpec
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.peft_format import read_peft_folder
 from dora_dist.config import AdapterConfig, ModelConfig, is_local
-from dora_dist.models import build
+from dora_dist.models import build, families
 from dora_dist.models.build import AdaptedModel
 from dora_dist.runtime import distributed
 from dora_dist.runtime.hub import Repository, wanted
@@ -87,7 +87,7 @@ def build_model(
 
 def adapter_plan(adapter: AdapterConfig) -> AdapterPlan:
     """Which modules of a model the section adapts, and how."""
-    return by_pattern(adapter_spec(adapter), adapter.target_modules, adapter.magnitude_only_modules)
+    return families.adapter_plan(adapter_spec(adapter), adapter.target_modules, adapter.magnitude_only_modules)
 
 
 def adapter_spec(adapter: AdapterConfig) -> AdapterSpec:

@@ -7,12 +7,15 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dora_dist.adapters.inject import trained_in_full
+from dora_dist.models.families import family_of_model
 from dora_dist.runtime.errors import UserError
 
 
 def rated(model: nn.Module, pattern: str) -> list[nn.Parameter]:
     """The trained parameters in the modules that a pattern names. Raises UserError where there are none."""
-    modules = [model.get_submodule(name) for name in trained_in_full(model, [pattern], "training.learning_rates")]
+    apart = family_of_model(model).apart
+    names = trained_in_full(model, [pattern], "training.learning_rates", apart=apart)
+    modules = [model.get_submodule(name) for name in names]
     found = [p for module in modules for p in module.parameters() if p.requires_grad]
     if not found:
         raise UserError(f"training.learning_rates: nothing in {pattern!r} is trained; leave it out, or train it")

@@ -203,7 +203,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         seed=config.training.seed,
         inspect=lambda adapted: doubts.of_model(config, adapted, data.train),
     )
-    run.head.prepare_for_training(run.model)
+    run.family.prepare_for_training(run.model)
     if config.training.activation_checkpointing:
         checkpoint_activations(run.model)
     if config.training.recompute_all:

@@ -250,7 +250,7 @@ def batch_of(folder: Path, count: int = 3) -> dict[str, Tensor]:
     from dora_dist.config import DataConfig
     from dora_dist.data import build_conversations
     from dora_dist.data.pictures import PictureCollator
-    from dora_dist.models.processor import load_processor
+    from dora_dist.models.families import load_processor
 
     data = DataConfig(train=str(folder / "data.json"), format="llava", image_folder=str(folder / "pictures"))
     processor = load_processor(folder / "base", data)
@@ -267,11 +267,10 @@ def step_and_compare(base: str, batch: dict[str, Tensor], text: Tensor) -> dict[
     import deepspeed
     import torch.distributed as dist
 
-    from dora_dist.adapters.inject import by_pattern
     from dora_dist.adapters.layer import AdapterSpec
     from dora_dist.models.build import build_model
+    from dora_dist.models.families import adapter_plan, family_of_model
     from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT
-    from dora_dist.models.llava import prepare_for_training
     from dora_dist.zero3.partition import local_values
     from dora_dist.zero3.placement import ShardedPlacement
 
@@ -284,9 +283,9 @@ def step_and_compare(base: str, batch: dict[str, Tensor], text: Tensor) -> dict[
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 30},
         "zero_allow_untested_optimizer": True,
     }
-    plan = by_pattern(AdapterSpec(4, 8.0))
+    plan = adapter_plan(AdapterSpec(4, 8.0))
     run = build_model(Path(base), plan, ShardedPlacement(engine_json), dtype="fp32", head=IMAGE_TEXT_TO_TEXT)
-    prepare_for_training(run.model)
+    family_of_model(run.model).prepare_for_training(run.model)
     trained = [p for p in run.model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=run.model, optimizer=torch.optim.AdamW(trained, lr=0.1), config=engine_json)
     with torch.no_grad():

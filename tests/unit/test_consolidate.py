@@ -24,7 +24,7 @@ from dora_dist.checkpoint.adapter_folders import find_adapter
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.checkpoint.run_folder import set_best, write_manifest
 from dora_dist.evaluation.inference import load_for_inference
-from dora_dist.models.assemble import assemble_llava
+from dora_dist.models.llava.assemble import assemble_llava
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.safetensors_io import TensorFolder
 from tests import llava, summaries, toy

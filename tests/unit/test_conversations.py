@@ -13,7 +13,7 @@ from dora_dist.config import DataConfig
 from dora_dist.data import FILLER, IGNORED, EpochBatches, build_conversations
 from dora_dist.data.conversations import VICUNA_SYSTEM, read_conversation, render
 from dora_dist.data.pictures import PictureCollator, PictureReader, missing_pictures
-from dora_dist.models.processor import load_processor
+from dora_dist.models.families import load_processor
 from dora_dist.runtime.errors import UserError
 from dora_dist.training.agreement import of_data
 from tests import llava

@@ -14,7 +14,7 @@ from dora_dist.config import DataConfig, RunConfig
 from dora_dist.data import TokenizedData, build_conversations, build_dataset
 from dora_dist.data.cache import key_of, tensors_once
 from dora_dist.data.strings import pack, unpack
-from dora_dist.models.processor import load_processor
+from dora_dist.models.families import load_processor
 from dora_dist.runtime.errors import UserError
 from dora_dist.training.agreement import of_data
 from tests import llava, toy

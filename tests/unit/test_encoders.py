@@ -15,6 +15,7 @@ from dora_dist.adapters.peft_format import read_peft_folder, write_peft_folder
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.evaluation.inference import head_at, load_for_inference
 from dora_dist.models.build import AdaptedModel, build_model
+from dora_dist.models.families import adapter_plan
 from dora_dist.models.heads import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.placement import WholePlacement
@@ -25,7 +26,7 @@ CLASSIFY = SEQUENCE_CLASSIFICATION.with_labels(3)
 
 
 def build(base: Path, **options: Any) -> AdaptedModel:
-    options = {"plan": by_pattern(SPEC), "head": CLASSIFY, "dtype": "fp32", **options}
+    options = {"plan": adapter_plan(SPEC), "head": CLASSIFY, "dtype": "fp32", **options}
     return build_model(base, options.pop("plan"), WholePlacement(), **options)
 
 

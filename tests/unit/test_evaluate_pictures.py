@@ -18,8 +18,8 @@ from dora_dist.evaluation import as_table, evaluate
 from dora_dist.evaluation.inference import load_for_inference
 from dora_dist.evaluation.pictures import answer_questions, candidate_scores, likeliest_answers
 from dora_dist.evaluation.questions import Question, read_questions
-from dora_dist.models.assemble import assemble_llava
-from dora_dist.models.processor import load_processor
+from dora_dist.models.families import load_processor
+from dora_dist.models.llava.assemble import assemble_llava
 from dora_dist.runtime.errors import UserError
 from tests import llava, toy
 

@@ -12,7 +12,7 @@ import torch
 from dora_dist.config import RunConfig
 from dora_dist.data import build_data
 from dora_dist.data.columns import fingerprint
-from dora_dist.models.processor import load_processor
+from dora_dist.models.families import load_processor
 from dora_dist.training.agreement import of_data
 from tests import encoders, llava, summaries, toy
 

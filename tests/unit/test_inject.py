@@ -9,6 +9,7 @@ from torch import nn
 from dora_dist.adapters.inject import by_pattern, inject
 from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec
 from dora_dist.adapters.norms import NormRefresher
+from dora_dist.models.families import adapter_plan
 from dora_dist.runtime.errors import UserError
 
 SPEC = AdapterSpec(4, 8.0)
@@ -23,7 +24,7 @@ def llama(tied: bool = False) -> nn.Module:
 
 def test_the_familys_default_is_the_papers_choice() -> None:
     model = llama()
-    names = inject(model, by_pattern(SPEC))
+    names = inject(model, adapter_plan(SPEC))
     assert sorted({n.rpartition(".")[2] for n in names}) == [
         "down_proj",
         "k_proj",
@@ -79,7 +80,7 @@ def test_refusals_name_what_is_wrong(plan: object, tied: bool, says: str) -> Non
 
 def test_an_unknown_family_without_patterns_is_refused() -> None:
     with pytest.raises(UserError, match="has no default"):
-        inject(nn.Sequential(nn.Linear(2, 2)), by_pattern(SPEC))
+        inject(nn.Sequential(nn.Linear(2, 2)), adapter_plan(SPEC))
 
 
 def test_an_untied_head_can_be_adapted(tmp_path: Path) -> None:

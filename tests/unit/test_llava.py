@@ -11,14 +11,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dora_dist.adapters.inject import by_pattern
 from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec
 from dora_dist.config import DataConfig
-from dora_dist.models.assemble import assemble_llava
 from dora_dist.models.build import build_model, skeleton
+from dora_dist.models.families import adapter_plan, family_of_model, load_processor
 from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT
-from dora_dist.models.llava import prepare_for_training, tokens_per_picture
-from dora_dist.models.processor import load_processor
+from dora_dist.models.llava.assemble import assemble_llava
+from dora_dist.models.llava.family import tokens_per_picture
 from dora_dist.models.tokenizer import load_tokenizer
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.placement import WholePlacement
@@ -37,13 +36,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(folder: Path, target_modules: list[str] | None = None, **options: Any) -> Any:
-    plan = by_pattern(SPEC, target_modules)
+    plan = adapter_plan(SPEC, target_modules)
     return build_model(folder, plan, WholePlacement(), dtype="fp32", head=IMAGE_TEXT_TO_TEXT, **options)
 
 
 def trainable(folder: Path, target_modules: list[str] | None = None) -> Any:
     run = build(folder, target_modules)
-    prepare_for_training(run.model)
+    family_of_model(run.model).prepare_for_training(run.model)
     return run
 
 

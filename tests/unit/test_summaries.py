@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from dora_dist.adapters.inject import by_pattern
 from dora_dist.adapters.layer import AdapterSpec
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.config import RunConfig
@@ -17,6 +16,7 @@ from dora_dist.data import TokenizedData, build_data
 from dora_dist.evaluation.inference import head_at, load_for_inference
 from dora_dist.metrics.rouge import rouge_metrics
 from dora_dist.models.build import AdaptedModel, build_model
+from dora_dist.models.families import adapter_plan
 from dora_dist.models.heads import SEQ2SEQ_LM
 from dora_dist.runtime.errors import UserError
 from dora_dist.tasks import problems
@@ -103,7 +103,7 @@ def test_rouge_by_hand() -> None:
 
 
 def build(base: Path, **options: Any) -> AdaptedModel:
-    plan = by_pattern(AdapterSpec(4, 8.0))
+    plan = adapter_plan(AdapterSpec(4, 8.0))
     return build_model(base, plan, WholePlacement(), head=SEQ2SEQ_LM, dtype="fp32", **options)
 
 

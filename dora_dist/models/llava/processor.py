@@ -5,15 +5,15 @@ from typing import Any
 
 from dora_dist.config import DataConfig
 from dora_dist.data.pictures import PictureProcessor, PictureReader, PictureTokens
-from dora_dist.models.folder import reason, transformers_config
-from dora_dist.models.llava import check_family, other_use, tokens_per_picture
+from dora_dist.models.folder import reason
+from dora_dist.models.llava.family import other_use, tokens_per_picture
 from dora_dist.models.tokenizer import load_tokenizer
 from dora_dist.runtime import extras
 from dora_dist.runtime.errors import UserError
 
 
-def load_processor(base: Path, data: DataConfig, tokenizer: str | None = None) -> PictureProcessor:
-    """The processor of a LLaVA's folder `base`; `tokenizer` names another than the folder's.
+def load_processor(base: Path, config: Any, data: DataConfig, tokenizer: str | None) -> PictureProcessor:
+    """The processor of a LLaVA's folder `base` with `config`; `tokenizer` names another than the folder's.
 
     The number of tokens of a picture is what the model's own tower makes of it, whatever the processor's settings
     say. Raises UserError if the parts do not fit together.
@@ -21,8 +21,6 @@ def load_processor(base: Path, data: DataConfig, tokenizer: str | None = None) -
     extras.need("PIL", purpose=f"model.path: reading pictures for {base}")
     from transformers import AutoImageProcessor
 
-    config = transformers_config(base)
-    check_family(config)
     text: Any = load_tokenizer(tokenizer or str(base))
     try:
         # Pillow's arithmetic, with which these models were trained, whatever else is installed.
