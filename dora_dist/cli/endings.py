@@ -11,7 +11,7 @@ from dora_dist.runtime.errors import Stopped
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM raises Stopped inside, so that what is half-written is removed, as with Ctrl-C."""
+    """SIGTERM raises Stopped inside, so that unfinished files are removed, as with Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

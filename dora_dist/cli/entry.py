@@ -1,4 +1,4 @@
-"""From words on a command line to one command, and from how it ends to an exit status."""
+"""From words on a command line to one command, and from its end to an exit status."""
 
 import argparse
 import os
@@ -47,20 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
-    """What a shell or a launcher starts: `main`, then the end of the process, at once and with its exit status.
+    """What a shell or a launcher starts: `main`, then the end of the process with its exit status.
 
-    The interpreter's own teardown is left out: threads that libraries leave behind can abort or hang a rank in it.
+    The process ends by os._exit, without the interpreter's teardown, in which threads of libraries can abort or hang.
     """
     _open_standard_streams()
     if not Lasting(sys.stderr).isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars: carriage returns do not belong in files
-    # torch reads this once, when it is imported, which no command has done yet. Its warnings about connections that
-    # break hold a page of C++ stack each, from every rank; what they are about, `Watch` says in words.
+    # torch reads this when it is imported, which is later. Its warnings about broken connections hold a page of C++
+    # stack each, from every rank; `Watch` says the same in words.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         status = main(arguments)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        traceback.print_exception(error)
         status = FAILED
     for stream in (sys.stdout, sys.stderr):
         Lasting(stream).flush()
@@ -68,7 +68,7 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _open_standard_streams() -> None:
-    """Where a shell closed one (`>&-`), the next file to be opened would take its number, and what is printed."""
+    """Open those that the shell closed (`>&-`): the next file to be opened would take their place, and be printed to."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)

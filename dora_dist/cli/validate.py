@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dora_dist.data.preview import Figures, Part, Preview
 
 OPEN, CLOSE = "[[", "]]"
-"""Around what is learnt, where there are no colours."""
+"""Around what is learnt, where colours cannot be shown."""
 LEARNT, SPECIAL = "bold green", "reverse"
 HEAD, AROUND, TAIL = 10, 5, 10
 """Lines of a long text that are shown: the first, those around where learning starts, the last."""

@@ -1,6 +1,6 @@
-"""What DeepSpeed makes of the user's own engine options. It ignores keys that it does not know; here they are errors.
+"""Checks the user's own engine options. DeepSpeed ignores keys that it does not know; here they are errors.
 
-DeepSpeed's code is the only list of its keys: its reader gets a dict that writes down what is asked of it.
+DeepSpeed's code is the only list of its keys, so its parser is given a dict that records which keys are looked up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dora_dist.config.engine import merged
 from dora_dist.runtime.errors import UserError
 
 _ANY_BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 3}}
-_DEFAULTS = {"steps_per_print": 10}  # where DeepSpeed has none, which would say of which kind it is
+_DEFAULTS = {"steps_per_print": 10}  # a value of the right kind, where DeepSpeed's default is None
 _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
     bool: ("true or false", (bool,)),
     int: ("a whole number", (int,)),
@@ -28,7 +28,7 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
 def check(options: dict[str, Any]) -> None:
     """Raise UserError for keys that DeepSpeed does not know, at any level, and for values that it cannot take.
 
-    Imports deepspeed, which settles on an accelerator then.
+    Imports deepspeed, which chooses its accelerator then: set DS_ACCELERATOR before.
     """
     if lines := [*_zero_problems(options), *_other_problems(options)]:
         raise UserError("engine.deepspeed: DeepSpeed refuses it\n  " + "\n  ".join(lines))
@@ -105,7 +105,7 @@ def _explained(error: ValidationError, section: str, known: dict[str, list[str]]
 
 
 def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, list[str]]]:
-    """The keys of a model of pydantic's and of those inside of it, with their aliases, by dotted name."""
+    """The keys of a pydantic model and of the models inside it, with their aliases, by dotted name."""
     yield prefix, [name for key, field in model.model_fields.items() for name in (key, field.alias) if name]
     for key, field in model.model_fields.items():
         for kind in (field.annotation, *get_args(field.annotation)):
@@ -149,7 +149,7 @@ class _Asked(dict[str, Any]):
         return self
 
     def unknown(self) -> Iterator[str]:
-        """Keys that nobody looked up, though others of their section were."""
+        """Keys that were not looked up, though others of their section were."""
         for key, value in dict.items(self):
             if self.asked and not self.taken_whole and key not in self.asked:
                 close = difflib.get_close_matches(key, self.asked, 1)
@@ -159,7 +159,7 @@ class _Asked(dict[str, Any]):
                 yield from value.unknown()
 
     def wrong_kinds(self) -> Iterator[str]:
-        """Values that are of another kind than DeepSpeed's default, which it does not look at itself."""
+        """Values of another kind than DeepSpeed's default, which DeepSpeed itself does not check."""
         for key, value in dict.items(self):
             if isinstance(value, _Asked):
                 yield from value.wrong_kinds()

@@ -153,7 +153,7 @@ def _run_dir(folder: Path) -> Iterator[str]:
 
 
 def _not_a_run(folder: Path, label: str) -> Iterator[str]:
-    """What else than a run a folder holds that a run's own files would be mixed with, or replace."""
+    """What a folder holds that is not a run, and that a run's files would be mixed with, or replace."""
     if (folder / "manifest.json").is_file():
         yield f"{label}: is a checkpoint; give its run folder, {folder.absolute().parent}, or another one"
     elif (folder / "adapter_config.json").is_file():

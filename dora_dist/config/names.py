@@ -10,7 +10,7 @@ from typing import NamedTuple
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 TABLES = (".csv", ".tsv", ".xlsx", ".txt")
 PACKED = (".gz", ".zip", ".xz", ".bz2", ".zst", ".tar", ".tgz", ".7z")
-"""Ends of the names of files that hold no records that are read, so that they are not taken for names on the hub."""
+"""Endings of files that records are not read from, which are not taken for names on the hub either."""
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -20,7 +20,7 @@ def is_local(name: str) -> bool:
         name.startswith((".", "/", "~"))
         or not _HUB_NAME.fullmatch(name)
         or name.endswith((*DATA_SUFFIXES, ".model", ".gguf", ".safetensors"))
-        or os.path.lexists(name)  # a link that leads nowhere as well
+        or os.path.lexists(name)  # also a broken link
     )
 
 

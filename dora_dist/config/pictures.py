@@ -1,4 +1,4 @@
-"""Where the pictures of well-known conversation data are, which come from others than the conversations."""
+"""Where to get the pictures of well-known conversation data, which are published apart from the conversations."""
 
 import shlex
 from collections.abc import Iterable
@@ -12,12 +12,12 @@ _LLAVA_1_5 = {
     "vg/VG_100K_2": "https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip",
     "ocr_vqa/images": "https://drive.google.com/drive/folders/1_GYPY5UkUy7HIcR0zq3ZCFgeZN7BAfm_ (script)",
 }
-"""Where the pictures in each folder of LLaVA-1.5's mixture are from."""
+"""The source of each folder of pictures in LLaVA-1.5's mixture."""
 _PRETRAIN = "hf download liuhaotian/LLaVA-Pretrain images.zip --repo-type dataset --local-dir data/LLaVA-Pretrain"
 
 
 def how_to_get(image_folder: str, sources: Iterable[str]) -> str:
-    """How to fill `image_folder` with the pictures of data `sources`: further lines of a message, "" if not known."""
+    """How to fill `image_folder` with the pictures of data `sources`: further lines of a message, "" if unknown."""
     names = {PurePosixPath(source.rpartition(":")[2]).name for source in sources}
     folder = shlex.quote(image_folder)
     lines = []

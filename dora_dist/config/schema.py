@@ -53,7 +53,7 @@ class ModelConfig(Section):
         default="bf16", description="Number format of the base weights and the arithmetic"
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        default="sdpa", description="Attention code that transformers uses; eager where a model has no sdpa"
+        default="sdpa", description="Attention code that transformers uses; eager for models without sdpa"
     )
     task: Task = Field(
         default="causal_lm",
@@ -108,7 +108,7 @@ class AdapterConfig(Section):
     )
     trained_modules: Patterns | None = Field(
         default=None,
-        description="Modules trained in full beside the adapters (PEFT's modules_to_save); patterns as above; "
+        description="Modules trained in full, besides the adapters (PEFT's modules_to_save); patterns as above; "
         "null: the task's head, or a LLaVA's projector. One of two tied weights gets a copy of its own, as in PEFT",
     )
     init_from: PathText | None = Field(
@@ -167,7 +167,7 @@ class DataConfig(Section):
     )
     validation_samples: Annotated[int, Field(ge=0), at_most(10**12)] = Field(
         default=0,
-        description="Records held out from the training data for validation when there is no validation file",
+        description="Records held out from the training data for validation, where data.validation is null",
     )
     format: Format = Field(
         default="instruction",
@@ -310,7 +310,7 @@ class TrainingConfig(Section):
         batch = self.global_batch_size
         if world_size > batch:
             raise UserError(
-                f"training.global_batch_size = {batch}: has no record for each of {world_size} ranks; raise it, or "
+                f"training.global_batch_size = {batch}: cannot give each of {world_size} ranks a record; raise it, or "
                 f"start at most {batch} {'rank' if batch == 1 else 'ranks'}"
             )
         each = -(-batch // world_size)

@@ -38,20 +38,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def nearby(path: Path) -> str:
-    """`; did you mean X?` when the folder of a missing `path` holds a similar name, else nothing; of a link, where it
-    leads.
+    """What to add to a message about a missing `path`: `; did you mean X?` where its folder holds a similar name, the
+    target of a broken link, or nothing.
     """
     if path.is_symlink():
         return f"; it is a link to {path.readlink()}, where nothing can be found"
     folder = path.parent
-    # A link that leads nowhere has the name that is looked for.
+    # A broken link of this name is in the folder, too, and is not meant.
     names = [entry.name for entry in folder.iterdir() if entry.name != path.name] if folder.is_dir() else []
     close = difflib.get_close_matches(path.name, names, 1)
     return f"; did you mean {folder / close[0]}?" if close else ""
 
 
 def absence(path: Path, kind: str = "file") -> str:
-    """Why there is no `path`: no such file (or another `kind`), or a link that leads nowhere or in a circle."""
+    """Why `path` is not a file (or another `kind`): it is not there, is something else, or a link that is broken."""
     try:
         path.stat()
     except OSError as error:

@@ -160,7 +160,7 @@ def broken_collective() -> str | None:
     for group in training_groups():
         for device in group._device_types:
             backend = group._get_backend(device)
-            # gloo has no such record, because its collectives raise.
+            # gloo keeps no such record, because its collectives raise.
             if hasattr(backend, "get_error") and backend.get_error().name != "SUCCESS":
                 return str(backend.get_error().name)
     return None

@@ -140,7 +140,7 @@ def free_port() -> int:
 
 
 def source_address(target: str) -> str:
-    """This machine's address on the way to `target` (name or address). Raises OSError where there is no way."""
+    """This machine's address on the way to `target` (name or address). Raises OSError where none leads there."""
     family, kind, protocol, _, place = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as s:
         s.connect(place)  # sends nothing: a datagram socket only picks its route
@@ -247,7 +247,7 @@ def _ask_mpi(launch: Launch) -> Launch:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"{launch.launcher} started this process, but mpi4py has no MPI: {error}; {other_ways}"
+            f"{launch.launcher} started this process, but mpi4py cannot load an MPI library: {error}; {other_ways}"
         ) from error
     MPI.Init()
     world = MPI.COMM_WORLD
