@@ -68,7 +68,7 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _open_standard_streams() -> None:
-    """Open those that the shell closed (`>&-`): the next file to be opened would take their place, and be printed to."""
+    """Open those that the shell closed (`>&-`): the next file to be opened would take their place."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 
 from dora_dist.config.section import (
+    Count,
     Elements,
     PathText,
     PathTexts,
     Patterns,
     Rate,
-    Records,
     Seconds,
     Section,
     Steps,
@@ -61,7 +61,7 @@ class ModelConfig(Section):
         "or rates it; question_answering finds the answer in a text; seq2seq_lm reads a text and writes another; "
         "image_text_to_text predicts the next token of texts with pictures (LLaVA)",
     )
-    num_labels: Records = Field(
+    num_labels: Count = Field(
         default=2, description="Labels of sequence_classification: 0 up to this number; 1: a rating (regression)"
     )
     storage: str = Field(
@@ -271,8 +271,8 @@ class TrainingConfig(Section):
         default=3.0, description="Passes over the training data"
     )
     max_steps: Steps | None = Field(default=None, description="Optimizer steps to stop after; null: as epochs says")
-    global_batch_size: Records = Field(default=16, description="Records per optimizer step, over all ranks")
-    micro_batch_size: Records = Field(
+    global_batch_size: Count = Field(default=16, description="Records per optimizer step, over all ranks")
+    micro_batch_size: Count = Field(
         default=4, description="Most records per forward pass on one rank; the rest is accumulated"
     )
     weight_decay: Annotated[float, Field(ge=0), at_most(1000)] = Field(
@@ -352,7 +352,7 @@ class EngineConfig(Section):
     offload_optimizer: Literal["none", "cpu"] = Field(
         default="none", description="cpu: AdamW's state and step on the host"
     )
-    hpz_partition_size: Records = Field(
+    hpz_partition_size: Count = Field(
         default=1,
         description="Ranks (of one node) that share a second copy of the shards for backward; 1: off",
     )

@@ -34,7 +34,7 @@ def known(*names: str) -> WithJsonSchema:
 
 
 Steps = Annotated[int, Field(ge=1), at_most(10**9)]
-Records = Annotated[int, Field(ge=1), at_most(2**20)]
+Count = Annotated[int, Field(ge=1), at_most(2**20)]
 Elements = Annotated[int, Field(ge=0), at_most(2**50)]
 Seconds = Annotated[float, Field(gt=0), at_most(10**8)]
 Rate = Annotated[float, Field(gt=0), at_most(1e30)]
