@@ -97,7 +97,7 @@ def show_data(config: RunConfig) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     _print_figures(console, config, data, steps)
     _print_sample(console, tokenizer, data.train.preview(0), "first")
-    if second := longest(data.train):
+    if second := longest(data.train.token_counts()):
         _print_sample(console, tokenizer, data.train.preview(second), "longest")
     elif len(data.train) > 1:
         _print_sample(console, tokenizer, data.train.preview(len(data.train) - 1), "last")
@@ -114,7 +114,7 @@ def _print_figures(console: "Console", config: RunConfig, data: "TokenizedData",
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(f"{config.data.format} records")
     sets = [("training", data.train, data.train_stats)]
-    if data.validation is not None:
+    if data.validation is not None and data.validation_stats is not None:
         sets.append(("validation", data.validation, data.validation_stats))
     columns: list[Figures] = []
     for name, dataset, stats in sets:

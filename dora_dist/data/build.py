@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dora_dist.data.conversation_dataset import build_conversations
-from dora_dist.data.dataset import TokenizedData, build_dataset
-from dora_dist.data.doubts import warn_of_the_whole
-from dora_dist.data.labelled import build_labelled
-from dora_dist.data.spans import build_spans
-from dora_dist.data.summaries import build_summaries
-
-if TYPE_CHECKING:
-    from dora_dist.config import RunConfig
+from dora_dist.config import RunConfig
+from dora_dist.data.labelled import LabelledReader
+from dora_dist.data.pictured import ConversationReader
+from dora_dist.data.ragged import TokenizedData
+from dora_dist.data.reader import Reader
+from dora_dist.data.reading import read
+from dora_dist.data.spans import SpanReader
+from dora_dist.data.summaries import SummaryReader
+from dora_dist.data.texts import TextReader
+from dora_dist.data.whole import warn_of_the_whole
 
 
 def build_data(config: RunConfig, tokenizer: Any, *, progress: bool = True) -> TokenizedData:
@@ -21,19 +22,17 @@ def build_data(config: RunConfig, tokenizer: Any, *, progress: bool = True) -> T
     `tokenizer` is a fast tokenizer, or for texts with pictures a PictureProcessor. What is odd about the data, and can
     be trained on, is warned of.
     """
-    data = _build(config, tokenizer, progress)
-    warn_of_the_whole(config, data)
+    data = read(_reader(config, tokenizer), config.data, seed=config.training.seed, progress=progress)
+    warn_of_the_whole(config.data, data, batch=config.training.global_batch_size)
     return data
 
 
-def _build(config: RunConfig, tokenizer: Any, progress: bool) -> TokenizedData:
-    model, data, seed = config.model, config.data, config.training.seed
-    if model.task == "sequence_classification":
-        return build_labelled(data, tokenizer, num_labels=model.num_labels, seed=seed, progress=progress)
-    if model.task == "question_answering":
-        return build_spans(data, tokenizer, seed=seed, progress=progress)
-    if model.task == "seq2seq_lm":
-        return build_summaries(data, tokenizer, seed=seed, progress=progress)
-    if model.task == "image_text_to_text":
-        return build_conversations(data, tokenizer, seed=seed, progress=progress)
-    return build_dataset(data, tokenizer, seed=seed, progress=progress)
+def _reader(config: RunConfig, tokenizer: Any) -> Reader:
+    task, data = config.model.task, config.data
+    if task == "sequence_classification":
+        return LabelledReader(data, tokenizer, config.model.num_labels)
+    if task == "question_answering":
+        return SpanReader(data, tokenizer)
+    if task == "seq2seq_lm":
+        return SummaryReader(data, tokenizer)
+    return (ConversationReader if task == "image_text_to_text" else TextReader)(data, tokenizer)

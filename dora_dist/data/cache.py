@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +26,15 @@ def cached(
     sources: Sequence[str],
     tokenizer: PreTrainedTokenizerFast,
     settings: Mapping[str, Any],
+    *,
+    code: Iterable[Path],
     make: Callable[[], Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """What `make` returns, which follows from the other arguments alone; `cache` is data.cache.
+    """What `make` returns, which follows from the other arguments alone; `cache` is data.cache, `code` as of `key_of`.
 
-    Made here where there is no cache, or a source is no file. Raises UserError as `tensors_once` does.
+    Made here where there is no cache, or a source is not a file. Raises UserError as `tensors_once` does.
     """
-    key = key_of(sources, tokenizer, settings) if cache is not None else None
+    key = key_of(sources, tokenizer, settings, code) if cache is not None else None
     if cache is None or key is None:
         return dict(make())
     return tensors_once(Path(cache).expanduser() / "tokenized", key, make)
@@ -79,16 +81,18 @@ def _mapped(file: Path) -> dict[str, Tensor]:
         raise UserError(f"data.cache: {file} is damaged ({error}); delete it") from error
 
 
-def key_of(sources: Sequence[str], tokenizer: PreTrainedTokenizerFast, settings: Mapping[str, Any]) -> str | None:
+def key_of(
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerFast, settings: Mapping[str, Any], code: Iterable[Path] = ()
+) -> str | None:
     """A name for what tokenizing makes of files: of their content, the tokenizer, the settings and the code.
 
-    None if a source is no file here (a hub's data set can change under its name).
+    code: files with code besides those of this package. None if a source is not a file here (a hub's data set can
+    change under its name).
     """
     if not all(os.path.isfile(source) for source in sources):
         return None
     digest = hashlib.sha256()
-    code = sorted(Path(__file__).parent.glob("*.py"))
-    for path in (*code, *map(Path, sources)):
+    for path in (*sorted({*Path(__file__).parent.glob("*.py"), *code}), *map(Path, sources)):
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

@@ -1,33 +1,46 @@
-"""Samples to padded batches."""
+"""Samples to padded batches, and the samples that fill a batch up."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from dora_dist.data.dataset import IGNORED
+from dora_dist.data.columns import IGNORED
 from dora_dist.data.sampler import FILLER
 
-Sample = dict[str, list[int]]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Sample = dict[str, Any]
 
 
 class WithFiller(Dataset[Sample]):
     """A data set with one more index, FILLER: a padding token without a label, so without loss."""
 
     def __init__(self, dataset: Any, pad_token_id: int):
-        self.dataset, self.pad_token_id = dataset, pad_token_id
+        self.dataset = dataset
+        self.filler: Sample = {"input_ids": [pad_token_id], "labels": [IGNORED]}
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> Sample:
-        if i == FILLER:
-            return {"input_ids": [self.pad_token_id], "labels": [IGNORED]}
-        return self.dataset[i]
+        return self.filler if i == FILLER else self.dataset[i]
+
+
+class WithLabelledFiller(WithFiller):
+    """`WithFiller` of labelled samples: its label is IGNORED, or each of its `labels` is, where there are more."""
+
+    def __init__(self, dataset: Any, pad_token_id: int, labels: int = 1):
+        super().__init__(dataset, pad_token_id)
+        label = IGNORED if labels == 1 else [IGNORED] * labels
+        self.filler = {"input_ids": [pad_token_id], "token_type_ids": [0], "label": label}
 
 
 class Collator:
@@ -37,18 +50,63 @@ class Collator:
         """pad_to_multiple_of: round the batch's length up (8 suits tensor cores)."""
         self.pad_token_id, self.multiple = pad_token_id, pad_to_multiple_of or 1
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """input_ids, labels, attention_mask: (samples, length) int64. Padding has label -100 and mask 0."""
-        longest = max(len(sample["input_ids"]) for sample in samples)
-        length = -(-longest // self.multiple) * self.multiple
-        batch = {
-            "input_ids": torch.full((len(samples), length), self.pad_token_id),
-            "labels": torch.full((len(samples), length), IGNORED),
-            "attention_mask": torch.zeros((len(samples), length), dtype=torch.int64),
+        return {
+            "input_ids": self._padded((sample["input_ids"] for sample in samples), self.pad_token_id),
+            "labels": self._padded((sample["labels"] for sample in samples), IGNORED),
+            "attention_mask": self._mask(samples),
         }
-        for row, sample in enumerate(samples):
-            stop = len(sample["input_ids"])
-            batch["input_ids"][row, :stop] = torch.tensor(sample["input_ids"])
-            batch["labels"][row, :stop] = torch.tensor(sample["labels"])
-            batch["attention_mask"][row, :stop] = 1
+
+    def _mask(self, samples: Sequence[Sample]) -> Tensor:
+        return self._padded(([1] * len(sample["input_ids"]) for sample in samples), 0)
+
+    def _padded(self, rows: Iterable[Sequence[int]], value: int) -> Tensor:
+        joined = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+        return F.pad(joined, (0, -joined.shape[1] % self.multiple), value=value)
+
+
+class PictureCollator(Collator):
+    """Pads texts, and stacks their pictures in order of appearance.
+
+    A batch without a picture gets a black one that no token refers to, so that every rank runs the same modules.
+    """
+
+    def __init__(self, pad_token_id: int, size: tuple[int, int], pad_to_multiple_of: int | None = None):
+        """size: (height, width) of every picture."""
+        super().__init__(pad_token_id, pad_to_multiple_of)
+        self.size = size
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """As `Collator`, with pixel_values (pictures, 3, height, width) fp32, and the samples' "problems" if any."""
+        batch = super().__call__(samples)
+        pictures = [picture for sample in samples for picture in sample.get("pictures", ())]
+        batch["pixel_values"] = torch.stack(pictures) if pictures else torch.zeros(1, 3, *self.size)
+        if problems := [sample["problem"] for sample in samples if "problem" in sample]:
+            batch["problems"] = problems
+        return batch
+
+
+class LabelledCollator(Collator):
+    """Pads labelled samples on the right to the longest of the batch."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, rating: bool, pad_to_multiple_of: int = 1):
+        """rating: labels are numbers (fp32) rather than classes (int64)."""
+        super().__init__(tokenizer.pad_token_id, pad_to_multiple_of)
+        self.segment_padding = tokenizer.pad_token_type_id
+        self.segments = "token_type_ids" in tokenizer.model_input_names
+        self.dtype = torch.float32 if rating else torch.int64
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """input_ids, attention_mask, and where the tokenizer has them token_type_ids: (samples, length) int64;
+        labels (samples,) or (samples, k)."""
+        batch = {
+            "input_ids": self._padded((sample["input_ids"] for sample in samples), self.pad_token_id),
+            "attention_mask": self._mask(samples),
+            "labels": torch.tensor([sample["label"] for sample in samples], dtype=self.dtype),
+        }
+        if self.segments:
+            batch["token_type_ids"] = self._padded(
+                (sample["token_type_ids"] for sample in samples), self.segment_padding
+            )
         return batch

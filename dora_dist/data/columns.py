@@ -1,34 +1,87 @@
-"""What a data set consists of, column by column, and a short text that differs where any of it does."""
+"""Records as columns of tensors, and a short text that differs where any of them does.
+
+A table is a dictionary of tensors: a cache file can hold it, and loader processes share its pages. A column has one
+value a sample, or it is ragged: `tokens` (T,) with `starts` (n + 1,), where the row of sample i is
+tokens[starts[i]:starts[i + 1]]. Texts are ragged columns of bytes (strings.py).
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
-Columns = Mapping[str, Tensor | Iterable[str]]
-_OF_TOKENS = ("tokens", "documents", "summaries")
+from dora_dist.data.strings import pack
+
+IGNORED = -100
+"""A label that carries no loss, as in torch.nn.CrossEntropyLoss."""
+Table = Mapping[str, Tensor]
 
 
-class HasColumns(Protocol):
-    """A data set that says itself what it consists of."""
+class Columns:
+    """A table while it is made, sample after sample."""
 
-    def __len__(self) -> int: ...
+    def __init__(self) -> None:
+        self.records = 0  # already taken in; whoever reads them counts them here
+        self._flat: dict[str, array[int]] = {}
+        self._values: dict[str, list[Any]] = {}
+        self._strings: dict[tuple[str, str], list[str]] = {}
 
-    def columns(self) -> Columns:
-        """All that its samples and its metrics follow from, and that must be the same on every rank, by name."""
-        ...
+    def ragged(self, starts: str, **rows: Sequence[int]) -> None:
+        """Append a sample's row, all of one length, to each column that shares the column `starts`."""
+        for name, row in rows.items():
+            self._flat.setdefault(name, array("i")).extend(row)
+        self.bounds(starts, len(next(iter(rows.values()))))
+
+    def bounds(self, starts: str, length: int) -> None:
+        """Append the bound of a row of `length` to the column `starts`."""
+        column = self._values.setdefault(starts, [0])
+        column.append(column[-1] + length)
+
+    def values(self, **values: float | tuple[float, ...]) -> None:
+        """Append a sample's value to each column: whole numbers become int64, others float64, flags bool."""
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value)
+
+    def strings(self, starts: str, **strings: Iterable[str]) -> None:
+        """Append any number of texts to a column, whose own starts are the column `starts`."""
+        [(name, texts)] = strings.items()
+        self._strings.setdefault((name, starts), []).extend(texts)
+
+    def table(self) -> dict[str, Tensor]:
+        arrays: dict[str, Any] = {**self._flat, **self._values}
+        table = {name: torch.from_numpy(numpy.asarray(values)) for name, values in arrays.items()}
+        for (name, starts), texts in self._strings.items():
+            table[name], table[starts] = pack(texts)
+        return table
 
 
-def token_ids(columns: Columns) -> list[Tensor]:
-    """Those of the columns that hold token ids, which a model looks up in its embedding."""
-    return [column for name, column in columns.items() if name in _OF_TOKENS and isinstance(column, Tensor)]
+def taken(values: Tensor, starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Some rows of a ragged column as one of their own: values, starts."""
+    lengths = starts.diff()[rows]
+    its_starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    shifts = (starts[rows] - its_starts[:-1]).repeat_interleave(lengths)
+    return values[torch.arange(len(shifts)) + shifts], its_starts
 
 
-def fingerprint(columns: Columns) -> str:
+def pieces(values: Tensor, starts: Tensor, rows: Tensor) -> Iterator[bytes]:
+    """The bytes of each of some rows of a ragged column."""
+    bounds = starts.tolist()
+    return (values[bounds[i] : bounds[i + 1]].numpy().tobytes() for i in rows.tolist())
+
+
+def counts_between(flags: Tensor, starts: Tensor) -> Tensor:
+    """(n,) int64: how many of flags[starts[i]:starts[i + 1]] are true, for starts (n + 1,)."""
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), flags.cumsum(0)])
+    return before[starts[1:]] - before[starts[:-1]]
+
+
+def fingerprint(columns: Mapping[str, Tensor | Iterable[str]]) -> str:
     """The first 12 hexadecimal digits of a SHA-256 of all columns: names, types, shapes and every element."""
     digest = hashlib.sha256()
     for name, column in sorted(columns.items()):

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dora_dist.runtime.console import is_first, warn
+from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError
 
-if TYPE_CHECKING:
-    from dora_dist.config import RunConfig
-    from dora_dist.data.dataset import TokenizedData
-
-MANY = 0.1
-"""Share of samples that may be cut before it is worth a warning."""
 _MOST_SHOWN = 8
 
 
@@ -53,8 +44,8 @@ class Doubts:
             self._special += 1
             self._tokens.update(found)
 
-    def packed(self, field: str, what: str, *, may_be_empty: bool = False) -> Tensor:
-        """All warnings as bytes (uint8), which a cache can hold, for `say`.
+    def found(self, field: str, what: str, *, may_be_empty: bool = False) -> list[str]:
+        """All warnings, for `say`.
 
         what: words for what is to be learnt of a record. may_be_empty: something is learnt even without it. Raises
         UserError, naming `field`, if no record has it.
@@ -74,54 +65,15 @@ class Doubts:
                 f"the text of {self._special:,} of {self._records:,} records holds special tokens ({names}; first: "
                 f"{self._first_special}), which the model reads as control tokens; take them out unless that is meant"
             )
-        return torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)
+        return found
+
+
+def pack_doubts(found: list[str]) -> Tensor:
+    """Warnings as bytes (uint8), which a cache can hold."""
+    return torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)
 
 
 def say(field: str, packed: Tensor) -> None:
-    """Warn of what `Doubts.packed` holds about the set that `field` names."""
+    """Warn of what `pack_doubts` holds about the set that `field` names."""
     for text in json.loads(packed.numpy().tobytes()):
         warn(f"{field}: {text}")
-
-
-def warn_of_the_whole(config: RunConfig, data: TokenizedData) -> None:
-    """Warn of what no single record shows: too few samples, too many that are cut, validation on training samples."""
-    batch, samples = config.training.global_batch_size, len(data.train)
-    if samples < batch:
-        warn(
-            f"data.train has {samples:,} samples and training.global_batch_size = {batch}: every step sees all of them "
-            f"and {batch - samples:,} places stay empty; lower it, or give more data"
-        )
-    stats = data.train_stats
-    if stats.cut > MANY * stats.records:
-        warn(
-            f"data.train: {stats.cut:,} of {stats.records:,} samples ({stats.cut / stats.records:.0%}) are longer than "
-            f"{stats.limit} and lose their end; raise it, or shorten the data"
-        )
-    if config.data.validation is not None and is_first():  # only the first rank's warning is heard
-        _warn_of_overlap(config, data)
-
-
-def _warn_of_overlap(config: RunConfig, data: TokenizedData) -> None:
-    trained = {_digest(content) for content in data.train.contents()}
-    known = sum(_digest(content) in trained for content in data.validation.contents())
-    if not known:
-        return
-    train, validation = (_listed(named) for named in (config.data.train, config.data.validation))
-    same = [name for name in validation if any(_one_file(name, other) for other in train)]
-    why = f" ({same[0]} is a file of data.train)" if same else ""
-    warn(
-        f"data.validation: {known:,} of its {len(data.validation):,} samples are in data.train, too{why}; what is "
-        "measured on them says nothing about new data"
-    )
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _one_file(name: str, other: str) -> bool:
-    return Path(name).exists() and Path(other).exists() and os.path.samefile(name, other)
-
-
-def _listed(names: str | list[str] | None) -> list[str]:
-    return [names] if isinstance(names, str) else names or []

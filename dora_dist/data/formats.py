@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.data.reading import shown
+from dora_dist.data.files import shown
 from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:

@@ -1,17 +1,15 @@
-"""Picture files to pixels, as the model's own processor makes them; batches of texts with pictures."""
+"""Picture files to pixels, as the model's own processor makes them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dora_dist.data.collate import Collator
 from dora_dist.runtime.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -132,24 +130,3 @@ def missing_pictures(folder: Path, paths: Iterable[str]) -> set[str]:
         names = {entry.name for entry in parent.iterdir()} if parent.is_dir() else set()
         missing |= {path for path in named if Path(path).name not in names}
     return missing
-
-
-class PictureCollator(Collator):
-    """Pads texts, and stacks their pictures in order of appearance.
-
-    A batch without a picture gets a black one that no token refers to, so that every rank runs the same modules.
-    """
-
-    def __init__(self, pad_token_id: int, size: tuple[int, int], pad_to_multiple_of: int | None = None):
-        """size: (height, width) of every picture."""
-        super().__init__(pad_token_id, pad_to_multiple_of)
-        self.size = size
-
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """As `Collator`, with pixel_values (pictures, 3, height, width) fp32, and the samples' "problems" if any."""
-        batch: dict[str, Any] = super().__call__(samples)
-        pictures = [picture for sample in samples for picture in sample.get("pictures", ())]
-        batch["pixel_values"] = torch.stack(pictures) if pictures else torch.zeros(1, 3, *self.size)
-        if problems := [sample["problem"] for sample in samples if "problem" in sample]:
-            batch["problems"] = problems
-        return batch

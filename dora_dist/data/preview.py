@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,20 +35,6 @@ class Preview:
         return sum(len(part.ids) for part in self.parts)
 
 
-class Previewed(Protocol):
-    """A data set that can be looked at."""
-
-    def __len__(self) -> int: ...
-
-    def preview(self, i: int) -> Preview:
-        """Sample i, for a person."""
-        ...
-
-    def token_counts(self) -> Mapping[str, Tensor]:
-        """(samples,) tokens of each sample before anything is cut where that is known, by the words for them."""
-        ...
-
-
 def percentiles(what: str, lengths: Tensor) -> Figures:
     """Rows about the distribution of token counts."""
     ordered = lengths.sort().values
@@ -64,9 +49,9 @@ MOST_NAMED = 5
 """Records of a kind that are named by their numbers."""
 
 
-def numbers(samples: Iterable[int]) -> tuple[int, ...]:
-    """The first MOST_NAMED of some records' numbers, which count from 1 (samples count from 0)."""
-    return tuple(sample + 1 for sample in islice(samples, MOST_NAMED))
+def numbers(rows: Tensor) -> tuple[int, ...]:
+    """The first MOST_NAMED of some records' numbers, which count from 1 (rows count from 0)."""
+    return tuple((rows[:MOST_NAMED] + 1).tolist())
 
 
 def share(part: int, whole: int) -> str:
@@ -74,9 +59,9 @@ def share(part: int, whole: int) -> str:
     return f"{part:,} ({part / whole:.0%})" if whole else f"{part:,}"
 
 
-def longest(dataset: Previewed) -> int:
-    """The sample with the most tokens."""
-    return int(torch.stack(list(dataset.token_counts().values())).sum(0).argmax())
+def longest(counts: Mapping[str, Tensor]) -> int:
+    """The sample with the most tokens; `counts` as of RaggedDataset.token_counts."""
+    return int(torch.stack(list(counts.values())).sum(0).argmax())
 
 
 def segments(part: Part, tokenizer: Any) -> Iterator[tuple[str, bool, bool]]:

@@ -1,167 +1,97 @@
-"""Files to rows: JSON, JSONL and Parquet, with the place of every row, and of whatever is wrong with a file."""
+"""Records of any kind to data sets: read, checked, encoded once a node, held out, selected, counted."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from dora_dist.config import DataConfig
+from dora_dist.data.cache import cached
+from dora_dist.data.columns import Columns, Table
+from dora_dist.data.doubts import Doubts, pack_doubts, say
+from dora_dist.data.ragged import RaggedDataset, TokenizedData
+from dora_dist.data.reader import Reader
+from dora_dist.data.records import listed, read_records
+from dora_dist.data.stats import Stats
+from dora_dist.runtime import console
 from dora_dist.runtime.errors import UserError
 
-_KINDS = (
-    (b"\x1f\x8b", "a gzip archive: unpack it first"),
-    (b"PK\x03\x04", "a zip archive: unpack it first"),
-    (b"\xfd7zXZ\x00", "an xz archive: unpack it first"),
-    (b"BZh", "a bzip2 archive: unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "a Zstandard archive: unpack it first"),
-    (b"PAR1", "a Parquet file: name it .parquet"),
-    (b"\xff\xfe", "UTF-16 text: save it as UTF-8"),
-    (b"\xfe\xff", "UTF-16 text: save it as UTF-8"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the data: fetch it with `git lfs pull`"),
-    (b"<!doctype html", "a web page, not the data: download the file itself"),
-    (b"<html", "a web page, not the data: download the file itself"),
-)
-"""What files hold that are named as data and are not, by how they begin."""
-_HEAD = 4096  # bytes looked at to tell
+CHUNK = 1000
+"""Records encoded at once: enough to keep the tokenizer's threads busy."""
 
 
-def read_rows(path: Path, source: str) -> Iterator[tuple[str, Any]]:
-    """Each row of a file (.json, .jsonl or .parquet) with its place for messages; `source` is the file's name there.
+def read(reader: Reader, data: DataConfig, *, seed: int, progress: bool = True) -> TokenizedData:
+    """The training and the validation set of a run; the same on every rank, and at every world size.
 
-    Raises UserError for a file that cannot be read as what its name says.
+    `data` says which records, and which of them are for validation: those of data.validation, or else
+    data.validation_samples records of data.train that `seed` chooses. Raises UserError, naming source and line or
+    record, for a file that cannot be read and a record that its reader refuses; and when nothing is left to learn from.
     """
-    try:
-        if path.suffix == ".jsonl":
-            yield from _lines(path)
-        else:
-            rows = _listed(path) if path.suffix == ".json" else _parquet(path)
-            yield from ((f"{source}, record {number}", row) for number, row in enumerate(rows, start=1))
-    except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror or error}") from error
+    reader.check()
+    train = _table(reader, data, "train", progress)
+    if data.validation is not None:
+        table, where = _table(reader, data, "validation", progress), "data.validation"
+        rest, chosen = (torch.arange(len(reader.record_numbers(rows))) for rows in (train, table))
+    else:
+        table, where = train, "the validation samples"
+        numbers = reader.record_numbers(train)
+        held = torch.tensor(sorted(held_out(int(numbers[-1]) + 1, data.validation_samples, seed)), dtype=torch.int64)
+        of_held = torch.isin(numbers, held)
+        rest, chosen = (~of_held).nonzero()[:, 0], of_held.nonzero()[:, 0]
+    training = _selected(reader, train, rest, "data.train")
+    return TokenizedData(*training, *(_selected(reader, table, chosen, where) if len(chosen) else ()))
 
 
-def shown(value: Any) -> str:
-    """A value as JSON, shortened, for messages."""
-    text = json.dumps(value, default=str, ensure_ascii=False).encode(errors="backslashreplace").decode()
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    _check_kind(path)
-    first = True
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            value, repeated = _decoded(line.rstrip(b"\r\n"), path, number, first)
-            if repeated:
-                raise UserError(f'{place}: the key "{repeated[0][1]}" is there twice; keep one')
-            if first and isinstance(value, list):
-                raise UserError(f"{place}: expected an object, found a list; a list of records belongs in a .json file")
-            yield place, value
-            first = False
-
-
-def _listed(path: Path) -> list[Any]:
-    _check_kind(path)
-    text = path.read_bytes()
-    if not text.strip():
-        raise UserError(f"{path} is empty")
-    rows, repeated = _decoded(text, path)
-    if isinstance(rows, dict):
-        inside = [name for name, value in rows.items() if isinstance(value, list)]
-        hint = f'; if they are in "{inside[0]}", save that list alone' if inside else "; put records between [ and ]"
-        raise UserError(f"{path}: expected one list of records, found an object{hint}")
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected one list of records, found {shown(rows)}")
-    if repeated:
-        number = next(number for number, row in enumerate(rows, start=1) if _holds(row, repeated[0][0]))
-        raise UserError(f'{path}, record {number}: the key "{repeated[0][1]}" is there twice; keep one')
-    return rows
-
-
-def _decoded(
-    text: bytes, path: Path, number: int | None = None, first: bool = False
-) -> tuple[Any, list[tuple[dict[str, Any], str]]]:
-    """What JSON says, and its objects that have a key twice, with the key.
-
-    number: of the only line that `text` is; None: it is a whole file. first: there is no record before that line.
-    """
-    repeated = []
-
-    def place(line: int | None = None) -> str:
-        known = number or line
-        return f"{path}, line {known}" if known else str(path)
-
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated.append((found, next(key for key in keys if keys.count(key) > 1)))
-        return found
-
-    text = text.removeprefix(b"\xef\xbb\xbf")
-    try:
-        return json.loads(text.decode(), object_pairs_hook=collect), repeated
-    except UnicodeDecodeError as error:
-        line, start = text.count(b"\n", 0, error.start) + 1, text.rfind(b"\n", 0, error.start) + 1
+def held_out(records: int, wanted: int, seed: int) -> set[int]:
+    """Which of `records` are held out for validation. Raises UserError if none would be left."""
+    if wanted >= records:
         raise UserError(
-            f"{place(line)} is not UTF-8 text: byte {error.start - start + 1} is 0x{text[error.start]:02x}; save the "
-            "file as UTF-8"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{place(error.lineno)} is not JSON: {error.msg}, at column {error.colno}{_hint(path, error, first)}"
-        ) from error
-    except RecursionError as error:
-        raise UserError(f"{place()} is no record: its JSON is nested too deeply") from error
-    except ValueError as error:  # a number of more digits than Python reads
-        raise UserError(f"{place()} holds a number of thousands of digits, which is not read; take it out") from error
+            f"data.validation_samples is {wanted} but data.train holds {records} records; "
+            "hold out fewer, or name a file in data.validation"
+        )
+    return set(torch.randperm(records, generator=torch.Generator().manual_seed(seed))[:wanted].tolist())
 
 
-def _hint(path: Path, error: json.JSONDecodeError, first: bool) -> str:
-    """What the writer of a file has probably meant."""
-    if path.suffix == ".json" and error.msg == "Extra data" and error.lineno > 1:
-        return "; one record a line belongs in a file named .jsonl"
-    before = error.doc[: error.pos].rstrip()
-    if path.suffix == ".json" and before.endswith(",") and error.doc[error.pos : error.pos + 1] in ("]", "}"):
-        return f"; take the comma before the {error.doc[error.pos]} away"
-    if first and error.doc.lstrip().startswith(("[", "{")) and error.pos >= len(error.doc.rstrip()):
-        return "; a .jsonl file has one whole record a line (one list over many lines belongs in a file named .json)"
-    return ""
+def _selected(reader: Reader, table: Table, index: Tensor, where: str) -> tuple[RaggedDataset, Stats]:
+    kept, stats = reader.select(table, index, where)
+    return RaggedDataset(reader, table, kept), stats
 
 
-def _holds(value: Any, wanted: dict[str, Any]) -> bool:
-    """Whether an object is `value`, or somewhere in it."""
-    waiting = [value]
-    while waiting:
-        found = waiting.pop()
-        if found is wanted:
-            return True
-        waiting += found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
-    return False
+def _table(reader: Reader, data: DataConfig, split: str, progress: bool) -> Table:
+    """The records of a split, encoded; from the cache where they are in it."""
+    sources = listed(getattr(data, split))
+    # What is odd about the records, and where they are, is said with the names of the sources.
+    settings = {"reader": type(reader).__qualname__, **reader.settings(), "sources": sources}
+    table = cached(
+        data.cache,
+        sources,
+        reader.tokenizer,
+        settings,
+        code={Path(inspect.getfile(kind)) for kind in type(reader).__mro__ if issubclass(kind, Reader)},
+        make=lambda: _encoded(reader, sources, split, progress),
+    )
+    say(f"data.{split}", table["doubts"])
+    return reader.opened(table, f"data.{split}")
 
 
-def _parquet(path: Path) -> Sequence[Any]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        rows: list[Any] = parquet.read_table(path).to_pylist()
-        return rows
-    except (pyarrow.ArrowException, OSError) as error:
-        _check_kind(path, but=b"PAR1")
-        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
-
-
-def _check_kind(path: Path, but: bytes = b"") -> None:
-    """Raise UserError if a file begins as something else does (`but`: as anything but this)."""
-    with path.open("rb") as file:
-        head = file.read(_HEAD)
-    for start, what in _KINDS:
-        if start != but and head[: len(start)].lower() == start.lower():
-            raise UserError(f"{path} is {what}")
-    if b"\0" in head and not but:
-        raise UserError(f"{path} is no text that can be read: it holds zero bytes (UTF-16, or a binary file)")
+def _encoded(reader: Reader, sources: Sequence[str], split: str, progress: bool) -> dict[str, Tensor]:
+    field = f"data.{split}"
+    records = list(read_records(sources, reader.fields, split, named_by=reader.named_by))
+    into, doubts = Columns(), Doubts(reader.tokenizer, but=reader.allowed)
+    bar: Any = console.progress(
+        len(records), f"tokenizing {field}", f" {reader.counted}", delay=2.0, leave=False, shown=progress
+    )
+    with bar:
+        for first in range(0, len(records), CHUNK):
+            chunk = [(reader.place(place, record), record) for place, record in records[first : first + CHUNK]]
+            reader.encode(chunk, into, doubts)
+            into.records += len(chunk)
+            bar.update(len(chunk))
+    table = into.table()
+    found = doubts.found(field, reader.learnt, may_be_empty=reader.learns_without)
+    return {**table, "doubts": pack_doubts([*found, *reader.remarks(table)])}

@@ -10,7 +10,7 @@ from typing import Any
 
 from dora_dist.config.files import not_a_data_file
 from dora_dist.config.names import data_set
-from dora_dist.data.reading import read_rows, shown
+from dora_dist.data.files import read_rows, shown
 from dora_dist.data.repository import data_files
 from dora_dist.runtime.errors import UserError
 
@@ -111,6 +111,11 @@ def check_characters(label: str, text: str) -> None:
             f"{label} holds half a character ({escape} without its other half, after {before}); write the "
             "whole character, or take it out"
         ) from error
+
+
+def listed(names: str | list[str] | None) -> list[str]:
+    """The sources that data.train or data.validation names."""
+    return [names] if isinstance(names, str) else names or []
 
 
 def local_file(source: str) -> Path | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 FILLER = -1  # where the last global batch has no sample left; `WithFiller` turns it into one masked token
@@ -88,6 +89,24 @@ class EpochBatches(BatchSampler):
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(self.num_samples, generator=generator).tolist()
         return order
+
+
+def grouped_order(lengths: Tensor, pictured: Tensor, seed: int, batch: int) -> list[int]:
+    """All samples in a random order of batches whose samples all have pictures, or all have none.
+
+    Which samples of a kind share a batch of `batch` is random; inside a batch they go from long to short, so that
+    the micro-batches cut from it hold little padding. What does not fill a batch of its kind is mixed at the end.
+    `lengths` (samples,) int64 counts tokens, `pictured` (samples,) bool says which samples have pictures.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(lengths), generator=generator)
+    of_kind = [shuffled[pictured[shuffled]], shuffled[~pictured[shuffled]]]
+    whole = [part for kind in of_kind for part in kind[: len(kind) // batch * batch].split(batch) if len(part)]
+    rest = torch.cat([kind[len(kind) // batch * batch :] for kind in of_kind])
+    order = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
+    order += [part for part in rest.split(batch) if len(part)]
+    long_first = lengths + (int(lengths.max()) + 1) * pictured
+    return [i for part in order for i in part[long_first[part].argsort(descending=True, stable=True)].tolist()]
 
 
 class EpochDataLoader(DataLoader[Any]):

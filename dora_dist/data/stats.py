@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,8 +10,8 @@ from dora_dist.data.preview import Figures, share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stats:
-    """Counts of samples and of tokens. Records are numbered from 1."""
+class Stats(ABC):
+    """Counts of samples and of tokens. Records are numbered from 1. As a text: one line."""
 
     samples: int  # kept
     tokens: int
@@ -18,6 +19,10 @@ class Stats:
     truncated: int = 0  # kept or not
     first_cut: tuple[int, ...] = ()  # records' numbers
     first_left_out: tuple[int, ...] = ()
+
+    @abstractmethod
+    def figures(self) -> Figures:
+        """For a table, by row."""
 
     @property
     def left_out(self) -> int:
@@ -52,7 +57,6 @@ class TextStats(Stats):
         return self.without_labels
 
     def figures(self) -> Figures:
-        """For a table, by row."""
         return {
             "records": f"{self.records:,}",
             "  left out: nothing to learn": f"{self.without_labels:,}",
@@ -112,7 +116,6 @@ class LabelledStats(Stats):
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def figures(self) -> Figures:
-        """For a table, by row."""
         return {
             "samples": f"{self.samples:,}",
             f"  cut at cutoff_len = {self.cutoff_len}": f"{self.truncated:,}",
@@ -132,7 +135,6 @@ class SpanStats(Stats):
     questions: int
 
     def figures(self) -> Figures:
-        """For a table, by row."""
         return {
             "questions": f"{self.questions:,}",
             f"windows of cutoff_len = {self.cutoff_len}": f"{self.samples:,}",
@@ -159,7 +161,6 @@ class SummaryStats(Stats):
         return f"data.target_len = {self.target_len} tokens"
 
     def figures(self) -> Figures:
-        """For a table, by row."""
         return {
             "samples": f"{self.samples:,}",
             "tokens of documents": f"{self.tokens:,}",

@@ -98,4 +98,4 @@ def score_records(
 
     with torch.no_grad():
         metrics = aim.evaluate(model, batches(), dataset, device)
-    return {**metrics, "total": len(getattr(dataset, "questions", dataset))}
+    return {**metrics, "total": len(dataset.records.unique())}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dora_dist.data.dataset import encode
 from dora_dist.data.formats import Rendered
+from dora_dist.data.texts import encode
 from dora_dist.models.families import family_of
 from dora_dist.runtime.errors import UserError
 

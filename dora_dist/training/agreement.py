@@ -4,12 +4,11 @@ import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dora_dist.checkpoint import run_folder
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import values
-from dora_dist.data import HasColumns, fingerprint
+from dora_dist.data import RaggedDataset, TokenizedData
 from dora_dist.runtime.agreement import check_agreement, digest
 from dora_dist.runtime.distributed import World
 from dora_dist.runtime.hub import WANTED
@@ -62,13 +61,11 @@ def of_model_folder(
     return {f"{field}: {path.name}": _of_file(path, whole) for path in files}
 
 
-def of_data(data: Any) -> dict[str, str]:
-    """The samples as tokenized (TokenizedData): number and content of each set, by all its columns."""
-    sets: dict[str, HasColumns | None] = {"training data": data.train, "validation data": data.validation}
+def of_data(data: TokenizedData) -> dict[str, str]:
+    """The samples as tokenized: number and content of each set, by all its columns."""
+    sets: dict[str, RaggedDataset | None] = {"training data": data.train, "validation data": data.validation}
     return {
-        name: f"{len(rows):,} samples, sha256 {fingerprint(rows.columns())}"
-        for name, rows in sets.items()
-        if rows is not None
+        name: f"{len(rows):,} samples, sha256 {rows.fingerprint()}" for name, rows in sets.items() if rows is not None
     }
 
 

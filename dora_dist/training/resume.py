@@ -82,7 +82,7 @@ def compare(
     changed: dict[str, str] = {}
     with together("comparing base and data with those of the checkpoint"):
         if world.first:
-            order = {"number of training samples": len(train), **getattr(train, "order_facts", {})}
+            order = {"number of training samples": len(train), **train.order_facts}
             tensors = TensorFolder.open(base)
             trained_with = resuming.record(config, world.world_size, contents, order, base, tensors)
             if resume is not None:

@@ -100,7 +100,7 @@ class DoraTrainer(Trainer):
             world_size=self.world.world_size,
             rank=self.world.rank,
             seed=training.seed,
-            order=getattr(self.data.train, "epoch_order", None),
+            order=self.data.train.epoch_order,
         )
         return self._loader(self.data.train, batches)
 

@@ -248,13 +248,12 @@ def test_a_run_its_adapter_alone_and_the_merged_model_give_the_same_answers(runs
 def batch_of(folder: Path, count: int = 3) -> dict[str, Tensor]:
     """Conversations with pictures as training batches have them, with the labels left out."""
     from dora_dist.config import DataConfig
-    from dora_dist.data import build_conversations
-    from dora_dist.data.pictures import PictureCollator
+    from dora_dist.data import ConversationReader, PictureCollator, read
     from dora_dist.models.families import load_processor
 
     data = DataConfig(train=str(folder / "data.json"), format="llava", image_folder=str(folder / "pictures"))
     processor = load_processor(folder / "base", data)
-    dataset = build_conversations(data, processor, seed=0, progress=False).train
+    dataset = read(ConversationReader(data, processor), data, seed=0, progress=False).train
     batch = PictureCollator(0, processor.size)([dataset[i] for i in range(count)])
     return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from dora_dist.config import DataConfig
-from dora_dist.data import FILLER, IGNORED, EpochBatches, build_conversations
+from dora_dist.data import FILLER, IGNORED, ConversationReader, EpochBatches, PictureCollator, read
 from dora_dist.data.conversations import VICUNA_SYSTEM, read_conversation, render
-from dora_dist.data.pictures import PictureCollator, PictureReader, missing_pictures
+from dora_dist.data.pictures import PictureReader, missing_pictures
 from dora_dist.models.families import load_processor
 from dora_dist.runtime.errors import UserError
 from dora_dist.training.agreement import of_data
@@ -43,7 +43,11 @@ def data(folder: Path, **changes: Any) -> DataConfig:
 
 def built(folder: Path, **changes: Any) -> Any:
     config = data(folder, **changes)
-    return build_conversations(config, load_processor(folder / "base", config), seed=0, progress=False)
+    return read_with(load_processor(folder / "base", config), config)
+
+
+def read_with(processor: Any, config: DataConfig) -> Any:
+    return read(ConversationReader(config, processor), config, seed=0, progress=False)
 
 
 def tokenizer(folder: Path) -> Any:
@@ -152,13 +156,13 @@ def test_a_cutoff_that_leaves_room_for_no_picture_is_refused_by_name(folder: Pat
     with pytest.raises(
         UserError, match=r"record 1 \(id 'p0'\): a picture is 400 tokens, .*data.cutoff_len = 400 leaves"
     ):
-        build_conversations(config, large, seed=0, progress=False)
+        read_with(large, config)
     with pytest.raises(UserError, match="data.train: a picture is 4 tokens, and data.cutoff_len = 20 leaves no room"):
         built(folder, cutoff_len=20)  # the prompt before every picture is longer
     texts = [row for row in json.loads((folder / "data.json").read_text()) if "image" not in row]
     (tmp_path / "data.json").write_text(json.dumps(texts))
     only_texts = data(folder, train=str(tmp_path / "data.json"))
-    assert len(build_conversations(only_texts, large, seed=0, progress=False).train) == 6
+    assert len(read_with(large, only_texts).train) == 6
 
 
 def test_stats_count_tokens_of_pictures(folder: Path) -> None:
@@ -172,7 +176,9 @@ def test_stats_count_tokens_of_pictures(folder: Path) -> None:
 
 def test_held_out_records_are_no_training_records(folder: Path) -> None:
     found = built(folder, validation_samples=5)
-    places = [{part.place(i) for i in range(len(part))} for part in (found.train, found.validation)]
+    places = [
+        {part.reader.place_of(part.table, int(row)) for row in part.index} for part in (found.train, found.validation)
+    ]
     assert len(places[0]) == 10 and len(places[1]) == 5 and not places[0] & places[1]
 
 
@@ -295,8 +301,8 @@ def test_a_picture_that_cannot_be_read_leaves_padding_and_says_where_it_was_name
     config = data(folder, image_folder=str(folder / "nowhere"), bad_images="skip", train=str(folder / "data.json"))
     processor = load_processor(folder / "base", data(folder))
     processor.tokenizer.pad_token = "<s>"
-    train = build_conversations(data(folder), processor, seed=0, progress=False).train
-    train.reader = load_processor(folder / "base", config).reader
+    train = read_with(processor, data(folder)).train
+    train.reader.pictures = load_processor(folder / "base", config).reader
     sample = train[8]
     assert (
         (sample["input_ids"], sample["labels"]) == ([processor.tokenizer.pad_token_id], [IGNORED]) != ([0], [IGNORED])
@@ -312,7 +318,8 @@ def test_batches_are_alike_in_modality_and_sorted_by_length(folder: Path) -> Non
     order = train.epoch_order(7, 2)
     assert sorted(order) == list(range(15))
     batches = [order[i : i + 2] for i in range(0, 15, 2)]
-    kinds = [{bool(train.with_pictures[i]) for i in batch} for batch in batches]
+    pictured = train.table["pictures"].diff()[train.index] > 0
+    kinds = [{bool(pictured[i]) for i in batch} for batch in batches]
     assert all(len(kind) == 1 for kind in kinds[:-1])
     for first, second in batches[:-1]:
         assert train.lengths[first] >= train.lengths[second]

@@ -9,9 +9,9 @@ import pytest
 from pyarrow import parquet
 
 from dora_dist.config import DataConfig
-from dora_dist.data import FORMATS, TokenizedDataset, build_dataset, load_records
-from dora_dist.data.dataset import encode
+from dora_dist.data import FORMATS, RaggedDataset, TextReader, load_records, read
 from dora_dist.data.formats import answered, generation_prompt, training_prompt
+from dora_dist.data.texts import encode
 from dora_dist.runtime.errors import UserError
 from tests import toy
 
@@ -42,10 +42,10 @@ def write(path: Path, rows: list[Any]) -> str:
 
 def build(tokenizer: Any, train: str | list[str], **fields: Any) -> Any:
     data = DataConfig(train=train, **{"cutoff_len": 512, **fields})
-    return build_dataset(data, tokenizer, seed=1, progress=False)
+    return read(TextReader(data, tokenizer), data, seed=1, progress=False)
 
 
-def texts(tokenizer: Any, dataset: TokenizedDataset) -> list[tuple[str, str]]:
+def texts(tokenizer: Any, dataset: RaggedDataset) -> list[tuple[str, str]]:
     """Each sample's text, and the part of it that carries loss."""
     samples = [dataset[i] for i in range(len(dataset))]
     for sample in samples:
@@ -252,7 +252,8 @@ def test_held_out_samples_are_chosen_by_the_seed_and_not_trained_on(tokenizer: A
     assert held_out not in (whole[:7], whole[-7:])
     again = build(tokenizer, file, validation_samples=7)
     assert [text for text, _ in texts(tokenizer, again.validation)] == held_out
-    other = build_dataset(DataConfig(train=file, validation_samples=7), tokenizer, seed=2, progress=False)
+    config = DataConfig(train=file, validation_samples=7)
+    other = read(TextReader(config, tokenizer), config, seed=2, progress=False)
     assert other.validation is not None
     assert [text for text, _ in texts(tokenizer, other.validation)] != held_out
     with pytest.raises(UserError, match="data.validation_samples is 40 but data.train holds 40 records"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dora_dist.config import DataConfig, RunConfig
-from dora_dist.data import TokenizedData, build_conversations, build_dataset
+from dora_dist.data import ConversationReader, TextReader, TokenizedData, read
 from dora_dist.data.cache import key_of, tensors_once
 from dora_dist.data.strings import pack, unpack
 from dora_dist.models.families import load_processor
@@ -77,7 +77,7 @@ def test_a_run_finds_the_same_samples_with_and_without_a_cache(tmp_path: Path) -
     def build(cache: str | None) -> list[dict[str, list[int]]]:
         sections = {"train": str(data), "cutoff_len": 60, "cache": cache}
         config = RunConfig.from_dict({"model": {"path": str(tmp_path)}, "data": sections})
-        found = build_dataset(config.data, text, seed=0, progress=False)
+        found = read(TextReader(config.data, text), config.data, seed=0, progress=False)
         assert "20 cut at 60" in str(found.train_stats)
         return [found.train[i] for i in range(len(found.train))]
 
@@ -94,7 +94,7 @@ def test_what_is_odd_is_said_of_cached_data_too(tmp_path: Path, capsys: pytest.C
     said = []
     for file in (files[0], files[0], files[1]):  # made, from the cache, and by another name
         data = DataConfig(train=str(file), cutoff_len=400, cache=str(tmp_path / "cache"))
-        build_dataset(data, text, seed=0, progress=False)
+        read(TextReader(data, text), data, seed=0, progress=False)
         said.append(capsys.readouterr().err)
     first = said[0]
     assert f'data.train: "output" of 1 of 4 records is empty (first: {files[0]}, record 4)' in first
@@ -115,7 +115,13 @@ def conversations(folder: Path, tokens_per_picture: int = 4, **fields: Any) -> T
     data = DataConfig(**{**sections, "image_folder": str(folder / "pictures"), **fields})
     processor = load_processor(folder / "base", data)
     processor = replace(processor, stands=replace(processor.stands, count=tokens_per_picture))
-    return build_conversations(data, processor, seed=0, progress=False)
+    return read(ConversationReader(data, processor), data, seed=0, progress=False)
+
+
+def place(data: TokenizedData, i: int) -> str:
+    """Where sample i was read."""
+    assert isinstance(data.train.reader, ConversationReader)
+    return data.train.reader.place_of(data.train.table, int(data.train.index[i]))
 
 
 def made(cache: Path) -> dict[str, int]:
@@ -134,7 +140,7 @@ def test_conversations_are_the_same_with_and_without_a_cache(pictured: Path) -> 
         for i, (ours, theirs) in enumerate(zip(found.train, plain.train, strict=True)):
             assert (ours["input_ids"], ours["labels"]) == (theirs["input_ids"], theirs["labels"])
             assert [*map(torch.Tensor.tolist, ours["pictures"])] == [*map(torch.Tensor.tolist, theirs["pictures"])]
-            assert found.train.place(i) == plain.train.place(i)
+            assert place(found, i) == place(plain, i)
 
 
 def test_pictures_are_looked_for_anew_whatever_is_cached(pictured: Path) -> None:
@@ -164,7 +170,7 @@ def test_conversations_are_made_anew_for_whatever_they_follow_from(pictured: Pat
         plain, found = (conversations(pictured, **change, cache=where) for where in (None, str(cache)))
         assert len(made(cache)) == number
         assert of_data(found) == of_data(plain)
-        assert [found.train.place(i) for i in (0, -1)] == [plain.train.place(i) for i in (0, -1)]  # they name the file
+        assert [place(found, i) for i in (0, -1)] == [place(plain, i) for i in (0, -1)]  # they name the file
 
 
 def test_conversations_without_any_picture_are_cached_too(pictured: Path) -> None:

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from dora_dist import cli
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
 from dora_dist.checkpoint import run_folder
-from dora_dist.data.dataset import encode
 from dora_dist.data.formats import FORMATS
+from dora_dist.data.texts import encode
 from dora_dist.evaluation import as_table, evaluate
 from dora_dist.evaluation.answers import exchange, reference, turn_ends
 from tests import toy

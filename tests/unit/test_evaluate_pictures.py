@@ -13,7 +13,7 @@ from PIL import Image
 from dora_dist import cli
 from dora_dist.config import DataConfig
 from dora_dist.data.conversations import VICUNA_SYSTEM, Conversation, render, render_question
-from dora_dist.data.dataset import encode
+from dora_dist.data.texts import encode
 from dora_dist.evaluation import as_table, evaluate
 from dora_dist.evaluation.inference import load_for_inference
 from dora_dist.evaluation.pictures import answer_questions, candidate_scores, likeliest_answers

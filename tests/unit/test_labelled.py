@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_dist.config import RunConfig
-from dora_dist.data import LabelledCollator, TokenizedData, WithLabelledFiller, build_labelled
+from dora_dist.data import LabelledCollator, LabelledReader, TokenizedData, WithLabelledFiller, read
 from dora_dist.data.sampler import FILLER
 from dora_dist.metrics.glue import classification_metrics, rating_metrics
 from dora_dist.runtime.errors import UserError
@@ -24,7 +24,8 @@ def load(tmp_path: Path, records: list[dict[str, Any]], num_labels: int = 2, **f
     data = {"train": str(tmp_path / "train.jsonl"), "format": "classification", "text_fields": PAIR, "cutoff_len": 32}
     model = {"path": "org/model", "task": "sequence_classification", "num_labels": num_labels}
     config = RunConfig.from_dict({"model": model, "data": {**data, **fields}})
-    return build_labelled(config.data, encoders.tokenizer(), num_labels=num_labels, seed=0, progress=False)
+    reader = LabelledReader(config.data, encoders.tokenizer(), num_labels)
+    return read(reader, config.data, seed=0, progress=False)
 
 
 def test_pairs_are_joined_as_the_tokenizer_does(tmp_path: Path) -> None:
@@ -38,7 +39,8 @@ def test_pairs_are_joined_as_the_tokenizer_does(tmp_path: Path) -> None:
         assert sample["token_type_ids"] == expected["token_type_ids"]
         assert sample["label"] == record["label"]
     assert set(data.train[0]["token_type_ids"]) == {0, 1}
-    assert str(data.train_stats).startswith("6 samples, ") and data.train_stats.truncated == 0
+    assert data.train_stats.truncated == 0
+    assert str(data.train_stats) == f"6 samples, {sum(len(sample['input_ids']) for sample in data.train)} tokens"
 
 
 def test_a_single_text(tmp_path: Path) -> None:

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from dora_dist.config import RunConfig
-from dora_dist.data import SpanDataset, build_spans
+from dora_dist.data import RaggedDataset, SpanReader, read
 from dora_dist.metrics.squad import Question, Window, normalised, predict, squad_metrics
 from dora_dist.runtime.errors import UserError
 from dora_dist.tasks import problems
 from tests import encoders
 
 
-def load(tmp_path: Path, records: list[dict[str, Any]], **fields: Any) -> SpanDataset:
+def load(tmp_path: Path, records: list[dict[str, Any]], **fields: Any) -> RaggedDataset:
     (tmp_path / "train.json").write_text(json.dumps(records))
     model = {"path": "org/model", "task": "question_answering"}
     data = {"train": str(tmp_path / "train.json"), "format": "squad", "cutoff_len": 40, "doc_stride": 6, **fields}
     config = RunConfig.from_dict({"model": model, "data": data}, rules=problems)
-    return build_spans(config.data, encoders.tokenizer(), seed=0, progress=False).train
+    return read(SpanReader(config.data, encoders.tokenizer()), config.data, seed=0, progress=False).train
 
 
 @pytest.mark.parametrize("cutoff_len", [40, 20])
@@ -29,11 +29,11 @@ def test_the_label_of_every_window_spells_the_answer(tmp_path: Path, cutoff_len:
     data = load(tmp_path, records, cutoff_len=cutoff_len)
     assert (len(data) == 8) == (cutoff_len == 40)
     tokenizer, found = encoders.tokenizer(), set()
-    for i, window in enumerate(data.windows):
+    for i, window in enumerate(data.references.windows):
         first, last = (int(position) for position in data[i]["label"])
         assert len(data[i]["input_ids"]) == len(window.offsets) <= cutoff_len
         if (first, last) != (0, 0):
-            [answer] = data.questions[window.question].answers
+            [answer] = data.references.questions[window.question].answers
             assert tokenizer.decode(data[i]["input_ids"][first : last + 1]) == answer
             found.add(window.question)
     answerable = {i for i, record in enumerate(records) if record["answers"]["text"]}
@@ -46,10 +46,11 @@ def test_perfect_logits_give_perfect_answers_whatever_the_windows(tmp_path: Path
     for i in range(len(data)):
         first, last = (int(position) for position in data[i]["label"])
         logits[i, first, 0] = logits[i, last, 1] = 5.0
-    answers = predict(data.questions, data.windows, logits)
-    assert squad_metrics(data.questions, answers) == {"exact_match": 1.0, "f1": 1.0}
+    asked = data.references
+    answers = predict(asked.questions, asked.windows, logits)
+    assert squad_metrics(asked.questions, answers) == {"exact_match": 1.0, "f1": 1.0}
     assert "" in answers
-    worse = squad_metrics(data.questions, ["film"] * 8)
+    worse = squad_metrics(asked.questions, ["film"] * 8)
     assert worse["exact_match"] == 0.0
 
 

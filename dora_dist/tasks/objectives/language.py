@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_dist.data import IGNORED, Collator, WithFiller
-from dora_dist.data.pictures import PictureCollator, PictureProcessor
+from dora_dist.data import IGNORED, Collator, PictureCollator, WithFiller
+from dora_dist.data.pictures import PictureProcessor
 from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Batch, Objective, add_up
 
 

@@ -47,8 +47,9 @@ class SpanFinding(Objective):
             found.append(F.pad(logits, (0, 0, 0, self.longest - logits.shape[1]), value=_IMPOSSIBLE))
         add_up(total)
         logits = everyones(found)[: len(dataset)].cpu()
-        answers = predict(dataset.questions, dataset.windows, logits)
-        return {"loss": float(total[0] / total[1]), **squad_metrics(dataset.questions, answers)}
+        asked = dataset.references
+        answers = predict(asked.questions, asked.windows, logits)
+        return {"loss": float(total[0] / total[1]), **squad_metrics(asked.questions, answers)}
 
 
 def _logits(outputs: Any, mask: Tensor) -> Tensor:

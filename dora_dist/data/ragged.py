@@ -1,0 +1,104 @@
+"""The data set of every task: some rows of a table, which the reader of their kind turns into samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dora_dist.data import columns
+from dora_dist.data.columns import Table
+from dora_dist.data.preview import Preview
+from dora_dist.data.reader import Reader
+from dora_dist.data.sampler import EpochOrder
+from dora_dist.data.stats import Stats
+
+
+class RaggedDataset(Dataset[dict[str, Any]]):
+    """Samples of different lengths, held in tensors alone: loader processes would copy lists, page by page."""
+
+    def __init__(self, reader: Reader, table: Table, index: Tensor) -> None:
+        """index: (k,) int64, which rows of the table are here."""
+        self.reader, self.table, self.index = reader, table, index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.reader.item(self.table, int(self.index[i]))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+    def preview(self, i: int) -> Preview:
+        """Sample i, for a person."""
+        return self.reader.preview(self.table, int(self.index[i]))
+
+    @property
+    def records(self) -> Tensor:
+        """(samples,) int64, ascending: which record each sample is of."""
+        return self.reader.record_numbers(self.table)[self.index]
+
+    def first(self, count: int) -> RaggedDataset:
+        """The samples of the first `count` records alone."""
+        numbers = self.records
+        kept = numbers.unique_consecutive()[:count]
+        return RaggedDataset(self.reader, self.table, self.index[torch.isin(numbers, kept)])
+
+    @property
+    def lengths(self) -> Tensor:
+        """(samples,) int64: tokens of each as the model takes them."""
+        return self.reader.lengths(self.table)[self.index]
+
+    def token_counts(self) -> dict[str, Tensor]:
+        """(samples,) tokens of each before anything is cut where that is known, by the words for them."""
+        return {words: counts[self.index] for words, counts in self.reader.token_counts(self.table).items()}
+
+    def token_ids(self) -> list[Tensor]:
+        """All token ids, flat."""
+        return [self.table[name] for name in self.reader.tokens]
+
+    def contents(self) -> Iterator[bytes]:
+        """Each sample as bytes: two that are equal are one sample."""
+        return self.reader.contents(self.table, self.index)
+
+    def columns(self) -> dict[str, Tensor | Iterable[str]]:
+        """All that samples and metrics follow from, by name."""
+        return self.reader.columns(self.table, self.index)
+
+    def fingerprint(self) -> str:
+        """A short text that differs where any of `columns` does."""
+        return columns.fingerprint(self.columns())
+
+    @property
+    def references(self) -> Any:
+        """What metrics compare a model's answers with, where that is more than labels."""
+        return self.reader.references(self.table, self.index)
+
+    @property
+    def epoch_order(self) -> EpochOrder | None:
+        """The order of an epoch, where it is more than a permutation."""
+        return self.reader.order(self.table, self.index)
+
+    @property
+    def order_facts(self) -> dict[str, Any]:
+        """What an epoch's order follows from, besides seed, batch size and number of samples."""
+        return self.reader.order_facts(self.table, self.index)
+
+
+@dataclass(frozen=True)
+class TokenizedData:
+    """What a run trains and validates on, and what became of the records."""
+
+    train: RaggedDataset
+    train_stats: Stats
+    validation: RaggedDataset | None = None
+    validation_stats: Stats | None = None
+
+    def token_ids(self) -> list[Tensor]:
+        """All token ids of both sets, flat."""
+        return [ids for rows in (self.train, self.validation) if rows is not None for ids in rows.token_ids()]
