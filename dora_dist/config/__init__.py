@@ -1,5 +1,6 @@
 """A run's configuration, one JSON file: `RunConfig.load("configs/x.json", ["--adapter.r=8"])`."""
 
+from dora_dist.config.engine import EngineConfig
 from dora_dist.config.names import is_local
 from dora_dist.config.options import add_arguments, check_names
 from dora_dist.config.run_config import RunConfig
@@ -8,7 +9,6 @@ from dora_dist.config.schema import (
     BatchPlan,
     CheckpointConfig,
     DataConfig,
-    EngineConfig,
     LoggingConfig,
     ModelConfig,
     TrainingConfig,

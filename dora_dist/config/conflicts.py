@@ -4,7 +4,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
-from dora_dist.config.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, TrainingConfig
+from dora_dist.config.engine import EngineConfig
+from dora_dist.config.schema import AdapterConfig, DataConfig, ModelConfig, TrainingConfig
 
 
 def between_fields(

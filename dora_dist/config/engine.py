@@ -1,12 +1,62 @@
-"""The DeepSpeed JSON, derived from the run's configuration and the user's own engine options."""
+"""The engine's section, and the DeepSpeed JSON: from this section, the training section and the user's own options."""
 
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from dora_dist.config.schema import EngineConfig, TrainingConfig
+from pydantic import Field
+
+from dora_dist.config.schema import TrainingConfig
+from dora_dist.config.section import Count, Elements, Seconds, Section, at_most
 from dora_dist.runtime.errors import UserError
+
+
+class EngineConfig(Section):
+    """How DeepSpeed ZeRO-3 holds and moves the parameters."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Device; auto: a GPU where there is one"
+    )
+    offload_param: Literal["none", "cpu"] = Field(
+        default="none", description="cpu: parameter shards rest in host memory"
+    )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        default="none", description="cpu: AdamW's state and step on the host"
+    )
+    hpz_partition_size: Count = Field(
+        default=1,
+        description="Ranks (of one node) that share a second copy of the shards for backward; 1: off",
+    )
+    param_persistence_threshold: Elements = Field(
+        default=100_000, description="Parameters with fewer elements stay whole on every rank"
+    )
+    prefetch_bucket_size: Elements = Field(default=50_000_000, description="Elements to gather ahead of their use")
+    # Not DeepSpeed's 5e8: the bucket is allocated whole (1 to 2 GB), and only adapter gradients use it.
+    reduce_bucket_size: Annotated[int, Field(ge=1), at_most(2**50)] = Field(
+        default=50_000_000, description="Gradient elements to reduce at a time"
+    )
+    max_live_parameters: Elements = Field(
+        default=1_000_000_000, description="Most elements that stay gathered at a time"
+    )
+    max_reuse_distance: Elements = Field(
+        default=1_000_000_000,
+        description="Keep a parameter gathered if it is used again within this many elements",
+    )
+    allgather_sequential: bool = Field(
+        default=False,
+        description="Gather parameter by parameter, without a bucket: fewer copies, lower peak memory",
+    )
+    start_timeout_s: Seconds = Field(
+        default=1800.0, description="Longest wait for other ranks up to the first step, seconds"
+    )
+    step_timeout_s: Seconds = Field(
+        default=600.0, description="Longest wait for other ranks after the first step, seconds"
+    )
+    deepspeed: dict[str, Any] = Field(
+        default={}, description="Further DeepSpeed options, merged into the derived DeepSpeed JSON"
+    )
+
 
 # DeepSpeed options that other fields decide, by dotted name: the field to use instead.
 _DECIDED_BY = {

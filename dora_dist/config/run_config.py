@@ -7,11 +7,11 @@ from typing import Any
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from dora_dist.config import conflicts, engine, files, options, problems, source
+from dora_dist.config.engine import EngineConfig
 from dora_dist.config.schema import (
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
-    EngineConfig,
     LoggingConfig,
     ModelConfig,
     TrainingConfig,

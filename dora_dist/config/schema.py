@@ -1,7 +1,7 @@
 """The sections of a run's JSON file: every field with its unit, range, default and meaning.
 
-This is the only description of a run. Command-line options and their help, the JSON schema for editors, error
-messages and the DeepSpeed JSON are all derived from it.
+With the engine's section, in engine.py, this is the only description of a run. Command-line options and their help, the
+JSON schema for editors, error messages and the reference in the documents are all derived from it.
 """
 
 import math
@@ -11,12 +11,10 @@ from pydantic import Field
 
 from dora_dist.config.section import (
     Count,
-    Elements,
     PathText,
     PathTexts,
     Patterns,
     Rate,
-    Seconds,
     Section,
     Steps,
     Text,
@@ -337,52 +335,6 @@ class CheckpointConfig(Section):
     resume: PathText | None = Field(
         default=None,
         description="auto: go on from the run folder's newest checkpoint, if any; or a checkpoint folder",
-    )
-
-
-class EngineConfig(Section):
-    """How DeepSpeed ZeRO-3 holds and moves the parameters."""
-
-    accelerator: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Device; auto: a GPU where there is one"
-    )
-    offload_param: Literal["none", "cpu"] = Field(
-        default="none", description="cpu: parameter shards rest in host memory"
-    )
-    offload_optimizer: Literal["none", "cpu"] = Field(
-        default="none", description="cpu: AdamW's state and step on the host"
-    )
-    hpz_partition_size: Count = Field(
-        default=1,
-        description="Ranks (of one node) that share a second copy of the shards for backward; 1: off",
-    )
-    param_persistence_threshold: Elements = Field(
-        default=100_000, description="Parameters with fewer elements stay whole on every rank"
-    )
-    prefetch_bucket_size: Elements = Field(default=50_000_000, description="Elements to gather ahead of their use")
-    # Not DeepSpeed's 5e8: the bucket is allocated whole (1 to 2 GB), and only adapter gradients use it.
-    reduce_bucket_size: Annotated[int, Field(ge=1), at_most(2**50)] = Field(
-        default=50_000_000, description="Gradient elements to reduce at a time"
-    )
-    max_live_parameters: Elements = Field(
-        default=1_000_000_000, description="Most elements that stay gathered at a time"
-    )
-    max_reuse_distance: Elements = Field(
-        default=1_000_000_000,
-        description="Keep a parameter gathered if it is used again within this many elements",
-    )
-    allgather_sequential: bool = Field(
-        default=False,
-        description="Gather parameter by parameter, without a bucket: fewer copies, lower peak memory",
-    )
-    start_timeout_s: Seconds = Field(
-        default=1800.0, description="Longest wait for other ranks up to the first step, seconds"
-    )
-    step_timeout_s: Seconds = Field(
-        default=600.0, description="Longest wait for other ranks after the first step, seconds"
-    )
-    deepspeed: dict[str, Any] = Field(
-        default={}, description="Further DeepSpeed options, merged into the derived DeepSpeed JSON"
     )
 
 

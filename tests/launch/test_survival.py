@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dora_dist.checkpoint import run_folder
-from dora_dist.config.schema import TrainingConfig
+from dora_dist.config import TrainingConfig
 from dora_dist.data.reading import held_out
 from dora_dist.runtime.exit_codes import DONE, INTERRUPTED, LOST_RANK, STOPPED, USERS_MISTAKE
 from dora_dist.runtime.stopping import SAME_PRESS_S
