@@ -1,6 +1,5 @@
 """From files of records to batches of token ids: formats, loading, tokenising, ordering, padding."""
 
-from dora_dist.data.build import build_data
 from dora_dist.data.collate import Collator, LabelledCollator, PictureCollator, WithFiller, WithLabelledFiller
 from dora_dist.data.columns import IGNORED
 from dora_dist.data.formats import FORMATS
@@ -14,6 +13,7 @@ from dora_dist.data.sampler import FILLER, EpochBatches, EpochDataLoader
 from dora_dist.data.spans import SpanReader
 from dora_dist.data.summaries import SummaryReader
 from dora_dist.data.texts import TextReader
+from dora_dist.data.whole import warn_of_the_whole
 
 __all__ = [
     "FILLER",
@@ -34,7 +34,7 @@ __all__ = [
     "TokenizedData",
     "WithFiller",
     "WithLabelledFiller",
-    "build_data",
     "load_records",
     "read",
+    "warn_of_the_whole",
 ]

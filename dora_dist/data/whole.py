@@ -15,13 +15,13 @@ MANY = 0.1
 """Share of samples that may be cut before it is worth a warning."""
 
 
-def warn_of_the_whole(data: DataConfig, tokenized: TokenizedData, *, batch: int) -> None:
+def warn_of_the_whole(data: DataConfig, tokenized: TokenizedData, *, batch: int | None = None) -> None:
     """Warn of too few samples, of too many that are cut, and of validation on training samples.
 
-    batch: training.global_batch_size.
+    batch: training.global_batch_size; None: nothing is trained.
     """
     samples, stats = len(tokenized.train), tokenized.train_stats
-    if samples < batch:
+    if batch is not None and samples < batch:
         warn(
             f"data.train has {samples:,} samples and training.global_batch_size = {batch}: every step sees all of them "
             f"and {batch - samples:,} places stay empty; lower it, or give more data"

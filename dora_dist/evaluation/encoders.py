@@ -81,12 +81,16 @@ def score_records(
     """
     import torch
 
-    from dora_dist.data import EpochBatches, EpochDataLoader, build_data
+    from dora_dist.data import EpochBatches, EpochDataLoader, read, warn_of_the_whole
 
-    dataset = build_data(config, tokenizer, progress=progress).train
+    task, data = task_named(config.model.task), config.data
+    reader = task.reader(tokenizer, model=config.model, data=data)
+    tokenized = read(reader, data, seed=config.training.seed, progress=progress)
+    warn_of_the_whole(data, tokenized)
+    dataset = tokenized.train
     if limit is not None:
         dataset = dataset.first(limit)
-    aim = task_named(config.model.task).objective(tokenizer, model, data=config.data, training=config.training)
+    aim = task.objective(tokenizer, model, data=data, training=config.training)
     size = config.training.micro_batch_size
     order = EpochBatches.in_order(len(dataset), micro_batch_size=size, world_size=1, rank=0)
     loader = EpochDataLoader(aim.with_filler(dataset), batch_sampler=order, collate_fn=aim.collator)

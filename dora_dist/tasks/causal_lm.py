@@ -9,6 +9,7 @@ from dora_dist.tasks.task import Task
 
 if TYPE_CHECKING:
     from dora_dist.config import DataConfig, ModelConfig, TrainingConfig
+    from dora_dist.data import Reader
     from dora_dist.models.heads import Head
     from dora_dist.tasks.objectives.base import Objective
 
@@ -33,6 +34,11 @@ class CausalLM(Task):
         from dora_dist.models.heads import CAUSAL_LM
 
         return CAUSAL_LM
+
+    def reader(self, processor: Any, *, model: ModelConfig, data: DataConfig) -> Reader:
+        from dora_dist.data.texts import TextReader
+
+        return TextReader(data, processor)
 
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.tasks.objectives.language import LanguageModelling

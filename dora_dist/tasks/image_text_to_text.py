@@ -10,6 +10,7 @@ from dora_dist.tasks.task import Task
 
 if TYPE_CHECKING:
     from dora_dist.config import DataConfig, ModelConfig, TrainingConfig
+    from dora_dist.data import Reader
     from dora_dist.models.heads import Head
     from dora_dist.tasks.objectives.base import Objective
 
@@ -48,6 +49,11 @@ class ImageTextToText(Task):
         from dora_dist.models.tokenizer import files_of
 
         return files_of(processor.tokenizer, base)
+
+    def reader(self, processor: Any, *, model: ModelConfig, data: DataConfig) -> Reader:
+        from dora_dist.data.pictured import ConversationReader
+
+        return ConversationReader(data, processor)
 
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.tasks.objectives.language import PictureModelling

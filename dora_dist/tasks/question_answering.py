@@ -9,6 +9,7 @@ from dora_dist.tasks.task import Task
 
 if TYPE_CHECKING:
     from dora_dist.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+    from dora_dist.data import Reader
     from dora_dist.models.heads import Head
     from dora_dist.tasks.objectives.base import Objective
 
@@ -34,6 +35,11 @@ class QuestionAnswering(Task):
         from dora_dist.models.heads import QUESTION_ANSWERING
 
         return QUESTION_ANSWERING
+
+    def reader(self, processor: Any, *, model: ModelConfig, data: DataConfig) -> Reader:
+        from dora_dist.data.spans import SpanReader
+
+        return SpanReader(data, processor)
 
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.tasks.objectives.spans import SpanFinding

@@ -10,6 +10,7 @@ from dora_dist.tasks.task import Task
 
 if TYPE_CHECKING:
     from dora_dist.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+    from dora_dist.data import Reader
     from dora_dist.models.heads import Head
     from dora_dist.tasks.objectives.base import Objective
 
@@ -33,6 +34,11 @@ class Seq2SeqLM(Task):
         from dora_dist.models.heads import SEQ2SEQ_LM
 
         return SEQ2SEQ_LM
+
+    def reader(self, processor: Any, *, model: ModelConfig, data: DataConfig) -> Reader:
+        from dora_dist.data.summaries import SummaryReader
+
+        return SummaryReader(data, processor)
 
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.tasks.objectives.summaries import Summarising

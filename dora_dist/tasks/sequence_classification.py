@@ -8,6 +8,7 @@ from dora_dist.tasks.task import Task
 
 if TYPE_CHECKING:
     from dora_dist.config import DataConfig, ModelConfig, TrainingConfig
+    from dora_dist.data import Reader
     from dora_dist.models.heads import Head
     from dora_dist.tasks.objectives.base import Objective
 
@@ -30,6 +31,11 @@ class SequenceClassification(Task):
         from dora_dist.models.heads import SEQUENCE_CLASSIFICATION
 
         return SEQUENCE_CLASSIFICATION.with_labels(model.num_labels)
+
+    def reader(self, processor: Any, *, model: ModelConfig, data: DataConfig) -> Reader:
+        from dora_dist.data.labelled import LabelledReader
+
+        return LabelledReader(data, processor, model.num_labels)
 
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.models.heads import SEQUENCE_CLASSIFICATION

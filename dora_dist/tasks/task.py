@@ -15,6 +15,7 @@ from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from dora_dist.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+    from dora_dist.data import Reader
     from dora_dist.models.heads import Head
     from dora_dist.tasks.objectives.base import Objective
 
@@ -86,6 +87,10 @@ class Task:
         from dora_dist.models.tokenizer import files_of
 
         return files_of(self.tokenizer(processor))
+
+    def reader(self, processor: Any, *, model: ModelConfig, data: DataConfig) -> Reader:
+        """What reads the records of a run."""
+        raise NotImplementedError
 
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         """What a run minimises and measures, for a `model` of transformers."""

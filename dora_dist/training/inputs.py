@@ -26,16 +26,19 @@ _LONGEST_DOWNLOAD = timedelta(days=1)
 
 def read_data(config: RunConfig, base: Path, *, progress: bool) -> tuple[Any, TokenizedData]:
     """The tokenizer (or picture processor) and the data of a run whose names are `fetched`. Raises UserError."""
-    from dora_dist.data import build_data
+    from dora_dist.data import read, warn_of_the_whole
 
-    tokenizer = task_named(config.model.task).processor(base, config.model, config.data)
-    data = build_data(config, tokenizer, progress=progress)
+    task = task_named(config.model.task)
+    processor = task.processor(base, config.model, config.data)
+    reader = task.reader(processor, model=config.model, data=config.data)
+    data = read(reader, config.data, seed=config.training.seed, progress=progress)
+    warn_of_the_whole(config.data, data, batch=config.training.global_batch_size)
     if config.training.eval_every and data.validation is None:
         raise UserError(
             f"training.eval_every = {config.training.eval_every}: there is nothing to evaluate on; set "
             "data.validation or data.validation_samples"
         )
-    return tokenizer, data
+    return processor, data
 
 
 def fetched_for_data(config: RunConfig) -> RunConfig:

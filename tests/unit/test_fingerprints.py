@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dora_dist.config import RunConfig
-from dora_dist.data import build_data
+from dora_dist.data import read
 from dora_dist.data.columns import fingerprint
 from dora_dist.models.families import load_processor
+from dora_dist.tasks import task_named
 from dora_dist.training.agreement import of_data
 from tests import encoders, llava, summaries, toy
 
@@ -91,7 +92,8 @@ def build(kind: str, folder: Path, records: list[dict[str, Any]]) -> dict[str, s
     config = RunConfig.from_dict({"model": model, "data": data})
     if tokenizer is None:
         tokenizer = load_processor(folder / "base", config.data)
-    return of_data(build_data(config, tokenizer, progress=False))
+    reader = task_named(config.model.task).reader(tokenizer, model=config.model, data=config.data)
+    return of_data(read(reader, config.data, seed=0, progress=False))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM
 from dora_dist.adapters.layer import AdapterSpec
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.config import RunConfig
-from dora_dist.data import TokenizedData, build_data
+from dora_dist.data import SummaryReader, TokenizedData, read
 from dora_dist.evaluation.inference import head_at, load_for_inference
 from dora_dist.metrics.rouge import rouge_metrics
 from dora_dist.models.build import AdaptedModel, build_model
@@ -32,7 +32,7 @@ def load(tmp_path: Path, records: list[dict[str, str]], **fields: Any) -> Tokeni
     (tmp_path / "train.json").write_text(json.dumps(records))
     data = {"train": str(tmp_path / "train.json"), **FIELDS, **fields}
     config = RunConfig.from_dict({"model": MODEL, "data": data})
-    return build_data(config, summaries.tokenizer(TEXTS), progress=False)
+    return read(SummaryReader(config.data, summaries.tokenizer(TEXTS)), config.data, seed=0, progress=False)
 
 
 def test_documents_and_summaries_are_tokenized_as_the_tokenizer_does(tmp_path: Path) -> None:
