@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dora_dist.adapters.inject import AdapterPlan, initial_fills, inject, trained_in_full
@@ -15,7 +14,14 @@ from dora_dist.adapters.recompute import keeping_outputs
 from dora_dist.models import start
 from dora_dist.models.families import family_of_model
 from dora_dist.models.family import Family
-from dora_dist.models.folder import GENERATION_CONFIG, ModelFolder, generation_config, reason, transformers_config
+from dora_dist.models.folder import (
+    DTYPES,
+    GENERATION_CONFIG,
+    ModelFolder,
+    generation_config,
+    reason,
+    transformers_config,
+)
 from dora_dist.models.heads import CAUSAL_LM, Head
 from dora_dist.models.tying import untie, untie_different
 from dora_dist.models.unused import report_unused
@@ -24,8 +30,6 @@ from dora_dist.weights.digest import sampled_digest, warn_of_another_base
 from dora_dist.weights.loading import load_base
 from dora_dist.weights.names import locate, stored_names
 from dora_dist.weights.placement import Placement
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(kw_only=True)

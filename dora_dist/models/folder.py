@@ -21,6 +21,8 @@ from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder
 if TYPE_CHECKING:
     from dora_dist.config import RunConfig
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Of weights, as the configuration and the command line call them."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What weights are computed with as they are."""
 _NOT_QUANTISED = (*FLOATS, torch.int64, torch.bool)

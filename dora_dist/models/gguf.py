@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dora_dist.models.folder import DTYPES
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import check_model_output, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def import_gguf(file: Path, output: Path, dtype: str = "bf16", overwrite: bool = False) -> None:

@@ -1,0 +1,167 @@
+"""Which tensors the merged model of an adapter and its base has: their names, dtypes, sources and files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dora_dist.adapters.peft_format import PeftFolder
+from dora_dist.models.build import skeleton
+from dora_dist.models.families import family_of
+from dora_dist.models.folder import DTYPES, FLOATS, ModelFolder
+from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT, head_of_adapter
+from dora_dist.models.tying import parted_names
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.names import Rename, locate, modern, prefix_between, stored_names
+from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor to write: its name and dtype there, where it is read, and the module whose update it gets."""
+
+    name: str
+    dtype: torch.dtype
+    source: TensorFolder
+    entry: TensorEntry
+    module: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.entry.numel * self.dtype.itemsize
+
+
+@dataclass
+class Shard:
+    """One output file: its tensors, in the order in which they are read, and their size once written."""
+
+    name: str
+    outputs: list[Output]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What is to be written, in the order of the base's files: its tensors, adapted or replaced, then new ones.
+
+    `untied` says that the adapter changes one use alone of a weight that the base shares between modules.
+    """
+
+    outputs: list[Output]
+    untied: bool
+
+    def shards(self, max_bytes: float) -> list[Shard]:
+        """Files of up to `max_bytes` each, in the same order: the base is read sequentially."""
+        shards: list[Shard] = []
+        for output in self.outputs:
+            if not shards or shards[-1].nbytes + output.nbytes > max_bytes:
+                shards.append(Shard("model.safetensors", [], 0))
+            shards[-1].outputs.append(output)
+            shards[-1].nbytes += output.nbytes
+        if len(shards) > 1:
+            for number, shard in enumerate(shards, 1):
+                shard.name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        return shards
+
+
+def plan_merge(adapter: PeftFolder, base: ModelFolder, dtype: str | None) -> MergePlan:
+    """Match an adapter's modules and tensors with the base's; `dtype` as of `consolidate`.
+
+    Raises UserError naming the first module that the base cannot take.
+    """
+    names = _names(adapter, base)
+    entries = _entries(base.tensors, names)
+    stored = stored_names(entries, names.rename)
+    prefix = prefix_between([f"{module}.weight" for module in adapter.modules], stored)
+    targets = _targets(adapter, base.path, entries, stored=stored, prefix=prefix)
+    replaced = {found: name for name in adapter.trained if (found := locate(name, stored, prefix))}
+    lacks_prefix = all(not name.startswith(f"{prefix}.") for name in stored)
+    outputs = []
+    for own, entry in sorted(entries.items(), key=lambda item: (item[1].path, item[1].offset)):
+        written_as = DTYPES[dtype] if dtype and entry.dtype in FLOATS else entry.dtype
+        if own in replaced:
+            trained = replaced[own]
+            _check_replacement(adapter, trained, entry)
+            outputs.append(_trained(adapter, trained, own if names.rename else trained, dtype=written_as))
+        else:
+            name = f"{prefix}.{modern(own)}" if prefix and lacks_prefix else modern(own)
+            name = own if names.rename or own not in base.tensors.entries else name
+            outputs.append(Output(name, written_as, base.tensors, entry, targets.get(own)))
+    usual = next((output.dtype for output in outputs if output.module), outputs[0].dtype)
+    outputs += [_trained(adapter, name, name, dtype=usual) for name in adapter.trained if name not in replaced.values()]
+    return MergePlan(outputs, bool(names.parted))
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What the base's model knows of its names: `rename` gives today's, for a model made of `parts`; its folder's own
+    are what is written all the same. `parted` are the names of each weight of which the adapter changes one use alone.
+    """
+
+    rename: Rename | None = None
+    parts: tuple[str, ...] = ()
+    prefix: str = ""
+    parted: tuple[list[str], ...] = ()
+
+
+def _names(adapter: PeftFolder, base: ModelFolder) -> _Names:
+    # A weight that several modules share is an embedding or a head, never one of the numbered layers.
+    outer = [m for m in adapter.modules if not any(part.isdigit() for part in m.split("."))]
+    changed, family = [*adapter.modules_to_save(), *outer], family_of(base.config["model_type"])
+    if not changed and not family.parts:
+        return _Names()  # without building the model, which takes seconds
+    model = skeleton(base.path, IMAGE_TEXT_TO_TEXT if family.sees_pictures else head_of_adapter(adapter))
+    parted = tuple(names for _, names in parted_names(model, changed))
+    return _Names(family.rename(model), family.parts, model.base_model_prefix, parted)
+
+
+def _entries(tensors: TensorFolder, names: _Names) -> dict[str, TensorEntry]:
+    """What the base has, by name there; and again by every other name of what the adapter parts."""
+    entries, stored = dict(tensors.entries), stored_names(tensors.entries, names.rename)
+    for shared in names.parted:
+        found = {name: locate(name, stored, names.prefix) for name in shared}
+        if source := next(filter(None, found.values()), None):
+            for name in (name for name in shared if not found[name]):
+                entries[_own_name(name, tensors.entries, names)] = tensors.entries[source]
+    return entries
+
+
+def _own_name(name: str, entries: Iterable[str], names: _Names) -> str:
+    """A name as the folder would have it: older than today's where the others of its part of the model are."""
+    there = {own.partition(".")[0] for own in entries}
+    older = [f"{part}.{name}" for part in names.parts if part in there]
+    return next((own for own in older if names.rename and names.rename(own) == name), name)
+
+
+def _targets(
+    adapter: PeftFolder, base: Path, entries: Mapping[str, TensorEntry], *, stored: Mapping[str, str], prefix: str
+) -> dict[str, str]:
+    """Name in `entries` -> adapted module."""
+    targets = {}
+    for module in adapter.modules:
+        weight, who = f"{module}.weight", f"{adapter.path}: it adapts {module!r}"
+        own = locate(weight, stored, prefix) or weight
+        entry = entries.get(own)
+        if entry is None:
+            missing = f"but {base} has no tensor {weight!r}"
+            raise UserError(f"{who}, {missing}; give the base that it was trained on")
+        if entry.shape != adapter.shape(module):
+            mismatch = f"as {adapter.shape(module)}, but {base} has it as {entry.shape}"
+            raise UserError(f"{who} {mismatch}; give the base that it was trained on")
+        targets[own] = module
+    return targets
+
+
+def _trained(adapter: PeftFolder, trained: str, name: str, *, dtype: torch.dtype) -> Output:
+    """A tensor that was trained in full, as `name`."""
+    return Output(name, dtype, adapter.tensors, adapter.tensors.entries[adapter.trained[trained]])
+
+
+def _check_replacement(adapter: PeftFolder, name: str, entry: TensorEntry) -> None:
+    shape = adapter.tensors.entries[adapter.trained[name]].shape
+    if shape != entry.shape and not adapter.model_config:  # a head may have another number of labels
+        mismatch = f"as {shape}, but {entry.path.parent} has it as {entry.shape}"
+        raise UserError(f"{adapter.path}: it trained {name!r} {mismatch}; give the base that it was trained on")
