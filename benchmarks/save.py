@@ -59,14 +59,14 @@ def rank_main(rank: int, settings: Settings, r: int, saves: int, folder: Path) -
     from deepspeed.accelerator import get_accelerator
 
     from dora_dist.adapters.inject import by_pattern
-    from dora_dist.adapters.layer import AdapterSpec
+    from dora_dist.adapters.methods import LowRank, WeightDecomposed
     from dora_dist.checkpoint.saving import Origin, Saver
     from dora_dist.models.build import build_model
     from dora_dist.zero3.placement import ShardedPlacement
 
     world = distributed.start()
-    spec, config = AdapterSpec(r, 2.0 * r), settings.deepspeed_config()
-    model = build_model(folder / "base", by_pattern(spec, [TARGETS]), ShardedPlacement(config)).model
+    method, config = WeightDecomposed(LowRank(r, 2.0 * r)), settings.deepspeed_config()
+    model = build_model(folder / "base", by_pattern(method, [TARGETS]), ShardedPlacement(config)).model
     trained = [p for p in model.parameters() if p.requires_grad]
     numbers = sum(p.ds_numel for p in trained)
     engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained), config=config)[0]
@@ -83,7 +83,7 @@ def rank_main(rank: int, settings: Settings, r: int, saves: int, folder: Path) -
         engine.step()
         return now() - started
 
-    saver = Saver(engine, model, Origin(spec, "base"), 600.0)
+    saver = Saver(engine, model, Origin(method, "base"), 600.0)
     found: dict[str, list[float]] = {"synchronous_s": [], "stall_s": [], "step_during_save_s": []}
     alone = statistics.median([step() for _ in range(4)][1:])
     saver.save(folder / "checkpoint-0", {"step": 0}, {})

@@ -94,16 +94,17 @@ def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
 
 def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]:
     from dora_dist.adapters.inject import by_pattern
-    from dora_dist.adapters.layer import AdapterSpec
+    from dora_dist.adapters.methods import DynamicRank, LowRank, WeightDecomposed
     from dora_dist.models.build import build_model
     from dora_dist.zero3.placement import ShardedPlacement
 
     r, alpha = settings.start_rank if variant in GATED else settings.r, settings.alpha
     if variant == "compacted":
         r, alpha = settings.kept_rank, alpha * settings.kept_rank / r  # the update's scaling stays
-    spec = AdapterSpec(r, alpha, weight_decomposed=variant != "lora", dropout=settings.dropout, gated=variant in GATED)
+    update = (DynamicRank if variant in GATED else LowRank)(r, alpha, dropout=settings.dropout)
+    method = update if variant == "lora" else WeightDecomposed(update)
     placement = ShardedPlacement(settings.deepspeed_config())
-    adapted = build_model(base, by_pattern(spec, [TARGETS]), placement, head=_head(settings))
+    adapted = build_model(base, by_pattern(method, [TARGETS]), placement, head=_head(settings))
     if settings.pictures:
         adapted.family.prepare_for_training(adapted.model)
     return adapted.model, adapted.norms

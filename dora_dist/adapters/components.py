@@ -114,6 +114,13 @@ class PruningEvent:
     final: bool = False
 
 
+def component_parameters(layer: AdaptedLinear) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    """A (in, r), B (out, r) and the gates (r,) of a layer that has components."""
+    assert layer.method.components is not None
+    own, names = layer.adapter_parameters(), layer.method.components
+    return own[names.A], own[names.B], own[names.gates]
+
+
 class ComponentPruner:
     """Scores and prunes the gated layers of a model whose parameters are whole; after every optimizer step, by itself.
 
@@ -137,12 +144,14 @@ class ComponentPruner:
         backwards: int = 1,
         clear_moments: bool = False,
     ) -> None:
-        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear) and m.spec.gated}
+        self.layers = {
+            name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear) and m.method.components
+        }
         self.budget, self.beta, self.clear_moments = budget, beta, clear_moments
-        self.components = sum(layer.spec.r or 0 for layer in self.layers.values())
+        self.components = sum(layer.method.r for layer in self.layers.values())
         self.step = 0
-        self.scores = {name: torch.zeros(layer.spec.r or 0, dtype=torch.float64) for name, layer in self.layers.items()}
-        self.pruned = {name: torch.zeros(layer.spec.r or 0, dtype=torch.bool) for name, layer in self.layers.items()}
+        self.scores = {name: torch.zeros(layer.method.r, dtype=torch.float64) for name, layer in self.layers.items()}
+        self.pruned = {name: torch.zeros(layer.method.r, dtype=torch.bool) for name, layer in self.layers.items()}
         self.penalty = math.nan
         self.device = next(model.parameters()).device
         self.stopwatch = Stopwatch()
@@ -205,15 +214,13 @@ class ComponentPruner:
         """Every gated layer's sums, of its present parameters."""
         result = {}
         for name, layer in self.layers.items():
-            assert layer.lora_A is not None and layer.lora_B is not None and layer.lora_gates is not None
-            gates = layer.lora_gates.detach().double().cpu()
-            result[name] = LayerSums(gates, FactorSums.of(layer.lora_A), FactorSums.of(layer.lora_B))
+            A, B, gates = component_parameters(layer)
+            result[name] = LayerSums(gates.detach().double().cpu(), FactorSums.of(A), FactorSums.of(B))
         return result
 
     def zero_gates(self, name: str, pruned: Tensor, clear_moments: bool) -> None:
         """Set a layer's gates to 0 where `pruned` (r,), in every copy; with `clear_moments` Adam's moments too."""
-        gates = self.layers[name].lora_gates
-        assert gates is not None
+        _, _, gates = component_parameters(self.layers[name])
         where = pruned.to(gates.device)
         gates.masked_fill_(where, 0.0)
         if clear_moments:

@@ -3,29 +3,31 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import cast
 
+import torch
 from torch import nn
 
-from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec, adapted_layers, initial_bound
+from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
+from dora_dist.adapters.method import AdapterMethod
+from dora_dist.adapters.methods import of_peft
 from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.loading import initial_values
 from dora_dist.weights.placement import Fill
 
-AdapterPlan = Callable[[nn.Module], dict[str, AdapterSpec]]
+AdapterPlan = Callable[[nn.Module], dict[str, AdapterMethod]]
 """Given a model, the adapter of each linear layer that gets one, by module name."""
 
 
 def by_pattern(
-    spec: AdapterSpec,
+    method: AdapterMethod,
     target_modules: Sequence[str],
     magnitude_only: Sequence[str] = (),
     *,
     apart: Sequence[str] = (),
 ) -> AdapterPlan:
-    """Plan `spec` for every nn.Linear that a pattern names.
+    """Plan `method` for every nn.Linear that a pattern names.
 
     A pattern is a module's full name, a suffix of it that starts at a dot ("q_proj", "mlp.up_proj"), or a regular
     expression that matches the full name. `magnitude_only` modules get a magnitude and no low-rank factors. `apart`
@@ -33,7 +35,7 @@ def by_pattern(
     pattern matches nothing, or if both lists match one module.
     """
 
-    def plan(model: nn.Module) -> dict[str, AdapterSpec]:
+    def plan(model: nn.Module) -> dict[str, AdapterMethod]:
         linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         others = {name: type(m).__name__ for name, m in model.named_modules() if name and name not in linears}
         low_rank = _match_all(target_modules, linears, others, "adapter.target_modules", apart=apart)
@@ -43,10 +45,10 @@ def by_pattern(
                 f"adapter.magnitude_only_modules and adapter.target_modules both match {both[0]!r}; "
                 "take it out of one of the two"
             )
-        kinds = dict.fromkeys(low_rank, spec)
+        kinds = dict.fromkeys(low_rank, method)
         if magnitudes:
-            kinds |= dict.fromkeys(magnitudes, replace(spec, r=None, gated=False))
-        _refuse_absurd_rank(spec, model, low_rank)
+            kinds |= dict.fromkeys(magnitudes, method.magnitude_only())
+        _refuse_absurd_rank(method, model, low_rank)
         return {name: kinds[name] for name in linears if name in kinds}
 
     return plan
@@ -55,20 +57,16 @@ def by_pattern(
 def with_ranks(plan: AdapterPlan, ranks: Mapping[str, int]) -> AdapterPlan:
     """`plan` for a model whose pruned components are gone: gated layers have `ranks` components, or none if absent.
 
-    A layer without components keeps its magnitude if it has one, else it is not adapted any more.
+    A gated layer without components keeps its magnitude if it has one, else it is not adapted any more.
     """
 
-    def resized(model: nn.Module) -> dict[str, AdapterSpec]:
-        specs = {}
-        for name, spec in plan(model).items():
-            r = ranks.get(name, 0)
-            if not spec.gated:
-                specs[name] = spec
-            elif r:
-                specs[name] = replace(spec, r=r, lora_alpha=spec.scaling * r)
-            elif spec.weight_decomposed:
-                specs[name] = replace(spec, r=None, gated=False)
-        return specs
+    def resized(model: nn.Module) -> dict[str, AdapterMethod]:
+        methods = {}
+        for name, method in plan(model).items():
+            left = method.resized(ranks.get(name, 0)) if method.components else method
+            if left is not None:
+                methods[name] = left
+        return methods
 
     return resized
 
@@ -76,19 +74,7 @@ def with_ranks(plan: AdapterPlan, ranks: Mapping[str, int]) -> AdapterPlan:
 def like(adapter: PeftAdapter) -> AdapterPlan:
     """Plan the layers that a PEFT adapter has, each with its own rank and scaling."""
 
-    def plan(model: nn.Module) -> dict[str, AdapterSpec]:
-        specs = {}
-        for name, layer in adapter.layers.items():
-            r = None if layer.lora_A is None else layer.lora_A.shape[0]
-            specs[name] = AdapterSpec(
-                r=r,
-                lora_alpha=layer.scaling * (r or 1),
-                weight_decomposed=layer.magnitude is not None,
-                dropout=adapter.dropout,
-            )
-        return specs
-
-    return plan
+    return lambda model: {name: of_peft(layer, adapter.dropout) for name, layer in adapter.layers.items()}
 
 
 def inject(model: nn.Module, plan: AdapterPlan, trained_modules: Sequence[str] = ()) -> list[str]:
@@ -100,15 +86,15 @@ def inject(model: nn.Module, plan: AdapterPlan, trained_modules: Sequence[str] =
     lies in a trained module, or if its weight is shared with another module: adapting a tied weight in one place would
     silently change, or not change, the other.
     """
-    specs = plan(model)
+    methods = plan(model)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if strangers := [name for name in specs if name not in linears]:
+    if strangers := [name for name in methods if name not in linears]:
         raise UserError(f"the adapter has a module {strangers[0]!r} that this model does not have: another base?")
     _refuse_shared(
-        model, {name: cast(nn.Parameter, linears[name].weight) for name in specs}, "adapted", "target_modules"
+        model, {name: cast(nn.Parameter, linears[name].weight) for name in methods}, "adapted", "target_modules"
     )
-    _refuse_inner(specs, trained_modules)
-    if packed := [name for name in specs if not linears[name].weight.is_floating_point()]:
+    _refuse_inner(methods, trained_modules)
+    if packed := [name for name in methods if not linears[name].weight.is_floating_point()]:
         kind = str(linears[packed[0]].weight.dtype).removeprefix("torch.")
         raise UserError(
             f"{packed[0]!r} has a quantised weight ({kind}), which cannot be adapted; load the model as it was "
@@ -119,20 +105,20 @@ def inject(model: nn.Module, plan: AdapterPlan, trained_modules: Sequence[str] =
         module = model.get_submodule(name).requires_grad_(True)
         weights = {f"{name}.{inner}": p for inner, p in module.named_parameters()}
         _refuse_shared(model, weights, "trained", "trained_modules", name)
-    for name, spec in specs.items():
+    for name, method in methods.items():
         parent, _, child = name.rpartition(".")
         linear = linears[name]
-        setattr(model.get_submodule(parent), child, AdaptedLinear.from_linear(linear, spec))
-    return list(specs)
+        setattr(model.get_submodule(parent), child, AdaptedLinear.from_linear(linear, method))
+    return list(methods)
 
 
 def initial_fills(model: nn.Module, seed: int) -> dict[str, Fill]:
     """The values that each adapter parameter of `model` starts with, by its name: a function of `seed` and name."""
     fills = {}
     for layer_name, layer in adapted_layers(model).items():
-        for kind, parameter in layer.adapter_parameters().items():
-            name, bound = f"{layer_name}.{kind}", initial_bound(kind, parameter.shape, layer.spec.gated)
-            fills[name] = initial_values(name, parameter.shape, seed, bound)
+        for kind, (shape, bound, value) in layer.method.parameters(layer.shape).items():
+            name = f"{layer_name}.{kind}"
+            fills[name] = initial_values(name, torch.Size(shape), seed, bound, value=value)
     return fills
 
 
@@ -140,13 +126,13 @@ ABSURD_RANK = 64
 """Times a layer's longer side: such an adapter is larger than the layer by far. Less is a waste, which is warned of."""
 
 
-def _refuse_absurd_rank(spec: AdapterSpec, model: nn.Module, names: Iterable[str]) -> None:
+def _refuse_absurd_rank(method: AdapterMethod, model: nn.Module, names: Iterable[str]) -> None:
     """Raise UserError, before memory is asked for, if a layer has far fewer rows and columns than components."""
     for name in sorted(names):
         out_features, in_features = model.get_parameter(f"{name}.weight").shape
-        if spec.r is not None and spec.r > ABSURD_RANK * max(out_features, in_features):
+        if method.r > ABSURD_RANK * max(out_features, in_features):
             raise UserError(
-                f"adapter.r: {spec.r:,} components for {name!r}, which is ({out_features}, {in_features}); more than "
+                f"adapter.r: {method.r:,} components for {name!r}, which is ({out_features}, {in_features}); more than "
                 f"{min(out_features, in_features)} add nothing: lower it"
             )
 

@@ -29,23 +29,12 @@ def add_base_squares(layer: AdaptedLinear, piece: WeightPiece, sums: Tensor) -> 
 
 
 def add_adapter_squares(layer: AdaptedLinear, piece: WeightPiece, sums: Tensor) -> None:
-    """Add the piece's share of n² − rowsum(W0²) to `sums` (out,), fp32, in place.
-
-    The layer's low-rank factors must be whole; without any, nothing is added. The term in B alone is charged to
-    whoever owns a row's first element.
-    """
-    s, b = layer.spec.scaling, layer.gated_B()
-    if layer.lora_A is None or b is None:
+    """Add the piece's share of n² − rowsum(W0²) to `sums` (out,), fp32, in place; what n depends on must be whole."""
+    share = layer.method.row_squares(layer.shape, layer.adapter_parameters())
+    if share is None:
         return
-    a = layer.lora_A.float()
-    gram = a.t() @ a
     for block, w in blocks(layer, piece, sums.device):
-        rows = slice(block.row, block.row + block.rows)
-        b_rows = b[rows]
-        inner = (w @ a[block.col : block.col + block.cols]).mul_(2 * s)
-        if block.col == 0:
-            inner.addmm_(b_rows, gram, alpha=s * s)
-        sums[rows] += (inner * b_rows).sum(1)
+        sums[block.row : block.row + block.rows] += share(w, block.row, block.col)
 
 
 class NormRefresher:
@@ -59,7 +48,7 @@ class NormRefresher:
 
     def __init__(self, model: nn.Module) -> None:
         named = [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear)]
-        self.layers: dict[str, AdaptedLinear] = {n: m for n, m in named if m.spec.weight_decomposed}
+        self.layers: dict[str, AdaptedLinear] = {n: m for n, m in named if m.method.weight_decomposed}
         self.device = next(model.parameters()).device
         self.refreshes = 0
         self.stopwatch = Stopwatch()

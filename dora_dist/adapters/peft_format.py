@@ -28,6 +28,7 @@ from dora_dist.adapters.peft_config import (
     read_peft_config,
     targets,
 )
+from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import new_folder
@@ -45,40 +46,9 @@ _PARTS = {
 }
 # PEFT lists these for its task types whatever the model's head is called.
 _HEADS_PEFT_ADDS = {"classifier", "score", "qa_outputs"}
-# A row whose weight and update are both zero has norm 0, and PEFT computes 0/0 there. Its magnitude is 0 as
-# well, so its output is 0 whatever B is: a small B (exact in fp16 and bf16) keeps PEFT finite.
-_ZERO_ROW_B = 2.0**-10
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BASE_DIGEST = "dora_dist.base"
 """Where a file of ours says, in its metadata, of which base it is (`base_digest.py`); others do not look at it."""
-
-
-@dataclass
-class AdapterLayer:
-    """One adapted module; fp32 CPU tensors in PEFT's layout.
-
-    lora_A (r, in) and lora_B (out, r), both None where only the magnitude is trained (then `in_features` must
-    be given); magnitude (out,), None for plain LoRA; scaling = lora_alpha / r.
-    """
-
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    magnitude: Tensor | None
-    scaling: float
-    in_features: int | None = None
-
-    def odd_magnitudes(self) -> int:
-        """How many magnitudes are below 0, which turns a row of the weight around, or 0, which silences one.
-
-        0 is right where the base's row is 0, which shows in B (`_peft_factors`); a layer is not all such rows.
-        """
-        if self.magnitude is None:
-            return 0
-        zeros = self.magnitude == 0
-        if not bool(zeros.all()):
-            B = torch.zeros(len(zeros), 1) if self.lora_B is None else self.lora_B
-            zeros &= ((B != 0) & (B != _ZERO_ROW_B)).any(dim=1)
-        return int(((self.magnitude < 0) | zeros).sum())
 
 
 @dataclass
@@ -202,12 +172,10 @@ class PeftFolder:
         """Read one module's parameters. Raises UserError, naming the tensor, where they are not finite."""
         parts = {part: self.read(name) for part, name in self.modules[module].items()}
         lora_A, lora_B, magnitude = parts["lora_A"], parts["lora_B"], parts.get("magnitude")
-        r, in_features = lora_A.shape
+        r = lora_A.shape[0]
         alpha = pattern_value(self.config, "alpha_pattern", "lora_alpha", module)
         scaling = alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
-        if magnitude is not None and _is_placeholder(lora_A, lora_B, magnitude):
-            return AdapterLayer(None, None, magnitude, scaling, in_features)
-        return AdapterLayer(lora_A, lora_B, magnitude, scaling, in_features)
+        return AdapterLayer.of_stored(lora_A, lora_B, magnitude, scaling)
 
     def read(self, name: str) -> Tensor:
         """A tensor by its name in the file, fp32. Raises UserError, naming it, where it is not finite."""
@@ -283,7 +251,7 @@ def write_peft_folder(
     for module, layer in adapter.layers.items():
         if (layer.magnitude is not None) != adapter.use_dora:
             raise ValueError(f"{module}: use_dora={adapter.use_dora} holds for all layers of a PEFT adapter")
-        lora_A, lora_B = (factor.to(dtype) for factor in _peft_factors(module, layer))
+        lora_A, lora_B = (factor.to(dtype) for factor in layer.stored_factors(module))
         r, alpha = lora_A.shape[0], layer.scaling * lora_A.shape[0]
         if r != adapter.r:
             rank_pattern[f"^{module}"] = r  # anchored: PEFT would also match it as another name's ending
@@ -321,26 +289,6 @@ def write_peft_folder(
         if adapter.model_config:
             text = json.dumps(adapter.model_config, indent=2) + "\n"
             (folder / MODEL_CONFIG_NAME).write_text(text, encoding="utf-8")
-
-
-def _peft_factors(module: str, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
-    """lora_A and lora_B for PEFT, which knows neither magnitude-only modules nor rows of norm zero."""
-    lora_A, lora_B, magnitude = layer.lora_A, layer.lora_B, layer.magnitude
-    if lora_A is None or lora_B is None:
-        if magnitude is None or layer.in_features is None:
-            raise ValueError(f"{module}: a layer without lora_A and lora_B needs magnitude and in_features")
-        lora_A, lora_B = torch.ones(1, layer.in_features), torch.zeros(len(magnitude), 1)
-    if magnitude is not None:
-        zero_rows = (magnitude == 0) & (lora_B == 0).all(dim=1)
-        lora_B = lora_B.masked_fill(zero_rows[:, None], _ZERO_ROW_B)
-    return lora_A, lora_B
-
-
-def _is_placeholder(lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> bool:
-    """Whether these factors are what `_peft_factors` makes of a magnitude-only module."""
-    ones_or_zeros = lora_A.shape[0] == 1 and bool((lora_A == lora_A[0, 0]).all()) and lora_A[0, 0] in (0, 1)
-    empty = (lora_B[:, 0] == 0) | ((magnitude == 0) & (lora_B[:, 0] == _ZERO_ROW_B))
-    return ones_or_zeros and bool(empty.all())
 
 
 def _saved_name(name: str, modules_to_save: list[str]) -> str | None:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class _Here(threading.local):
@@ -31,11 +31,11 @@ _here = _Here()
 
 def keeping_outputs() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts of one segment call, around its forward and around its recomputations: checkpoint's `context_fn`."""
-    outputs: dict[nn.Module, list[Tensor | None]] = {}
+    outputs: dict[object, list[Tensor | None]] = {}
     return _Keeping(outputs), _Recomputing(outputs)
 
 
-def kept_output(layer: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+def kept_output(layer: object, compute: Callable[[], Tensor]) -> Tensor:
     """`compute()`, or what it gave in the forward that is being recomputed."""
     return compute() if _here.segment is None else _here.segment.output(layer, compute)
 
@@ -46,11 +46,11 @@ class _Segment(AbstractContextManager[None]):
     A recomputation makes the calls of the forward in the same order: checkpointing relies on that itself.
     """
 
-    def __init__(self, outputs: dict[nn.Module, list[Tensor | None]]) -> None:
+    def __init__(self, outputs: dict[object, list[Tensor | None]]) -> None:
         self._outputs = outputs
 
     @abstractmethod
-    def output(self, layer: nn.Module, compute: Callable[[], Tensor]) -> Tensor: ...
+    def output(self, layer: object, compute: Callable[[], Tensor]) -> Tensor: ...
 
     def __enter__(self) -> None:
         self._outer = _here.segment  # of a checkpoint around this one
@@ -61,7 +61,7 @@ class _Segment(AbstractContextManager[None]):
 
 
 class _Keeping(_Segment):
-    def output(self, layer: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+    def output(self, layer: object, compute: Callable[[], Tensor]) -> Tensor:
         output = compute()
         self._outputs.setdefault(layer, []).append(output)
         return output
@@ -72,9 +72,9 @@ class _Recomputing(_Segment):
 
     def __enter__(self) -> None:
         super().__enter__()
-        self._calls: Counter[nn.Module] = Counter()
+        self._calls: Counter[object] = Counter()
 
-    def output(self, layer: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+    def output(self, layer: object, compute: Callable[[], Tensor]) -> Tensor:
         outputs, call = self._outputs[layer], self._calls[layer]
         self._calls[layer] += 1
         output, outputs[call] = outputs[call], None  # handed on: memory is held no longer than without keeping

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.peft_format import AdapterLayer, PeftFolder, warn_of_lacking, warn_of_magnitudes
+from dora_dist.adapters.merge import merge_rows
+from dora_dist.adapters.peft_format import PeftFolder, warn_of_lacking, warn_of_magnitudes
+from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_folders import base_path
 from dora_dist.checkpoint.merge_plan import Output, Shard, plan_merge
@@ -99,21 +101,6 @@ def consolidate(
         "bytes_written": total,
         "seconds": round(time.monotonic() - started, 3),
     }
-
-
-def merge_rows(weight: Tensor, layer: AdapterLayer, start: int) -> Tensor:
-    """Merge `layer` into rows [start, start + len(weight)) of the base weight, fp32 (rows, in), in place.
-
-    Row norms of 0 keep their row (factor 1), as in the layer itself.
-    """
-    rows = slice(start, start + len(weight))
-    if layer.lora_A is not None and layer.lora_B is not None:
-        weight.addmm_(layer.lora_B[rows] * layer.scaling, layer.lora_A)
-    if layer.magnitude is not None:
-        norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)  # squares could overflow in fp32
-        factor = torch.where(norm == 0, 1.0, layer.magnitude[rows] / norm)
-        weight.mul_(factor[:, None].float())
-    return weight
 
 
 def _check_output(output: Path, base: Path, adapter: Path) -> None:

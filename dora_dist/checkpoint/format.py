@@ -91,17 +91,17 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def gated_layer(name: str) -> str:
-    """The layer whose components a parameter belongs to: their number is its last dimension. "" for any other."""
-    layer, _, kind = name.rpartition(".")
-    return layer if kind in ("lora_A", "lora_B", "lora_gates") else ""
+def component_owners(model: nn.Module) -> dict[str, str]:
+    """The layer of every parameter whose last dimension counts prunable components, by the parameter's name."""
+    layers = adapted_layers(model).items()
+    return {f"{name}.{kind}": name for name, layer in layers for kind in layer.method.components or ()}
 
 
 def stored_shapes(model: nn.Module, survivors: Survivors) -> dict[str, tuple[int, ...]]:
     """Shapes of what is written of each trainable parameter; a layer without survivors has no factors."""
-    shapes = {}
+    shapes, owners = {}, component_owners(model)
     for name, parameter in trainable(model):
-        shape, kept = tuple(full_shape(parameter)), survivors.get(gated_layer(name))
+        shape, kept = tuple(full_shape(parameter)), survivors.get(owners.get(name, ""))
         if kept is None:
             shapes[name] = shape
         elif len(kept):
@@ -111,14 +111,14 @@ def stored_shapes(model: nn.Module, survivors: Survivors) -> dict[str, tuple[int
 
 def adapter_ranks(model: nn.Module, survivors: Survivors) -> dict[str, int]:
     return {
-        name: len(survivors[name]) if name in survivors else layer.spec.r or 0
+        name: len(survivors[name]) if name in survivors else layer.method.r
         for name, layer in adapted_layers(model).items()
     }
 
 
 def identity(model: nn.Module, survivors: Survivors) -> dict[str, Any]:
     """What must agree for a checkpoint to belong to a model: trainable shapes, and the base's mean row norms."""
-    scalings = {n: layer.spec.scaling for n, layer in adapted_layers(model).items() if layer.spec.r}
+    scalings = {n: layer.method.scaling for n, layer in adapted_layers(model).items() if layer.method.r}
     norms = {n: float(m.base_norm.mean()) for n, m in adapted_layers(model).items() if m.base_norm is not None}
     return {
         "trainable": {n: list(shape) for n, shape in stored_shapes(model, survivors).items()},

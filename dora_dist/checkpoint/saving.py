@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec, adapted_layers
-from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
+from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
+from dora_dist.adapters.method import AdapterMethod
+from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
+from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.format import (
     KEYS,
     Survivors,
     adapter_ranks,
-    gated_layer,
+    component_owners,
     identity,
     stored_shapes,
     trainable,
@@ -43,7 +45,7 @@ class Origin:
     belongs in its folder, by name (the tokenizer), needed on rank 0 alone.
     """
 
-    spec: AdapterSpec
+    method: AdapterMethod
     base_model: str
     revision: str | None = None
     head: Head = CAUSAL_LM
@@ -102,7 +104,7 @@ class Saver:
             **fields,
             "optimizer_steps": optimizer_step_count(self._engine),
             "model": identity(self._model, survivors),
-            "adapter": asdict(self._origin.spec),
+            "adapter": self._origin.method.settings(),
             "adapter_ranks": adapter_ranks(self._model, survivors),
         }
         stall = time.perf_counter() - started
@@ -190,14 +192,14 @@ class Saver:
         self, path: Path, state: Iterator[tuple[str, str, Tensor]], survivors: Survivors
     ) -> dict[str, Tensor]:
         """Stream the state to a safetensors file; returns the masters by parameter name."""
-        shapes = stored_shapes(self._model, survivors)
+        shapes, owners = stored_shapes(self._model, survivors), component_owners(self._model)
         layout = [(f"{name}.{key}", torch.float32, shape) for name, shape in shapes.items() for key in KEYS]
         masters = {}
         with TensorWriter(path, layout, metadata={"format": "pt"}) as writer:
             for name, key, whole in state:
                 if name not in shapes:
                     continue
-                kept = survivors.get(gated_layer(name))
+                kept = survivors.get(owners.get(name, ""))
                 if kept is not None:
                     whole = whole[..., kept.cpu()].contiguous()
                 writer.write(f"{name}.{key}", whole)
@@ -210,10 +212,10 @@ class Saver:
         layers = {name: _peft_layer(name, layer, masters) for name, layer in adapted.items()}
         adapter = PeftAdapter(
             base_model=origin.base_model,
-            lora_alpha=origin.spec.lora_alpha,
-            r=origin.spec.r or 1,
-            dropout=origin.spec.dropout,
-            use_dora=origin.spec.weight_decomposed,
+            lora_alpha=origin.method.lora_alpha,
+            r=origin.method.r or 1,
+            dropout=origin.method.dropout,
+            use_dora=origin.method.weight_decomposed,
             layers={name: layer for name, layer in layers.items() if layer is not None},
             revision=origin.revision,
             trained={name: values for name, values in masters.items() if name.rpartition(".")[0] not in adapted},
@@ -226,21 +228,6 @@ class Saver:
 
 
 def _peft_layer(name: str, layer: AdaptedLinear, masters: dict[str, Tensor]) -> AdapterLayer | None:
-    """A layer as PEFT knows it: gates folded into B, without the pruned components. None if nothing is left."""
-    lora_A, lora_B = masters.get(f"{name}.lora_A"), masters.get(f"{name}.lora_B")
-    gates = masters.get(f"{name}.lora_gates")
-    if gates is not None and lora_A is not None and lora_B is not None:
-        kept = gates.nonzero()[:, 0]
-        lora_A, lora_B = (lora_A[:, kept], lora_B[:, kept] * gates[kept]) if len(kept) else (None, None)
-    magnitude = None
-    if layer.base_norm is None and lora_A is None:
-        return None
-    if layer.base_norm is not None:
-        magnitude = layer.base_norm.cpu() + masters[f"{name}.magnitude_offset"]
-    return AdapterLayer(
-        lora_A=None if lora_A is None else lora_A.t().contiguous(),
-        lora_B=lora_B,
-        magnitude=magnitude,
-        scaling=layer.spec.scaling,
-        in_features=layer.in_features,
-    )
+    """A layer as PEFT knows it; None if nothing of it is left."""
+    own = {kind: masters[f"{name}.{kind}"] for kind in layer.adapter_parameters() if f"{name}.{kind}" in masters}
+    return layer.method.to_peft(layer.shape, own, None if layer.base_norm is None else layer.base_norm.cpu())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dora_dist.adapters.inject import AdapterPlan, by_pattern
-from dora_dist.adapters.layer import AdapterSpec
+from dora_dist.adapters.method import AdapterMethod
 from dora_dist.models.family import Family
 from dora_dist.models.folder import transformers_config
 from dora_dist.models.llava.family import LLAVA
@@ -66,14 +66,14 @@ def family_of_parts(names: Iterable[str]) -> Family | None:
 
 
 def adapter_plan(
-    spec: AdapterSpec, target_modules: Sequence[str] | None = None, magnitude_only: Sequence[str] = ()
+    method: AdapterMethod, target_modules: Sequence[str] | None = None, magnitude_only: Sequence[str] = ()
 ) -> AdapterPlan:
     """`by_pattern` as the family of the model understands patterns; None means the family's own `targets`.
 
     The plan raises UserError where a family has none.
     """
 
-    def plan(model: nn.Module) -> dict[str, AdapterSpec]:
+    def plan(model: nn.Module) -> dict[str, AdapterMethod]:
         family = family_of_model(model)
         patterns = family.targets if target_modules is None else target_modules
         if target_modules is None and not patterns:
@@ -82,7 +82,7 @@ def adapter_plan(
                 f"adapter.target_modules is not set and the model family {family.model_types[0]!r} has no default; "
                 f"name the modules to adapt (families with a default: {known})"
             )
-        return by_pattern(spec, patterns, magnitude_only, apart=family.apart)(model)
+        return by_pattern(method, patterns, magnitude_only, apart=family.apart)(model)
 
     return plan
 

@@ -1,14 +1,13 @@
 """A PEFT adapter as the starting point of a model: whether it fits, asked before a weight is read; then its values."""
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec, adapted_layers
-from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, warn_of_lacking
+from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
+from dora_dist.adapters.peft_format import PeftAdapter, warn_of_lacking
 from dora_dist.models.heads import Head
 from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError
@@ -26,13 +25,12 @@ def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdap
     _check_names(where, layers, adapter, base, [name for name, m in model.named_modules() if isinstance(m, nn.Linear)])
     for name, layer in layers.items():
         theirs = adapter.layers[name]
-        if differ := ", ".join(_differing(layer.spec, theirs)):
+        if differ := ", ".join(layer.method.differences(theirs)):
             raise UserError(f"adapter.init_from: {where} has other settings than this run at {name!r}: {differ}")
-        shape, needed = _shape(theirs), (layer.out_features, layer.in_features)
-        if shape != needed:
+        if theirs.shape != layer.shape:
             raise UserError(
-                f"{where}: it adapts {name!r} as {shape}, but {base} has it as {needed}; give the base that it was "
-                "trained on"
+                f"{where}: it adapts {name!r} as {theirs.shape}, but {base} has it as {layer.shape}; give the base "
+                "that it was trained on"
             )
     _check_trained(where, trained, adapter)
     if adapter.task_type not in (None, head.peft_type):
@@ -48,13 +46,9 @@ def assign(model: nn.Module, adapter: PeftAdapter, placement: Placement) -> None
     Modules trained in full that the adapter lacks (a new task's head) stay as they are.
     """
     for name, layer in adapted_layers(model).items():
-        values = adapter.layers[name]
-        if layer.lora_A is not None and values.lora_A is not None:
-            placement.assign(layer.lora_A, values.lora_A.t())
-        if layer.lora_B is not None and values.lora_B is not None:
-            placement.assign(layer.lora_B, values.lora_B)
-        if layer.magnitude_offset is not None and values.magnitude is not None and layer.base_norm is not None:
-            placement.assign(layer.magnitude_offset, values.magnitude.to(layer.base_norm.device) - layer.base_norm)
+        own = layer.adapter_parameters()
+        for kind, values in layer.method.from_peft(adapter.layers[name], layer.base_norm).items():
+            placement.assign(own[kind], values)
     for name, whole in adapter.trained.items():
         placement.assign(model.get_parameter(name), whole)
 
@@ -82,35 +76,6 @@ def _check_names(
         )
     if lacking and adapter.source:
         warn_of_lacking(adapter.source.path, lacking)
-
-
-def _differing(ours: AdapterSpec, layer: AdapterLayer) -> Iterator[str]:
-    decomposed, r = layer.magnitude is not None, None if layer.lora_A is None else layer.lora_A.shape[0]
-    if decomposed != ours.weight_decomposed:
-        kinds = ("DoRA (set adapter.weight_decomposed to true)", "LoRA (set adapter.weight_decomposed to false)")
-        yield f"it is {kinds[0] if decomposed else kinds[1]}"
-    if (r is None) != (ours.r is None):
-        yield (
-            "it trains magnitudes alone there (name it in adapter.magnitude_only_modules)"
-            if r is None
-            else ("it has low-rank factors there (take it out of adapter.magnitude_only_modules)")
-        )
-    elif r is not None and ours.r is not None:
-        if r != ours.r:
-            yield f"its r is {r}, adapter.r = {ours.r} (set it to {r})"
-        if not math.isclose(layer.scaling, ours.scaling):
-            yield (
-                f"its scaling is {layer.scaling:g}, adapter.lora_alpha / adapter.r = {ours.scaling:g} (set "
-                f"adapter.lora_alpha to {layer.scaling * r:g})"
-            )
-
-
-def _shape(layer: AdapterLayer) -> tuple[int, int]:
-    """(out, in) of the weight that a layer was trained on."""
-    rows = layer.magnitude if layer.lora_B is None else layer.lora_B
-    columns = layer.in_features if layer.lora_A is None else layer.lora_A.shape[1]
-    assert rows is not None and columns is not None
-    return rows.shape[0], columns
 
 
 def _check_trained(where: str, shapes: Mapping[str, torch.Size], adapter: PeftAdapter) -> None:

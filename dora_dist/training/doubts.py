@@ -43,11 +43,11 @@ def of_model(config: RunConfig, model: Any, samples: Any) -> None:
         rated(model, pattern)
     _check_positions(config, model, samples)
     layers = adapted_layers(model)
-    large = [name for name, layer in layers.items() if (layer.spec.r or 0) > min(layer.in_features, layer.out_features)]
+    large = [name for name, layer in layers.items() if layer.method.r > min(layer.shape)]
     if large:
         first = layers[large[0]]
         warn(
-            f"adapter.r: {first.spec.r} components for {large[0]!r}, which is ({first.out_features}, "
+            f"adapter.r: {first.method.r} components for {large[0]!r}, which is ({first.out_features}, "
             f"{first.in_features}), and {len(large) - 1:,} other layers as narrow: more than their narrower side add "
             "nothing; lower it"
         )

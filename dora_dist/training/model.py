@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.adapters.inject import AdapterPlan
-from dora_dist.adapters.layer import AdapterSpec
+from dora_dist.adapters.methods import chosen
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.peft_format import read_peft_folder
 from dora_dist.config import AdapterConfig, ModelConfig, is_local
@@ -87,17 +87,4 @@ def build_model(
 
 def adapter_plan(adapter: AdapterConfig) -> AdapterPlan:
     """Which modules of a model the section adapts, and how."""
-    return families.adapter_plan(adapter_spec(adapter), adapter.target_modules, adapter.magnitude_only_modules)
-
-
-def adapter_spec(adapter: AdapterConfig) -> AdapterSpec:
-    """The adapter section as the layer's own specification."""
-    return AdapterSpec(
-        r=adapter.start_rank,
-        lora_alpha=adapter.lora_alpha,
-        weight_decomposed=adapter.weight_decomposed,
-        dropout=adapter.dropout,
-        dropout_mode=adapter.dropout_mode,
-        norm_gradient=adapter.norm_gradient,
-        gated=adapter.dynamic_rank,
-    )
+    return families.adapter_plan(chosen(adapter), adapter.target_modules, adapter.magnitude_only_modules)

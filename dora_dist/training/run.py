@@ -139,6 +139,7 @@ def _fine_tune(
 def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, resume: Path | None) -> Any:
     # Imported here: they cost seconds, and mistakes in the configuration should show at once.
     from dora_dist.adapters.layer import adapted_layers
+    from dora_dist.adapters.methods import chosen
     from dora_dist.checkpoint.format import check_budget
     from dora_dist.models.build import build_model, checkpoint_activations
     from dora_dist.models.vocabulary import check_vocabulary
@@ -146,7 +147,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.training.arguments import training_arguments
     from dora_dist.training.blocks import about_data, about_model
     from dora_dist.training.inputs import fetched, read_data
-    from dora_dist.training.model import adapter_plan, adapter_spec
+    from dora_dist.training.model import adapter_plan
     from dora_dist.training.reporting import ReportCallback
     from dora_dist.training.steps import StepCallback
     from dora_dist.training.trainer import DoraTrainer
@@ -164,7 +165,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         tokenizer, data = read_data(local, base, progress=world.first)
     if world.first:
         about_data(config, data)  # by the names that the user gave, not by their places in the hub's cache
-    spec, steps = adapter_spec(config.adapter), optimizer_steps(config, len(data.train))
+    method, steps = chosen(config.adapter), optimizer_steps(config, len(data.train))
     budget = pruning_budget(config, steps)
     if resume is None or config.checkpoint.resume is not None:  # else the same run goes on, with smaller adapters
         doubts.of_settings(config, steps)
@@ -218,7 +219,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     step = StepCallback(world, watch, stop, config)
     callbacks = [step, report, *([_tensorboard(run_dir)] if config.logging.tensorboard else [])]
     trainer = DoraTrainer(
-        run, config, spec, budget, args, data, tokenizer, world, stop, callbacks, trained_with, changed
+        run, config, method, budget, args, data, tokenizer, world, stop, callbacks, trained_with, changed
     )
     step.trainer = report.trainer = trainer
     return trainer

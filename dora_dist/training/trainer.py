@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from dora_dist.adapters.components import Budget, ComponentPruner
-from dora_dist.adapters.layer import AdapterSpec
+from dora_dist.adapters.method import AdapterMethod
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.format import load_checkpoint, load_pruner, pruner_state
 from dora_dist.checkpoint.resuming import forgets_best, located
@@ -46,7 +46,7 @@ class DoraTrainer(Trainer):
         self,
         run: AdaptedModel,
         config: RunConfig,
-        spec: AdapterSpec,
+        method: AdapterMethod,
         budget: Budget | None,
         args: TrainingArguments,
         data: TokenizedData,
@@ -61,7 +61,7 @@ class DoraTrainer(Trainer):
         on from (`resuming`).
         """
         self._tokenizer, self._trained_with, self._changed = tokenizer, trained_with, changed
-        self.run, self.config, self.spec, self.data, self.world = run, config, spec, data, world
+        self.run, self.config, self.method, self.data, self.world = run, config, method, data, world
         self.stopping = False
         self._plan = config.training.batch_plan(world.world_size)
         self._budget = budget
@@ -311,7 +311,7 @@ class DoraTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         model, run = located(self.config).model, self.run
         files = self._task.files(self._tokenizer, run.base) if self.world.first else {}
-        origin = Origin(self.spec, model.path, model.revision, run.head, run.trained, run.base_digest, files)
+        origin = Origin(self.method, model.path, model.revision, run.head, run.trained, run.base_digest, files)
         self._saver = Saver(self.model_wrapped, run.model, origin, self.config.engine.start_timeout_s)
         manifest = None if resume_from_checkpoint is None else self._go_on_from(Path(resume_from_checkpoint))
         if manifest is not None and manifest.get("compacted"):

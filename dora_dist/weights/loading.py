@@ -74,10 +74,10 @@ def load_base(
     return fresh
 
 
-def initial_values(name: str, shape: torch.Size, seed: int, bound: float) -> Fill:
-    """U(−bound, bound) by seed and name, the same at every world size; zeros if `bound` is 0."""
+def initial_values(name: str, shape: torch.Size, seed: int, bound: float, *, value: float = 0.0) -> Fill:
+    """U(−bound, bound) by seed and name, the same at every world size; `value` everywhere if `bound` is 0."""
     if not bound:
-        return _zeros
+        return _constant(value)
     generator = _generator(name, seed)
 
     def fill(start: int, stop: int, out: Tensor) -> None:
@@ -93,7 +93,7 @@ def fresh_values(name: str, shape: torch.Size, seed: int, std: float) -> Fill:
     That is what transformers does, save that the numbers follow from (seed, name).
     """
     if len(shape) < 2:
-        return _ones if name.endswith("weight") else _zeros
+        return _constant(1.0 if name.endswith("weight") else 0.0)
     generator = _generator(name, seed)
 
     def fill(start: int, stop: int, out: Tensor) -> None:
@@ -107,12 +107,11 @@ def _generator(name: str, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _ones(start: int, stop: int, out: Tensor) -> None:
-    out.fill_(1.0)
+def _constant(value: float) -> Fill:
+    def fill(start: int, stop: int, out: Tensor) -> None:
+        out.fill_(value)
 
-
-def _zeros(start: int, stop: int, out: Tensor) -> None:
-    out.zero_()
+    return fill
 
 
 def _owners(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[str]]]:

@@ -12,8 +12,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from dora_dist.adapters.components import ComponentPruner, FactorSums, LayerSums
-from dora_dist.adapters.layer import AdaptedLinear
+from dora_dist.adapters.components import ComponentPruner, FactorSums, LayerSums, component_parameters
 from dora_dist.zero3.optimizer_state import MASTER, MOMENTS, read_state, zero_elements
 from dora_dist.zero3.partition import boundaries, full_numel, full_shape, local_range
 
@@ -25,7 +24,7 @@ class ShardedComponentPruner(ComponentPruner):
     """
 
     def layer_sums(self) -> dict[str, LayerSums]:
-        slots = [_Slots.of(name, *_parameters(layer)) for name, layer in self.layers.items()]
+        slots = [_Slots.of(name, *component_parameters(layer)) for name, layer in self.layers.items()]
         flat = torch.zeros(
             sum(s.numel for s in slots), dtype=torch.float64, device=get_accelerator().current_device_name()
         )
@@ -35,8 +34,7 @@ class ShardedComponentPruner(ComponentPruner):
         return {slot.name: _read(slot, part) for slot, part in _parts(slots, flat.cpu())}
 
     def zero_gates(self, name: str, pruned: Tensor, clear_moments: bool) -> None:
-        gates = self.layers[name].lora_gates
-        assert gates is not None
+        _, _, gates = component_parameters(self.layers[name])
         zero_elements(gates, pruned, MOMENTS if clear_moments else ())
 
 
@@ -80,11 +78,6 @@ class _Slots(NamedTuple):
         """The views of `part` that are the gates' (r,), A's and B's (rows, r)."""
         gates, a, b = part.split([self.r, self.A.numel, self.B.numel])
         return gates, a.view(-1, self.r), b.view(-1, self.r)
-
-
-def _parameters(layer: AdaptedLinear) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-    assert layer.lora_A is not None and layer.lora_B is not None and layer.lora_gates is not None
-    return layer.lora_A, layer.lora_B, layer.lora_gates
 
 
 def _parts(slots: list[_Slots], flat: Tensor) -> Iterator[tuple[_Slots, Tensor]]:

@@ -77,4 +77,5 @@ class ShardedNormRefresher(NormRefresher):
 
 
 def _factors(layer: AdaptedLinear) -> list[nn.Parameter]:
-    return [f for f in (layer.lora_A, layer.lora_B, layer.lora_gates) if f is not None]
+    own = layer.adapter_parameters()
+    return [own[name] for name in layer.method.norm_parameters(layer.shape)]

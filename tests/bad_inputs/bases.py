@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
+from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
+from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.runtime.exit_codes import DONE
 from tests.bad_inputs.case import Folder, Table, Words
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
+from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
+from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.checkpoint import run_folder
 from dora_dist.runtime.exit_codes import DONE
 from tests import llava

@@ -31,7 +31,7 @@ def score_and_prune(persistence: int) -> dict[str, Any]:
 
     from dora_dist.adapters.components import Budget
     from dora_dist.adapters.inject import by_pattern, inject
-    from dora_dist.adapters.layer import AdapterSpec
+    from dora_dist.adapters.methods import DynamicRank, WeightDecomposed
     from dora_dist.zero3.components import ShardedComponentPruner
     from dora_dist.zero3.norms import ShardedNormRefresher
     from dora_dist.zero3.optimizer_state import MASTER, inner_optimizer, read_state
@@ -44,7 +44,7 @@ def score_and_prune(persistence: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Chain()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    inject(model, by_pattern(AdapterSpec(START_R, 5.0, gated=True), [r"layers\.\d+"]))
+    inject(model, by_pattern(WeightDecomposed(DynamicRank(START_R, 5.0)), [r"layers\.\d+"]))
     settings = engine_json(persistence, 1, dist.get_world_size())
     placement = ShardedPlacement(settings)
     place_everything(model, placement, weights)

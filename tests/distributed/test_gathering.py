@@ -16,7 +16,7 @@ def run() -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     from dora_dist.adapters.inject import by_pattern, inject
-    from dora_dist.adapters.layer import AdapterSpec
+    from dora_dist.adapters.methods import LowRank, WeightDecomposed
     from dora_dist.zero3.gather import gathered
     from dora_dist.zero3.norms import ShardedNormRefresher
     from dora_dist.zero3.optimizer_state import MOMENTS, read_state
@@ -26,7 +26,7 @@ def run() -> dict[str, Any]:
     torch.manual_seed(0)
     model = Chain()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    inject(model, by_pattern(AdapterSpec(3, 5.0), [r"layers\.\d+"]))
+    inject(model, by_pattern(WeightDecomposed(LowRank(3, 5.0)), [r"layers\.\d+"]))
     config = engine_json(10**6, 1, dist.get_world_size())
     placement = ShardedPlacement(config)
     place_everything(model, placement, weights)

@@ -266,7 +266,7 @@ def step_and_compare(base: str, batch: dict[str, Tensor], text: Tensor) -> dict[
     import deepspeed
     import torch.distributed as dist
 
-    from dora_dist.adapters.layer import AdapterSpec
+    from dora_dist.adapters.methods import LowRank, WeightDecomposed
     from dora_dist.models.build import build_model
     from dora_dist.models.families import adapter_plan, family_of_model
     from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT
@@ -282,7 +282,7 @@ def step_and_compare(base: str, batch: dict[str, Tensor], text: Tensor) -> dict[
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 30},
         "zero_allow_untested_optimizer": True,
     }
-    plan = adapter_plan(AdapterSpec(4, 8.0))
+    plan = adapter_plan(WeightDecomposed(LowRank(4, 8.0)))
     run = build_model(Path(base), plan, ShardedPlacement(engine_json), dtype="fp32", head=IMAGE_TEXT_TO_TEXT)
     family_of_model(run.model).prepare_for_training(run.model)
     trained = [p for p in run.model.parameters() if p.requires_grad]

@@ -57,7 +57,7 @@ def exact_norm(layer: Any) -> Tensor:
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([layer.weight, layer.lora_A, layer.lora_B]):
-        v = layer.weight.double() + layer.spec.scaling * layer.lora_B.double() @ layer.lora_A.double().T
+        v = layer.weight.double() + layer.method.scaling * layer.lora_B.double() @ layer.lora_A.double().T
         return v.norm(dim=1)
 
 
@@ -67,7 +67,7 @@ def run(persistence: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from dora_dist.adapters.inject import by_pattern, inject
-    from dora_dist.adapters.layer import AdapterSpec
+    from dora_dist.adapters.methods import LowRank, WeightDecomposed
     from dora_dist.zero3.norms import ShardedNormRefresher
     from dora_dist.zero3.placement import ShardedPlacement
 
@@ -78,7 +78,7 @@ def run(persistence: int) -> dict[str, Any]:
     with torch.no_grad():
         model.layers[0].weight[2] = 0  # a zero row, and B is zero there too
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    inject(model, by_pattern(AdapterSpec(R, ALPHA), [r"layers\.\d+"]))
+    inject(model, by_pattern(WeightDecomposed(LowRank(R, ALPHA)), [r"layers\.\d+"]))
     config = engine_json(persistence, 2, world_size)
     placement = ShardedPlacement(config)
     place_everything(model, placement, weights)

@@ -68,7 +68,7 @@ def step_0(base: str, task: str, dtype: str) -> dict[str, Any]:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    from dora_dist.adapters.layer import AdapterSpec
+    from dora_dist.adapters.methods import LowRank, WeightDecomposed
     from dora_dist.config import ModelConfig
     from dora_dist.models.build import DTYPES, build_model
     from dora_dist.models.families import adapter_plan
@@ -84,7 +84,7 @@ def step_0(base: str, task: str, dtype: str) -> dict[str, Any]:
     device, head = get_accelerator().current_device_name(), task_named(task).head(ModelConfig(path=base))
     plain = head.reading_class().from_pretrained(base, dtype=DTYPES[dtype]).to(device).eval()
     adapted = build_model(
-        Path(base), adapter_plan(AdapterSpec(4, 8.0)), ShardedPlacement(settings), dtype=dtype, head=head
+        Path(base), adapter_plan(WeightDecomposed(LowRank(4, 8.0))), ShardedPlacement(settings), dtype=dtype, head=head
     )
     trained = [p for p in adapted.model.parameters() if p.requires_grad]
     engine = deepspeed.initialize(model=adapted.model, optimizer=torch.optim.AdamW(trained), config=settings)[0]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dora_dist.adapters.layer import AdapterSpec
+from dora_dist.adapters.methods import LowRank, WeightDecomposed
 from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.evaluation.inference import load_for_inference
@@ -29,7 +29,7 @@ BLOCK = 128
 
 
 def build(base: Path, **options: Any) -> AdaptedModel:
-    return build_model(base, adapter_plan(AdapterSpec(4, 8.0)), WholePlacement(), dtype="fp32", **options)
+    return build_model(base, adapter_plan(WeightDecomposed(LowRank(4, 8.0))), WholePlacement(), dtype="fp32", **options)
 
 
 def logits(model: Any) -> Tensor:

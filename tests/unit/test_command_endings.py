@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
+from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
+from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.runtime.exit_codes import DONE, INTERRUPTED, STOPPED, USERS_MISTAKE
 from tests import toy
 from tests.ranks import context

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.adapters.components import Budget, ComponentPruner
-from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec
+from dora_dist.adapters.layer import AdaptedLinear
+from dora_dist.adapters.methods import DynamicRank, WeightDecomposed
 from dora_dist.adapters.norms import NormRefresher
 from tests.toy import relative_error
 
@@ -22,8 +23,9 @@ class Chain(nn.Module):
     def __init__(self, weight_decomposed: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        spec = AdapterSpec(START_R, ALPHA, weight_decomposed, gated=True)
-        self.layers = nn.ModuleList(AdaptedLinear.from_linear(nn.Linear(i, o), spec) for i, o in SHAPES)
+        update = DynamicRank(START_R, ALPHA)
+        method = WeightDecomposed(update) if weight_decomposed else update
+        self.layers = nn.ModuleList(AdaptedLinear.from_linear(nn.Linear(i, o), method) for i, o in SHAPES)
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.requires_grad and parameter.ndim > 0)
 
@@ -197,7 +199,8 @@ def test_nobody_has_to_call_it_and_evaluation_does_not_count() -> None:
             model(batch(step)[0])
         assert pruner.step == step
         for layer in model.layers:  # norms are those of what pruning left
-            v = layer.weight.double() + layer.spec.scaling * layer.gated_B().double() @ layer.lora_A.double().T
+            gated_B = layer.lora_B.double() * layer.lora_gates.double()
+            v = layer.weight.double() + layer.method.scaling * gated_B @ layer.lora_A.double().T
             assert relative_error(layer.norm, v.norm(dim=1)) <= 1e-6
     assert norms.refreshes == 6
 

@@ -19,7 +19,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
+from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
+from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.checkpoint.adapter_folders import find_adapter
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.checkpoint.run_folder import set_best, write_manifest

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from dora_dist.adapters.inject import by_pattern, inject, trained_in_full
-from dora_dist.adapters.layer import AdapterSpec
+from dora_dist.adapters.methods import LowRank, WeightDecomposed
 from dora_dist.adapters.peft_format import read_peft_folder, write_peft_folder
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.evaluation.inference import head_at, load_for_inference
@@ -21,7 +21,7 @@ from dora_dist.runtime.errors import UserError
 from dora_dist.weights.placement import WholePlacement
 from tests import encoders, toy
 
-SPEC = AdapterSpec(4, 8.0)
+SPEC = WeightDecomposed(LowRank(4, 8.0))
 CLASSIFY = SEQUENCE_CLASSIFICATION.with_labels(3)
 
 
@@ -167,7 +167,7 @@ def test_a_tied_head_that_is_trained_gets_a_weight_of_its_own(tmp_path: Path) ->
 def test_the_outermost_module_is_meant() -> None:
     model = torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)}), "b": torch.nn.Linear(2, 2)})
     assert trained_in_full(model, ["a"]) == ["a"]
-    inject(model, by_pattern(AdapterSpec(2), ["b"]), ["a"])
+    inject(model, by_pattern(WeightDecomposed(LowRank(2)), ["b"]), ["a"])
     assert [n for n, p in model.named_parameters() if p.requires_grad and n.startswith("a")] == [
         "a.a.weight",
         "a.a.bias",

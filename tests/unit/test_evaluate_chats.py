@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from dora_dist import cli
-from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
+from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
+from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.checkpoint import run_folder
 from dora_dist.data.formats import FORMATS
 from dora_dist.data.texts import encode

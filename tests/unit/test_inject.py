@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from dora_dist.adapters.inject import by_pattern, inject
-from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec
+from dora_dist.adapters.layer import AdaptedLinear
+from dora_dist.adapters.methods import DynamicRank, LowRank, WeightDecomposed
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.models.families import adapter_plan
 from dora_dist.runtime.errors import UserError
 
-SPEC = AdapterSpec(4, 8.0)
+SPEC = WeightDecomposed(LowRank(4, 8.0))
 
 
 def llama(tied: bool = False) -> nn.Module:
@@ -59,8 +60,8 @@ def test_the_frozen_weight_is_the_same_memory() -> None:
 def test_magnitude_only_modules_have_no_factors() -> None:
     model = llama()
     inject(model, by_pattern(SPEC, ["q_proj"], ["o_proj"]))
-    assert model.model.layers[0].self_attn.o_proj.spec.r is None
-    assert model.model.layers[0].self_attn.q_proj.spec.r == 4
+    assert model.model.layers[0].self_attn.o_proj.method.r == 0
+    assert model.model.layers[0].self_attn.q_proj.method.r == 4
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_a_model_with_weights_starts_as_pefts_freshly_adapted_one() -> None:
 
 def test_gates_start_at_zero_on_a_model_with_weights() -> None:
     model = llama()
-    inject(model, by_pattern(AdapterSpec(4, 8.0, gated=True), ["q_proj"], ["o_proj"]))
+    inject(model, by_pattern(WeightDecomposed(DynamicRank(4, 8.0)), ["q_proj"], ["o_proj"]))
     layer = model.model.layers[0].self_attn
     assert not layer.q_proj.lora_gates.any()
     assert layer.q_proj.lora_A.any()
@@ -134,4 +135,4 @@ def test_a_quantised_weight_is_refused_by_name() -> None:
     packed = nn.Parameter(torch.zeros(128, 1, dtype=torch.uint8), requires_grad=False)  # as bitsandbytes' 4-bit layers
     model.model.layers[0].self_attn.q_proj.weight = packed
     with pytest.raises(UserError, match=r"'model.layers.0.self_attn.q_proj' has a quantised weight \(uint8\)"):
-        inject(model, by_pattern(AdapterSpec(1), ["q_proj"]))
+        inject(model, by_pattern(WeightDecomposed(LowRank(1)), ["q_proj"]))

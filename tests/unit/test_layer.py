@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec
+from dora_dist.adapters.layer import AdaptedLinear
+from dora_dist.adapters.method import AdapterMethod
+from dora_dist.adapters.methods import DynamicRank, LowRank, WeightDecomposed
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.recompute import keeping_outputs
 from dora_dist.adapters.storage import PlainStorage
@@ -25,28 +27,28 @@ def formula(
     """The plain definition, everything built: methods.md parts 1 to 3, in whatever dtype it is given."""
     w = layer.weight.to(x.dtype)
     b = b if gates is None else b @ gates.diag()
-    s = layer.spec.scaling
+    s, method = layer.method.scaling, layer.method
     y = x @ w.T
     if offset is None:
         y = y + s * (dropped @ a @ b.T)
     else:
         norm = (w + s * b @ a.T).norm(dim=1)
-        if layer.spec.norm_gradient == "detached":
+        if method.norm_gradient == "detached":
             norm = norm.detach()
         g = (w.norm(dim=1) + offset) / norm
-        scaled = dropped if layer.spec.dropout_mode == "exact" else x
+        scaled = dropped if method.dropout_mode == "exact" else x
         y = y + (g - 1) * (scaled @ w.T) + s * g * (dropped @ a @ b.T)
     return y if layer.bias is None else y + layer.bias.to(x.dtype)
 
 
 def random_layer(
-    spec: AdapterSpec, bias: bool, dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (OUT, IN)
+    method: AdapterMethod, bias: bool, dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (OUT, IN)
 ) -> AdaptedLinear:
     torch.manual_seed(0)
-    layer = AdaptedLinear.from_linear(nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype), spec)
+    layer = AdaptedLinear.from_linear(nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype), method)
     with torch.no_grad():
-        for parameter in (layer.lora_B, layer.lora_gates, layer.magnitude_offset):
-            if parameter is not None:
+        for name, parameter in layer.adapter_parameters().items():
+            if name != "lora_A":
                 parameter.copy_(torch.randn_like(parameter) * 0.3)
     NormRefresher(layer).refresh()
     return layer
@@ -63,8 +65,8 @@ def random_layer(
 def test_output_and_gradients_are_the_formulas(
     mode: str, norm_gradient: str, dropout: float, bias: bool, weight_decomposed: bool, gated: bool
 ) -> None:
-    spec = AdapterSpec(R, ALPHA, weight_decomposed, dropout, mode, norm_gradient, gated)
-    layer = random_layer(spec, bias)
+    update = (DynamicRank if gated else LowRank)(R, ALPHA, dropout=dropout)
+    layer = random_layer(WeightDecomposed(update, mode, norm_gradient) if weight_decomposed else update, bias)
     x = torch.randn(3, 11, IN, requires_grad=True)
     torch.manual_seed(5)
     y = layer(x)
@@ -73,7 +75,8 @@ def test_output_and_gradients_are_the_formulas(
 
     torch.manual_seed(5)  # the same mask
     mask = F.dropout(torch.ones_like(x), dropout).double() if dropout else 1.0
-    leaves = [x, layer.lora_A, layer.lora_B, layer.lora_gates, layer.magnitude_offset]
+    own = layer.adapter_parameters()
+    leaves = [x, *(own.get(name) for name in ("lora_A", "lora_B", "lora_gates", "magnitude_offset"))]
     exact = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
     expected = formula(exact[0], exact[0] * mask, layer, *exact[1:])
     expected.backward(cotangent.double())
@@ -88,7 +91,7 @@ def test_output_and_gradients_are_the_formulas(
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_magnitude_only_trains_a_scale_per_row(bias: bool) -> None:
-    layer = random_layer(AdapterSpec(r=None), bias)
+    layer = random_layer(WeightDecomposed(), bias)
     x = torch.randn(4, IN, requires_grad=True)
     y = layer(x)
     y.sum().backward()
@@ -97,7 +100,7 @@ def test_magnitude_only_trains_a_scale_per_row(bias: bool) -> None:
     g = (w.norm(dim=1) + offset) / w.norm(dim=1)
     expected = g * (x.detach().double() @ w.T) + (layer.bias.double() if bias else 0)
     expected.sum().backward()
-    assert layer.lora_A is None and layer.lora_B is None
+    assert set(layer.adapter_parameters()) == {"magnitude_offset"}
     assert relative_error(y, expected) <= 1e-5
     assert relative_error(layer.magnitude_offset.grad, offset.grad) <= 1e-5
 
@@ -105,19 +108,21 @@ def test_magnitude_only_trains_a_scale_per_row(bias: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "spec",
+    "method",
     [
-        AdapterSpec(R, ALPHA),
-        AdapterSpec(R, ALPHA, dropout=0.5),
-        AdapterSpec(r=None),
-        AdapterSpec(R, ALPHA, gated=True),
-        AdapterSpec(R, ALPHA, weight_decomposed=False, gated=True),
+        WeightDecomposed(LowRank(R, ALPHA)),
+        WeightDecomposed(LowRank(R, ALPHA, dropout=0.5)),
+        WeightDecomposed(),
+        WeightDecomposed(DynamicRank(R, ALPHA)),
+        DynamicRank(R, ALPHA),
     ],
 )
-def test_at_the_start_the_output_is_the_bases_bit_for_bit(dtype: torch.dtype, bias: bool, spec: AdapterSpec) -> None:
+def test_at_the_start_the_output_is_the_bases_bit_for_bit(
+    dtype: torch.dtype, bias: bool, method: AdapterMethod
+) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(IN, OUT, bias=bias, dtype=dtype)
-    layer = AdaptedLinear.from_linear(linear, spec)
+    layer = AdaptedLinear.from_linear(linear, method)
     NormRefresher(layer)
     x = torch.randn(7, IN, dtype=dtype)
     assert torch.equal(layer(x), linear(x))
@@ -127,10 +132,10 @@ def test_zero_rows_keep_their_output_and_have_finite_gradients() -> None:
     linear = nn.Linear(IN, OUT, bias=False)
     with torch.no_grad():
         linear.weight[[0, 7]] = 0
-    layer = AdaptedLinear.from_linear(linear, AdapterSpec(R, ALPHA))
+    layer = AdaptedLinear.from_linear(linear, WeightDecomposed(LowRank(R, ALPHA)))
     NormRefresher(layer)
     layer(torch.randn(3, IN)).square().sum().backward()
-    assert layer.magnitude_excess()[[0, 7]].tolist() == [0, 0]  # g = 1
+    assert layer.method.magnitude_excess(layer)[[0, 7]].tolist() == [0, 0]  # g = 1
     assert layer.norm[[0, 7]].tolist() == [0, 0]
     for parameter in (layer.lora_A, layer.lora_B, layer.magnitude_offset):
         assert torch.isfinite(parameter.grad).all()
@@ -138,7 +143,7 @@ def test_zero_rows_keep_their_output_and_have_finite_gradients() -> None:
 
 def test_the_magnitude_is_not_rounded_to_bf16() -> None:
     """g = 1.0137 is 1.015625 in bf16, which would be a bias of every row; g − 1 is precise."""
-    layer = random_layer(AdapterSpec(R, ALPHA), bias=False, dtype=torch.bfloat16)
+    layer = random_layer(WeightDecomposed(LowRank(R, ALPHA)), bias=False, dtype=torch.bfloat16)
     with torch.no_grad():
         layer.lora_B.zero_()
         layer.magnitude_offset.copy_(0.0137 * layer.base_norm)
@@ -150,7 +155,7 @@ def test_the_magnitude_is_not_rounded_to_bf16() -> None:
 
 
 def test_the_magnitude_moves_in_bf16_training() -> None:
-    layer = AdaptedLinear.from_linear(nn.Linear(IN, OUT, dtype=torch.bfloat16), AdapterSpec(R, ALPHA))
+    layer = AdaptedLinear.from_linear(nn.Linear(IN, OUT, dtype=torch.bfloat16), WeightDecomposed(LowRank(R, ALPHA)))
     NormRefresher(layer)
     before = layer.magnitude_offset.detach().clone()
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-4)
@@ -163,13 +168,13 @@ def test_the_magnitude_moves_in_bf16_training() -> None:
 
 
 def test_a_layer_without_norms_says_so() -> None:
-    layer = AdaptedLinear.from_linear(nn.Linear(IN, OUT), AdapterSpec(R, ALPHA))
+    layer = AdaptedLinear.from_linear(nn.Linear(IN, OUT), WeightDecomposed(LowRank(R, ALPHA)))
     with pytest.raises(RuntimeError, match="NormRefresher"):
         layer(torch.randn(2, IN))
 
 
 def test_norms_stay_fp32_when_the_module_changes_dtype() -> None:
-    layer = random_layer(AdapterSpec(R, ALPHA), bias=True).to(torch.bfloat16)
+    layer = random_layer(WeightDecomposed(LowRank(R, ALPHA)), bias=True).to(torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16
     assert layer.norm.dtype == layer.base_norm.dtype == torch.float32
 
@@ -193,7 +198,9 @@ def test_twenty_steps_follow_peft(weight_decomposed: bool) -> None:
     config = LoraConfig(r=R, lora_alpha=ALPHA, use_dora=weight_decomposed, target_modules=["up", "down"])
     peft_model = get_peft_model(theirs, config)
     for name in ("up", "down"):
-        layer = AdaptedLinear.from_linear(getattr(ours, name), AdapterSpec(R, ALPHA, weight_decomposed))
+        update = LowRank(R, ALPHA)
+        method = WeightDecomposed(update) if weight_decomposed else update
+        layer = AdaptedLinear.from_linear(getattr(ours, name), method)
         with torch.no_grad():
             layer.lora_A.copy_(peft_model.get_submodule(f"base_model.model.{name}").lora_A["default"].weight.T)
         for parameter in (layer.weight, layer.bias):
@@ -258,14 +265,15 @@ def test_a_recomputation_takes_the_kept_output(gated: bool) -> None:
 
 
 def counted_layer(gated: bool = False) -> tuple[AdaptedLinear, CountedStorage]:
-    layer, storage = random_layer(AdapterSpec(3, 6.0, gated=gated), bias=False, shape=(6, 14)), CountedStorage()
+    update = DynamicRank(3, 6.0) if gated else LowRank(3, 6.0)
+    layer, storage = random_layer(WeightDecomposed(update), bias=False, shape=(6, 14)), CountedStorage()
     layer.storage = storage
     return layer, storage
 
 
 def test_only_its_own_output_stands_for_a_recomputation() -> None:
     """Not another batch's that waits for its backward, nor one whose backward never came."""
-    layer = random_layer(AdapterSpec(3, 6.0), bias=False, shape=(6, 14))
+    layer = random_layer(WeightDecomposed(LowRank(3, 6.0)), bias=False, shape=(6, 14))
     one, two = torch.randn(2, 5, 14)
     expected = [gradients(layer, after(layer, x).square().sum()) for x in (one, two)]
     losses = [checkpointed(layer, x).square().sum() for x in (one, two)]
@@ -313,7 +321,7 @@ def test_kept_outputs_give_the_gradients_of_no_checkpointing(segment: Callable[.
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another graph"])
 @pytest.mark.parametrize("segment", [after, twice, without_and_with_gradients])
 def test_reentrant_checkpointing_recomputes_and_is_right(segment: Callable[..., Tensor], beside: bool) -> None:
-    layer = random_layer(AdapterSpec(3, 6.0), bias=False, shape=(6, 14))
+    layer = random_layer(WeightDecomposed(LowRank(3, 6.0)), bias=False, shape=(6, 14))
     x = torch.randn(5, 14, requires_grad=True)
     expected = gradients(layer, segment(layer, x).square().sum())  # its graph is gone before the other one is there
     unrelated = layer(5 * x) if beside else None

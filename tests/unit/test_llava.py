@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec
+from dora_dist.adapters.layer import AdaptedLinear
+from dora_dist.adapters.methods import LowRank, WeightDecomposed
 from dora_dist.config import DataConfig
 from dora_dist.models.build import build_model, skeleton
 from dora_dist.models.families import adapter_plan, family_of_model, load_processor
@@ -24,7 +25,7 @@ from dora_dist.weights.placement import WholePlacement
 from dora_dist.weights.safetensors_io import TensorFolder
 from tests import llava
 
-SPEC = AdapterSpec(r=4, lora_alpha=8.0)
+SPEC = WeightDecomposed(LowRank(4, 8.0))
 
 
 @pytest.fixture(scope="module")

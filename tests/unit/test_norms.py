@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_dist.adapters.layer import AdaptedLinear, AdapterSpec
+from dora_dist.adapters.layer import AdaptedLinear
+from dora_dist.adapters.methods import LowRank, WeightDecomposed
 from dora_dist.adapters.norms import (
     NormRefresher,
     add_adapter_squares,
@@ -35,12 +36,14 @@ def test_rectangles_tile_any_range_once(rows: int, columns: int, cut: tuple[floa
 
 
 def exact_norm(layer: AdaptedLinear) -> torch.Tensor:
-    return (layer.weight.double() + layer.spec.scaling * layer.lora_B.double() @ layer.lora_A.double().T).norm(dim=1)
+    return (layer.weight.double() + layer.method.scaling * layer.lora_B.double() @ layer.lora_A.double().T).norm(dim=1)
 
 
 def layer_of(out_features: int, in_features: int, r: int = 3) -> AdaptedLinear:
     torch.manual_seed(out_features)
-    layer = AdaptedLinear.from_linear(nn.Linear(in_features, out_features, bias=False), AdapterSpec(r, 5.0))
+    layer = AdaptedLinear.from_linear(
+        nn.Linear(in_features, out_features, bias=False), WeightDecomposed(LowRank(r, 5.0))
+    )
     with torch.no_grad():
         layer.lora_B.normal_()
     return layer

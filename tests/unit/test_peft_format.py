@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, read_peft_folder, write_peft_folder
+from dora_dist.adapters.peft_format import PeftAdapter, read_peft_folder, write_peft_folder
+from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.runtime.errors import UserError
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from dora_dist.adapters.layer import AdapterSpec
+from dora_dist.adapters.methods import LowRank, WeightDecomposed
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.config import RunConfig
 from dora_dist.data import SummaryReader, TokenizedData, read
@@ -103,7 +103,7 @@ def test_rouge_by_hand() -> None:
 
 
 def build(base: Path, **options: Any) -> AdaptedModel:
-    plan = adapter_plan(AdapterSpec(4, 8.0))
+    plan = adapter_plan(WeightDecomposed(LowRank(4, 8.0)))
     return build_model(base, plan, WholePlacement(), head=SEQ2SEQ_LM, dtype="fp32", **options)
 
 

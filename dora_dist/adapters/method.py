@@ -1,0 +1,272 @@
+"""What an adapted layer asks of the method that adapts it, and the registry of methods.
+
+A layer's frozen weight is W0 (out, in). A method says which parameters the layer gets besides it, what function they
+make of it, and how they are written into a PEFT folder. It is a frozen object that holds settings and no tensors: one
+object serves any number of layers. The concrete ones are in `methods/`; examples/add_a_method.py adds another.
+
+Suffixes of tensors that have a row per token: t = tokens, i = in, o = out, r = adapter rank.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.config.schema import AdapterConfig
+from dora_dist.runtime.errors import UserError
+
+Shape = tuple[int, int]
+"""(out, in) of an adapted weight."""
+Tensors = Mapping[str, Tensor]
+"""A layer's adapter parameters, or values for them, by name."""
+Saved = tuple[Tensor | None, ...]
+"""What a forward pass keeps for its backward pass."""
+RowSquares = Callable[[Tensor, int, int], Tensor]
+"""(w, row, col) -> (rows,), fp32: what the block w of W0 at (row, col) adds to its rows' n², besides rowsum(w²)."""
+
+
+Own = TypeVar("Own", bound="Update")
+Kind = TypeVar("Kind", bound="type[Update]")
+
+
+class Initial(NamedTuple):
+    """A parameter's shape and first values: U(−bound, bound), or `value` everywhere if `bound` is 0."""
+
+    shape: tuple[int, ...]
+    bound: float = 0.0
+    value: float = 0.0
+
+
+class Components(NamedTuple):
+    """Names of the parameters that make up prunable components: component i is gates[i]·B[:, i]·A[:, i]ᵀ."""
+
+    A: str
+    B: str
+    gates: str
+
+
+class Needs(NamedTuple):
+    """What backward is to return: gradients of the input and of its dropped copy; whether forward had such a copy."""
+
+    x: bool
+    dropped: bool
+    had_dropped: bool
+
+
+class Gradients(NamedTuple):
+    """Of the input (tokens, in), of its dropped copy, and of the adapter's parameters by name."""
+
+    x: Tensor | None
+    dropped: Tensor | None
+    parameters: dict[str, Tensor]
+
+
+class Layer(Protocol):
+    """What a method sees of its layer (`layer.AdaptedLinear` has it)."""
+
+    bias: nn.Parameter | None
+    base_norm: Tensor | None
+    norm: Tensor | None
+    keeps_output: bool
+    dem_weight: float
+
+    @property
+    def shape(self) -> Shape: ...
+
+    def base_product(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+    def base_product_back(self, grad: Tensor) -> Tensor: ...
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]: ...
+
+
+class AdapterMethod(ABC):
+    """One way of adapting a linear layer: an update ΔW, with or without a magnitude over W0 + ΔW."""
+
+    weight_decomposed: ClassVar[bool]
+    """Whether the function has the row norms n of W0 + ΔW in it: such layers need a norm refresher."""
+
+    @property
+    @abstractmethod
+    def r(self) -> int:
+        """Components of a layer's update: the adapter rank; 0 where there is no update."""
+
+    @property
+    @abstractmethod
+    def lora_alpha(self) -> float:
+        """What PEFT divides by r to scale the update."""
+
+    @property
+    @abstractmethod
+    def scaling(self) -> float:
+        """s, dimensionless: what multiplies the update; 0 where there is no update."""
+
+    @property
+    @abstractmethod
+    def dropout(self) -> float:
+        """Probability of dropping an input of the adapter."""
+
+    @property
+    def components(self) -> Components | None:
+        """The parameters that importance-based pruning works on; None where nothing can be pruned."""
+        return None
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Plain JSON, for manifests and for people."""
+
+    @abstractmethod
+    def parameters(self, shape: Shape) -> dict[str, Initial]:
+        """The trained parameters of a layer of `shape`, in the order of registration; they change no output yet."""
+
+    @abstractmethod
+    def forward(self, layer: Layer, x_ti: Tensor, dropped_ti: Tensor | None) -> tuple[Tensor, Saved]:
+        """The output (tokens, out), and what backward needs. `dropped_ti` is x after dropout, None without dropout."""
+
+    @abstractmethod
+    def backward(self, layer: Layer, saved: Saved, grad_to: Tensor, *, needs: Needs) -> Gradients:
+        """All gradients, given that of the output (tokens, out)."""
+
+    @abstractmethod
+    def norm_parameters(self, shape: Shape) -> Sequence[str]:
+        """Names of the parameters that the row norms depend on."""
+
+    @abstractmethod
+    def row_squares(self, shape: Shape, parameters: Tensors) -> RowSquares | None:
+        """How n² differs from rowsum(W0²), block by block; None where it does not."""
+
+    @abstractmethod
+    def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> AdapterLayer | None:
+        """PEFT's form of whole fp32 `values` on the CPU; None where there is nothing to write."""
+
+    @abstractmethod
+    def from_peft(self, theirs: AdapterLayer, base_norm: Tensor | None) -> dict[str, Tensor]:
+        """Values of the parameters that give the function of `theirs`, which does not differ (`differences`)."""
+
+    @abstractmethod
+    def differences(self, theirs: AdapterLayer) -> Iterator[str]:
+        """Why a PEFT module cannot be the start of this method, each with a remedy."""
+
+    @abstractmethod
+    def resized(self, r: int) -> "AdapterMethod | None":
+        """The method of a layer whose other components are pruned away; None if nothing is left to train."""
+
+    @abstractmethod
+    def magnitude_only(self) -> "AdapterMethod":
+        """The same without an update; ValueError where that trains nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update(AdapterMethod):
+    """A method without magnitude: y = W0·x + ΔW·x + bias, where ΔW·x = up(down(x)).
+
+    `methods.factored.Factored` is all that a ΔW of two factors needs. Settings are the fields of the dataclass.
+    """
+
+    name: ClassVar[str]
+    weight_decomposed = False
+    dropout: float = 0.0
+
+    @classmethod
+    def from_config(cls: type[Own], adapter: AdapterConfig) -> Own:
+        """Fields of the adapter section that are fields here too, and all of its `settings`."""
+        own = {field.name for field in fields(cls)}
+        if strangers := sorted(set(adapter.settings) - own):
+            raise UserError(
+                f"adapter.settings: {strangers[0]!r} is not a setting of the method {cls.name!r}; it has: "
+                f"{', '.join(sorted(own))}"
+            )
+        shared = own & set(AdapterConfig.model_fields)
+        return cls(**{name: getattr(adapter, name) for name in shared} | adapter.settings)
+
+    @abstractmethod
+    def down(self, layer: Layer, x_ti: Tensor) -> Tensor | None:
+        """The part of ΔW·x that backward needs again besides x (tokens, ...)."""
+
+    @abstractmethod
+    def add_up(self, layer: Layer, hidden: Tensor | None, y_to: Tensor) -> None:
+        """y += ΔW·x in place, given `down` of x."""
+
+    @abstractmethod
+    def gradients(
+        self, layer: Layer, x_ti: Tensor, hidden: Tensor | None, *, grad_to: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Gradients of the parameters, and of the product that `down` makes of x, given that of ΔW·x."""
+
+    @abstractmethod
+    def input_gradient(self, layer: Layer, grad_hidden: Tensor, onto: Tensor | None) -> Tensor:
+        """The gradient of x (tokens, in), given that of `down`'s product; added in place to `onto` if given."""
+
+    @abstractmethod
+    def add_norm_gradient(self, layer: Layer, row_scale: Tensor, gradients: dict[str, Tensor]) -> None:
+        """Add in place what follows from a gradient row_scale_o·V'_o of every row of V' = W0 + ΔW (out, in)."""
+
+    def add_penalty(self, layer: Layer, gradients: dict[str, Tensor]) -> None:
+        """Add the gradient of a penalty on the parameters, where the method has one, in place."""
+
+    def settings(self) -> dict[str, Any]:
+        common = {"weight_decomposed": self.weight_decomposed, "gated": self.components is not None}
+        return {"method": self.name, **asdict(self), **common}
+
+    def norm_parameters(self, shape: Shape) -> Sequence[str]:
+        return tuple(self.parameters(shape))
+
+    def forward(self, layer: Layer, x_ti: Tensor, dropped_ti: Tensor | None) -> tuple[Tensor, Saved]:
+        xd_ti = x_ti if dropped_ti is None else dropped_ti
+        hidden = self.down(layer, xd_ti)
+        y_to = layer.base_product(x_ti, layer.bias)
+        self.add_up(layer, hidden, y_to)
+        return y_to, (xd_ti, hidden)
+
+    def backward(self, layer: Layer, saved: Saved, grad_to: Tensor, *, needs: Needs) -> Gradients:
+        xd_ti, hidden = saved
+        assert xd_ti is not None
+        grad_x = layer.base_product_back(grad_to) if needs.x else None
+        found, grad_hidden = self.gradients(layer, xd_ti, hidden, grad_to=grad_to)
+        self.add_penalty(layer, found)
+        return self.with_input_gradient(layer, grad_hidden, Gradients(grad_x, None, found), needs=needs)
+
+    def with_input_gradient(
+        self, layer: Layer, grad_hidden: Tensor | None, found: Gradients, *, needs: Needs
+    ) -> Gradients:
+        """`found` with the update's part of the input's gradient: through the dropped copy, where there is one."""
+        if grad_hidden is None:
+            return found
+        if needs.dropped:
+            own = self.input_gradient(layer, grad_hidden, None)
+            return found._replace(dropped=own if found.dropped is None else found.dropped.add_(own))
+        if found.x is not None:
+            return found._replace(x=self.input_gradient(layer, grad_hidden, found.x))
+        return found
+
+    def from_peft(self, theirs: AdapterLayer, base_norm: Tensor | None) -> dict[str, Tensor]:
+        raise UserError(
+            f"adapter.init_from: the method {self.name!r} does not start from a PEFT folder; set it to null"
+        )
+
+    def differences(self, theirs: AdapterLayer) -> Iterator[str]:
+        yield f"the method {self.name!r} does not start from a PEFT folder (set adapter.init_from to null)"
+
+    def resized(self, r: int) -> "Update | None":
+        return self
+
+    def magnitude_only(self) -> AdapterMethod:
+        raise ValueError("a module with neither low-rank factors (r) nor a magnitude would train nothing")
+
+
+_METHODS: dict[str, type[Update]] = {}
+
+
+def register(method: Kind) -> Kind:
+    """Make an Update known under its `name` (adapter.method in configurations); for use as a class decorator."""
+    if _METHODS.setdefault(method.name, method) is not method:
+        raise ValueError(f"there is a method {method.name!r} already: {_METHODS[method.name]}")
+    return method
+
+
+def registered() -> Mapping[str, type[Update]]:
+    """Every method by name; those of the package once `dora_dist.adapters.methods` is imported."""
+    return _METHODS

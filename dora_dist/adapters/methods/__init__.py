@@ -1,0 +1,39 @@
+"""The methods of the package, and the one that a configuration or a PEFT folder asks for."""
+
+from dora_dist.adapters.method import AdapterMethod, Update, registered
+from dora_dist.adapters.methods.dynamic_rank import DynamicRank
+from dora_dist.adapters.methods.lora import LowRank
+from dora_dist.adapters.methods.weight_decomposed import NoUpdate, WeightDecomposed
+from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.config.schema import AdapterConfig
+from dora_dist.runtime.errors import UserError
+
+__all__ = ["DynamicRank", "LowRank", "NoUpdate", "WeightDecomposed", "chosen", "of_peft"]
+
+
+def chosen(adapter: AdapterConfig) -> AdapterMethod:
+    """The method of the adapter section. Raises UserError, naming the field, where it does not say one."""
+    name = adapter.method or (DynamicRank if adapter.dynamic_rank else LowRank).name
+    if name not in registered():
+        raise UserError(
+            f'adapter.method = "{name}": there is no such method; name one of '
+            f"{', '.join(sorted(registered()))}, or add the module that registers it to plugins"
+        )
+    update = registered()[name].from_config(adapter)
+    if (update.components is not None) != adapter.dynamic_rank:
+        has, value = ("no components", "false") if adapter.dynamic_rank else ("components", "true")
+        raise UserError(
+            f"adapter.dynamic_rank = {'true' if adapter.dynamic_rank else 'false'}: the method {update.name!r} has "
+            f"{has} to prune; set it to {value}"
+        )
+    if not adapter.weight_decomposed:
+        return update
+    return WeightDecomposed(update, adapter.dropout_mode, adapter.norm_gradient)
+
+
+def of_peft(theirs: AdapterLayer, dropout: float) -> AdapterMethod:
+    """The method that a PEFT module was trained with, with its own rank and scaling."""
+    update: Update = NoUpdate(dropout=dropout)
+    if theirs.r is not None:
+        update = LowRank(theirs.r, theirs.scaling * theirs.r, dropout=dropout)
+    return update if theirs.magnitude is None else WeightDecomposed(update)

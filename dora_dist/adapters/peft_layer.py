@@ -1,0 +1,86 @@
+"""One adapted module in PEFT's form: what a method writes, what it starts from, and what is merged into a base.
+
+PEFT keeps lora_A as (r, in), lora_B as (out, r) and the whole magnitude m, not an offset from the base's row norms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A row whose weight and update are both zero has norm 0, and PEFT computes 0/0 there. Its magnitude is 0 as
+# well, so its output is 0 whatever B is: a small B (exact in fp16 and bf16) keeps PEFT finite.
+_ZERO_ROW_B = 2.0**-10
+
+
+@dataclass
+class AdapterLayer:
+    """One adapted module; fp32 CPU tensors in PEFT's layout.
+
+    lora_A (r, in) and lora_B (out, r), both None where only the magnitude is trained (then `in_features` must
+    be given); magnitude (out,), None for plain LoRA; scaling = lora_alpha / r.
+    """
+
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    magnitude: Tensor | None
+    scaling: float
+    in_features: int | None = None
+
+    @property
+    def r(self) -> int | None:
+        """Components of the low-rank update; None where only the magnitude is trained."""
+        return None if self.lora_A is None else self.lora_A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight that the module was trained on."""
+        rows = self.magnitude if self.lora_B is None else self.lora_B
+        columns = self.in_features if self.lora_A is None else self.lora_A.shape[1]
+        assert rows is not None and columns is not None
+        return rows.shape[0], columns
+
+    def odd_magnitudes(self) -> int:
+        """How many magnitudes are below 0, which turns a row of the weight around, or 0, which silences one.
+
+        0 is right where the base's row is 0, which shows in B (`stored_factors`); a layer is not all such rows.
+        """
+        if self.magnitude is None:
+            return 0
+        zeros = self.magnitude == 0
+        if not bool(zeros.all()):
+            B = torch.zeros(len(zeros), 1) if self.lora_B is None else self.lora_B
+            zeros &= ((B != 0) & (B != _ZERO_ROW_B)).any(dim=1)
+        return int(((self.magnitude < 0) | zeros).sum())
+
+    def stored_factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B for PEFT, which knows neither magnitude-only modules nor rows of norm zero.
+
+        A magnitude-only module becomes a rank-one LoRA whose B is zero. Raises ValueError, naming `module`, where
+        there is nothing to make factors of.
+        """
+        lora_A, lora_B, magnitude = self.lora_A, self.lora_B, self.magnitude
+        if lora_A is None or lora_B is None:
+            if magnitude is None or self.in_features is None:
+                raise ValueError(f"{module}: a layer without lora_A and lora_B needs magnitude and in_features")
+            lora_A, lora_B = torch.ones(1, self.in_features), torch.zeros(len(magnitude), 1)
+        if magnitude is not None:
+            zero_rows = (magnitude == 0) & (lora_B == 0).all(dim=1)
+            lora_B = lora_B.masked_fill(zero_rows[:, None], _ZERO_ROW_B)
+        return lora_A, lora_B
+
+    @classmethod
+    def of_stored(cls, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, scaling: float) -> AdapterLayer:
+        """A module whose tensors were read, without the factors that stand for "none" (`stored_factors`)."""
+        if magnitude is not None and _are_placeholders(lora_A, lora_B, magnitude):
+            return cls(None, None, magnitude, scaling, lora_A.shape[1])
+        return cls(lora_A, lora_B, magnitude, scaling, lora_A.shape[1])
+
+
+def _are_placeholders(lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> bool:
+    """Whether these factors are what `AdapterLayer.stored_factors` makes of a magnitude-only module."""
+    ones_or_zeros = lora_A.shape[0] == 1 and bool((lora_A == lora_A[0, 0]).all()) and lora_A[0, 0] in (0, 1)
+    empty = (lora_B[:, 0] == 0) | ((magnitude == 0) & (lora_B[:, 0] == _ZERO_ROW_B))
+    return ones_or_zeros and bool(empty.all())
