@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from dora_dist import cli
-from dora_dist.cli.validate import _print_sample
+from dora_dist.cli.preview import _print_sample
 from dora_dist.data.formats import training_prompt
 from dora_dist.data.preview import Part, Preview, percentiles, segments
 from tests import encoders, llava, summaries, toy
@@ -157,7 +157,7 @@ def test_colours_on_a_terminal_and_long_texts_shortened(width: int) -> None:
     answer = ids.index(tokenizer.eos_token_id)
     learnt[answer - 1 : answer + 1] = [True, True]
     console = Console(file=StringIO(), width=width, force_terminal=True, color_system="standard", highlight=False)
-    _print_sample(console, tokenizer, Preview(1, [Part("", ids, learnt)], {}), "first")
+    _print_sample(console, tokenizer, Preview(1, [Part("", ids, learnt)], {}), title="first")
     printed = console.file.getvalue()
     assert "\x1b[1;7;32m</s>\x1b[0m" in printed and "[[" not in printed
     hidden = [line for line in printed.splitlines() if "lines ..." in line]
