@@ -6,9 +6,9 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
+from dora_dist import __version__
 from dora_dist.cli import env, evaluate, models, train, validate
 from dora_dist.config import RunConfig, check_names
 from dora_dist.runtime.console import Lasting, complain, is_first
@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="DoRA fine-tuning on DeepSpeed ZeRO-3: one JSON file is a run, one command starts it",
         epilog="dora-dist COMMAND --help describes a command and gives an example.",
     )
-    parser.add_argument("--version", action="version", version=f"dora-dist {_version()}")
+    parser.add_argument("--version", action="version", version=f"dora-dist {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     train.declare_train(commands)
     validate.declare_validate(commands)
@@ -94,10 +94,3 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.declare_evaluate(commands)
     env.declare_env(commands)
     return parser
-
-
-def _version() -> str:
-    try:
-        return version("dora_dist")
-    except PackageNotFoundError:
-        return "(not installed)"
