@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from dora_dist.config.fields import field_specs
+from dora_dist.config.problems import listed
 from dora_dist.runtime import plugins
-from dora_dist.runtime.errors import UserError
 from dora_dist.tasks.task import TASKS, Task
 
 if TYPE_CHECKING:
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 def check(config: RunConfig, origin: str = "configuration") -> None:
     """Raise one UserError over all `problems` of a run. `origin`: where the configuration is from."""
     if found := list(problems(config)):
-        title = "1 problem" if len(found) == 1 else f"{len(found)} problems"
-        raise UserError("\n  ".join([f"{origin}: {title}", *found]))
+        raise listed(found, origin)
 
 
 def problems(config: RunConfig) -> Iterator[str]:

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from dora_dist import cli
 from dora_dist.runtime import plugins
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.exit_codes import USERS_MISTAKE
+
+RECIPE = str(Path(__file__).parents[2] / "configs/quickstart.json")
 
 
 @pytest.fixture
@@ -49,3 +53,19 @@ def test_a_plugin_that_cannot_be_imported_is_named_with_the_remedy(
 def test_a_command_names_its_own_option() -> None:
     with pytest.raises(UserError, match='^--plugins = "absent": '):
         plugins.load(["absent"], "--plugins")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["validate", RECIPE, "--no-files", "--plugins=absent"], 'plugins = "absent": there is no such Python module'),
+        (["train", "--config", RECIPE, "--plugins=absent"], 'plugins = "absent": there is no such Python module'),
+        (["consolidate", "run", "--output=merged", "--plugins", "absent"], '--plugins = "absent": there is no such'),
+        (["evaluate", "run", "--tasks", "a=b.json", "--plugins", "absent"], '--plugins = "absent": there is no such'),
+    ],
+)
+def test_commands_import_plugins_before_they_do_anything(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == USERS_MISTAKE
+    assert says in capsys.readouterr().err
