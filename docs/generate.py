@@ -37,8 +37,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Make MathML of a page's formulas."""
-    return _FORMULA.sub(_mathml, content)
+    """Make MathML of a page's formulas, and a plain line of a docstring's `Example::`."""
+    return _FORMULA.sub(_mathml, content).replace("<p>Example::</p>", "<p>Example:</p>")
 
 
 def configuration() -> str:
