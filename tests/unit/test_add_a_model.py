@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from dora_dist import build_model
+from dora_dist import build_model, consolidate
 from dora_dist.config import AdapterConfig, ModelConfig
 from dora_dist.models import families
 from dora_dist.runtime.errors import UserError
@@ -60,3 +62,17 @@ def test_the_family_adapts_every_projection_and_nothing_else_and_trains(base: Pa
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.usefixtures("example")
+def test_a_merged_folder_keeps_the_names_that_its_base_has(base: Path, tmp_path: Path) -> None:
+    settings = LoraConfig(r=2, target_modules=["query_key_value"], init_lora_weights=False)
+    theirs = get_peft_model(GPTNeoXForCausalLM.from_pretrained(base), settings)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    consolidate(tmp_path / "adapter", base, tmp_path / "merged")
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as merged:
+        assert "embed_out.weight" in merged.keys()  # noqa: SIM118
+    tokens = torch.arange(16).view(1, 16)
+    with torch.no_grad():
+        found = GPTNeoXForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=tokens).logits
+        torch.testing.assert_close(found, theirs.eval()(input_ids=tokens).logits, rtol=0, atol=1e-5)
