@@ -12,8 +12,9 @@ from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.method import AdapterMethod
 from dora_dist.adapters.methods import of_peft
 from dora_dist.adapters.peft_format import PeftAdapter
+from dora_dist.adapters.storage import PLAIN, WeightStorage
 from dora_dist.runtime.errors import UserError
-from dora_dist.weights.loading import initial_values
+from dora_dist.weights.loading import HeldWeight, initial_values
 from dora_dist.weights.placement import Fill
 
 AdapterPlan = Callable[[nn.Module], dict[str, AdapterMethod]]
@@ -77,8 +78,12 @@ def like(adapter: PeftAdapter) -> AdapterPlan:
     return lambda model: {name: of_peft(layer, adapter.dropout) for name, layer in adapter.layers.items()}
 
 
-def inject(model: nn.Module, plan: AdapterPlan, trained_modules: Sequence[str] = ()) -> list[str]:
+def inject(
+    model: nn.Module, plan: AdapterPlan, trained_modules: Sequence[str] = (), *, storage: WeightStorage = PLAIN
+) -> list[str]:
     """Replace planned nn.Linear modules by AdaptedLinear over the SAME parameters, in place; freeze all else.
+
+    A `storage` other than the plain one has parameters of its own instead of the weight, which it encodes.
 
     All but what is in `trained_modules` (names, see `trained_in_full`): that is trained as it is. Adapters of a model
     that has its weights start as the paper says, from torch's random numbers, and change no output. Returns the names
@@ -108,7 +113,7 @@ def inject(model: nn.Module, plan: AdapterPlan, trained_modules: Sequence[str] =
     for name, method in methods.items():
         parent, _, child = name.rpartition(".")
         linear = linears[name]
-        setattr(model.get_submodule(parent), child, AdaptedLinear.from_linear(linear, method))
+        setattr(model.get_submodule(parent), child, AdaptedLinear.from_linear(linear, method, storage))
     return list(methods)
 
 
@@ -120,6 +125,25 @@ def initial_fills(model: nn.Module, seed: int) -> dict[str, Fill]:
             name = f"{layer_name}.{kind}"
             fills[name] = initial_values(name, torch.Size(shape), seed, bound, value=value)
     return fills
+
+
+def held_weights(model: nn.Module) -> dict[str, HeldWeight]:
+    """The frozen weight of each adapted layer of `model`, by its name in the base."""
+    found = {}
+    for name, layer in adapted_layers(model).items():
+        storage, shape = layer.storage, torch.Size(layer.shape)
+        parameters = {f"{name}.{kind}": stored.dtype for kind, stored in storage.tensors.items()}
+        records = -(-shape.numel() // storage.record)
+        found[f"{name}.weight"] = HeldWeight(shape, parameters, records, storage.encode_from)
+    return found
+
+
+def weight_count(model: nn.Module) -> int:
+    """Numbers in a model that is not sharded, whatever holds them: a packed weight counts as what it stands for."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for layer in adapted_layers(model).values():
+        count += layer.out_features * layer.in_features - sum(parameter.numel() for parameter in layer.held())
+    return count
 
 
 ABSURD_RANK = 64

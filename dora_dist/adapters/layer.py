@@ -18,9 +18,10 @@ from dora_dist.adapters.storage import PLAIN, WeightStorage
 class AdaptedLinear(nn.Module):
     """A linear layer (out, in) whose parameters are all direct members: one coalesced gather under ZeRO-3.
 
-    Parameters: `weight` (out, in) and `bias` (out,) frozen, in the base's dtype; the trainable ones of the method, in
-    the same dtype. `base_norm` and `norm` (out,), fp32, are the row norms of W0 and of W0 + ΔW; where the method needs
-    them, a norms refresher sets them before the first forward.
+    Parameters: what holds the frozen (out, in) weight (`held`; in plain storage that is `weight` itself) and `bias`
+    (out,), frozen too, in the base's dtype; the trainable ones of the method, in the same dtype. `base_norm` and
+    `norm` (out,), fp32, are the row norms of W0 and of W0 + ΔW; where the method needs them, a norms refresher sets
+    them before the first forward.
     """
 
     def __init__(
@@ -36,13 +37,12 @@ class AdaptedLinear(nn.Module):
         self.storage = storage
         self.base_norm: Tensor | None = None
         self.norm: Tensor | None = None
-        self.dem_weight = (
-            0.0  # of the penalty of dimension-wise extension, per component and backward (`components.py`)
-        )
+        self.dem_weight = 0.0  # of the penalty of dimension-wise extension, per component and backward
         # Under activation checkpointing: whether the output, small relative to its FLOPs, is kept (`recompute.py`).
         self.keeps_output = self.in_features >= 2 * self.out_features
-        self.weight, self.bias = weight, bias
-        weight.requires_grad_(False)
+        for name, held in storage.hold(weight).items():
+            self.register_parameter(name, held)
+        self.bias = bias
         if bias is not None:
             bias.requires_grad_(False)
         self._adapter_names = tuple(method.parameters(self.shape))
@@ -51,12 +51,12 @@ class AdaptedLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(values))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, method: AdapterMethod) -> "AdaptedLinear":
+    def from_linear(cls, linear: nn.Linear, method: AdapterMethod, storage: WeightStorage = PLAIN) -> "AdaptedLinear":
         """A layer over a plain one's own parameters, initialised as the method says: y equals the base's output.
 
         On the meta device, which has no values, that is left to whoever gives the parameters memory.
         """
-        layer = cls(cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias), method)
+        layer = cls(cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias), method, storage)
         own = layer.adapter_parameters()
         with torch.no_grad():
             for name, (_, bound, value) in method.parameters(layer.shape).items():
@@ -65,8 +65,12 @@ class AdaptedLinear(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in), whatever part of the weight is here."""
+        """(out, in), whatever holds the weight, and whatever part of it is here."""
         return self.out_features, self.in_features
+
+    def held(self) -> list[nn.Parameter]:
+        """The frozen parameters that hold the weight, in the order of the storage's `tensors`."""
+        return [self.get_parameter(name) for name in self.storage.tensors]
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The method's parameters by name: trained, and not read from the base."""
@@ -74,11 +78,11 @@ class AdaptedLinear(nn.Module):
 
     def base_product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (tokens, in) -> x·W0ᵀ + bias (tokens, out), in x's dtype."""
-        return self.storage.project(x, self.weight, bias)
+        return self.storage.project(x, self.held(), self.shape, bias=bias)
 
     def base_product_back(self, grad: Tensor) -> Tensor:
         """grad (tokens, out) -> grad·W0 (tokens, in), in grad's dtype."""
-        return self.storage.project_back(grad, self.weight)
+        return self.storage.project_back(grad, self.held(), self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out), in x's dtype. Raises RuntimeError before norms were ever computed."""

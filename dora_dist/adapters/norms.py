@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_dist.adapters.layer import AdaptedLinear, before_any_forward
-from dora_dist.adapters.pieces import WeightPiece, blocks
+from dora_dist.adapters.pieces import WeightPiece, blocks, whole_piece
 from dora_dist.runtime.stopwatch import Stopwatch
 
 
@@ -82,15 +82,17 @@ class NormRefresher:
         """rowsum(W0²) of each layer, (out,) fp32."""
         result = {}
         for name, layer in self.layers.items():
-            result[name] = _zeros(layer, layer.weight.device)
-            add_base_squares(layer, WeightPiece(layer.weight.data.reshape(-1), 0), result[name])
+            piece = whole_piece(layer)
+            result[name] = _zeros(layer, piece.tensors[0].device)
+            add_base_squares(layer, piece, result[name])
         return result
 
     def adapter_squares(self) -> Iterator[tuple[str, Tensor]]:
         """n² − rowsum(W0²) of each layer, (out,) fp32; 0 for magnitude-only modules."""
         for name, layer in self.layers.items():
-            sums = _zeros(layer, layer.weight.device)
-            add_adapter_squares(layer, WeightPiece(layer.weight.data.reshape(-1), 0), sums)
+            piece = whole_piece(layer)
+            sums = _zeros(layer, piece.tensors[0].device)
+            add_adapter_squares(layer, piece, sums)
             yield name, sums
 
     def _refresh_if_stale(self) -> None:

@@ -29,6 +29,7 @@ from dora_dist.adapters.peft_config import (
     targets,
 )
 from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.adapters.storage import PLAIN
 from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import new_folder
@@ -47,8 +48,9 @@ _PARTS = {
 # PEFT lists these for its task types whatever the model's head is called.
 _HEADS_PEFT_ADDS = {"classifier", "score", "qa_outputs"}
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_BASE_DIGEST = "dora_dist.base"
-"""Where a file of ours says, in its metadata, of which base it is (`base_digest.py`); others do not look at it."""
+_BASE_DIGEST, _BASE_STORAGE = "dora_dist.base", "dora_dist.storage"
+"""Where a file of ours says, in its metadata, of which base it is (`weights/digest.py`), and how that was held; others
+do not look at it."""
 
 
 @dataclass
@@ -57,8 +59,8 @@ class PeftAdapter:
 
     `lora_alpha` and `r` are the defaults that single layers may depart from. `modules_to_save` are modules trained
     in full, `trained` their parameters by name, fp32, and `model_config` what the model's configuration needs for
-    them. `base_digest` is the `sampled_digest` of the base, "" where it is not known; `source` the folder that it
-    was read from.
+    them. `base_digest` is the `sampled_digest` of the base, "" where it is not known, `base_storage` the storage
+    that held it in training, and `source` the folder that it was read from.
     """
 
     base_model: str
@@ -73,6 +75,7 @@ class PeftAdapter:
     trained: dict[str, Tensor] = field(default_factory=dict)
     model_config: dict[str, Any] = field(default_factory=dict)
     base_digest: str = ""
+    base_storage: str = PLAIN.name
     source: PeftFolder | None = None
 
 
@@ -152,11 +155,18 @@ class PeftFolder:
 
     def base_digest(self) -> str:
         """The digest of the base that it was trained on; "" where the folder does not say."""
+        return self._metadata(_BASE_DIGEST, "")
+
+    def base_storage(self) -> str:
+        """The name of the storage that held the base in training: the adapter fits the weights as that has them."""
+        return self._metadata(_BASE_STORAGE, PLAIN.name)
+
+    def _metadata(self, key: str, absent: str) -> str:
         file = self.path / f"{WEIGHTS_STEM}.safetensors"
         if not file.is_file():
-            return ""
+            return absent
         with safe_open(file, "pt") as opened:
-            return str((opened.metadata() or {}).get(_BASE_DIGEST, ""))
+            return str((opened.metadata() or {}).get(key, absent))
 
     def modules_to_save(self) -> list[str]:
         """The modules whose parameters are in `trained`, by their whole names."""
@@ -231,6 +241,7 @@ def read_peft_folder(path: Path) -> PeftAdapter:
         trained={name: folder.read(stored) for name, stored in folder.trained.items()},
         model_config=folder.model_config,
         base_digest=folder.base_digest(),
+        base_storage=folder.base_storage(),
         source=folder,
     )
 
@@ -280,6 +291,8 @@ def write_peft_folder(
         "inference_mode": True,
     }
     metadata = {"format": "pt", **({_BASE_DIGEST: adapter.base_digest} if adapter.base_digest else {})}
+    if adapter.base_storage != PLAIN.name:
+        metadata[_BASE_STORAGE] = adapter.base_storage
     layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     with new_folder(path, overwrite) as folder:
         with TensorWriter(folder / f"{WEIGHTS_STEM}.safetensors", layout, metadata) as writer:

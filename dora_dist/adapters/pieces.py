@@ -3,7 +3,7 @@
 A whole weight is the piece [0, out·in); a ZeRO-3 shard is another, cut wherever it happens to be.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,15 +43,23 @@ def rectangles(start: int, stop: int, columns: int, max_elements: int = CHUNK_EL
 
 
 class WeightPiece(NamedTuple):
-    """Elements [start, start + values.numel()) of a layer's flattened weight, on any device."""
+    """Whole records of a layer's weight, from its element `start` on: flat tensors, one for each of its storage's."""
 
-    values: Tensor
+    tensors: Sequence[Tensor]
     start: int
+
+
+def whole_piece(layer: AdaptedLinear) -> WeightPiece:
+    """The piece that is the whole weight, of a layer that is not sharded."""
+    return WeightPiece([held.data.reshape(-1) for held in layer.held()], 0)
 
 
 def blocks(layer: AdaptedLinear, piece: WeightPiece, device: torch.device) -> Iterator[tuple[Rectangle, Tensor]]:
     """The rectangles of `layer`'s weight that `piece` covers, each with its values (rows, cols), fp32 on `device`."""
-    stop = piece.start + piece.values.numel()
-    for block in rectangles(piece.start, stop, layer.in_features):
-        flat = piece.values[block.offset : block.offset + block.rows * block.cols]
-        yield block, layer.storage.to_fp32(flat, device).view(block.rows, block.cols)
+    storage = layer.storage
+    first, stored = piece.tensors[0], next(iter(storage.tensors.values()))
+    stop = piece.start + first.numel() // stored.elements * storage.record
+    # The last record may go beyond the weight's end, and a shard's padding does.
+    for block in rectangles(piece.start, min(stop, layer.out_features * layer.in_features), layer.in_features):
+        span = (block.offset, block.offset + block.rows * block.cols)
+        yield block, storage.to_fp32(piece.tensors, *span, device=device).view(block.rows, block.cols)

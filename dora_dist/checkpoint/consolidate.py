@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from dora_dist.adapters.merge import merge_rows
 from dora_dist.adapters.peft_format import PeftFolder, warn_of_lacking, warn_of_magnitudes
 from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.adapters.storage import WeightStorage, as_held, storage_of
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_folders import base_path
 from dora_dist.checkpoint.merge_plan import Output, Shard, plan_merge
@@ -72,6 +74,7 @@ def consolidate(
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     adapter = PeftFolder.open(adapter_folder)
+    storage = storage_of(adapter.base_storage(), f"{adapter.path}: the base's storage")
     own = str(base_folder) == adapter.config.get("base_model_name_or_path")
     revision = adapter.config.get("revision") if own else None
     base = ModelFolder.open(base_path(str(base_folder), revision, str(adapter.path)))
@@ -90,7 +93,7 @@ def consolidate(
     ):
         _copy_companions(base.path, folder)
         _write_config(folder, base.config, adapter.model_config, dtype=dtype, untied=plan.untied)
-        odd = _write_weights(folder, shards, adapter, bar)
+        odd = _write_weights(folder, shards, adapter, storage=storage, bar=bar)
     warn_of_magnitudes(adapter.path, odd)
     return {
         "output": str(output),
@@ -129,8 +132,11 @@ def _warn_of_another(adapter: PeftFolder, base: TensorFolder) -> None:
     warn_of_lacking(adapter.path, adapter.lacking(name.removesuffix(".weight") for name in weights))
 
 
-def _blocks(output: Output, layer: AdapterLayer | None) -> Iterator[Tensor]:
-    """The tensor as it is to be written, a block of rows at a time; UserError if a number is not finite."""
+def _blocks(output: Output, layer: AdapterLayer | None, storage: WeightStorage) -> Iterator[Tensor]:
+    """The tensor as it is to be written, a block of rows at a time; UserError if a number is not finite.
+
+    What is merged is the weight as training saw it, through `storage`.
+    """
     entry, dtype, source = output.entry, output.dtype, output.source
     rows = entry.shape[0] if entry.shape else 1
     width = entry.numel // rows if rows else 0
@@ -140,7 +146,8 @@ def _blocks(output: Output, layer: AdapterLayer | None) -> Iterator[Tensor]:
         if layer is None:
             block = source.read_flat(entry.name, *span, dtype=dtype)
         else:
-            weight = source.read_flat(entry.name, *span, dtype=torch.float32).view(-1, width)
+            read = partial(source.read_flat, entry.name, dtype=torch.float32)
+            weight = as_held(storage, read, entry.numel, span=span).view(-1, width)
             block = merge_rows(weight, layer, start).to(dtype)
         if block.is_floating_point() and dtype.itemsize > 1 and not bool(torch.isfinite(block).all()):
             origin = "source" if layer is None else "base, adapter or their sum"
@@ -176,7 +183,9 @@ def _write_config(
     (folder / "config.json").write_text(written + "\n", encoding="utf-8")
 
 
-def _write_weights(folder: Path, shards: Sequence[Shard], adapter: PeftFolder, bar: Any) -> dict[str, int]:
+def _write_weights(
+    folder: Path, shards: Sequence[Shard], adapter: PeftFolder, *, storage: WeightStorage, bar: Any
+) -> dict[str, int]:
     """Read, merge and write every tensor, and the index where there are several files.
 
     Returns how many odd magnitudes each tensor's update has.
@@ -188,7 +197,7 @@ def _write_weights(folder: Path, shards: Sequence[Shard], adapter: PeftFolder, b
             for output in shard.outputs:
                 layer = adapter.layer(output.module) if output.module else None
                 odd[output.name] = layer.odd_magnitudes() if layer else 0
-                for block in _blocks(output, layer):
+                for block in _blocks(output, layer, storage):
                     writer.write(output.name, block)
                     bar.update(block.nbytes)
     if len(shards) > 1:

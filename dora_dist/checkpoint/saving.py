@@ -224,6 +224,7 @@ class Saver:
         adapter.model_config = origin.head.kept_config(self._model)
         adapter.modules_to_save = list(origin.trained_modules)
         adapter.base_digest = origin.base_digest
+        adapter.base_storage = next((layer.storage.name for layer in adapted.values()), adapter.base_storage)
         return adapter
 
 

@@ -38,6 +38,9 @@ def _validate(options: argparse.Namespace) -> None:
         from dora_dist.models.folder import check_base
 
         check_base(config)
+    from dora_dist.adapters.storage import storage_of  # here: it imports torch, which `--help` need not wait for
+
+    storage_of(config.model.storage)
     if config.engine.deepspeed:
         deepspeed_options.check(config.engine.deepspeed)
     if options.world_size is not None:

@@ -8,6 +8,7 @@ import torch
 from dora_dist.adapters.inject import like
 from dora_dist.adapters.peft_config import CONFIG_NAME
 from dora_dist.adapters.peft_format import PeftFolder, read_peft_folder
+from dora_dist.adapters.storage import storage_of
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_folders import base_path, find_adapter
 from dora_dist.models.build import DTYPES, build_model
@@ -168,6 +169,7 @@ def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) 
         head=head,
         trained_modules=adapter.modules_to_save,
         start_from=adapter,
+        storage=storage_of(adapter.base_storage, f"{folder}: the base's storage"),
     )
     return run.model
 

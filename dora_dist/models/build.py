@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dora_dist.adapters.inject import AdapterPlan, initial_fills, inject, trained_in_full
+from dora_dist.adapters.inject import AdapterPlan, held_weights, initial_fills, inject, trained_in_full, weight_count
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.adapters.recompute import keeping_outputs
+from dora_dist.adapters.storage import PLAIN, WeightStorage
 from dora_dist.models import start
 from dora_dist.models.families import family_of_model
 from dora_dist.models.family import Family
@@ -27,8 +29,8 @@ from dora_dist.models.tying import untie, untie_different
 from dora_dist.models.unused import report_unused
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.digest import sampled_digest, warn_of_another_base
-from dora_dist.weights.loading import load_base
-from dora_dist.weights.names import locate, stored_names
+from dora_dist.weights.loading import Source, fresh_values, load_base
+from dora_dist.weights.names import stored_names
 from dora_dist.weights.placement import Placement
 
 
@@ -39,7 +41,8 @@ class AdaptedModel:
     `trained` are the modules trained in full, `fresh` those of their parameters that the folder did not have, and
     `resized` those among these that it had in another shape, as {name: (shape there, shape here)}. `untied` are weights
     that other modules of the base share, and that have copies of their own here because they are trained or adapted.
-    `base_digest` is the `sampled_digest` of the base, on the first process alone.
+    `base_digest` is the `sampled_digest` of the base, on the first process alone, `weights` the number of parameters,
+    frozen and trained.
     """
 
     model: nn.Module
@@ -54,6 +57,7 @@ class AdaptedModel:
     fresh: list[str]
     resized: dict[str, tuple[list[int], list[int]]]
     untied: list[str]
+    weights: int
 
 
 def build_model(
@@ -64,6 +68,7 @@ def build_model(
     *,
     dtype: str = "bf16",
     head: Head = CAUSAL_LM,
+    storage: WeightStorage = PLAIN,
     trained_modules: Sequence[str] | None = None,
     start_from: PeftAdapter | None = None,
     attn_implementation: str = "sdpa",
@@ -76,9 +81,10 @@ def build_model(
     The skeleton is made without memory, the adapters are injected into it, and only then does each parameter get
     its place (whole, or this rank's shard). Adapters start as the paper says (paper section 4.1, by `seed`), or as
     `start_from` has them. `trained_modules` are patterns of modules to train in full; None: the task's head. What is
-    trained or adapted of a tied weight is untied from the rest, as PEFT has it. `refresher` knows how weights
-    are held as `placement` holds them (`ShardedNormRefresher` for shards). `inspect` is called with the
-    adapted model before its weights are read, and may refuse it. On ZeRO-3 this is collective. Raises UserError for a
+    trained or adapted of a tied weight is untied from the rest, as PEFT has it. `storage` is how adapted layers hold
+    their frozen weights; `refresher` is the one for the way in which `placement` holds parameters
+    (`ShardedNormRefresher` for shards). `inspect` is called with the adapted model before its weights are read, and may
+    refuse it. On ZeRO-3 this is collective. Raises UserError for a
     folder that is no model, a plan that does not fit it, and missing, misshapen or truncated tensors.
     """
     opened = ModelFolder.open(base)
@@ -93,7 +99,7 @@ def build_model(
     else:
         trained = trained_in_full(model, trained_modules, apart=family.apart)
     untied, stored = untie(model, [*trained, *plan(model)], stored)
-    adapted = inject(model, plan, trained)
+    adapted = inject(model, plan, trained, storage=storage)
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}  # shards have none
     if start_from is not None:
         start.check(model, shapes, start_from, base, head)
@@ -101,8 +107,9 @@ def build_model(
     base_digest = sampled_digest(folder) if placement.first else ""
     if start_from is not None and start_from.source is not None and placement.first:
         warn_of_another_base(start_from.source.path, start_from.base_model, start_from.base_digest, base, base_digest)
-    fresh = load_base(model, folder, stored, placement, DTYPES[dtype], seed, initial_fills(model, seed))
-    there = {n: locate(n, stored, model.base_model_prefix) for n in fresh}
+    weights, source = weight_count(model), Source(folder, stored, model.base_model_prefix)
+    fresh = _load(model, source, placement, dtype=dtype, seed=seed)
+    there = {n: source.locate(n) for n in fresh}
     resized = {n: (list(folder.entries[found].shape), list(shapes[n])) for n, found in there.items() if found}
     norms = refresher(model)
     norms.refresh()
@@ -122,7 +129,16 @@ def build_model(
         fresh=fresh,
         resized=resized,
         untied=untied,
+        weights=weights,
     )
+
+
+def _load(model: Any, source: Source, placement: Placement, *, dtype: str, seed: int) -> list[str]:
+    """Give every parameter its place and values; returns the names of those that the folder does not have."""
+    std = model.config.to_dict().get("initializer_range") or 0.02
+    held, initial = held_weights(model), initial_fills(model, seed)
+    fresh = partial(fresh_values, seed=seed, std=std)
+    return load_base(model, source, placement, dtype=DTYPES[dtype], held=held, initial=initial, fresh=fresh)
 
 
 def checkpoint_activations(model: Any) -> None:

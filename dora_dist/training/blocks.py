@@ -59,13 +59,12 @@ def about_model(config: RunConfig, run: AdaptedModel, world: World, steps: int, 
     """Once it is built: model, adapter, batch, schedule, memory, and where things go."""
     model, adapter, training = config.model, config.adapter, config.training
     parameters = list(run.model.parameters())
-    weights = sum(full_numel(p) for p in parameters)
     trained = sum(full_numel(p) for p in parameters if p.requires_grad)
-    line("model", f"{model.path}: {type(run.model).__name__}, {_number(weights)} parameters, {model.dtype}")
+    line("model", f"{model.path}: {type(run.model).__name__}, {_number(run.weights)} parameters, {model.dtype}")
     line(
         "adapter",
         f"{_method(config)} on {len(run.adapted)} modules ({', '.join(_kinds(run.adapted))}); "
-        f"{_number(trained)} parameters are trained ({trained / weights:.2%})",
+        f"{_number(trained)} parameters are trained ({trained / run.weights:.2%})",
     )
     if run.trained:
         new = f"; new, not in the base: {', '.join(run.fresh)}" if run.fresh else ""

@@ -9,6 +9,7 @@ from dora_dist.adapters.inject import AdapterPlan
 from dora_dist.adapters.methods import chosen
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.peft_format import read_peft_folder
+from dora_dist.adapters.storage import storage_of
 from dora_dist.config import AdapterConfig, ModelConfig, is_local
 from dora_dist.models import build, families
 from dora_dist.models.build import AdaptedModel
@@ -67,7 +68,7 @@ def build_model(
     if deepspeed is not None:
         # Imported here: DeepSpeed takes seconds, and a model in one process does not need it.
         from dora_dist.zero3.norms import ShardedNormRefresher
-        from dora_dist.zero3.shards import ShardedPlacement
+        from dora_dist.zero3.placement import ShardedPlacement
 
         placement, refresher = ShardedPlacement(dict(deepspeed)), ShardedNormRefresher
     return build.build_model(
@@ -77,6 +78,7 @@ def build_model(
         refresher,
         dtype=section.dtype,
         head=task_named(section.task).head(section),
+        storage=storage_of(section.storage),
         trained_modules=adapter.trained_modules,
         start_from=read_peft_folder(Path(adapter.init_from)) if adapter.init_from else None,
         attn_implementation=section.attn_implementation,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from dora_dist.adapters.components import Budget
 from dora_dist.adapters.inject import with_ranks
 from dora_dist.adapters.peft_format import read_peft_folder
+from dora_dist.adapters.storage import storage_of
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.resuming import located, optimizer_steps
 from dora_dist.config import RunConfig, deepspeed_options
@@ -51,6 +52,7 @@ def train(config: RunConfig) -> Path:
     started = time.perf_counter()
     plugins.load(config.plugins)
     check(config)
+    storage_of(config.model.storage)
     config.check_files()
     check_base(config)
     config.deepspeed_config(distributed.launched_world_size())
@@ -152,7 +154,6 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     from dora_dist.training.steps import StepCallback
     from dora_dist.training.trainer import DoraTrainer
     from dora_dist.zero3.norms import ShardedNormRefresher
-    from dora_dist.zero3.partition import full_numel
     from dora_dist.zero3.placement import ShardedPlacement
 
     model, deepspeed = config.model, config.deepspeed_config(world.world_size)
@@ -197,6 +198,7 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
         ShardedNormRefresher,
         dtype=model.dtype,
         head=task.head(model),
+        storage=storage_of(model.storage),
         trained_modules=config.adapter.trained_modules,
         start_from=start_from,
         attn_implementation=model.attn_implementation,
@@ -210,12 +212,11 @@ def _build(config: RunConfig, world: World, watch: Watch, stop: StopRequest, res
     if config.training.recompute_all:
         for layer in adapted_layers(run.model).values():
             layer.keeps_output = False
-    weights = sum(full_numel(p) for p in run.model.parameters())
     steps = optimizer_steps(config, len(data.train))
     if world.first:
         about_model(config, run, world, steps, steps / -(-len(data.train) // config.training.global_batch_size))
     run_dir = Path(config.checkpoint.run_dir)
-    report = ReportCallback(world, run.norms, run_dir, weights, config.logging)
+    report = ReportCallback(world, run.norms, run_dir, run.weights, config.logging)
     step = StepCallback(world, watch, stop, config)
     callbacks = [step, report, *([_tensorboard(run_dir)] if config.logging.tensorboard else [])]
     trainer = DoraTrainer(

@@ -5,7 +5,8 @@ tensor's bytes, no rank holds a whole tensor, and no weight is broadcast.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,65 +14,108 @@ from torch import Tensor, nn
 from dora_dist.runtime.console import progress
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.names import locate
-from dora_dist.weights.placement import Fill, Placement
+from dora_dist.weights.placement import Fill, Placement, RecordFill, in_place
 from dora_dist.weights.safetensors_io import TensorFolder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model's folder, and what it calls a parameter: `stored` (`stored_names`), and the `prefix` of the model's
+    own part ("bert"), by which models with a head and plain encoders differ.
+    """
+
+    folder: TensorFolder
+    stored: Mapping[str, str]
+    prefix: str
+
+    def locate(self, name: str) -> str | None:
+        """The tensor that parameter `name` is read from, None if the folder does not have it."""
+        return locate(name, self.stored, self.prefix)
+
+    def in_head(self, name: str) -> bool:
+        """Whether a parameter is of a head on the model's own part."""
+        return bool(self.prefix) and not name.startswith(f"{self.prefix}.")
+
+
+@dataclass(frozen=True)
+class HeldWeight:
+    """A frozen weight that a storage holds: `parameters` by name, each with its dtype (None: the model's).
+
+    They have equally many elements for each of the `records`; `encode_from(read, numel)` makes what writes these.
+    """
+
+    shape: torch.Size
+    parameters: Mapping[str, torch.dtype | None]
+    records: int
+    encode_from: Callable[[Fill, int], RecordFill]
+
+
+@dataclass
+class _Weight:
+    """A weight to place: its names, the parameters (meta, with all of their names) that hold it, and its tensor in the
+    folder, None if it does not come from there.
+    """
+
+    names: list[str]
+    shape: torch.Size
+    records: int
+    encode_from: Callable[[Fill, int], RecordFill]
+    parameters: list[tuple[nn.Parameter, list[str]]] = field(default_factory=list)
+    tensor: str | None = None
 
 
 def load_base(
     model: nn.Module,
-    folder: TensorFolder,
-    stored: Mapping[str, str],
+    source: Source,
     placement: Placement,
+    *,
     dtype: torch.dtype,
-    seed: int,
+    held: Mapping[str, HeldWeight],
     initial: Mapping[str, Fill],
+    fresh: Callable[[str, torch.Size], Fill],
 ) -> list[str]:
-    """Give every parameter of `model` (on the meta device) its place: base weights from `folder`.
+    """Give every parameter of `model` (on the meta device) its place: base weights from `source`.
 
-    `stored` (`stored_names`) says what the folder calls a parameter; those in `initial` are
-    not the base's and start with its values.
-    Tied parameters stay tied. A parameter that is trained in full and not in the folder (a new task head), or a head's
-    that has another shape there (other labels), is initialised by `seed`; the names of these are returned. All names
-    and shapes are checked before a byte is read; another missing tensor or another shape is a UserError, the same on
-    every rank, and so is a tensor with NaN or infinity in it. Persistent buffers are read where the folder has them;
-    all buffers get their place, in their own dtype.
+    `held` are the weights, by name, that a storage holds. Parameters in `initial` are not the base's and start with
+    its values. Tied parameters stay tied. A parameter that is trained in full and not in the folder (a new task head),
+    or a head's that has another shape there (other labels), starts with `fresh(name, shape)`; the names of these are
+    returned. All names and shapes are checked before a byte is read; another missing tensor or another shape is a
+    UserError, the same on every rank, and so is a tensor with NaN or infinity in it. Persistent buffers are read where
+    the folder has them; all buffers get their place, in their own dtype.
     """
-    owners = _owners(model)
-    prefix = getattr(model, "base_model_prefix", "")
-    sources = {
-        id(p): None if names[0] in initial else _source_name(p, names, stored, prefix, folder)
-        for p, names in owners.values()
-    }
-    buffers = _stored_buffers(model, stored, prefix)
-    _check([(source, p) for p, _ in owners.values() if (source := sources[id(p)])] + buffers, folder)
-    for source, buffer in buffers:
-        buffer.copy_(folder.read(source, dtype=buffer.dtype))
+    folder, weights = source.folder, _weights(model, held, dtype)
+    for weight in weights:
+        weight.tensor = None if weight.names[0] in initial else _source_tensor(weight, source)
+    buffers = _stored_buffers(model, source)
+    _check([(w.tensor, w.shape) for w in weights if w.tensor] + [(name, b.shape) for name, b in buffers], folder)
+    for tensor, buffer in buffers:
+        buffer.copy_(folder.read(tensor, dtype=buffer.dtype))
     _place_buffers(model, placement)
-    std = getattr(getattr(model, "config", None), "initializer_range", None) or 0.02
-    fresh: list[str] = []
+    made: list[str] = []
     not_finite: list[str] = []
-    total = sum(p.numel() for p, _ in owners.values())
+    total = sum(weight.shape.numel() for weight in weights)
     with progress(total, "loading the base", "weight", unit_scale=True, leave=False, shown=placement.first) as bar:
-        for parameter, names in owners.values():
-            source = sources[id(parameter)]
-            if source is not None:
-                fill = _read(folder, source, not_finite)
-            elif names[0] in initial:
-                fill = initial[names[0]]
+        for weight in weights:
+            name, numel = weight.names[0], weight.shape.numel()
+            if weight.tensor is not None:
+                read = _read(folder, weight.tensor, not_finite)
+            elif name in initial:
+                read = initial[name]
             else:
-                fill = fresh_values(names[0], parameter.shape, seed, std)
-                fresh.append(names[0])
-            placed = placement.place(parameter, dtype, fill)
-            for name in names:
-                module, _, attribute = name.rpartition(".")
-                setattr(model.get_submodule(module), attribute, placed)
-            bar.update(parameter.numel())
+                read = fresh(name, weight.shape)
+                made.append(name)
+            placed = placement.place([p for p, _ in weight.parameters], weight.records, weight.encode_from(read, numel))
+            for parameter, (_, names) in zip(placed, weight.parameters, strict=True):
+                for name in names:
+                    module, _, attribute = name.rpartition(".")
+                    setattr(model.get_submodule(module), attribute, parameter)
+            bar.update(numel)
     if damaged := placement.anywhere(not_finite):
         raise UserError(
             f"{folder.entries[damaged[0]].path}: tensor {damaged[0]!r} holds NaN or infinity (such tensors: "
             f"{len(damaged)}); download or copy the file again, or save the model again"
         )
-    return fresh
+    return made
 
 
 def initial_values(name: str, shape: torch.Size, seed: int, bound: float, *, value: float = 0.0) -> Fill:
@@ -87,7 +131,7 @@ def initial_values(name: str, shape: torch.Size, seed: int, bound: float, *, val
     return fill
 
 
-def fresh_values(name: str, shape: torch.Size, seed: int, std: float) -> Fill:
+def fresh_values(name: str, shape: torch.Size, *, seed: int, std: float) -> Fill:
     """A new head's initial values, the same at every world size: N(0, std²); norms' weights 1, biases 0.
 
     That is what transformers does, save that the numbers follow from (seed, name).
@@ -114,31 +158,40 @@ def _constant(value: float) -> Fill:
     return fill
 
 
-def _owners(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[str]]]:
-    """Each distinct parameter with all of its names."""
+def _weights(model: nn.Module, held: Mapping[str, HeldWeight], dtype: torch.dtype) -> list[_Weight]:
+    """Everything to place, in the model's order: a weight that a storage holds, or a parameter by all of its names."""
     owners: dict[int, tuple[nn.Parameter, list[str]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), (parameter, []))[1].append(name)
-    return owners
+    whose = {parameter: name for name, weight in held.items() for parameter in weight.parameters}
+    weights: dict[str, _Weight] = {}
+    for parameter, names in owners.values():
+        kind: torch.dtype | None = None
+        if (owner := whose.get(names[0])) is not None:
+            of, kind = held[owner], held[owner].parameters[names[0]]
+            weight = weights.setdefault(owner, _Weight([owner], of.shape, of.records, of.encode_from))
+        else:
+            shape = parameter.shape
+            weight = weights[names[0]] = _Weight(names, shape, shape.numel(), lambda read, numel: in_place(read))
+        typed = nn.Parameter(parameter.detach().to(kind or dtype), parameter.requires_grad)
+        weight.parameters.append((typed, names))
+    return list(weights.values())
 
 
-def _source_name(
-    parameter: nn.Parameter, names: list[str], stored: Mapping[str, str], prefix: str, folder: TensorFolder
-) -> str | None:
-    """The tensor that holds a base parameter, under any of its names; None for one that is initialised instead."""
-    found = next(filter(None, (locate(name, stored, prefix) for name in names)), None)
-    if not parameter.requires_grad:
-        return found or names[0]
-    in_head = bool(prefix) and not names[0].startswith(f"{prefix}.")
-    resized = found is not None and tuple(folder.entries[found].shape) != tuple(parameter.shape)
-    return None if in_head and resized else found
+def _source_tensor(weight: _Weight, source: Source) -> str | None:
+    """The tensor that holds a base weight, under any of its names; None for one that is initialised instead."""
+    found = next(filter(None, map(source.locate, weight.names)), None)
+    if not weight.parameters[0][0].requires_grad:
+        return found or weight.names[0]
+    resized = found is not None and source.folder.entries[found].shape != tuple(weight.shape)
+    return None if resized and source.in_head(weight.names[0]) else found
 
 
-def _stored_buffers(model: nn.Module, stored: Mapping[str, str], prefix: str) -> list[tuple[str, Tensor]]:
+def _stored_buffers(model: nn.Module, source: Source) -> list[tuple[str, Tensor]]:
     """The buffers that the folder has a tensor for, such as BART's bias of the logits, each with that tensor's name."""
     kept = model.state_dict().keys()
-    found = [(locate(name, stored, prefix), buffer) for name, buffer in model.named_buffers() if name in kept]
-    return [(source, buffer) for source, buffer in found if source is not None]
+    found = [(source.locate(name), buffer) for name, buffer in model.named_buffers() if name in kept]
+    return [(tensor, buffer) for tensor, buffer in found if tensor is not None]
 
 
 def _place_buffers(model: nn.Module, placement: Placement) -> None:
@@ -149,20 +202,16 @@ def _place_buffers(model: nn.Module, placement: Placement) -> None:
         setattr(model.get_submodule(module), attribute, placed.setdefault(id(buffer), placement.place_buffer(buffer)))
 
 
-def _check(wanted: Iterable[tuple[str, Tensor]], folder: TensorFolder) -> None:
-    for problem in _problems(wanted, folder):
-        raise UserError(f"{problem}; is this folder the model that its config.json describes?")
-
-
-def _problems(wanted: Iterable[tuple[str, Tensor]], folder: TensorFolder) -> Iterator[str]:
-    for source, tensor in wanted:
-        if source not in folder.entries:
-            yield f"{folder.path}: has no tensor {source!r} (it has {len(folder.entries)} others)"
-        elif tuple(folder.entries[source].shape) != tuple(tensor.shape):
-            yield (
-                f"tensor {source!r} in {folder.entries[source].path} has shape "
-                f"{list(folder.entries[source].shape)}, the model needs {list(tensor.shape)}{_vocabulary(source)}"
-            )
+def _check(wanted: Iterable[tuple[str, torch.Size]], folder: TensorFolder) -> None:
+    doubt = "is this folder the model that its config.json describes?"
+    for tensor, shape in wanted:
+        entry = folder.entries.get(tensor)
+        if entry is None:
+            missing = f"has no tensor {tensor!r} (it has {len(folder.entries)} others)"
+            raise UserError(f"{folder.path}: {missing}; {doubt}")
+        if entry.shape != tuple(shape):
+            needs = f"has shape {list(entry.shape)}, the model needs {list(shape)}{_vocabulary(tensor)}"
+            raise UserError(f"tensor {tensor!r} in {entry.path} {needs}; {doubt}")
 
 
 def _vocabulary(tensor: str) -> str:

@@ -29,12 +29,12 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[int]:
 
 
 def forget_copies(parameter: nn.Parameter) -> None:
-    """Drop what else holds the parameter's old values, now that its shard is written: hpZ's second shard and whole
-    copies. The next use gathers it from the shards. On every rank alike: the gather is collective.
+    """Drop what still holds a parameter's old values after its shard was written: the second shard of hpZ
+    (hierarchical partitioning, which keeps one in every node) and whole copies.
+
+    The next use gathers it from the shards, so every rank must call this: the gather is collective.
     """
-    parameter.ds_secondary_tensor = None
-    if hasattr(parameter, "kept_whole"):
-        del parameter.kept_whole
+    parameter.ds_secondary_tensor = parameter.kept_whole = None
     if parameter.ds_status is ZeroParamStatus.AVAILABLE:
         parameter.ds_active_sub_modules.clear()
         free_param(parameter)
@@ -65,15 +65,15 @@ def replace_gathers(parameter: nn.Parameter) -> None:
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
-    """Neither quantized for the gather (ZeRO++ qwZ) nor held twice (hpZ)."""
+    """Whether the engine neither quantises it for the gather (qwZ of ZeRO++) nor holds a second shard (hpZ)."""
     return parameter.ds_secondary_tensor is None and not hasattr(parameter.ds_tensor, "ds_quant_scale")
 
 
 def _frozen_once(coalesced: Callable[..., Any]) -> Callable[..., Any]:
     """A coalesced gather that communicates a persistent frozen parameter once, as long as it stays what it is.
 
-    At every optimizer step the engine drops what all parameters hold, and gathers the persistent ones again, because
-    the step may have changed them. It cannot have changed a frozen one: what came the first time is kept.
+    At every optimizer step the engine frees the data of all parameters, and gathers the persistent ones again because
+    the step may have changed them. It cannot have changed a frozen one, so the result of its first gather is kept.
     """
 
     def gather(params: Iterable[nn.Parameter], **options: Any) -> Any:
@@ -86,9 +86,13 @@ def _frozen_once(coalesced: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _kept_whole(parameter: nn.Parameter) -> Tensor | None:
-    """The whole data kept of a frozen parameter; None if it is trained by now, or its shard has been written since."""
-    whole, version = getattr(parameter, "kept_whole", (None, 0))
-    return whole if not parameter.requires_grad and version == parameter.ds_tensor._version else None
+    """The whole data kept of a frozen parameter; None if there is none, if the parameter is trained by now, or if its
+    shard has been written since.
+    """
+    if parameter.kept_whole is None or parameter.requires_grad:
+        return None
+    whole, version = parameter.kept_whole
+    return whole if version == parameter.ds_tensor._version else None
 
 
 class _FrozenOnce:
@@ -113,14 +117,14 @@ class _FrozenOnce:
 
 
 IN_PLACE_BYTES = 2**20
-"""Smaller parameters stay in the engine's bucket: one collective for all of them."""
+"""Smaller parameters stay in the engine's bucket, which needs one collective for all of them."""
 
 
 def _in_place(coalesced: Callable[..., Any]) -> Callable[..., Any]:
     """The engine's coalesced gather, with large parameters received where they will be used.
 
-    Over gloo the engine fills a bucket, gloo another one inside, and torch.cat copies every parameter out of it: on
-    a CPU the page faults of these buffers cost more than the transfer. NCCL gathers in place already.
+    With the gloo backend, the engine fills a buffer, gloo fills another inside, and torch.cat copies every parameter
+    out of it: on a CPU the page faults of these buffers cost more than the transfer. NCCL gathers in place already.
     """
 
     def gather(params: Iterable[nn.Parameter], safe_mode: bool = False, quantize: bool = False) -> Any:

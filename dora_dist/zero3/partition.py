@@ -53,5 +53,7 @@ def local_values(parameter: Tensor) -> Tensor:
 
 
 def local_piece(layer: AdaptedLinear) -> WeightPiece:
-    """This rank's piece of a layer's frozen weight."""
-    return WeightPiece(local_values(layer.weight), local_range(layer.weight)[0])
+    """This rank's piece of a layer's frozen weight: whole records of its storage."""
+    held, stored = layer.held(), next(iter(layer.storage.tensors.values()))
+    first_record = local_range(held[0])[0] // stored.elements
+    return WeightPiece([local_values(parameter) for parameter in held], first_record * layer.storage.record)

@@ -1,5 +1,6 @@
 """Placing a model's parameters as ZeRO-3 shards: the `weights.placement.Placement` of a run with ranks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -11,7 +12,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import free_param
 from torch import Tensor, nn
 
-from dora_dist.weights.placement import Fill
+from dora_dist.weights.placement import RecordFill
 from dora_dist.zero3.gather import forget_copies, replace_gathers
 from dora_dist.zero3.partition import local_range
 
@@ -31,31 +32,44 @@ class ShardedPlacement:
     def first(self) -> bool:
         return self._init.rank == 0
 
-    def place(self, parameter: nn.Parameter, dtype: torch.dtype, fill: Fill) -> nn.Parameter:
-        init = self._init
+    def place(self, parameters: Sequence[nn.Parameter], records: int, fill: RecordFill) -> list[nn.Parameter]:
+        sharded = [self._hollow(parameter, records) for parameter in parameters]
+        world, rank = sharded[0].ds_zero_partition_world_size, sharded[0].ds_zero_partition_rank
+        share = -(-records // world)
+        first, last = min(rank * share, records), min((rank + 1) * share, records)
+        lengths = [share * (parameter.numel() // records) for parameter in parameters]
+        values = [torch.zeros(n, dtype=p.dtype) for n, p in zip(lengths, parameters, strict=True)]
+        fill(first, last, [v[: (last - first) * (len(v) // share)] for v in values])
+        for parameter, shard in zip(sharded, values, strict=True):
+            self._give(parameter, shard)
+        return sharded
+
+    def _hollow(self, parameter: nn.Parameter, records: int) -> nn.Parameter:
+        """A parameter that the engine knows, with no shard yet."""
+        init, shape = self._init, parameter.shape
+        elements = parameter.numel() // records
+        if elements > 1:  # the engine cuts at ceil(numel / world size), which must be at the end of a record
+            shape = torch.Size([elements * -(-records // init.dp_world_size) * init.dp_world_size])
         # One element of memory, expanded to the full shape, is all that the conversion looks at.
-        hollow = torch.empty(1, dtype=dtype, device=init.local_device).expand(parameter.shape)
+        hollow = torch.empty(1, dtype=parameter.dtype, device=init.local_device).expand(shape)
         sharded = nn.Parameter(hollow, parameter.requires_grad)
         init._convert_to_deepspeed_param(sharded)
-        world, rank = sharded.ds_zero_partition_world_size, sharded.ds_zero_partition_rank
-        length = -(-sharded.ds_numel // world)  # said once: from here on it is the shard's own `ds_numel`
-        start = min(rank * length, sharded.ds_numel)
-        stop = min(start + length, sharded.ds_numel)
+        return sharded
 
-        values = torch.zeros(length, dtype=dtype)
-        fill(start, stop, values[: stop - start])
-        shard = values.to(init.remote_device)
-        if init.pin_memory:
+    def _give(self, parameter: nn.Parameter, values: Tensor) -> None:
+        """Make `values`, padding included, the parameter's shard."""
+        shard = values.to(self._init.remote_device)
+        if self._init.pin_memory:
             shard = get_accelerator().pin_memory(shard)
-        shard.ds_numel = length
+        shard.ds_numel = len(values)  # said once: from here on it is the shard's own `ds_numel`
         shard.status = PartitionedParamStatus.AVAILABLE
         shard.final_location = None
-        sharded.ds_tensor = shard
-        sharded.ds_numel_aligned = length * world
-        free_param(sharded)
-        if world > 1:
-            replace_gathers(sharded)
-        return sharded
+        parameter.ds_tensor = shard
+        parameter.kept_whole = None  # a frozen one's data, where `gather.py` keeps it
+        parameter.ds_numel_aligned = len(values) * parameter.ds_zero_partition_world_size
+        free_param(parameter)
+        if parameter.ds_zero_partition_world_size > 1:
+            replace_gathers(parameter)
 
     def place_buffer(self, buffer: Tensor) -> Tensor:
         return buffer.to(self._init.local_device)  # the engine moves parameters only

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dora_dist.weights.placement import in_place
 from tests.ranks import run_ranks
 
 SHAPES = [(11, 6), (6, 11), (1, 2), (3, 1), (64, 129)]  # cut rows, and ranks that hold nothing but padding
@@ -48,8 +49,9 @@ def place_everything(model: nn.Module, placement: Any, weights: dict[str, Tensor
         def fill(start: int, stop: int, out: Tensor, whole: Tensor = whole) -> None:
             out.copy_(whole.flatten()[start:stop])
 
+        [placed] = placement.place([parameter], parameter.numel(), in_place(fill))
         module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, placement.place(parameter, torch.float32, fill))
+        setattr(model.get_submodule(module), attribute, placed)
 
 
 def exact_norm(layer: Any) -> Tensor:

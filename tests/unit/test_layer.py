@@ -15,7 +15,7 @@ from dora_dist.adapters.method import AdapterMethod
 from dora_dist.adapters.methods import DynamicRank, LowRank, WeightDecomposed
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.recompute import keeping_outputs
-from dora_dist.adapters.storage import PlainStorage
+from dora_dist.adapters.storage.plain import PlainStorage
 from tests.toy import relative_error
 
 IN, OUT, R, ALPHA = 37, 53, 5, 7.0

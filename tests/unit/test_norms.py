@@ -56,7 +56,7 @@ def test_partial_sums_of_any_pieces_add_up_to_the_norm(shape: tuple[int, int], w
     flat = layer.weight.detach().flatten()
     sums = torch.zeros(shape[0])
     for start in range(0, flat.numel(), -(-flat.numel() // world_size)):
-        piece = WeightPiece(flat[start : start + -(-flat.numel() // world_size)], start)
+        piece = WeightPiece([flat[start : start + -(-flat.numel() // world_size)]], start)
         add_base_squares(layer, piece, sums)
         add_adapter_squares(layer, piece, sums)
     assert torch.allclose(sums.sqrt().double(), exact_norm(layer), rtol=1e-6, atol=0)
