@@ -96,3 +96,11 @@ def test_the_site_builds_without_a_warning_and_asks_no_network(tmp_path: Path) -
         assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=\"(?:https?:)?//", text), page
         assert 'class="arithmatex"' not in text, page  # a formula that stayed LaTeX
         assert "{{" not in text, page
+
+
+def test_every_example_is_shown_on_a_page_and_run_by_a_test() -> None:
+    pages = "".join(page.read_text() for page in PAGES)
+    tests = "".join(test.read_text() for test in (ROOT / "tests").rglob("test_*.py") if test != Path(__file__))
+    for example in (ROOT / "examples").glob("*.py"):
+        assert f'--8<-- "examples/{example.name}"' in pages
+        assert re.search(rf"\b{example.stem}\b", tests), example
