@@ -18,6 +18,18 @@ _DATA_FIELDS = {
     **dict.fromkeys(("image_folder", "image_aspect_ratio", "max_image_pixels", "chat_template"), "a LLaVA"),
 }
 
+_SETTINGS = (
+    "mode",
+    "format",
+    "instruction",
+    "normalise",
+    "num_beams",
+    "max_new_tokens",
+    "batch_size",
+    "limit",
+    "dtype",
+)
+
 
 def declare_evaluate(commands: Commands) -> None:
     command = declare(
@@ -118,28 +130,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     if len(tasks) < len(options.tasks):
         raise UserError(f"--tasks: a name is given twice in {', '.join(name for name, _ in options.tasks)}")
     plugins.load(options.plugins, "--plugins")
-    from dora_dist.evaluation.run import as_table, check_output, evaluate, write_result
+    from dora_dist.evaluation.results import as_table, check_output, write_result
+    from dora_dist.evaluation.run import evaluate
 
     if options.output is not None:
         check_output(options.output)
     if (choice := run_folder.chosen(Path(options.model))) is not None:
         note(f"evaluating {choice.told('evaluate {} --tasks ...')}")
+    fields = {name: getattr(options, name) for name in _DATA_FIELDS if getattr(options, name) is not None}
+    settings = {name: getattr(options, name) for name in _SETTINGS}
     with ended_by_signals():
-        result = evaluate(
-            options.model,
-            tasks,
-            mode=options.mode,
-            format=options.format,
-            instruction=options.instruction,
-            batch_size=options.batch_size,
-            num_beams=options.num_beams,
-            max_new_tokens=options.max_new_tokens,
-            normalise=options.normalise,
-            limit=options.limit,
-            dtype=options.dtype,
-            base=options.base,
-            fields={name: getattr(options, name) for name in _DATA_FIELDS if getattr(options, name) is not None},
-        )
+        result = evaluate(options.model, tasks, base=options.base, fields=fields, **settings)
         say(as_table(result))  # first: a file that cannot be written must not take it along
         if options.output is not None:
             write_result(result, options.output)

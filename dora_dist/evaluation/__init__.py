@@ -1,8 +1,9 @@
-"""Models on files: accuracy of language models, generated as in the paper or by likelihood; answers about pictures;
-other tasks' metrics."""
+"""Models on files of records: `evaluate` loads a model, asks it what its task says, and collects the scores."""
 
-from dora_dist.evaluation.commonsense import PAPER_TASKS, Task
-from dora_dist.evaluation.labels import score_task
-from dora_dist.evaluation.run import as_table, evaluate
+from dora_dist.evaluation.results import as_table
+from dora_dist.evaluation.run import evaluate
+from dora_dist.tasks.evaluations.base import Settings
+from dora_dist.tasks.evaluations.commonsense import PAPER_TASKS
+from dora_dist.tasks.evaluations.labels import score_task
 
-__all__ = ["PAPER_TASKS", "Task", "as_table", "evaluate", "score_task"]
+__all__ = ["PAPER_TASKS", "Settings", "as_table", "evaluate", "score_task"]

@@ -1,5 +1,6 @@
 """A model to ask questions of, in one process: plain, or with an adapter on its base."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,17 @@ def _plain(folder: Path, dtype: str) -> Any:
 
 
 def tokenizer_at(path: str, base: str | None = None) -> Any:
-    """The tokenizer of the model that `load_for_inference` would load: the adapter folder's where it holds one, else
-    the one that its run names, else the base's."""
+    """The tokenizer of the model that `load_for_inference` would load."""
+    return load_tokenizer(tokenizer_source(path, base), generative=head_at(path).generative)
+
+
+def tokenizer_source(path: str, base: str | None = None) -> str | Path:
+    """What that tokenizer is read from: the adapter folder where it holds one, else what its run names, else the
+    base's folder."""
     adapter = adapter_at(path)
     run = run_folder.config_of(adapter).get("model", {}) if adapter else {}
     with_adapter = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
-    source = with_adapter or run.get("tokenizer") or base_folder(path, base)
-    return load_tokenizer(source, generative=head_at(path).generative)
+    return with_adapter or run.get("tokenizer") or base_folder(path, base)
 
 
 def head_at(path: str) -> Head:
@@ -124,6 +129,38 @@ def run_of(path: str) -> dict[str, Any]:
     """The configuration of the run that the adapter at `path` was trained in; {} for any other model."""
     adapter = adapter_at(path)
     return run_folder.config_of(adapter) if adapter else {}
+
+
+class EvaluatedModel:
+    """What can be known of a model before `load` reads its weights; each is looked up when it is first asked for."""
+
+    def __init__(self, path: str, base: str | None) -> None:
+        """base: folder or hub name of the model under an adapter, in place of what the run or the adapter names."""
+        self.path, self._base = path, base
+
+    @cached_property
+    def head(self) -> Head:
+        return head_at(self.path)
+
+    @cached_property
+    def run(self) -> dict[str, Any]:
+        return run_of(self.path)
+
+    @cached_property
+    def base(self) -> Path:
+        return base_folder(self.path, self._base)
+
+    @cached_property
+    def tokenizer_source(self) -> str | Path:
+        return tokenizer_source(self.path, self._base)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return tokenizer_at(self.path, self._base)
+
+    def load(self, dtype: str) -> Any:
+        """The model in evaluation mode (see `load_for_inference`)."""
+        return load_for_inference(self.path, dtype, self._base)[0]
 
 
 class _FiniteLogits:

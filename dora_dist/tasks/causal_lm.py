@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dora_dist.config import DataConfig, ModelConfig, TrainingConfig
     from dora_dist.data import Reader
     from dora_dist.models.heads import Head
+    from dora_dist.tasks.evaluations.base import Evaluation, Settings, Subject
     from dora_dist.tasks.objectives.base import Objective
 
 
@@ -44,3 +45,8 @@ class CausalLM(Task):
         from dora_dist.tasks.objectives.language import LanguageModelling
 
         return LanguageModelling(processor)
+
+    def evaluation(self, subject: Subject, settings: Settings) -> Evaluation:
+        from dora_dist.tasks.evaluations.language import LanguageEvaluation
+
+        return LanguageEvaluation(self.name, subject, settings)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dora_dist.config import DataConfig, ModelConfig, TrainingConfig
     from dora_dist.data import Reader
     from dora_dist.models.heads import Head
+    from dora_dist.tasks.evaluations.base import Evaluation, Settings, Subject
     from dora_dist.tasks.objectives.base import Objective
 
 
@@ -59,3 +60,8 @@ class ImageTextToText(Task):
         from dora_dist.tasks.objectives.language import PictureModelling
 
         return PictureModelling(processor)
+
+    def evaluation(self, subject: Subject, settings: Settings) -> Evaluation:
+        from dora_dist.tasks.evaluations.pictures import PicturesEvaluation
+
+        return PicturesEvaluation(self.name, subject, settings)

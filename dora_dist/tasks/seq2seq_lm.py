@@ -19,6 +19,7 @@ class Seq2SeqLM(Task):
     name = "seq2seq_lm"
     formats = ("summarisation",)
     fields = ("text_fields", "label_field", "target_len")
+    searching = ("num_beams", "max_new_tokens")
     packages = ("rouge_score",)
     trains_in_full = False
 

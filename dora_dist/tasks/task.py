@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dora_dist.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
     from dora_dist.data import Reader
     from dora_dist.models.heads import Head
+    from dora_dist.tasks.evaluations.base import Evaluation, Settings, Subject
     from dora_dist.tasks.objectives.base import Objective
 
 
@@ -24,14 +25,15 @@ class Task:
     """What a model is trained for. The defaults here are those of a task on texts.
 
     name: as in model.task. formats: of its records, as in data.format. fields: of the data section,
-    those that mean nothing to most other tasks. packages: modules of pyproject's extras that it imports.
-    trains_in_full: whether something is trained in full beside the adapters even where
-    adapter.trained_modules is null.
+    those that mean nothing to most other tasks. searching: settings of evaluation by which the model writes its answers
+    (num_beams, max_new_tokens). packages: modules of pyproject's extras that it imports. trains_in_full: whether
+    something is trained in full besides the adapters even where adapter.trained_modules is null.
     """
 
     name: ClassVar[str]
     formats: ClassVar[tuple[str, ...]]
     fields: ClassVar[tuple[str, ...]] = ()
+    searching: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[tuple[str, ...]] = ()
     trains_in_full: ClassVar[bool] = True
 
@@ -95,6 +97,15 @@ class Task:
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         """What a run minimises and measures, for a `model` of transformers."""
         raise NotImplementedError
+
+    def evaluation(self, subject: Subject, settings: Settings) -> Evaluation:
+        """How `evaluate` measures a model. Raises UserError for settings that mean nothing here.
+
+        By default as training does: the objective's metrics on records of the task's format.
+        """
+        from dora_dist.tasks.evaluations.records import RecordsEvaluation
+
+        return RecordsEvaluation(self, subject, settings)
 
 
 TASKS: dict[str, Task] = {}

@@ -17,7 +17,7 @@ from dora_dist.checkpoint import run_folder
 from dora_dist.data.formats import FORMATS
 from dora_dist.data.texts import encode
 from dora_dist.evaluation import as_table, evaluate
-from dora_dist.evaluation.answers import exchange, reference, turn_ends
+from dora_dist.tasks.evaluations.answers import exchange, reference, turn_ends
 from tests import toy
 
 # Turns end with a token that is not the tokenizer's end of sequence, which nothing here is trained to say.

@@ -16,11 +16,11 @@ from dora_dist.data.conversations import VICUNA_SYSTEM, Conversation, render, re
 from dora_dist.data.texts import encode
 from dora_dist.evaluation import as_table, evaluate
 from dora_dist.evaluation.inference import load_for_inference
-from dora_dist.evaluation.pictures import answer_questions, candidate_scores, likeliest_answers
-from dora_dist.evaluation.questions import Question, read_questions
 from dora_dist.models.families import load_processor
 from dora_dist.models.llava.assemble import assemble_llava
 from dora_dist.runtime.errors import UserError
+from dora_dist.tasks.evaluations.pictures import answer_questions, candidate_scores, likeliest_answers
+from dora_dist.tasks.evaluations.questions import PictureQuestion, read_questions
 from tests import llava, toy
 
 NAMES = [f"{i}.png" for i in range(6)]
@@ -67,8 +67,8 @@ def model(folder: Path) -> Any:
     return load_for_inference(str(folder / "base"), "fp32")[0]
 
 
-def question(text: str, *pictures: str, **fields: Any) -> Question:
-    return Question("id", "a.jsonl, line 1", text, pictures, **fields)
+def question(text: str, *pictures: str, **fields: Any) -> PictureQuestion:
+    return PictureQuestion("id", "a.jsonl, line 1", text, pictures, **fields)
 
 
 MIXED = [
@@ -98,7 +98,7 @@ def test_the_prompt_is_the_training_text_up_to_the_answer(template: str, process
         assert prompt == f"{VICUNA_SYSTEM} USER: <image>\nis it red? ASSISTANT:"
 
 
-def asked(folder: Path, record: dict[str, Any], format: str, **options: Any) -> Question:
+def asked(folder: Path, record: dict[str, Any], format: str, **options: Any) -> PictureQuestion:
     (folder / "one.jsonl").write_text(json.dumps(record) + "\n")
     [read] = read_questions(str(folder / "one.jsonl"), format, **options)
     return read
@@ -163,7 +163,7 @@ def test_an_answer_does_not_depend_on_its_batch(num_beams: int, model: Any, proc
     assert len({together[i] for i in (0, 4, 6)}) > 1  # the same question about different pictures
 
 
-def theirs(model: Any, folder: Path, one: Question, num_beams: int = 1, template: str = "vicuna_v1") -> str:
+def theirs(model: Any, folder: Path, one: PictureQuestion, num_beams: int = 1, template: str = "vicuna_v1") -> str:
     """The answer by transformers' own processor and `generate`."""
     from transformers import AutoProcessor
 
@@ -251,7 +251,7 @@ def test_an_image_token_of_id_0_is_not_taken_for_padding(folder: Path, tmp_path:
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), atol=1e-4, rtol=0)
 
 
-def plain_scores(model: Any, processor: Any, one: Question, template: str, space: str) -> list[float]:
+def plain_scores(model: Any, processor: Any, one: PictureQuestion, template: str, space: str) -> list[float]:
     """A forward per candidate; the log-probabilities of what follows the prompt."""
     pictures = [processor.reader(name) for name in one.pictures]
     pixels = {"pixel_values": torch.stack(pictures)} if pictures else {}

@@ -24,10 +24,10 @@ from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.checkpoint import run_folder
 from dora_dist.data.formats import Rendered, candidate, generation_prompt, training_prompt
 from dora_dist.evaluation import PAPER_TASKS, as_table, evaluate, score_task
-from dora_dist.evaluation.commonsense import candidates
 from dora_dist.evaluation.inference import base_folder
-from dora_dist.evaluation.likelihood import candidate_log_probs
 from dora_dist.runtime.errors import UserError
+from dora_dist.tasks.evaluations.commonsense import candidates
+from dora_dist.tasks.evaluations.likelihood import candidate_log_probs
 from tests import toy
 
 # Candidates of one, two and many tokens; some begin with a piece that takes in the prompt's last space

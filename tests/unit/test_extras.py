@@ -55,7 +55,7 @@ def test_everything_can_be_imported_without_any_extra() -> None:
 def test_a_format_that_cannot_be_scored_is_refused_before_a_question_is_asked(
     module: str, format: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dora_dist.evaluation.questions import check_format
+    from dora_dist.tasks.evaluations.questions import check_format
 
     monkeypatch.setitem(sys.modules, module, None)
     check_format("vqa", "generate")

@@ -20,8 +20,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 from dora_dist.config import RunConfig
 from dora_dist.data.conversations import read_conversation
-from dora_dist.evaluation.questions import read_questions
 from dora_dist.runtime.errors import UserError
+from dora_dist.tasks.evaluations.questions import read_questions
 
 KINDS = ("Animals & Nature", "Food & Drink", "Flags")
 

@@ -12,8 +12,8 @@ import torch
 
 from dora_dist.config import RunConfig
 from dora_dist.data.records import load_records
-from dora_dist.evaluation.commonsense import candidates
 from dora_dist.runtime.errors import UserError
+from dora_dist.tasks.evaluations.commonsense import candidates
 
 SOCIAL = "Story {i}; it ends. What will Remy want to do next? A: go: home {i}; B: stay; C: sing a song{dot}"
 

@@ -20,7 +20,7 @@ def positions_of(folder: Path) -> int | None:
     return None if stretched else getattr(config, "max_position_embeddings", None)
 
 
-def check_lengths(places: Sequence[str], lengths: Sequence[int], positions: int | None, new_tokens: int = 0) -> None:
+def check_lengths(places: Sequence[str], lengths: Sequence[int], positions: int | None, *, new_tokens: int = 0) -> None:
     """Raise UserError, naming the first record, if texts of `lengths` tokens and `new_tokens` more are too long."""
     if positions is None:
         return

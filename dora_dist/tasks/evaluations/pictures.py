@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,123 +13,123 @@ import torch
 from dora_dist.config import DataConfig, RunConfig
 from dora_dist.data.conversations import Conversation, render, render_question
 from dora_dist.data.pictures import PictureProcessor, missing_pictures
-from dora_dist.evaluation.generation import beam_search
-from dora_dist.evaluation.lengths import check_lengths, positions_of
-from dora_dist.evaluation.likelihood import candidate_log_probs
-from dora_dist.evaluation.questions import FORMATS, Question, check_format, read_questions
+from dora_dist.models.families import load_processor
 from dora_dist.runtime import console
 from dora_dist.runtime.errors import UserError
-from dora_dist.tasks import problems
+from dora_dist.tasks.evaluations.base import Asked, Evaluation, Settings, Subject
+from dora_dist.tasks.evaluations.generation import beam_search
+from dora_dist.tasks.evaluations.lengths import check_lengths, positions_of
+from dora_dist.tasks.evaluations.likelihood import candidate_log_probs
+from dora_dist.tasks.evaluations.questions import FORMATS, PictureQuestion, check_format, read_questions
+from dora_dist.tasks.rules import problems
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dora_dist.data.formats import Rendered
 
-PICTURE_FIELDS = ("image_folder", "image_aspect_ratio", "max_image_pixels", "chat_template")
+FIELDS = ("image_folder", "image_aspect_ratio", "max_image_pixels", "chat_template")
 """Fields of the configuration's data section that matter here."""
+KNOWN = (*FIELDS, "mode", "format", "instruction", "normalise", "num_beams", "max_new_tokens")
 
 
-def evaluate_pictures(
-    model_path: str | Path,
-    tasks: Mapping[str, str | Path],
-    *,
-    fields: Mapping[str, Any],
-    mode: str = "generate",
-    format: str = "vqa",
-    instruction: str | None = None,
-    normalise: str = "sum",
-    num_beams: int = 1,
-    max_new_tokens: int | None = None,
-    batch_size: int = 8,
-    limit: int | None = None,
-    dtype: str | None = None,
-    base: str | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """The result of `evaluation.evaluate` for a LLaVA, in one process.
-
-    `fields` are some of PICTURE_FIELDS. They and `dtype` are by default those of the run, if `model_path` is a run
-    folder, a checkpoint or a checkpoint's adapter; else the configuration's defaults, and bf16. Records, prompts and
-    whether all pictures are there are checked before the model is loaded. Raises UserError for records that do not
-    fit the format, and for pictures that cannot be read.
+class PicturesEvaluation(Evaluation):
+    """FIELDS and dtype are by default those of the run in which the model was trained, else the configuration's
+    defaults, and bf16; the format is "vqa".
     """
-    from dora_dist.evaluation.inference import base_folder, load_for_inference, run_of
 
-    check_format(format, mode)
-    run = run_of(str(model_path))
-    data = _data(str(model_path), tasks, run.get("data", {}), fields)
-    asked = {name: read_questions(str(file), format, instruction, limit) for name, file in tasks.items()}
-    work: dict[str, Any] = {"batch_size": batch_size}
-    if mode == "generate":
-        work |= {"num_beams": num_beams, "max_new_tokens": max_new_tokens or FORMATS[format].max_new_tokens}
-    else:
-        work |= {"normalise": normalise}
-    folder = base_folder(str(model_path), base)
-    processor = _processor(folder, run, data, asked, format, work.get("max_new_tokens", 0))
-    dtype = dtype or run.get("model", {}).get("dtype", "bf16")
-    answer = partial(answer_questions if mode == "generate" else likeliest_answers, template=data.chat_template, **work)
-    started = time.perf_counter()
-    model, _ = load_for_inference(str(model_path), dtype, base)
-    loaded, results = time.perf_counter(), {}
-    for name, questions in asked.items():
-        began = time.perf_counter()
-        with console.progress(len(questions), f"{name} ({mode})", " questions", shown=progress) as bar:
-            answers = answer(model, processor, questions, advance=bar.update)
-        results[name] = {"file": str(tasks[name]), **_scores(questions, answers, format)}
-        results[name] |= {"seconds": round(time.perf_counter() - began, 3)}
-    given = {"format": format, "instruction": FORMATS[format].instruction if instruction is None else instruction}
-    pictures = data.model_dump(include={*PICTURE_FIELDS})
-    return {
-        "model": str(model_path),
-        "task": "image_text_to_text",
-        "mode": mode,
-        "settings": {**given, **work, "dtype": dtype, "limit": limit, "data": pictures},
-        "tasks": results,
-        "load_seconds": round(loaded - started, 3),
-        "seconds": round(time.perf_counter() - loaded, 3),
-    }
+    def __init__(self, task: str, subject: Subject, settings: Settings) -> None:
+        settings.refuse_loss(task)
+        settings.refuse_other_modes()
+        settings.refuse_all_but(KNOWN, task)
+        self.mode, self._format = settings.mode or "generate", settings.format or "vqa"
+        check_format(self._format, self.mode)
+        how = FORMATS[self._format]
+        self._subject, self._limit, self._instruction = subject, settings.limit, settings.instruction
+        self._data = _data(task, subject, settings.fields)
+        self.work: dict[str, Any] = {"batch_size": settings.batch_size}
+        if self.mode == "generate":
+            new = settings.max_new_tokens or how.max_new_tokens
+            self.work |= {"num_beams": settings.num_beams or 1, "max_new_tokens": new}
+        else:
+            self.work |= {"normalise": settings.normalise or "sum"}
+        self.dtype = settings.dtype or subject.run.get("model", {}).get("dtype", "bf16")
+        self.facts = {"task": task, "mode": self.mode}
+        instruction = how.instruction if settings.instruction is None else settings.instruction
+        self.settings = {
+            "format": self._format,
+            "instruction": instruction,
+            **self.work,
+            "dtype": self.dtype,
+            "limit": settings.limit,
+            "data": self._data.model_dump(include={*FIELDS}),
+        }
+
+    @cached_property
+    def processor(self) -> PictureProcessor:
+        return load_processor(self._subject.base, self._data, self._subject.run.get("model", {}).get("tokenizer"))
+
+    @cached_property
+    def _positions(self) -> int | None:
+        return positions_of(self._subject.base)
+
+    def read(self, name: str, file: str) -> Asked:
+        """Records, prompts and whether all pictures are there are checked. Raises UserError."""
+        template, questions = (
+            self._data.chat_template,
+            read_questions(file, self._format, self._instruction, self._limit),
+        )
+        if template == "plain" and FORMATS[self._format].needs_text:
+            raise UserError(
+                f'--format {self._format}: under data.chat_template = "plain" a model sees no question, only pictures; '
+                "evaluate its captions (--format captions), or give the template that it answers under "
+                "(--chat-template vicuna_v1 or model)"
+            )
+        _check_pictures(questions, self._data.image_folder)
+        texts = _prompts(questions, template, self.processor)
+        lengths = [len(prompt) for prompt in _tokens(texts, self.processor)]
+        new = self.work.get("max_new_tokens", 0)
+        check_lengths([question.place for question in questions], lengths, self._positions, new_tokens=new)
+        return _Questions(name, questions, self._format, evaluation=self, template=template)
 
 
-def _data(path: str, tasks: Mapping[str, Any], run: Mapping[str, Any], fields: Mapping[str, Any]) -> DataConfig:
+class _Questions(Asked):
+    def __init__(
+        self,
+        name: str,
+        questions: Sequence[PictureQuestion],
+        format: str,
+        *,
+        evaluation: PicturesEvaluation,
+        template: str,
+    ) -> None:
+        self._label, self._questions, self._format = f"{name} ({evaluation.mode})", questions, format
+        how = answer_questions if evaluation.mode == "generate" else likeliest_answers
+        self._answer = partial(how, template=template, **evaluation.work)
+        self._evaluation = evaluation
+
+    def score(self, model: Any, *, progress: bool) -> dict[str, Any]:
+        """The format's metrics, "total", and "predictions" by record."""
+        questions = self._questions
+        with console.progress(len(questions), self._label, " questions", shown=progress) as bar:
+            answers = self._answer(model, self._evaluation.processor, questions, advance=bar.update)
+        predictions = [{"id": question.id, "answer": text} for question, text in zip(questions, answers, strict=True)]
+        metrics = FORMATS[self._format].score(questions, answers)
+        return {**metrics, "total": len(questions), "predictions": predictions}
+
+
+def _data(task: str, subject: Subject, fields: Mapping[str, Any]) -> DataConfig:
     """How pictures and questions become input: `fields`, else those of a run's data section, else the defaults.
 
     image_folder is None where nothing says it, as it may be where no question has a picture.
     """
-    known = {name: value for name, value in run.items() if name in PICTURE_FIELDS}
-    data = {"train": [str(file) for file in tasks.values()], **known, **fields, "format": "llava", "loss_on": "answer"}
+    known = {name: value for name, value in subject.run.get("data", {}).items() if name in FIELDS}
+    data = {"train": "-", **known, **fields, "format": "llava", "loss_on": "answer"}
     unset = data.get("image_folder") is None
-    model = {"path": path, "task": "image_text_to_text"}
+    model = {"path": subject.path, "task": task}
     raw = {"model": model, "data": {**data, "image_folder": "."} if unset else data}
     found = RunConfig.from_dict(raw, origin="the evaluation", rules=problems).data
     return found.model_copy(update={"image_folder": None}) if unset else found
-
-
-def _processor(
-    base: Path,
-    run: Mapping[str, Any],
-    data: DataConfig,
-    asked: Mapping[str, Sequence[Question]],
-    format: str,
-    new_tokens: int,
-) -> PictureProcessor:
-    """The model's processor. Raises UserError for questions that it, the chat template or the model cannot take."""
-    from dora_dist.models.families import load_processor
-
-    if data.chat_template == "plain" and FORMATS[format].needs_text:
-        raise UserError(
-            f'--format {format}: under data.chat_template = "plain" a model sees no question, only pictures; evaluate '
-            "its captions (--format captions), or give the template that it answers under (--chat-template vicuna_v1 "
-            "or model)"
-        )
-    for questions in asked.values():
-        _check_pictures(questions, data.image_folder)
-    processor, positions = load_processor(base, data, run.get("model", {}).get("tokenizer")), positions_of(base)
-    for questions in asked.values():
-        texts = _prompts(questions, data.chat_template, processor)
-        lengths = [len(prompt) for prompt in _tokens(texts, processor)]
-        check_lengths([question.place for question in questions], lengths, positions, new_tokens)
-    return processor
 
 
 def _tokens(prompts: Sequence[str], processor: PictureProcessor) -> list[list[int]]:
@@ -139,7 +138,7 @@ def _tokens(prompts: Sequence[str], processor: PictureProcessor) -> list[list[in
     return [stands.widened(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in prompts]
 
 
-def _check_pictures(questions: Sequence[Question], folder: str | None) -> None:
+def _check_pictures(questions: Sequence[PictureQuestion], folder: str | None) -> None:
     """Raise UserError if a question's picture is not there."""
     shown = [question for question in questions if question.pictures]
     if shown and folder is None:
@@ -154,17 +153,11 @@ def _check_pictures(questions: Sequence[Question], folder: str | None) -> None:
             )
 
 
-def _scores(questions: Sequence[Question], answers: Sequence[str], format: str) -> dict[str, Any]:
-    """The format's metrics, "total", and "predictions" by record."""
-    predictions = [{"id": question.id, "answer": text} for question, text in zip(questions, answers, strict=True)]
-    return {**FORMATS[format].score(questions, answers), "total": len(questions), "predictions": predictions}
-
-
 @torch.no_grad()
 def answer_questions(
     model: Any,
     processor: PictureProcessor,
-    questions: Sequence[Question],
+    questions: Sequence[PictureQuestion],
     *,
     template: str = "vicuna_v1",
     batch_size: int = 8,
@@ -201,7 +194,7 @@ def answer_questions(
 
 
 def likeliest_answers(
-    model: Any, processor: PictureProcessor, questions: Sequence[Question], **options: Any
+    model: Any, processor: PictureProcessor, questions: Sequence[PictureQuestion], **options: Any
 ) -> list[str]:
     """Each question's most probable candidate; `options` as of `candidate_scores`."""
     scores = candidate_scores(model, processor, questions, **options)
@@ -214,7 +207,7 @@ def likeliest_answers(
 def candidate_scores(
     model: Any,
     processor: PictureProcessor,
-    questions: Sequence[Question],
+    questions: Sequence[PictureQuestion],
     *,
     template: str = "vicuna_v1",
     normalise: str = "sum",
@@ -228,7 +221,7 @@ def candidate_scores(
     """
     tokenizer, token, device = processor.tokenizer, processor.stands.token, next(model.parameters()).device
 
-    def answered(question: Question, answer: str) -> Rendered:
+    def answered(question: PictureQuestion, answer: str) -> Rendered:
         turns = (("user", question.text), ("assistant", answer))
         rendered = render(Conversation(turns, question.pictures), template, tokenizer, token, spans=True)
         [(start, _)] = rendered.answers
@@ -247,7 +240,7 @@ def candidate_scores(
     )
 
 
-def _prompts(questions: Sequence[Question], template: str, processor: PictureProcessor) -> list[str]:
+def _prompts(questions: Sequence[PictureQuestion], template: str, processor: PictureProcessor) -> list[str]:
     texts = []
     for question in questions:
         try:
@@ -257,7 +250,9 @@ def _prompts(questions: Sequence[Question], template: str, processor: PicturePro
     return texts
 
 
-def _pictures(processor: PictureProcessor, questions: Sequence[Question], device: torch.device) -> dict[str, Tensor]:
+def _pictures(
+    processor: PictureProcessor, questions: Sequence[PictureQuestion], device: torch.device
+) -> dict[str, Tensor]:
     """pixel_values (pictures, 3, height, width) fp32 of all pictures in order; nothing if there is none."""
     found = []
     for question in questions:

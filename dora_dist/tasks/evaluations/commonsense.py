@@ -14,7 +14,7 @@ ANSWER = "the correct answer is "  # how every output of the eight training sets
 
 
 @dataclass(frozen=True)
-class Task:
+class AnswerLabels:
     """One task of Liu et al. (arXiv 2402.09353, Table 1): its name and its answer labels."""
 
     name: str
@@ -30,22 +30,22 @@ def _numbered(word: str, count: int) -> tuple[str, ...]:
     return tuple(f"{word}{i}" for i in range(1, count + 1))
 
 
-PAPER_TASKS: dict[str, Task] = {
+PAPER_TASKS: dict[str, AnswerLabels] = {
     task.name: task
     for task in (
-        Task("boolq", ("true", "false")),
-        Task("piqa", _numbered("solution", 2)),
-        Task("social_i_qa", _numbered("answer", 5)),
-        Task("hellaswag", _numbered("ending", 4)),
-        Task("winogrande", _numbered("option", 2)),
-        Task("ARC-Easy", _numbered("answer", 5)),
-        Task("ARC-Challenge", _numbered("answer", 5)),
-        Task("openbookqa", _numbered("answer", 5)),
+        AnswerLabels("boolq", ("true", "false")),
+        AnswerLabels("piqa", _numbered("solution", 2)),
+        AnswerLabels("social_i_qa", _numbered("answer", 5)),
+        AnswerLabels("hellaswag", _numbered("ending", 4)),
+        AnswerLabels("winogrande", _numbered("option", 2)),
+        AnswerLabels("ARC-Easy", _numbered("answer", 5)),
+        AnswerLabels("ARC-Challenge", _numbered("answer", 5)),
+        AnswerLabels("openbookqa", _numbered("answer", 5)),
     )
 }
 
 
-def paper_task(name: str) -> Task:
+def paper_task(name: str) -> AnswerLabels:
     """The paper's task of that name; UserError, with what a custom task needs, if there is none."""
     if name in PAPER_TASKS:
         return PAPER_TASKS[name]
@@ -59,7 +59,7 @@ def paper_task(name: str) -> Task:
     )
 
 
-def gold_label(task: Task, record: dict[str, Any]) -> str:
+def gold_label(task: AnswerLabels, record: dict[str, Any]) -> str:
     """The record's "answer"; UserError unless it is one of the task's labels."""
     answer = record.get("answer")
     if answer not in task.labels:

@@ -1,30 +1,39 @@
-"""Language models on files of records: checked first, then the model is loaded and asked."""
+"""Language models on files of records: labels read from what they write, the likeliest candidates, or free answers."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.data.records import FIELDS, Record, read_records
-from dora_dist.evaluation.answers import ANSWERED, PAPER, Exchange, exchange, gold_answers, reference, score_answers
-from dora_dist.evaluation.labels import check_format, right_answer, score_task, texts_of
-from dora_dist.evaluation.lengths import check_lengths, positions_of
 from dora_dist.runtime import console
 from dora_dist.runtime.console import note
 from dora_dist.runtime.errors import UserError
+from dora_dist.tasks.evaluations.answers import (
+    ANSWERED,
+    PAPER,
+    Exchange,
+    exchange,
+    gold_answers,
+    reference,
+    score_answers,
+)
+from dora_dist.tasks.evaluations.base import Asked, Evaluation, Settings, Subject
+from dora_dist.tasks.evaluations.labels import check_format, right_answer, score_task, texts_of
+from dora_dist.tasks.evaluations.lengths import check_lengths, positions_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 LONGEST = 512
 """Most tokens of a free answer, unless told otherwise."""
+KNOWN = ("mode", "format", "normalise", "num_beams", "max_new_tokens")
 Located = Sequence[tuple[str, Record]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asking:
     """How records are asked. max_new_tokens: None: as the references need, at most LONGEST."""
 
@@ -52,57 +61,50 @@ class Asking:
         }
 
 
-def evaluate_language_model(
-    model_path: str | Path,
-    tasks: Mapping[str, str | Path],
-    *,
-    mode: str = "generate",
-    format: str | None = None,
-    normalise: str = "sum",
-    batch_size: int = 8,
-    num_beams: int | None = None,
-    max_new_tokens: int | None = None,
-    limit: int | None = None,
-    dtype: str = "bf16",
-    base: str | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """The result of `evaluation.evaluate` for a language model; its files are checked before it is loaded.
+class LanguageEvaluation(Evaluation):
+    """The record format is by default that of the run in which the model was trained, else the paper's; dtype bf16."""
 
-    `format` is by default that of the run in which the model was trained, else "instruction".
-    """
-    from dora_dist.evaluation.inference import base_folder, load_for_inference, run_of, tokenizer_at
+    def __init__(self, task: str, subject: Subject, settings: Settings) -> None:
+        settings.refuse_other_modes()
+        settings.refuse_all_but(KNOWN, task)
+        self.asking = _asking(settings, settings.format or _format_of(subject.run))
+        check_format(self.asking.format)
+        self._subject, self._limit = subject, settings.limit
+        self.dtype = settings.dtype or "bf16"
+        self.facts = {"mode": self.asking.mode}
+        self.settings = {**self.asking.settings, "dtype": self.dtype, "limit": settings.limit}
 
-    path, run = str(model_path), run_of(str(model_path))
-    asking = Asking(mode, format or _format_of(run), batch_size, normalise, num_beams or 4, max_new_tokens or 32)
-    if asking.free:
-        asking = replace(asking, num_beams=num_beams or 1, max_new_tokens=max_new_tokens)
-    check_format(asking.format)
-    read = {name: _read(name, str(file), asking, limit) for name, file in tasks.items()}
-    positions = positions_of(base_folder(path, base))
-    tokenizer = tokenizer_at(path, base)
-    kind = FreeAnswers if asking.free else Choices
-    work = {name: kind(name, located, asking, tokenizer, positions) for name, located in read.items()}
-    started = time.perf_counter()
-    model, _ = load_for_inference(path, dtype, base)
-    if mode == "generate" and model.generation_config.do_sample:
-        note("the model's generation_config.json asks for sampling; answers are searched for without it")
-    loaded = time.perf_counter()
-    results: dict[str, dict[str, Any]] = {}
-    for name, task in work.items():
-        began = time.perf_counter()
-        row = task.score(model, progress)
-        results[name] = {"file": str(tasks[name]), **row, "seconds": round(time.perf_counter() - began, 3)}
-    accuracies = [row["accuracy"] for row in results.values() if "accuracy" in row]
-    return {
-        "model": path,
-        "mode": mode,
-        "settings": asking.settings | {"dtype": dtype, "limit": limit},
-        "tasks": results,
-        **({"average": sum(accuracies) / len(results)} if len(accuracies) == len(results) else {}),
-        "load_seconds": round(loaded - started, 3),
-        "seconds": round(time.perf_counter() - loaded, 3),
-    }
+    @cached_property
+    def _positions(self) -> int | None:
+        return positions_of(self._subject.base)
+
+    def read(self, name: str, file: str) -> Asked:
+        asking = self.asking
+        located = _read(name, file, asking, self._limit)
+        kind = FreeAnswers if asking.free else Choices
+        return kind(name, located, asking, positions=self._positions, tokenizer=self._subject.tokenizer)
+
+    def loaded(self, model: Any) -> None:
+        if self.asking.mode == "generate" and model.generation_config.do_sample:
+            note("the model's generation_config.json asks for sampling; answers are searched for without it")
+
+    def summary(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The average of the accuracies, if each file has one."""
+        accuracies = [row["accuracy"] for row in rows.values() if "accuracy" in row]
+        return {"average": sum(accuracies) / len(rows)} if len(accuracies) == len(rows) else {}
+
+
+def _asking(settings: Settings, format: str) -> Asking:
+    labels = Asking(
+        mode=settings.mode or "generate",
+        format=format,
+        batch_size=settings.batch_size,
+        normalise=settings.normalise or "sum",
+        num_beams=settings.num_beams or 4,
+        max_new_tokens=settings.max_new_tokens or 32,
+    )
+    free = replace(labels, num_beams=settings.num_beams or 1, max_new_tokens=settings.max_new_tokens)
+    return free if labels.free else labels
 
 
 def _format_of(run: Mapping[str, Any]) -> str:
@@ -119,41 +121,42 @@ def _read(task: str, file: str, asking: Asking, limit: int | None) -> Located:
     needed = {field: kind for field, kind in FIELDS[asking.format].items() if field != optional}
     located = list(read_records([file], needed))[:limit]
     for place, record in located if not asking.free else ():
-        right_answer(place, task, record, asking.mode, asking.format)
+        right_answer(place, task, record, asking.mode, format=asking.format)
     return located
 
 
-class Choices:
-    """One task whose answers are one of a few. Raises UserError, naming the record, for what does not fit."""
+class Choices(Asked):
+    """Records whose answers are one of a few. Raises UserError, naming the record, for what does not fit."""
 
     def __init__(
         self,
         task: str,
         located: Located,
         asking: Asking,
-        tokenizer: PreTrainedTokenizerFast,
+        *,
         positions: int | None,
+        tokenizer: PreTrainedTokenizerFast,
     ) -> None:
         self._task, self._asking, self._tokenizer = task, asking, tokenizer
         self._records = [record for _, record in located]
         lengths = []
         for place, record in located:
-            texts = texts_of(task, place, record, asking.mode, asking.format, tokenizer)
+            texts = texts_of(task, place, record, mode=asking.mode, format=asking.format, tokenizer=tokenizer)
             longest = max(texts, key=lambda each: len(each.text))
             lengths.append(_length(tokenizer, longest.text, longest.complete))
         new = asking.max_new_tokens if asking.mode == "generate" else None
-        check_lengths([place for place, _ in located], lengths, positions, new or 0)
+        check_lengths([place for place, _ in located], lengths, positions, new_tokens=new or 0)
 
-    def score(self, model: PreTrainedModel, progress: bool) -> dict[str, Any]:
-        """The task's row of the result."""
+    def score(self, model: Any, *, progress: bool) -> dict[str, Any]:
+        asking = self._asking
         score = score_task(
             model,
             self._tokenizer,
             self._records,
-            self._task,
-            mode=self._asking.mode,
+            task=self._task,
+            mode=asking.mode,
             progress=progress,
-            **self._asking.settings,
+            **asking.settings,
         )
         return {
             "accuracy": score.accuracy,
@@ -163,16 +166,17 @@ class Choices:
         }
 
 
-class FreeAnswers:
-    """One task whose answers are texts of any kind. Raises UserError, naming the record, for what does not fit."""
+class FreeAnswers(Asked):
+    """Records whose answers are texts of any kind. Raises UserError, naming the record, for what does not fit."""
 
     def __init__(
         self,
         task: str,
         located: Located,
         asking: Asking,
-        tokenizer: PreTrainedTokenizerFast,
+        *,
         positions: int | None,
+        tokenizer: PreTrainedTokenizerFast,
     ) -> None:
         self._task, self._asking, self._tokenizer = task, asking, tokenizer
         self._places = [place for place, _ in located]
@@ -186,18 +190,17 @@ class FreeAnswers:
         if asking.mode == "generate":
             records = [record for _, record in located]
             self._gold = gold_answers(task, self._places, records, self._exchanges)
-            check_lengths(self._places, prompts, positions, self._new)
+            check_lengths(self._places, prompts, positions, new_tokens=self._new)
 
-    def score(self, model: PreTrainedModel, progress: bool) -> dict[str, Any]:
-        """The task's row of the result."""
+    def score(self, model: Any, *, progress: bool) -> dict[str, Any]:
         asking, total = self._asking, len(self._exchanges)
         with console.progress(total, f"{self._task} ({asking.mode})", " records", shown=progress) as bar:
             scores = score_answers(
                 model,
                 self._tokenizer,
                 self._exchanges,
-                self._gold,
-                self._task,
+                gold=self._gold,
+                task=self._task,
                 generate=asking.mode == "generate",
                 batch_size=asking.batch_size,
                 num_beams=asking.num_beams,

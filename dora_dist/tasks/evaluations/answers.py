@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from dora_dist.data.formats import ANSWER_FIELDS, Rendered, candidate, templated, templated_prompt
 from dora_dist.data.records import Record
-from dora_dist.evaluation.commonsense import PAPER_TASKS
-from dora_dist.evaluation.generation import generate_texts
-from dora_dist.evaluation.likelihood import answer_log_probs
 from dora_dist.runtime.errors import UserError
+from dora_dist.tasks.evaluations.commonsense import PAPER_TASKS
+from dora_dist.tasks.evaluations.generation import generate_texts
+from dora_dist.tasks.evaluations.likelihood import answer_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -116,9 +116,9 @@ def score_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     exchanges: Sequence[Exchange],
+    *,
     gold: Sequence[str],
     task: str,
-    *,
     generate: bool,
     batch_size: int,
     num_beams: int = 1,

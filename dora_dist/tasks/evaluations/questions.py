@@ -18,7 +18,7 @@ SHORT = "Answer the question using a single word or phrase."
 
 
 @dataclass(frozen=True)
-class Question:
+class PictureQuestion:
     """What the user says, with a mark for every picture, and what is right.
 
     references: the answers or captions that count; of a choice the right letter, of POPE "Yes" or "No".
@@ -46,13 +46,15 @@ class QuestionFormat:
     instruction: str
     max_new_tokens: int
     read: Callable[[Record], _Texts]  # a question's references, options and candidates
-    score: Callable[[Sequence[Question], Sequence[str]], Metrics]
+    score: Callable[[Sequence[PictureQuestion], Sequence[str]], Metrics]
     has_candidates: bool = False
     needs_text: bool = True
     packages: tuple[str, ...] = ()  # modules of extras that scoring imports
 
 
-def read_questions(file: str, format: str, instruction: str | None = None, limit: int | None = None) -> list[Question]:
+def read_questions(
+    file: str, format: str, instruction: str | None = None, limit: int | None = None
+) -> list[PictureQuestion]:
     """The questions of a file of records (.json, .jsonl, .parquet or a hub data set), each one checked.
 
     `instruction`: None: the format's own; "": none. Raises UserError, naming the record, for one that does not fit.
@@ -67,7 +69,7 @@ def read_questions(file: str, format: str, instruction: str | None = None, limit
     return questions
 
 
-def _question(id: Any, place: str, record: Record, format: str, instruction: str | None) -> Question:
+def _question(id: Any, place: str, record: Record, format: str, instruction: str | None) -> PictureQuestion:
     how = FORMATS[format]
     text = next((record[name] for name in ("text", "question") if record.get(name) is not None), "")
     if not isinstance(text, str) or (how.needs_text and not text.strip()):
@@ -86,7 +88,7 @@ def _question(id: Any, place: str, record: Record, format: str, instruction: str
     hint = next((record[name] for name in ("hint", "context") if options and isinstance(record.get(name), str)), "")
     lines = [hint, text, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)), wanted]
     said = "\n".join(line for line in lines if line)
-    return Question(id, place, f"{MARK}\n" * (len(pictures) - marks) + said, pictures, **texts)
+    return PictureQuestion(id, place, f"{MARK}\n" * (len(pictures) - marks) + said, pictures, **texts)
 
 
 def _answers(record: Record) -> _Texts:
@@ -136,20 +138,20 @@ def _yes_or_no(record: Record) -> _Texts:
     return {"references": (label.capitalize(),), "candidates": ("Yes", "No")}
 
 
-def _score_vqa(questions: Sequence[Question], answers: Sequence[str]) -> Metrics:
+def _score_vqa(questions: Sequence[PictureQuestion], answers: Sequence[str]) -> Metrics:
     return vqa_metrics(answers, [question.references for question in questions])
 
 
-def _score_choices(questions: Sequence[Question], answers: Sequence[str]) -> Metrics:
+def _score_choices(questions: Sequence[PictureQuestion], answers: Sequence[str]) -> Metrics:
     found = [chosen(text, question.options) for text, question in zip(answers, questions, strict=True)]
     return choice_metrics(found, [question.references[0] for question in questions])
 
 
-def _score_yes_no(questions: Sequence[Question], answers: Sequence[str]) -> Metrics:
+def _score_yes_no(questions: Sequence[PictureQuestion], answers: Sequence[str]) -> Metrics:
     return yes_no_metrics([says_yes(text) for text in answers], [q.references == ("Yes",) for q in questions])
 
 
-def _score_captions(questions: Sequence[Question], answers: Sequence[str]) -> Metrics:
+def _score_captions(questions: Sequence[PictureQuestion], answers: Sequence[str]) -> Metrics:
     return caption_metrics(answers, [question.references for question in questions])
 
 
