@@ -149,15 +149,8 @@ class Choices(Asked):
 
     def score(self, model: Any, *, progress: bool) -> dict[str, Any]:
         asking = self._asking
-        score = score_task(
-            model,
-            self._tokenizer,
-            self._records,
-            task=self._task,
-            mode=asking.mode,
-            progress=progress,
-            **asking.settings,
-        )
+        how: dict[str, Any] = {"mode": asking.mode, "progress": progress, **asking.settings}
+        score = score_task(model, self._tokenizer, self._records, self._task, **how)
         return {
             "accuracy": score.accuracy,
             "correct": score.correct,

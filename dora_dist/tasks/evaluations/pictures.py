@@ -75,10 +75,8 @@ class PicturesEvaluation(Evaluation):
 
     def read(self, name: str, file: str) -> Asked:
         """Records, prompts and whether all pictures are there are checked. Raises UserError."""
-        template, questions = (
-            self._data.chat_template,
-            read_questions(file, self._format, self._instruction, self._limit),
-        )
+        questions = read_questions(file, self._format, self._instruction, limit=self._limit)
+        template = self._data.chat_template
         if template == "plain" and FORMATS[self._format].needs_text:
             raise UserError(
                 f'--format {self._format}: under data.chat_template = "plain" a model sees no question, only pictures; '

@@ -53,7 +53,7 @@ class QuestionFormat:
 
 
 def read_questions(
-    file: str, format: str, instruction: str | None = None, limit: int | None = None
+    file: str, format: str, instruction: str | None = None, *, limit: int | None = None
 ) -> list[PictureQuestion]:
     """The questions of a file of records (.json, .jsonl, .parquet or a hub data set), each one checked.
 
