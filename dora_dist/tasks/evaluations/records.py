@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,6 +86,6 @@ class _Records(Asked):
         return {**metrics, "total": len(dataset.records.unique())}
 
 
-def _on(loader: Any, device: torch.device, name: str, progress: bool) -> Iterator[Mapping[str, Any]]:
+def _on(loader: Any, device: torch.device, name: str, progress: bool) -> Iterator[dict[str, Any]]:
     for batch in console.bars()(loader, desc=name, unit="batch", disable=not progress):
         yield {key: values.to(device) for key, values in batch.items()}
