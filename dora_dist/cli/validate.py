@@ -46,9 +46,9 @@ def _validate(options: argparse.Namespace) -> None:
     if options.world_size is not None:
         print(json.dumps(config.deepspeed_config(options.world_size), indent=2))
     if config.adapter.dynamic_rank and config.training.max_steps is not None:
-        from dora_dist.training.run import pruning_budget
+        from dora_dist.training.checks import pruning_budget
 
-        pruning_budget(config, config.training.max_steps)
+        pruning_budget(config.adapter, config.training.max_steps)
     if options.data:
         _show_data(config)
     adapter, training = config.adapter, config.training
@@ -66,14 +66,15 @@ def _show_data(config: RunConfig) -> None:
     """Read a run's data as training does, and show it. Of the base only tokenizer and configuration are needed."""
     from dora_dist.checkpoint.resuming import optimizer_steps
     from dora_dist.cli import preview
-    from dora_dist.training.inputs import fetched_for_data, read_data
-    from dora_dist.training.run import pruning_budget
+    from dora_dist.training.checks import pruning_budget
+    from dora_dist.training.fetching import fetched_for_data
+    from dora_dist.training.inputs import read_data
 
     local = fetched_for_data(config)
     processor, data = read_data(local, Path(local.model.path), progress=True)
     tokenizer = task_named(config.model.task).tokenizer(processor)
     steps = optimizer_steps(config, len(data.train))
-    pruning_budget(config, steps)
+    pruning_budget(config.adapter, steps)
     preview.show(
         data, tokenizer, title=f"{config.data.format} records", steps=steps, batch=config.training.global_batch_size
     )

@@ -11,7 +11,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from dora_dist.checkpoint import run_folder
-from dora_dist.config import RunConfig
+from dora_dist.checkpoint.resuming import optimizer_steps
+from dora_dist.config import AdapterConfig, CheckpointConfig, DataConfig, RunConfig, TrainingConfig
+from dora_dist.data import TokenizedData
 from dora_dist.models.build import AdaptedModel
 from dora_dist.runtime.agreement import package_version
 from dora_dist.runtime.console import say, width
@@ -31,11 +33,10 @@ def line(label: str, text: str) -> None:
     say(wrap.fill(text))
 
 
-def opening(config: RunConfig, world: World, resume: Path | None) -> None:
-    """As soon as the ranks have met."""
+def opening(run_dir: Path, world: World, resume: Path | None) -> None:
+    """As soon as the ranks have met: versions, where the run is written, and on what it runs."""
     libraries = ", ".join(f"{name} {package_version(name)}" for name in ("torch", "deepspeed", "transformers"))
     say(f"dora_dist {package_version('dora_dist')} ({libraries})\n")
-    run_dir = config.checkpoint.run_dir
     line("run", f"{run_dir}, from the beginning" if resume is None else f"{run_dir}, goes on from {resume.name}")
     nodes = -(-world.world_size // world.local_world_size)
     ranks, machines = _count(world.world_size, "rank"), _count(nodes, "node")
@@ -44,26 +45,23 @@ def opening(config: RunConfig, world: World, resume: Path | None) -> None:
     line("ranks", f"{ranks} on {machines}; device {device}, collectives by {dist.get_backend()}{starter}")
 
 
-def about_data(config: RunConfig, data: Any) -> None:
+def about_data(options: DataConfig, data: TokenizedData) -> None:
     """Once it is read: what there is to learn from, and what was left out."""
-    sources = [config.data.train] if isinstance(config.data.train, str) else config.data.train
-    line("data", f"{', '.join(sources)}: {data.train_stats}")
+    line("data", f"{_listed(options.train)}: {data.train_stats}")
     if data.validation_stats is not None:
-        held_out = f"{config.data.validation_samples} samples held out of it"
-        validation = config.data.validation or held_out
-        validation = validation if isinstance(validation, str) else ", ".join(validation)
-        line("validation", f"{validation}: {data.validation_stats}")
+        held_out = f"{options.validation_samples} samples held out of it"
+        line("validation", f"{_listed(options.validation or held_out)}: {data.validation_stats}")
 
 
-def about_model(config: RunConfig, run: AdaptedModel, world: World, steps: int, epochs: float) -> None:
-    """Once it is built: model, adapter, batch, schedule, memory, and where things go."""
+def about_model(config: RunConfig, run: AdaptedModel, world: World, *, samples: int) -> None:
+    """Once it is built: model, adapter, batch, schedule, memory, and where things go; `samples` are for training."""
     model, adapter, training = config.model, config.adapter, config.training
     parameters = list(run.model.parameters())
     trained = sum(full_numel(p) for p in parameters if p.requires_grad)
     line("model", f"{model.path}: {type(run.model).__name__}, {_number(run.weights)} parameters, {model.dtype}")
     line(
         "adapter",
-        f"{_method(config)} on {len(run.adapted)} modules ({', '.join(_kinds(run.adapted))}); "
+        f"{_method(adapter)} on {len(run.adapted)} modules ({', '.join(_kinds(run.adapted))}); "
         f"{_number(trained)} parameters are trained ({trained / run.weights:.2%})",
     )
     if run.trained:
@@ -76,11 +74,11 @@ def about_model(config: RunConfig, run: AdaptedModel, world: World, steps: int, 
         f"{training.global_batch_size} records a step: {_count(world.world_size, 'rank')} x {plan.micro_batch_size} x "
         f"{_count(plan.accumulation_steps, 'accumulation step')}{empty}",
     )
-    line("training", _schedule(config, steps, epochs))
+    line("training", _schedule(config.training, config.checkpoint, optimizer_steps(config, samples), samples))
     line("memory", f"{_memory(run.model, world)} a rank, before gathered layers and activations")
     files = f"{run_folder.LOG} (everything that ranks and libraries print), {run_folder.METRICS}, {run_folder.CONFIG}"
     line("files", f"{config.checkpoint.run_dir}/: {files}")
-    for text in _notes(config, run):
+    for text in _notes(model.path, run):
         line("note", text)
     if adapter.init_from:
         line("note", f"the adapter starts as {adapter.init_from} has it")
@@ -114,16 +112,15 @@ def _validation(records: list[dict[str, Any]]) -> str:
     return f"; validation {found[0]:.4f} -> {found[-1]:.4f}"
 
 
-def _method(config: RunConfig) -> str:
-    adapter = config.adapter
+def _method(adapter: AdapterConfig) -> str:
     name = f"{'DoRA' if adapter.weight_decomposed else 'LoRA'}{' with dynamic rank' if adapter.dynamic_rank else ''}"
     rank = f"r {adapter.start_rank} pruned to {adapter.r} on average" if adapter.dynamic_rank else f"r {adapter.r}"
     dropout = f", dropout {adapter.dropout:g}" if adapter.dropout else ""
     return f"{name}, {rank}, alpha {adapter.lora_alpha:g}{dropout}"
 
 
-def _schedule(config: RunConfig, steps: int, epochs: float) -> str:
-    training, checkpoint = config.training, config.checkpoint
+def _schedule(training: TrainingConfig, checkpoint: CheckpointConfig, steps: int, samples: int) -> str:
+    epochs = steps / -(-samples // training.global_batch_size)
     warmup = training.warmup_steps
     if warmup is None:
         warmup = math.ceil((training.warmup_ratio or 0) * steps)  # as the Trainer rounds it
@@ -145,8 +142,7 @@ def _memory(model: nn.Module, world: World) -> str:
     return f"{_size(weights)} of weights + {_size(states)} of optimizer states"
 
 
-def _notes(config: RunConfig, run: AdaptedModel) -> list[str]:
-    path = config.model.path
+def _notes(path: str, run: AdaptedModel) -> list[str]:
     notes = [
         f"{name} starts from new values: its shape is {there} in {path} and {here} for model.num_labels here"
         for name, (there, here) in run.resized.items()
@@ -159,6 +155,10 @@ def _notes(config: RunConfig, run: AdaptedModel) -> list[str]:
 def _kinds(names: list[str]) -> list[str]:
     """Last parts of the modules' names, the most frequent first."""
     return [kind for kind, _ in Counter(name.rpartition(".")[2] for name in names).most_common()]
+
+
+def _listed(sources: str | list[str]) -> str:
+    return sources if isinstance(sources, str) else ", ".join(sources)
 
 
 def _count(number: int, what: str) -> str:

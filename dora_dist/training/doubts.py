@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from dora_dist.adapters.layer import adapted_layers
-from dora_dist.config import RunConfig
+from dora_dist.config import CheckpointConfig, TrainingConfig
 from dora_dist.runtime.console import note, warn
 from dora_dist.runtime.errors import UserError
 from dora_dist.training.rates import rated
@@ -16,32 +16,32 @@ _LARGE_RATE = 0.1  # AdamW moves every weight by about the rate in each step, an
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # tables of learned ones
 
 
-def of_settings(config: RunConfig, steps: int) -> None:
+def of_settings(training: TrainingConfig, checkpoint: CheckpointConfig, steps: int) -> None:
     """Say what a run of `steps` optimizer steps never comes to, though it is set."""
-    training, rates = config.training, config.training.learning_rates
     run = f"the run has {steps:,} step{'' if steps == 1 else 's'}"
     if (warmup := training.warmup_steps or 0) >= steps:
         warn(
             f"training.warmup_steps = {warmup:,}: {run}, so the learning rate never reaches "
             f"training.learning_rate = {training.learning_rate:g}; lower it, or train for longer"
         )
-    for name, rate in [("training.learning_rate", training.learning_rate), *_named(rates)]:
+    for name, rate in [("training.learning_rate", training.learning_rate), *_named(training.learning_rates)]:
         if rate > _LARGE_RATE:
             warn(f"{name} = {rate:g}: AdamW moves every trained weight by about that much in each step; lower it")
     if (every := training.eval_every) is not None and every > steps:
         warn(f"training.eval_every = {every:,}: {run}, so nothing is evaluated while it trains; lower it")
-    if (every := config.checkpoint.save_every) is not None and every > steps:
+    if (every := checkpoint.save_every) is not None and every > steps:
         note(f"checkpoint.save_every = {every:,}: {run}, so the only checkpoint is the one at the end")
 
 
-def of_model(config: RunConfig, model: Any, samples: Any) -> None:
-    """Compare settings with a model that is adapted and has no weights yet; `samples` are the training samples.
+def of_model(model: Any, training: TrainingConfig, cutoff: int, samples: Any) -> None:
+    """Compare settings with a model that is adapted and has no weights yet; `samples` are the training samples, of at
+    most `cutoff` tokens (data.cutoff_len).
 
     Raises UserError for learning_rates of what is not trained, and for samples longer than a table of positions.
     """
-    for pattern in config.training.learning_rates:
+    for pattern in training.learning_rates:
         rated(model, pattern)
-    _check_positions(config, model, samples)
+    _check_positions(model, cutoff, samples)
     layers = adapted_layers(model)
     large = [name for name, layer in layers.items() if layer.method.r > min(layer.shape)]
     if large:
@@ -53,8 +53,8 @@ def of_model(config: RunConfig, model: Any, samples: Any) -> None:
         )
 
 
-def _check_positions(config: RunConfig, model: Any, samples: Any) -> None:
-    positions, cutoff = getattr(model.config.get_text_config(), "max_position_embeddings", None), config.data.cutoff_len
+def _check_positions(model: Any, cutoff: int, samples: Any) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # some models have none
     if positions is None or cutoff <= positions - 2:  # some tables begin with two places that are not positions
         return
     learned = [

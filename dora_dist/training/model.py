@@ -1,14 +1,14 @@
 """An adapted model from the sections of a configuration: what `train` builds, and any other training loop."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dora_dist.adapters.inject import AdapterPlan
 from dora_dist.adapters.methods import chosen
 from dora_dist.adapters.norms import NormRefresher
-from dora_dist.adapters.peft_format import read_peft_folder
+from dora_dist.adapters.peft_format import PeftAdapter, read_peft_folder
 from dora_dist.adapters.storage import storage_of
 from dora_dist.config import AdapterConfig, ModelConfig, is_local
 from dora_dist.models import build, families
@@ -63,6 +63,31 @@ def build_model(
     if not is_local(section.path):
         patterns = wanted(section.trust_remote_code)
         base = Repository(section.path, revision=section.revision, patterns=patterns).fetch()
+    return adapted_model(
+        base,
+        section,
+        adapter,
+        plan=adapter_plan(adapter),
+        deepspeed=deepspeed,
+        device=device,
+        start_from=read_peft_folder(Path(adapter.init_from)) if adapter.init_from else None,
+        seed=seed,
+    )
+
+
+def adapted_model(
+    base: Path,
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    *,
+    plan: AdapterPlan,
+    deepspeed: Mapping[str, Any] | None,
+    device: str = "cpu",
+    start_from: PeftAdapter | None = None,
+    seed: int = 42,
+    inspect: Callable[[Any], None] = lambda model: None,
+) -> AdaptedModel:
+    """As `build_model`, from what is read already: the base's folder, and the adapter to start from."""
     placement: Any = WholePlacement(device)
     refresher = NormRefresher
     if deepspeed is not None:
@@ -73,17 +98,18 @@ def build_model(
         placement, refresher = ShardedPlacement(dict(deepspeed)), ShardedNormRefresher
     return build.build_model(
         base,
-        adapter_plan(adapter),
+        plan,
         placement,
         refresher,
-        dtype=section.dtype,
-        head=task_named(section.task).head(section),
-        storage=storage_of(section.storage),
+        dtype=model.dtype,
+        head=task_named(model.task).head(model),
+        storage=storage_of(model.storage),
         trained_modules=adapter.trained_modules,
-        start_from=read_peft_folder(Path(adapter.init_from)) if adapter.init_from else None,
-        attn_implementation=section.attn_implementation,
-        trust_remote_code=section.trust_remote_code,
+        start_from=start_from,
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
         seed=seed,
+        inspect=inspect,
     )
 
 

@@ -11,12 +11,14 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import TrainerCallback
 
-from dora_dist.adapters.norms import NormRefresher
 from dora_dist.analysis.rank_map import rank_table, write_rank_map
 from dora_dist.checkpoint.run_folder import METRICS
+from dora_dist.config import LoggingConfig
+from dora_dist.models.build import AdaptedModel
 from dora_dist.runtime.console import progress, say, width
 from dora_dist.runtime.distributed import World
 from dora_dist.runtime.folders import disk_errors
+from dora_dist.training.pruning import Pruning
 from dora_dist.training.table import Table
 
 PEAK_BF16_FLOPS = {
@@ -40,9 +42,13 @@ class ReportCallback(TrainerCallback):
     peak memory of the fullest rank, the norm refresh's share of the time and its bytes received per rank and step.
     """
 
-    def __init__(self, world: World, norms: NormRefresher, run_dir: Path, weights: int, options: Any) -> None:
-        self.trainer: Any = None
-        self._world, self._norms, self._weights = world, norms, weights
+    def __init__(
+        self, world: World, run: AdaptedModel, pruning: Pruning, *, run_dir: Path, options: LoggingConfig
+    ) -> None:
+        self.tokens_seen = 0
+        """By this rank, since this start; the trainer counts them."""
+        self._world, self._norms, self._pruning = world, run.norms, pruning
+        self._weights = run.weights
         self._file = run_dir / METRICS
         self._peak = options.peak_flops or _known_peak()
         self._show_bar = options.progress_bar
@@ -62,22 +68,22 @@ class ReportCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.close()
-        pruner = self.trainer.pruner
-        if pruner is not None and pruner.events and self._world.first:
-            say(f"\nadapter ranks after step {pruner.events[-1].step}:\n{rank_table(pruner.events[-1])}")
-            write_rank_map(pruner.events, pruner.budget, self._file.with_name("rank_map.png"))
+        events, budget = self._pruning.events, self._pruning.budget
+        if events and budget is not None and self._world.first:
+            say(f"\nadapter ranks after step {events[-1].step}:\n{rank_table(events[-1])}")
+            write_rank_map(events, budget, self._file.with_name("rank_map.png"))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = dict(logs or {})
         if "loss" in logs:
-            logs.update(self._throughput(state))
+            logs.update(self._throughput(state, args.device))
             logs.update(self._clock(state))
         for unwanted in ("total_flos", "train_samples_per_second", "train_steps_per_second"):
             logs.pop(unwanted, None)
         if self._world.first:
             record: dict[str, Any] = {"step": state.global_step, **logs}
             if "components_kept" in logs:
-                record["components_by_layer"] = self.trainer.pruner.events[-1].by_layer
+                record["components_by_layer"] = self._pruning.events[-1].by_layer
             with disk_errors(self._file), self._file.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             self._show(record)
@@ -97,17 +103,13 @@ class ReportCallback(TrainerCallback):
         return {"elapsed": elapsed, "left": pace * (state.max_steps - state.global_step)}
 
     def _counters(self, state: Any) -> tuple[float, int, int, float, int, float]:
-        tokens = self.trainer.tokens_seen if self.trainer is not None else 0
-        received = getattr(self._norms, "bytes_received", 0)
-        pruner = self.trainer.pruner if self.trainer is not None else None
-        scoring = pruner.stopwatch.seconds if pruner is not None else 0.0
-        return time.perf_counter(), state.global_step, tokens, self._norms.stopwatch.seconds, received, scoring
+        refreshing, received = self._norms.stopwatch.seconds, getattr(self._norms, "bytes_received", 0)
+        return time.perf_counter(), state.global_step, self.tokens_seen, refreshing, received, self._pruning.seconds
 
-    def _throughput(self, state: Any) -> dict[str, float]:
+    def _throughput(self, state: Any, device: torch.device) -> dict[str, float]:
         now = self._counters(state)
         seconds, steps, tokens, refreshing, received, scoring = (b - a for a, b in zip(self._since, now, strict=True))
         self._since = now
-        device = self.trainer.args.device
         total = torch.tensor(float(tokens), device=device)
         dist.all_reduce(total)
         peak = torch.tensor(float(_peak_memory()), dtype=torch.float64, device=device)

@@ -15,23 +15,26 @@ from dora_dist.runtime.console import note, warn
 from dora_dist.runtime.distributed import World, together
 from dora_dist.runtime.errors import UserError
 from dora_dist.training.agreement import check_checkpoint
+from dora_dist.training.inputs import Inputs
 from dora_dist.weights.safetensors_io import TensorFolder
 
 
-def find_checkpoint(config: RunConfig, run_dir: Path, world: World) -> Path | None:
-    """The checkpoint to go on from, intact to the last byte (collective). Raises UserError, on every rank, if there
-    is none that can be meant, or if a fresh run would mix with an earlier one's files.
+def find_checkpoint(named: str | None, run_dir: Path, world: World) -> Path | None:
+    """The checkpoint to go on from, intact to the last byte; `named` is checkpoint.resume (collective).
+
+    Raises UserError, on every rank, if there is none that can be meant, or if a fresh run would mix with an earlier
+    one's files.
     """
     found: list[Path | None] = [None]
     with together("looking for earlier checkpoints"):
         if not world.first:  # checksums read every byte: once is enough
             pass
-        elif config.checkpoint.resume == "auto":
+        elif named == "auto":
             found = [run_folder.newest_intact(run_dir)]
             if found[0] is None:
                 warn(f"checkpoint.resume = auto: {_nothing_in(run_dir)}, so the run starts from nothing")
-        elif config.checkpoint.resume is not None:
-            found = [_named(Path(config.checkpoint.resume), run_dir)]
+        elif named is not None:
+            found = [_named(Path(named), run_dir)]
         else:
             check_unused(run_dir)
     return read_by_all(found[0], world)
@@ -71,20 +74,20 @@ def is_finished(config: RunConfig, resume: Path) -> bool:
 
 
 def compare(
-    config: RunConfig, train: Any, contents: dict[str, str], base: Path, world: World, resume: Path | None
+    config: RunConfig, inputs: Inputs, world: World, *, resume: Path | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """This run as its checkpoints record it (on rank 0), and what changed since `resume`, which is said (collective).
 
-    `train` is the training set, `contents` what `agreement.of_data` says of all sets. Raises UserError, on every rank,
-    where the base or the training data are others.
+    Raises UserError, on every rank, where the base or the training data are others.
     """
     trained_with: dict[str, Any] = {}
     changed: dict[str, str] = {}
     with together("comparing base and data with those of the checkpoint"):
         if world.first:
+            train, base = inputs.data.train, inputs.base
             order = {"number of training samples": len(train), **train.order_facts}
             tensors = TensorFolder.open(base)
-            trained_with = resuming.record(config, world.world_size, contents, order, base, tensors)
+            trained_with = resuming.record(config, world.world_size, inputs.contents, order, base, tensors)
             if resume is not None:
                 manifest = run_folder.read_manifest(resume, verify=False)
                 changed = resuming.changes(resume, manifest, config, trained_with)

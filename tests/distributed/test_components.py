@@ -204,7 +204,7 @@ def sizes_around_compaction(raw: dict[str, Any]) -> list[dict[str, Any]]:
                 "trained": sum(full_numel(p) for p in trained),
                 "masters": sum(master.numel() for master in state),
                 "moments": sum(entry[key].numel() for entry in state.values() for key in MOMENTS),
-                "kept": trainer.pruner.events[-1].by_layer if trainer.pruner else None,
+                "kept": trainer.pruning.events[-1].by_layer if trainer.pruning.events else None,
             }
         )
         return result

@@ -1,0 +1,51 @@
+"""What can be said of a run in one process, before its ranks start: no rank waits for another that finds a mistake."""
+
+from dora_dist import tasks
+from dora_dist.adapters.components import Budget
+from dora_dist.adapters.storage import storage_of
+from dora_dist.config import AdapterConfig, RunConfig, deepspeed_options
+from dora_dist.models.folder import check_base
+from dora_dist.runtime import distributed
+from dora_dist.runtime.errors import UserError
+
+
+def check(config: RunConfig) -> None:
+    """Raise UserError for files that are missing, fields that contradict one another and options that nobody takes.
+
+    Settles on an accelerator (DS_ACCELERATOR): DeepSpeed, which `engine.deepspeed` is compared with, looks for one
+    as it is imported.
+    """
+    tasks.check(config)
+    storage_of(config.model.storage)
+    config.check_files()
+    check_base(config)
+    config.deepspeed_config(distributed.launched_world_size())
+    if config.training.max_steps is not None:
+        pruning_budget(config.adapter, config.training.max_steps)
+    distributed.choose_accelerator(config.engine.accelerator)
+    distributed.check_attention(config.model.attn_implementation)
+    deepspeed_options.check(config.engine.deepspeed)
+
+
+def pruning_budget(adapter: AdapterConfig, steps: int) -> Budget | None:
+    """How components are pruned in a run of `steps` optimizer steps; None without dynamic rank.
+
+    Raises UserError where the run is too short for it.
+    """
+    if not adapter.dynamic_rank:
+        return None
+    try:
+        return Budget.of_run(
+            adapter.r,
+            adapter.start_rank,
+            steps,
+            start=adapter.prune_start,
+            stop=adapter.prune_stop,
+            every=adapter.prune_every,
+            schedule=adapter.prune_schedule,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"adapter.prune_every = {adapter.prune_every}: {error}; lower it, widen adapter.prune_start and "
+            "adapter.prune_stop, or train for more steps"
+        ) from error

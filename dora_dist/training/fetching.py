@@ -1,0 +1,105 @@
+"""From the hub to this node: the hub names in a configuration become folders and files."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from datetime import timedelta
+
+from dora_dist.config import RunConfig, is_local
+from dora_dist.config.names import data_set
+from dora_dist.data.repository import data_files
+from dora_dist.runtime.distributed import World, together
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.hub import CODE, TEXTS, NotReached, Repository, by_hand, wanted
+
+_SPLITS = ("train", "validation")
+_LONGEST_DOWNLOAD = timedelta(days=1)
+
+
+def fetched_for_data(config: RunConfig) -> RunConfig:
+    """As `fetched`, for a process that only reads the data: of the model no weights are fetched."""
+    return _placed(config, weights=False)
+
+
+def fetched(config: RunConfig, world: World) -> RunConfig:
+    """The run with paths on this node for all hub names in it (collective).
+
+    One rank of each node downloads into the hub's cache, which locks and verifies each file, so that nodes may share
+    it; the other ranks wait, then find the same there without asking the hub. Raises UserError on every rank.
+    """
+    sources = [source for split in _SPLITS for source in _listed(getattr(config.data, split))]
+    if not any(map(data_set, sources)) and not any(_repositories(config)):
+        return config
+    with together("fetching what the run needs from the hub", patience=_LONGEST_DOWNLOAD):
+        if world.local_rank == 0:
+            _placed(config)
+    with together("finding what was fetched from the hub"):
+        return _placed(config, local_only=True)
+    raise AssertionError("unreachable: together() raises or passes on")
+
+
+def _placed(config: RunConfig, local_only: bool = False, weights: bool = True) -> RunConfig:
+    model, data = config.model, config.data
+    try:
+        places = {
+            repository.field.removeprefix("model."): str(repository.fetch(local_only))
+            for repository in _repositories(config, weights)
+            if repository.kind == "model"
+        }
+        sources = {
+            split: [file for name in _listed(getattr(data, split)) for file in _files(name, split, local_only)]
+            for split in _SPLITS
+            if getattr(data, split) is not None
+        }
+    except NotReached as error:
+        there = " ".join(f"--{field} {shlex.quote(value)}" for field, value in _by_hand_options(config).items())
+        raise UserError(f"{error}.\n{by_hand(list(_repositories(config)), there)}") from error
+    return config.model_copy(update={"model": model.model_copy(update=places), "data": data.model_copy(update=sources)})
+
+
+def _files(source: str, split: str, local_only: bool) -> list[str]:
+    named = data_set(source)
+    if named is None:
+        return [source]
+    return [str(file) for file in data_files(named, split, field=f"data.{split}", local_only=local_only)]
+
+
+def _repositories(config: RunConfig, weights: bool = True) -> Iterator[Repository]:
+    """Everything on the hub that the run names, the model's weights if they are wanted."""
+    model = config.model
+    texts = (*TEXTS, *CODE) if model.trust_remote_code else TEXTS
+    if not is_local(model.path):
+        patterns = wanted(model.trust_remote_code) if weights else texts
+        yield Repository(model.path, revision=model.revision, patterns=patterns)
+    if model.tokenizer is not None and not is_local(model.tokenizer):
+        yield Repository(model.tokenizer, patterns=texts, field="model.tokenizer")
+    for split in _SPLITS:
+        for source in _listed(getattr(config.data, split)):
+            if (named := data_set(source)) and not named.is_here:
+                patterns = (named.file,) if named.file else ()
+                yield Repository(named.repository, "dataset", patterns=patterns, field=f"data.{split}")
+
+
+def _by_hand_options(config: RunConfig) -> dict[str, str]:
+    """The options that name the folders of downloads by hand, in place of the hub names."""
+    options = {r.field: r.folder for r in _repositories(config) if r.kind == "model"}
+    for split in _SPLITS:
+        sources = _listed(getattr(config.data, split))
+        named = [_by_hand_source(source) for source in sources]
+        if named != sources:
+            options[f"data.{split}"] = named[0] if len(named) == 1 else json.dumps(named)
+    return options
+
+
+def _by_hand_source(source: str) -> str:
+    named = data_set(source)
+    if named is None or named.is_here:
+        return source
+    folder, rest = Repository(named.repository, "dataset").folder, source.removeprefix(named.repository)
+    return f"{folder}/{named.file}" if named.file else folder + rest
+
+
+def _listed(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else names or []

@@ -1,0 +1,59 @@
+"""A run's batches: which samples this rank sees, when, and as what tensors."""
+
+from typing import Any
+
+from dora_dist.config import TrainingConfig
+from dora_dist.config.schema import BatchPlan
+from dora_dist.data import EpochBatches, EpochDataLoader, TokenizedData
+from dora_dist.runtime.distributed import World
+from dora_dist.tasks.objectives.base import Objective
+
+
+class Loaders:
+    """Makes the loaders of one rank, for training and for evaluation; the order of samples is `EpochBatches`'."""
+
+    def __init__(
+        self,
+        data: TokenizedData,
+        objective: Objective,
+        plan: BatchPlan,
+        *,
+        world: World,
+        training: TrainingConfig,
+        workers: int = 0,
+    ) -> None:
+        """`workers`: loader processes of this rank; 0: the rank itself."""
+        self.data, self.objective, self.plan = data, objective, plan
+        self._world, self._training, self._workers = world, training, workers
+
+    def training(self, pin_memory: bool) -> EpochDataLoader:
+        """The training set in the run's order, every sample once per epoch."""
+        batches = EpochBatches(
+            len(self.data.train),
+            global_batch_size=self._training.global_batch_size,
+            micro_batch_size=self.plan.micro_batch_size,
+            world_size=self._world.world_size,
+            rank=self._world.rank,
+            seed=self._training.seed,
+            order=self.data.train.epoch_order,
+        )
+        return self._loader(self.data.train, batches, pin_memory)
+
+    def evaluation(self, dataset: Any, pin_memory: bool) -> EpochDataLoader:
+        """A whole set as it comes, the same number of batches on every rank."""
+        batches = EpochBatches.in_order(
+            len(dataset),
+            micro_batch_size=self._training.micro_batch_size,
+            world_size=self._world.world_size,
+            rank=self._world.rank,
+        )
+        return self._loader(dataset, batches, pin_memory)
+
+    def _loader(self, dataset: Any, batches: EpochBatches, pin_memory: bool) -> EpochDataLoader:
+        return EpochDataLoader(
+            self.objective.with_filler(dataset),
+            batch_sampler=batches,
+            collate_fn=self.objective.collator,
+            num_workers=self._workers,
+            pin_memory=pin_memory,
+        )
