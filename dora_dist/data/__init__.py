@@ -1,6 +1,6 @@
 """From files of records to batches of token ids: formats, loading, tokenising, ordering, padding."""
 
-from dora_dist.data.collate import Collator, LabelledCollator, PictureCollator, WithFiller, WithLabelledFiller
+from dora_dist.data.collate import Collator, LabelledCollator, PictureCollator, WithFiller, labelled_filler, text_filler
 from dora_dist.data.columns import IGNORED
 from dora_dist.data.formats import FORMATS
 from dora_dist.data.labelled import LabelledReader
@@ -33,8 +33,9 @@ __all__ = [
     "TextReader",
     "TokenizedData",
     "WithFiller",
-    "WithLabelledFiller",
+    "labelled_filler",
     "load_records",
     "read",
+    "text_filler",
     "warn_of_the_whole",
 ]

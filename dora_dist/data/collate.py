@@ -21,26 +21,26 @@ Sample = dict[str, Any]
 
 
 class WithFiller(Dataset[Sample]):
-    """A data set with one more index, FILLER: a padding token without a label, so without loss."""
+    """A data set with one more index, FILLER: a sample without loss."""
 
-    def __init__(self, dataset: Any, pad_token_id: int):
-        self.dataset = dataset
-        self.filler: Sample = {"input_ids": [pad_token_id], "labels": [IGNORED]}
+    def __init__(self, dataset: Any, filler: Sample):
+        self.dataset, self.filler = dataset, filler
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> Sample:
-        return self.filler if i == FILLER else self.dataset[i]
+        return {**self.filler} if i == FILLER else self.dataset[i]
 
 
-class WithLabelledFiller(WithFiller):
-    """`WithFiller` of labelled samples: its label is IGNORED, or each of its `labels` is, where there are more."""
+def text_filler(pad_token_id: int) -> Sample:
+    """A padding token without a label."""
+    return {"input_ids": [pad_token_id], "labels": [IGNORED]}
 
-    def __init__(self, dataset: Any, pad_token_id: int, labels: int = 1):
-        super().__init__(dataset, pad_token_id)
-        label = IGNORED if labels == 1 else [IGNORED] * labels
-        self.filler = {"input_ids": [pad_token_id], "token_type_ids": [0], "label": label}
+
+def labelled_filler(pad_token_id: int, labels: int = 1) -> Sample:
+    """A padding token whose label is IGNORED, or each of whose `labels` is, where there are more."""
+    return {"input_ids": [pad_token_id], "token_type_ids": [0], "label": IGNORED if labels == 1 else [IGNORED] * labels}
 
 
 class Collator:

@@ -1,15 +1,14 @@
-"""How a record becomes text: prompt strings, and which stretches of the text are answer.
+"""Formats of records of texts: what a record must have, its prompt, and which stretches of its text are answer.
 
-A format is a function from (record, tokenizer, whether the answers' ranges are wanted) to `Rendered`.
-Everything that must agree between training and evaluation by likelihood, the prompt and where the answer
-starts, is decided here and nowhere else.
+A format is an object in FORMATS. Everything that must agree between training and evaluation by likelihood, the prompt
+and where the answer starts, is decided here and nowhere else.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+Record = dict[str, Any]
 
 # The commonsense recipe of Liu et al. (arXiv 2402.09353). The indents and the spaces before line ends belong
 # to it; its two prompts differ by one space after "request." and by the blank line.
@@ -76,47 +77,33 @@ def answered(prompt: str, answer: str) -> Rendered:
     return Rendered(prompt + answer, ((len(prompt), len(prompt) + len(answer)),))
 
 
-def training_prompt(record: dict[str, Any]) -> str:
+def training_prompt(record: Record) -> str:
     """The commonsense training text up to the first character of the output."""
     return TRAIN_PROMPT.format(instruction=_instruction(record))
 
 
-def generation_prompt(record: dict[str, Any]) -> str:
+def generation_prompt(record: Record) -> str:
     """The prompt that the paper's evaluation lets the model continue."""
     return GENERATION_PROMPT.format(instruction=_instruction(record))
 
 
-def _instruction(record: dict[str, Any]) -> str:
+def _instruction(record: Record) -> str:
     if _input(record):
         raise UserError('the instruction format has no place for a non-empty "input"; use format "alpaca"')
     return record["instruction"]
 
 
-def _input(record: dict[str, Any]) -> str:
+def _input(record: Record) -> str:
     text = record.get("input")
     if not isinstance(text, str | None):
         raise UserError(f'"input" must be a string, found {shown(text)}')
     return text or ""
 
 
-def _instruction_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
-    return answered(training_prompt(record), record["output"])
-
-
-def _alpaca_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
+def _alpaca(record: Record) -> str:
     text = _input(record)
     template = ALPACA_PROMPT_WITH_INPUT if text else ALPACA_PROMPT
-    return answered(template.format(instruction=record["instruction"], input=text), record["output"])
-
-
-def _completion_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
-    return answered(record["prompt"], record["completion"])
-
-
-def _messages_format(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
-    check_template(tokenizer)
-    _check_messages(record["messages"], str(tokenizer.chat_template))
-    return templated(record["messages"], tokenizer, spans)
+    return template.format(instruction=record["instruction"], input=text)
 
 
 def templated(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
@@ -201,28 +188,69 @@ def _template(
     return str(text)
 
 
-Format = Callable[[dict[str, Any], "PreTrainedTokenizerFast", bool], Rendered]
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How records of one format become texts.
+
+    fields: what a record must have, and of which type. learnt: words for what is learnt of it. render: the text of a
+    record, for a tokenizer; the flag says whether the answers' ranges are wanted. It raises UserError for a record that
+    cannot be used. texts: what a record asks, and what it answers, without what the format adds. check: raises
+    UserError for a tokenizer that cannot be used. answer_field: where a record holds its answer; None: in several
+    places. may_be_empty: whether all answers may be empty where prompts are learnt, too.
+    """
+
+    fields: Mapping[str, type]
+    learnt: str
+    render: Callable[[Record, PreTrainedTokenizerFast, bool], Rendered]
+    texts: Callable[[Record], tuple[list[str], list[str]]]
+    check: Callable[[PreTrainedTokenizerFast], None] = lambda tokenizer: None
+    answer_field: str | None = None
+    may_be_empty: bool = False
+
+
+def prompted(
+    prompt: Callable[[Record], str], *asked: str, answer: str, optional: Sequence[str] = (), may_be_empty: bool = False
+) -> Format:
+    """A prompt made of the fields `asked`, of which a record may lack those that are `optional`, and an answer."""
+    return Format(
+        fields=dict.fromkeys([*(field for field in asked if field not in optional), answer], str),
+        learnt=f'"{answer}"',
+        render=lambda record, tokenizer, spans: answered(prompt(record), record[answer]),
+        texts=lambda record: ([record.get(field) or "" for field in asked], [record[answer]]),
+        answer_field=answer,
+        may_be_empty=may_be_empty,
+    )
+
+
+def _conversation(record: Record, tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
+    check_template(tokenizer)
+    _check_messages(record["messages"], str(tokenizer.chat_template))
+    return templated(record["messages"], tokenizer, spans)
+
+
+def _sides(record: Record) -> tuple[list[str], list[str]]:
+    sides: tuple[list[str], list[str]] = ([], [])
+    for message in record["messages"]:
+        sides[message["role"] == "assistant"].append(message["content"])
+    return sides
+
+
 FORMATS: dict[str, Format] = {
-    "instruction": _instruction_format,
-    "alpaca": _alpaca_format,
-    "completion": _completion_format,
-    "messages": _messages_format,
+    "instruction": prompted(training_prompt, "instruction", answer="output"),
+    "alpaca": prompted(_alpaca, "instruction", "input", answer="output", optional=["input"]),
+    "completion": prompted(lambda record: record["prompt"], "prompt", answer="completion", may_be_empty=True),
+    "messages": Format(
+        fields={"messages": list},
+        learnt="the text of the assistant",
+        render=_conversation,
+        texts=_sides,
+        check=check_template,
+    ),
 }
-ANSWER_FIELDS = {"instruction": "output", "alpaca": "output", "completion": "completion"}
+ANSWER_FIELDS = {name: format.answer_field for name, format in FORMATS.items() if format.answer_field is not None}
 """Where a record of each single-answer format holds its answer."""
-_PROMPT_FIELDS = {"instruction": ("instruction",), "alpaca": ("instruction", "input"), "completion": ("prompt",)}
 
 
-def texts_of(record: dict[str, Any], format: str) -> tuple[list[str], list[str]]:
-    """What a record that its format has accepted asks, and what it answers: the texts of its own alone."""
-    if format == "messages":
-        sides: tuple[list[str], list[str]] = ([], [])
-        for message in record["messages"]:
-            sides[message["role"] == "assistant"].append(message["content"])
-        return sides
-    return [record.get(field) or "" for field in _PROMPT_FIELDS[format]], [record[ANSWER_FIELDS[format]]]
-
-
-def candidate(record: dict[str, Any], format: str, answer: str, tokenizer: PreTrainedTokenizerFast) -> Rendered:
+def candidate(record: Record, format: str, answer: str, tokenizer: PreTrainedTokenizerFast) -> Rendered:
     """The record as training would see it, had it this answer."""
-    return FORMATS[format]({**record, ANSWER_FIELDS[format]: answer}, tokenizer, True)
+    return FORMATS[format].render({**record, ANSWER_FIELDS[format]: answer}, tokenizer, True)

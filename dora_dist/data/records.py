@@ -11,26 +11,12 @@ from typing import Any
 from dora_dist.config.files import not_a_data_file
 from dora_dist.config.names import data_set
 from dora_dist.data.files import read_rows, shown
+from dora_dist.data.formats import FORMATS, Record
 from dora_dist.data.repository import data_files
 from dora_dist.runtime.errors import UserError
 
-Record = dict[str, Any]
 _MOST_SHOWN = 8  # fields of a record that a message lists
 
-# For each format, the fields a record must have and the type of each.
-FIELDS: dict[str, dict[str, type]] = {
-    "instruction": {"instruction": str, "output": str},
-    "alpaca": {"instruction": str, "output": str},
-    "completion": {"prompt": str, "completion": str},
-    "messages": {"messages": list},
-}
-ANSWERS = {
-    "instruction": '"output"',
-    "alpaca": '"output"',
-    "completion": '"completion"',
-    "messages": "the text of the assistant",
-}
-"""Words for what is learnt from the records of each."""
 TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
 
 
@@ -41,13 +27,13 @@ def load_records(sources: Sequence[str | Path], format: str) -> list[Record]:
         sources: .json (one list of objects), .jsonl (one object a line, blank lines passed over),
             .parquet, or a data set on the hub or in a folder: "name", "name:config", "name:config:split" or
             "name:file".
-        format: a name in FIELDS.
+        format: a name in FORMATS.
 
     Raises UserError, naming the source and the line or the record (both counted from 1), for a missing or
     empty file, malformed JSON, something that is not a record, a key that a record has twice, and a record that lacks
     a needed field or has something else there.
     """
-    return [record for _, record in read_records(sources, FIELDS[format])]
+    return [record for _, record in read_records(sources, FORMATS[format].fields)]
 
 
 def read_records(

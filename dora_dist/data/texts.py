@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from dora_dist.config import DataConfig
 from dora_dist.data.columns import IGNORED, Columns, Table, counts_between
 from dora_dist.data.doubts import Doubts
-from dora_dist.data.formats import FORMATS, Rendered, check_template, texts_of
+from dora_dist.data.formats import FORMATS, Rendered
 from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.reader import Reader
-from dora_dist.data.records import ANSWERS, FIELDS, Record, check_characters
+from dora_dist.data.records import Record, check_characters
 from dora_dist.data.stats import TextStats
 from dora_dist.runtime.errors import UserError
 
@@ -31,26 +32,29 @@ class TextReader(Reader):
     follows_from = ("format", "loss_on", "cutoff_len")
     notes = ("lengths",)  # before anything is cut
 
+    def __init__(self, data: DataConfig, tokenizer: Any) -> None:
+        super().__init__(data, tokenizer)
+        self.format = FORMATS[data.format]
+
     @property
     def fields(self) -> Mapping[str, type]:
-        return FIELDS[self.data.format]
+        return self.format.fields
 
     @property
     def learnt(self) -> str:
-        return ANSWERS[self.data.format]
+        return self.format.learnt
 
     @property
     def learns_without(self) -> bool:
-        return self.data.loss_on == "all" and self.data.format == "completion"
+        return self.data.loss_on == "all" and self.format.may_be_empty
 
     def check(self) -> None:
-        if self.data.format == "messages":
-            check_template(self.tokenizer)
+        self.format.check(self.tokenizer)
 
     def encode(self, records: Sequence[tuple[str, Record]], into: Columns, doubts: Doubts) -> None:
         rendered = [self._rendered(place, record) for place, record in records]
         for place, record in records:
-            asked, answers = texts_of(record, self.data.format)
+            asked, answers = self.format.texts(record)
             doubts.look(place, [*asked, *answers], empty=bool(answers) and not any(map(str.strip, answers)))
         everywhere = self.data.loss_on == "all"
         for ids, answer in encode(self.tokenizer, rendered):
@@ -61,7 +65,7 @@ class TextReader(Reader):
 
     def _rendered(self, place: str, record: Record) -> Rendered:
         try:
-            rendered = FORMATS[self.data.format](record, self.tokenizer, self.data.loss_on == "answer")
+            rendered = self.format.render(record, self.tokenizer, self.data.loss_on == "answer")
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
         check_characters(place, rendered.text)

@@ -80,7 +80,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def labelled(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels (6, length): training's own, of which only the last turn's count."""
-    samples = [FORMATS["messages"]({"messages": turns}, tokenizer, True) for turns in questions_and_answers(chats())]
+    samples = [
+        FORMATS["messages"].render({"messages": turns}, tokenizer, True) for turns in questions_and_answers(chats())
+    ]
     encoded = encode(tokenizer, [type(s)(s.text, s.answers[-1:], complete=True) for s in samples])
     ids, labels = torch.zeros(6, 120, dtype=torch.long), torch.full((6, 120), -100)
     for i, (tokens, answer) in enumerate(encoded):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_dist.config import RunConfig
-from dora_dist.data import LabelledCollator, LabelledReader, TokenizedData, WithLabelledFiller, read
+from dora_dist.data import LabelledCollator, LabelledReader, TokenizedData, WithFiller, labelled_filler, read
 from dora_dist.data.sampler import FILLER
 from dora_dist.metrics.glue import classification_metrics, rating_metrics
 from dora_dist.runtime.errors import UserError
@@ -94,7 +94,7 @@ def test_missing_texts_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rating", [False, True])
 def test_batches_are_padded_and_fillers_have_no_label(rating: bool, tmp_path: Path) -> None:
     records = encoders.labelled(4, rating)
-    data = WithLabelledFiller(load(tmp_path, records, 1 if rating else 2).train, 0)
+    data = WithFiller(load(tmp_path, records, 1 if rating else 2).train, labelled_filler(0))
     batch = LabelledCollator(encoders.tokenizer(), rating, 8)([data[0], data[2], data[FILLER]])
     lengths = [len(data[0]["input_ids"]), len(data[2]["input_ids"]), 1]
     assert batch["attention_mask"].sum(1).tolist() == lengths

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 
-from dora_dist.data import FILLER, Collator, EpochBatches, EpochDataLoader, WithFiller
+from dora_dist.data import FILLER, Collator, EpochBatches, EpochDataLoader, WithFiller, text_filler
 
 # (world size, micro-batch size) pairs that make up a global batch of 24
 SPLITS = [(1, 24), (1, 3), (2, 4), (2, 12), (3, 8), (3, 1), (4, 6), (4, 3)]
@@ -87,7 +87,7 @@ def test_evaluation_goes_in_order_with_equal_batches_on_every_rank() -> None:
 def loader(num_samples: int, workers: int = 0) -> EpochDataLoader:
     samples = [{"input_ids": [i + 1] * (i % 3 + 1), "labels": [i + 1] * (i % 3 + 1)} for i in range(num_samples)]
     return EpochDataLoader(
-        WithFiller(samples, pad_token_id=0),
+        WithFiller(samples, text_filler(0)),
         batch_sampler=batches(num_samples, 2, 4, 1, seed=5),
         collate_fn=Collator(0),
         num_workers=workers,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.data.records import FIELDS, Record, read_records
+from dora_dist.data.formats import FORMATS
+from dora_dist.data.records import Record, read_records
 from dora_dist.runtime import console
 from dora_dist.runtime.console import note
 from dora_dist.runtime.errors import UserError
@@ -118,7 +119,7 @@ def _format_of(run: Mapping[str, Any]) -> str:
 def _read(task: str, file: str, asking: Asking, limit: int | None) -> Located:
     """The task's records with their places. Those that are compared with their choices need not have an answer."""
     optional = None if asking.free else ANSWERED[asking.format]
-    needed = {field: kind for field, kind in FIELDS[asking.format].items() if field != optional}
+    needed = {field: kind for field, kind in FORMATS[asking.format].fields.items() if field != optional}
     located = list(read_records([file], needed))[:limit]
     for place, record in located if not asking.free else ():
         right_answer(place, task, record, asking.mode, format=asking.format)

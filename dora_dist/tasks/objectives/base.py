@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dora_dist.data import WithFiller
+
 Batch = dict[str, Any]
 PAD_TO_MULTIPLE_OF = 8  # few shapes: fewer kernels to build
 
 
 class Objective:
-    """One for each run: `collator` makes batches of samples.
+    """One for each run: `collator` makes batches of samples, `filler` is a sample without loss.
 
     `loss` is loss(outputs, labels, num_items_in_batch) of this rank's batch divided by the items of all ranks; None:
     the model computes it itself. `problems` are messages about this rank's samples that could not be read, and
@@ -22,14 +24,15 @@ class Objective:
     """
 
     collator: Any
+    filler: dict[str, Any]
     loss: Callable[..., Tensor] | None = None
 
     def __init__(self) -> None:
         self.problems: list[str] = []
 
-    def with_filler(self, dataset: Any) -> Any:
+    def with_filler(self, dataset: Any) -> WithFiller:
         """The data set with the sample FILLER, which carries no loss."""
-        raise NotImplementedError
+        return WithFiller(dataset, self.filler)
 
     def prepared(self, batch: Batch) -> Batch:
         """What the model's forward takes."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_dist.data import IGNORED, LabelledCollator, WithLabelledFiller
+from dora_dist.data import IGNORED, LabelledCollator, labelled_filler
 from dora_dist.metrics.glue import classification_metrics, rating_metrics
 from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Batch, Objective, everyones
 
@@ -21,9 +21,7 @@ class Labelling(Objective):
         super().__init__()
         self.rating = num_labels == 1
         self.collator = LabelledCollator(tokenizer, self.rating, PAD_TO_MULTIPLE_OF)
-
-    def with_filler(self, dataset: Any) -> WithLabelledFiller:
-        return WithLabelledFiller(dataset, self.collator.pad_token_id)
+        self.filler = labelled_filler(tokenizer.pad_token_id)
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int = 1) -> Tensor:
         # The models' own losses are means over rows, fillers among them: they would depend on the world size.

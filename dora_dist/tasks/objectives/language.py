@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_dist.data import IGNORED, Collator, PictureCollator, WithFiller
+from dora_dist.data import IGNORED, Collator, PictureCollator, text_filler
 from dora_dist.data.pictures import PictureProcessor
 from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Batch, Objective, add_up
 
@@ -19,9 +19,7 @@ class LanguageModelling(Objective):
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
         self.collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
-
-    def with_filler(self, dataset: Any) -> WithFiller:
-        return WithFiller(dataset, self.collator.pad_token_id)
+        self.filler = text_filler(tokenizer.pad_token_id)
 
     def prepared(self, batch: Batch) -> Batch:
         return labelled_positions(batch)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_dist.data import IGNORED, LabelledCollator, WithLabelledFiller
+from dora_dist.data import IGNORED, LabelledCollator, labelled_filler
 from dora_dist.metrics.squad import predict, squad_metrics
 from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Batch, Objective, add_up, everyones
 
@@ -23,11 +23,9 @@ class SpanFinding(Objective):
     def __init__(self, tokenizer: Any, cutoff_len: int) -> None:
         super().__init__()
         self.collator = LabelledCollator(tokenizer, False, PAD_TO_MULTIPLE_OF)
+        self.filler = labelled_filler(tokenizer.pad_token_id, labels=2)
         self.longest = -(-cutoff_len // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
         self._mask: Tensor | None = None  # of the batch that the next loss is of
-
-    def with_filler(self, dataset: Any) -> WithLabelledFiller:
-        return WithLabelledFiller(dataset, self.collator.pad_token_id, labels=2)
 
     def prepared(self, batch: Batch) -> Batch:
         self._mask = batch["attention_mask"]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_dist.data import IGNORED, WithFiller
+from dora_dist.data import IGNORED, text_filler
 from dora_dist.metrics.rouge import rouge_metrics
 from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Batch, Objective, add_up, everyones
 
@@ -25,6 +25,7 @@ class Summarising(Objective):
 
         # Padding, labels and, from `model`'s configuration, the decoder's input: the labels one place later.
         self.collator = DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
+        self.filler = text_filler(tokenizer.pad_token_id)
         self.tokenizer, self.target_len = tokenizer, target_len
         # Besides beams and lengths as the model's folder has it: how a summary starts and ends is the model's own.
         self.generation = copy.deepcopy(model.generation_config)
@@ -32,9 +33,6 @@ class Summarising(Objective):
             num_beams=num_beams, max_new_tokens=target_len, max_length=None, min_length=0, do_sample=False
         )
         self.generation.use_cache = True
-
-    def with_filler(self, dataset: Any) -> WithFiller:
-        return WithFiller(dataset, self.tokenizer.pad_token_id)
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int = 1) -> Tensor:
         return _losses(outputs.logits, labels) / num_items_in_batch
