@@ -11,8 +11,10 @@ from dora_dist.config.schema import AdapterConfig, CheckpointConfig, DataConfig,
 from dora_dist.config.source import absence, nearby
 from dora_dist.runtime.errors import UserError
 
-_MADE = "`make demo` creates the quickstart's, `dora-dist import-gguf` one of a GGUF file"
-_MADE_BY = {"image_text_to_text": "`dora-dist assemble-llava` makes one, `dora-dist consolidate` one of a trained run"}
+_HOW_TO_MAKE_ONE = (
+    "`make demo` creates the quickstart's; `dora-dist import-gguf` makes one of a GGUF file, `assemble-llava` one that "
+    "reads pictures, `consolidate` one of a trained run"
+)
 
 
 def check(model: ModelConfig, adapter: AdapterConfig, data: DataConfig, *, checkpoint: CheckpointConfig) -> None:
@@ -41,10 +43,7 @@ def _model(model: ModelConfig) -> Iterator[str]:
     elif not folder.exists():
         what = absence(folder, "folder")
         where = f" in {Path.cwd()}{nearby(folder)}" if what == "no such folder" else ""
-        yield (
-            f"{label}: {what}{where}; give a Hugging Face model folder or "
-            f"a hub name ({_MADE_BY.get(model.task, _MADE)})"
-        )
+        yield (f"{label}: {what}{where}; give a Hugging Face model folder or a hub name ({_HOW_TO_MAKE_ONE})")
     elif not folder.is_dir():
         yield f'{label}: is a file; give the folder that it is in, "{folder.parent}"'
     elif not (folder / "config.json").is_file():
