@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from dora_dist.cli.options import Commands, declare, positive
-from dora_dist.config import RunConfig, add_arguments, deepspeed_options
+from dora_dist.config import AdapterConfig, ModelConfig, RunConfig, add_arguments, deepspeed_options
 from dora_dist.tasks import problems, task_named
 
 
@@ -38,9 +38,7 @@ def _validate(options: argparse.Namespace) -> None:
         from dora_dist.models.folder import check_base
 
         check_base(config)
-    from dora_dist.adapters.storage import storage_of  # here: it imports torch, which `--help` need not wait for
-
-    storage_of(config.model.storage)
+    _check_names(config.adapter, config.model)
     if config.engine.deepspeed:
         deepspeed_options.check(config.engine.deepspeed)
     if options.world_size is not None:
@@ -60,6 +58,18 @@ def _validate(options: argparse.Namespace) -> None:
         f"{f'1 to {most} ranks (evenly on {evenly})' if most > 1 else '1 rank'}; writes {config.checkpoint.run_dir}",
         file=sys.stderr,
     )
+
+
+def _check_names(adapter: AdapterConfig, model: ModelConfig) -> None:
+    """Raise UserError for a method or storage that does not exist. The defaults do, and need not wait for torch."""
+    if adapter.method is not None:
+        from dora_dist.adapters.methods import chosen
+
+        chosen(adapter)
+    if model.storage != ModelConfig.model_fields["storage"].default:
+        from dora_dist.adapters.storage import storage_of
+
+        storage_of(model.storage)
 
 
 def _show_data(config: RunConfig) -> None:

@@ -73,6 +73,10 @@ CASES.option("path_with_nul", "--checkpoint.run_dir=a\0b", says='checkpoint.run_
 CASES.option("path_of_5000_letters", f"--model.path={'a' * 5000}", says='model.path = "aaaa')
 CASES.option("path_with_half_a_letter", "--model.path=\udc80", says='model.path = "\\udc80": must be text')
 
+CASES.option("method_unknown", "--adapter.method=dvora", says='adapter.method = "dvora": there is no such method; name')
+CASES.option("storage_unknown", "--model.storage=nf5", says='model.storage = "nf5": no such storage (known: plain')
+CASES.option("plugin_absent", "--plugins=absent", says='plugins = "absent": there is no such Python module; install it')
+
 # --- numbers that do not go with the model or the length of the run ---------------------------------------------------
 
 CASES.option(
