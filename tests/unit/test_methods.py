@@ -1,0 +1,186 @@
+"""What holds for every registered method: a new one is tested here by being registered."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_dist.adapters import methods
+from dora_dist.adapters.layer import AdaptedLinear
+from dora_dist.adapters.method import AdapterMethod, Update, register, registered
+from dora_dist.adapters.methods import LowRank, WeightDecomposed
+from dora_dist.adapters.norms import NormRefresher, add_adapter_squares, add_base_squares
+from dora_dist.adapters.pieces import WeightPiece
+from dora_dist.config import AdapterConfig
+from dora_dist.runtime import plugins
+from dora_dist.runtime.errors import UserError
+from tests.conftest import ROOT
+from tests.toy import relative_error
+
+IN, OUT, R = 29, 41, 5
+sys.path.append(str(ROOT / "examples"))
+plugins.load(["add_a_method"])
+NAMES = sorted(registered())
+
+
+def update(name: str, **settings: Any) -> Update:
+    kind: Any = registered()[name]
+    made: Update = kind(r=R, **settings)
+    return made
+
+
+def random_layer(method: AdapterMethod, bias: bool = True) -> AdaptedLinear:
+    """A layer whose parameters are all away from their first values, its norms computed."""
+    torch.manual_seed(0)
+    layer = AdaptedLinear.from_linear(nn.Linear(IN, OUT, bias=bias), method)
+    with torch.no_grad():
+        for parameter in layer.adapter_parameters().values():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    NormRefresher(layer).refresh()
+    return layer
+
+
+def merged(layer: AdaptedLinear, own: dict[str, Tensor], norm_gradient: str = "detached") -> Tensor:
+    """(m / n)·(W0 + s·B·A) of the parameters `own`, by PEFT's form, differentiable and in their dtype."""
+    dtype = next(iter(own.values())).dtype
+    weight = layer.weight.to(dtype)
+    theirs = layer.method.to_peft(layer.shape, own, weight.norm(dim=1))
+    assert theirs is not None and theirs.lora_A is not None and theirs.lora_B is not None
+    whole = weight + theirs.scaling * theirs.lora_B @ theirs.lora_A
+    if theirs.magnitude is None:
+        return whole
+    norm = whole.norm(dim=1)
+    return (theirs.magnitude / (norm.detach() if norm_gradient == "detached" else norm))[:, None] * whole
+
+
+@pytest.mark.parametrize("norm_gradient", [None, "detached", "full"], ids=["plain", "detached", "full"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_output_and_gradients_are_those_of_the_merged_weight(name: str, bias: bool, norm_gradient: Any) -> None:
+    method: AdapterMethod = update(name)
+    if norm_gradient is not None:
+        method = WeightDecomposed(update(name), norm_gradient=norm_gradient)
+    layer = random_layer(method, bias)
+    x = torch.randn(3, 7, IN, requires_grad=True)
+    y = layer(x)
+    cotangent = torch.randn_like(y)
+    y.backward(cotangent)
+
+    own = {kind: p.detach().double().requires_grad_() for kind, p in layer.adapter_parameters().items()}
+    exact_x = x.detach().double().requires_grad_()
+    weight = merged(layer, own, norm_gradient or "detached")
+    expected = F.linear(exact_x, weight, None if layer.bias is None else layer.bias.double())
+    expected.backward(cotangent.double())
+    assert relative_error(y, expected) <= 1e-5
+    assert relative_error(x.grad, exact_x.grad) <= 1e-5
+    for kind, parameter in layer.adapter_parameters().items():
+        assert relative_error(parameter.grad, own[kind].grad) <= 1e-5, kind
+
+
+@pytest.mark.parametrize("mode", [None, "exact", "adapter"])
+@pytest.mark.parametrize("name", NAMES)
+def test_dropout_is_of_the_update_or_of_all_but_the_base_product(name: str, mode: Any) -> None:
+    method: AdapterMethod = update(name, dropout=0.4)
+    if mode is not None:
+        method = WeightDecomposed(update(name, dropout=0.4), mode)
+    layer = random_layer(method)
+    x = torch.randn(7, IN, requires_grad=True)
+    torch.manual_seed(3)
+    y = layer(x)
+    cotangent = torch.randn_like(y)
+    y.backward(cotangent)
+
+    torch.manual_seed(3)
+    mask = F.dropout(torch.ones_like(x), 0.4).double()
+    exact_x, w = x.detach().double().requires_grad_(), layer.weight.double()
+    own = {kind: p.detach().double() for kind, p in layer.adapter_parameters().items()}
+    whole, dropped = merged(layer, own), exact_x * mask
+    if mode == "adapter":  # g·(W0·x + ΔW·xd)
+        g = (whole / (w + delta(layer, own)))[:, :1]
+        expected = exact_x @ (g * w).T + dropped @ (whole - g * w).T
+    else:
+        expected = exact_x @ w.T + dropped @ (whole - w).T
+    expected = expected + layer.bias.double()
+    expected.backward(cotangent.double())
+    assert relative_error(y, expected) <= 1e-5
+    assert relative_error(x.grad, exact_x.grad) <= 1e-5
+
+
+def delta(layer: AdaptedLinear, own: dict[str, Tensor]) -> Tensor:
+    theirs = layer.method.to_peft(layer.shape, own, layer.weight.to(own["magnitude_offset"]).norm(dim=1))
+    assert theirs is not None and theirs.lora_A is not None and theirs.lora_B is not None
+    return theirs.scaling * theirs.lora_B @ theirs.lora_A
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 7])
+@pytest.mark.parametrize("name", NAMES)
+def test_row_norms_add_up_over_pieces_of_the_weight(name: str, pieces: int) -> None:
+    layer = random_layer(WeightDecomposed(update(name)))
+    flat = layer.weight.detach().flatten()
+    sums, step = torch.zeros(OUT), -(-flat.numel() // pieces)
+    for start in range(0, flat.numel(), step):
+        piece = WeightPiece(flat[start : start + step], start)
+        add_base_squares(layer, piece, sums)
+        add_adapter_squares(layer, piece, sums)
+    own = {kind: p.detach().double() for kind, p in layer.adapter_parameters().items()}
+    exact = (layer.weight.double() + delta(layer, own)).norm(dim=1)
+    assert relative_error(sums.sqrt(), exact) <= 1e-6
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_at_the_start_the_output_is_the_bases_and_gradients_are_of_the_parameters_dtype(
+    name: str, dtype: torch.dtype, decomposed: bool
+) -> None:
+    linear = nn.Linear(IN, OUT, dtype=dtype)
+    layer = AdaptedLinear.from_linear(linear, WeightDecomposed(update(name)) if decomposed else update(name))
+    NormRefresher(layer)
+    x = torch.randn(7, IN, dtype=dtype)
+    y = layer(x)
+    assert torch.equal(y, linear(x))
+    y.square().sum().backward()
+    found = {kind: p.grad for kind, p in layer.adapter_parameters().items()}
+    assert all(grad is not None and grad.dtype == dtype for grad in found.values())
+    assert any(grad.any() for grad in found.values() if grad is not None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_adapter_section_makes_the_method_with_and_without_a_magnitude(name: str) -> None:
+    dynamic = update(name).components is not None
+    section = AdapterConfig(method=name, r=6, dropout=0.1, dynamic_rank=dynamic, weight_decomposed=False)
+    found = methods.chosen(section)
+    assert type(found) is registered()[name]
+    assert (found.r, found.dropout) == (section.start_rank, 0.1)
+    over = methods.chosen(section.model_copy(update={"weight_decomposed": True, "norm_gradient": "full"}))
+    assert isinstance(over, WeightDecomposed)
+    assert (over.update, over.norm_gradient) == (found, "full")
+    assert over.settings()["method"] == name
+    assert over.magnitude_only().r == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"method": "loha"}, 'adapter.method = "loha": there is no such method; name one of dynamic_rank, lora'),
+        ({"method": "lora", "dynamic_rank": True}, "has no components to prune; set it to false"),
+        ({"method": "dynamic_rank"}, "has components to prune; set it to true"),
+        (
+            {"settings": {"alpha": 1}},
+            "adapter.settings: 'alpha' is not a setting of the method 'lora'; it has: ",
+        ),
+    ],
+)
+def test_a_section_that_says_no_method_is_refused(section: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        methods.chosen(AdapterConfig(**section))
+    assert says in str(caught.value)
+
+
+def test_a_name_stands_for_one_method() -> None:
+    with pytest.raises(ValueError, match="there is a method 'lora' already"):
+        register(type("Another", (LowRank,), {"name": "lora"}))
+    assert registered()["lora"] is LowRank
