@@ -20,8 +20,8 @@ from rankbench.report import plot, summary, table
 from rankbench.runs import METHODS, TASKS, Settings, run
 from rankbench.texts import encoder, rated_snippets
 
-from dora_dist.checkpoint.run_folder import write_json
 from dora_dist.runtime import distributed
+from dora_dist.runtime.folders import write_json
 
 SWEEP_SEED = 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dora_dist.adapters.peft_config import CONFIG_NAME
 from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.manifest import is_complete
 from dora_dist.config import is_local
 from dora_dist.models.folder import not_a_folder
 from dora_dist.runtime.errors import UserError
@@ -23,7 +24,7 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
     if (path / CONFIG_NAME).is_file():
         return path, _trained_on(path)
     if (path / run_folder.ADAPTER / CONFIG_NAME).is_file():
-        if path.name.startswith("checkpoint-") and not run_folder.is_complete(path):
+        if path.name.startswith("checkpoint-") and not is_complete(path):
             raise UserError(f"{path}: incomplete checkpoint (saving was cut short); use another one")
         return path / run_folder.ADAPTER, _trained_on(path / run_folder.ADAPTER, path.parent)
     choice = run_folder.chosen(path)

@@ -23,8 +23,8 @@ from dora_dist.adapters.merge import merge_rows
 from dora_dist.adapters.peft_format import PeftFolder, warn_of_lacking, warn_of_magnitudes
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.adapters.storage import WeightStorage, as_held, storage_of
-from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_folders import base_path
+from dora_dist.checkpoint.manifest import MANIFEST
 from dora_dist.checkpoint.merge_plan import Output, Shard, plan_merge
 from dora_dist.models.folder import DTYPES, ModelFolder
 from dora_dist.runtime import console
@@ -111,7 +111,7 @@ def _check_output(output: Path, base: Path, adapter: Path) -> None:
     if re.fullmatch(r"checkpoint-\d+", output.name):
         raise UserError(f"{output}: is named as a run's checkpoints are, and would be taken for one; give another name")
     inputs = {"base": base, "adapter": adapter}
-    if (adapter.resolve().parent / run_folder.MANIFEST).is_file():
+    if (adapter.resolve().parent / MANIFEST).is_file():
         inputs["checkpoint"] = adapter.resolve().parent
     check_model_output(output, inputs)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dora_dist.adapters.components import Budget, ComponentPruner, PruningEvent
 from dora_dist.adapters.layer import adapted_layers
 from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.manifest import read_manifest
 from dora_dist.runtime.distributed import together
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.safetensors_io import TensorFolder
@@ -43,7 +44,7 @@ def load_checkpoint(folder: Path, engine: Any, model: nn.Module) -> dict[str, An
     """
     manifest: dict[str, Any] = {}
     with together(f"resuming from {folder}"):
-        manifest = run_folder.read_manifest(folder, verify=False)
+        manifest = read_manifest(folder, verify=False)
         _check_identity(folder, manifest, model)
         source = TensorFolder.open(folder / run_folder.STATE)
         create_optimizer_state(engine, manifest["optimizer_steps"])
@@ -143,7 +144,7 @@ def _check_identity(folder: Path, manifest: dict[str, Any], model: nn.Module) ->
         if abs(theirs.get("scalings", {}).get(name, scaling) - scaling) > 1e-6 * scaling:
             raise UserError(
                 f"checkpoint.resume: {folder} scales the update of {name!r} by {theirs['scalings'][name]:g}, here it "
-                f"is {scaling:g}; set adapter.lora_alpha and adapter.r back, or start anew with adapter.init_from"
+                f"is {scaling:g}; set adapter.lora_alpha and adapter.r back, or start a new run with adapter.init_from"
             )
     for name, norm in ours["base_norms"].items():
         if abs(theirs["base_norms"][name] - norm) > 1e-3 * abs(norm):

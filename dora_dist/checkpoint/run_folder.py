@@ -12,36 +12,21 @@ RUN_DIR/
         adapter/                   a PEFT folder, with the tokenizer
 """
 
-import hashlib
 import json
-import re
 import shutil
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from dora_dist.runtime.console import note, warn
+from dora_dist.checkpoint.manifest import ADAPTER, MANIFEST, NAME, Damaged, is_complete, read_manifest
+from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import write_json
 
-CONFIG, MANIFEST, STATE, TRAINER_STATE, ADAPTER = (
-    "config.json",
-    "manifest.json",
-    "state.safetensors",
-    "trainer_state.json",
-    "adapter",
-)
+CONFIG, STATE, TRAINER_STATE = "config.json", "state.safetensors", "trainer_state.json"
 DEEPSPEED, METRICS, LOG, TENSORBOARD = "deepspeed.json", "metrics.jsonl", "run.log", "tensorboard"
-RUN, BEST, IN_USE = "run.json", "best.json", ".in_use"
-FORMAT = 2
-_NAME = re.compile(r"checkpoint-(\d+)")
-
-
-class Damaged(UserError):
-    """A checkpoint that is not, byte for byte, what was written; an earlier one may be."""
+RUN, BEST = "run.json", "best.json"
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -53,19 +38,10 @@ def checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first. A folder without a readable manifest is not one."""
     found = {}
     for folder in run_dir.glob("checkpoint-*"):
-        name = _NAME.fullmatch(folder.name)
+        name = NAME.fullmatch(folder.name)
         if name and is_complete(folder):
             found[int(name[1])] = folder
     return [found[step] for step in sorted(found)]
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint's manifest is there and every file it lists has the size it lists."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -99,7 +75,7 @@ def set_aside_after(run_dir: Path, step: int) -> None:
 
 
 def _named(run_dir: Path) -> list[Path]:
-    return [folder for folder in run_dir.glob("checkpoint-*") if _NAME.fullmatch(folder.name)]
+    return [folder for folder in run_dir.glob("checkpoint-*") if NAME.fullmatch(folder.name)]
 
 
 def _set_aside(folder: Path, why: str) -> str:
@@ -136,7 +112,7 @@ def check_run(folder: Path, manifest: dict[str, Any]) -> None:
 
 def step_of(folder: Path) -> int:
     """The optimizer step of a checkpoint folder: its name says it, or else its manifest."""
-    name = _NAME.fullmatch(folder.name)
+    name = NAME.fullmatch(folder.name)
     return int(name[1]) if name else int(json.loads((folder / MANIFEST).read_text())["step"])
 
 
@@ -180,40 +156,6 @@ def _is_up_to(line: str, step: int) -> bool:
         return int(json.loads(line)["step"]) <= step
     except (ValueError, KeyError, TypeError):
         return False  # a line that a killed process began
-
-
-class InUse:
-    """At most one run at a time writes a folder: an advisory lock that ends with the process, however it ends.
-
-    Where the process ended with its node, a file server gives the lock free only after a lease, which is 90 s by
-    default on NFS: a run that goes on elsewhere waits for up to `patience_s`.
-    """
-
-    def __init__(self, run_dir: Path, patience_s: float = 120.0) -> None:
-        self._lock, self._patience_s = FileLock(run_dir / IN_USE), patience_s
-
-    def claim(self) -> None:
-        """Lock the folder, making it if need be. Raises UserError if another run holds it."""
-        path = Path(self._lock.lock_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with suppress(Timeout):
-                self._lock.acquire(timeout=0)
-                return
-            note(f"{path.parent} is in use by another run; waiting up to {self._patience_s:g} s for it to end")
-            self._lock.acquire(timeout=self._patience_s, poll_interval=0.5)
-        except Timeout:
-            raise UserError(
-                f"checkpoint.run_dir: {path.parent} is in use by another run; wait for it, or give another folder"
-            ) from None
-        except NotImplementedError:
-            warn(f"{path.parent} is on a file system without locks: take care that one run at a time uses it")
-
-    def __enter__(self) -> "InUse":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release(force=True)
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
@@ -295,76 +237,3 @@ def retire(run_dir: Path, keep_last: int) -> list[Path]:
         (folder / MANIFEST).unlink()
         shutil.rmtree(folder)
     return old
-
-
-def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
-    """Write manifest.json over everything else in the folder: sizes in bytes and sha256 of each file, and of itself."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    listed = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-    manifest = json.loads(json.dumps({"format": FORMAT, **fields, "files": listed}))  # as it will be read
-    write_json(folder / MANIFEST, {**manifest, "sha256": _own_digest(manifest)})
-
-
-def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises Damaged naming what is missing or damaged; UserError for a manifest that was
-    edited or is of an unknown format, and for a folder that was renamed.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(
-            f"checkpoint.resume: {folder} is not a complete checkpoint (no readable {MANIFEST}: {error})"
-        ) from error
-    _check_manifest(folder, manifest)
-    for name, entry in files.items():
-        path = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise UserError(f"checkpoint.resume: {folder / MANIFEST} lists {name!r}, which leaves the folder")
-        if not path.is_file():
-            raise Damaged(f"checkpoint.resume: {path} is missing; resume from another checkpoint")
-        if path.stat().st_size != entry["bytes"] or (verify and sha256(path) != entry["sha256"]):
-            raise Damaged(f"checkpoint.resume: {path} is damaged (size or checksum); resume from another checkpoint")
-    for path in folder.rglob("*"):
-        name = str(path.relative_to(folder))
-        if not path.is_dir() and name not in files and name != MANIFEST:
-            raise Damaged(f"checkpoint.resume: {path} does not belong to the checkpoint; move it elsewhere")
-    return manifest
-
-
-def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raise UserError unless the manifest is as this version wrote it, for the folder's own name."""
-    written = manifest.get("format")
-    if written != FORMAT:
-        raise UserError(
-            f"checkpoint.resume: {folder} has format {written}, this version of dora_dist reads {FORMAT}; resume with "
-            f"the version that wrote it, or start a new run from its adapter: --adapter.init_from {folder / ADAPTER}"
-        )
-    content = {name: value for name, value in manifest.items() if name != "sha256"}
-    if manifest.get("sha256") != _own_digest(content):
-        raise UserError(
-            f"checkpoint.resume: {folder / MANIFEST} was changed after it was written (its own checksum differs); put "
-            "it back as it was, or resume from another checkpoint"
-        )
-    name, step = _NAME.fullmatch(folder.name), manifest.get("step")
-    if name and int(name[1]) != step:
-        raise UserError(
-            f"checkpoint.resume: {folder} was renamed: it holds step {step}; name it checkpoint-{step} again"
-        )
-
-
-def _own_digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)

@@ -32,6 +32,7 @@ from dora_dist.checkpoint.format import (
     stored_shapes,
     trainable,
 )
+from dora_dist.checkpoint.manifest import write_manifest
 from dora_dist.models.heads import CAUSAL_LM, Head
 from dora_dist.runtime.folders import new_folder
 from dora_dist.weights.safetensors_io import TensorWriter
@@ -39,7 +40,7 @@ from dora_dist.zero3.optimizer_state import MASTER, optimizer_step_count, read_s
 from dora_dist.zero3.partition import full_numel, full_shape, shard_length
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Origin:
     """What a saved adapter says of where it comes from. `trained_modules`: PEFT's modules_to_save; `files`: what else
     belongs in its folder, by name (the tokenizer), needed on rank 0 alone.
@@ -116,7 +117,7 @@ class Saver:
                 for name, content in self._origin.files.items():
                     (partial / run_folder.ADAPTER / name).write_bytes(content)
                 (partial / run_folder.TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
-                run_folder.write_manifest(partial, manifest)
+                write_manifest(partial, manifest)
             afterwards()
 
         self._thread = threading.Thread(target=self._run, args=(folder, write, stall), name="saver", daemon=True)

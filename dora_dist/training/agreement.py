@@ -5,7 +5,7 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.manifest import MANIFEST
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import values
 from dora_dist.data import RaggedDataset, TokenizedData
@@ -36,7 +36,7 @@ def check_checkpoint(world: World, folder: Path) -> None:
 
     Where the run folder is local to each node, rank 0 would verify one checkpoint and the others read another.
     """
-    manifest = folder / run_folder.MANIFEST  # holds the checksums of all other files
+    manifest = folder / MANIFEST  # holds the checksums of all other files
     try:
         found = digest(manifest.read_bytes())
     except OSError as error:

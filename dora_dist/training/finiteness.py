@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dora_dist.checkpoint import run_folder
 from dora_dist.runtime.distributed import World
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import write_json
 
 FIRST_TOKENS = 8
 """How many token ids of each sample are recorded, for people to find it by."""
@@ -73,7 +73,7 @@ def refuse_gradient(losses: StepLosses, step: int, world: World, run_dir: Path) 
 
 def _refuse(what: str, facts: dict[str, Any], world: World, run_dir: Path) -> NoReturn:
     if world.first:
-        run_folder.write_json(run_dir / "not_finite.json", facts)
+        write_json(run_dir / "not_finite.json", facts)
     raise UserError(
         f"{what}; no checkpoint was written for this step. Lower training.learning_rate, lengthen "
         f"training.warmup_steps, or look at the batch recorded in {run_dir / 'not_finite.json'}"

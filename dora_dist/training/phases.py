@@ -20,6 +20,8 @@ from dora_dist.adapters.layer import adapted_layers
 from dora_dist.adapters.methods import chosen
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.format import check_budget
+from dora_dist.checkpoint.in_use import InUse
+from dora_dist.checkpoint.manifest import read_manifest
 from dora_dist.checkpoint.resuming import forgets_best, located, optimizer_steps
 from dora_dist.checkpoint.saving import Origin, Saver
 from dora_dist.config import RunConfig
@@ -28,6 +30,7 @@ from dora_dist.runtime.agreement import check_agreement, of_code
 from dora_dist.runtime.console import say
 from dora_dist.runtime.distributed import World, together
 from dora_dist.runtime.errors import Stopped, UserError
+from dora_dist.runtime.folders import write_json
 from dora_dist.runtime.run_log import RunLog
 from dora_dist.tasks import task_named
 from dora_dist.training import doubts
@@ -69,7 +72,7 @@ def run(config: RunConfig, ranks: Ranks, log: RunLog) -> Path:
     """Train from the beginning, or from a checkpoint, to the last step (collective); returns the newest checkpoint."""
     world, run_dir = ranks.world, Path(config.checkpoint.run_dir)
     check_agreement(world, of_code() | of_configuration(config))
-    with run_folder.InUse(run_dir) as in_use:
+    with InUse(run_dir) as in_use:
         with together("looking whether the run folder is in use"):
             if world.first and run_dir.exists():  # a run that cannot start makes no folder
                 in_use.claim()
@@ -98,7 +101,7 @@ def first_phase(config: RunConfig, inputs: Inputs, world: World, *, resume: Path
     phase = Phase(resume, budget, {})
     if resume is not None and budget is not None:
         with together(f"reading {resume}"):
-            manifest = run_folder.read_manifest(resume, verify=False)
+            manifest = read_manifest(resume, verify=False)
             if manifest["compacted"]:  # pruning is over, whatever the budget says
                 phase = replace(phase, ranks=manifest["adapter_ranks"])
             else:
@@ -108,7 +111,7 @@ def first_phase(config: RunConfig, inputs: Inputs, world: World, *, resume: Path
 
 
 def train_phase(
-    config: RunConfig, inputs: Inputs, phase: Phase, *, ranks: Ranks, log: RunLog, in_use: run_folder.InUse
+    config: RunConfig, inputs: Inputs, phase: Phase, *, ranks: Ranks, log: RunLog, in_use: InUse
 ) -> Phase | None:
     """Build a phase's model and train it to the phase's end (collective). Returns the next phase; None after the last.
 
@@ -146,7 +149,7 @@ def compacted_phase(phase: Phase, pruning: Pruning, run_dir: Path, world: World)
     say(f"\nthe mask is final: training goes on without the {pruned:,} pruned components")
     checkpoint = read_by_all(run_folder.newest_checkpoint(run_dir), world)
     assert checkpoint is not None
-    manifest = run_folder.read_manifest(checkpoint, verify=False)
+    manifest = read_manifest(checkpoint, verify=False)
     return replace(phase, checkpoint=checkpoint, ranks=manifest["adapter_ranks"], changed={})
 
 
@@ -211,13 +214,13 @@ def _open_checkpoints(
     model, task = located(config).model, task_named(config.model.task)
     files = task.files(inputs.processor, inputs.base) if world.first else {}
     origin = Origin(
-        chosen(config.adapter),
-        model.path,
-        model.revision,
-        adapted.head,
-        adapted.trained,
-        adapted.base_digest,
-        files,
+        method=chosen(config.adapter),
+        base_model=model.path,
+        revision=model.revision,
+        head=adapted.head,
+        trained_modules=adapted.trained,
+        base_digest=adapted.base_digest,
+        files=files,
     )
     saver = Saver(engine, adapted.model, origin, config.engine.start_timeout_s)
     return Checkpoints(saver, config.checkpoint, world, trained_with=phase.trained_with, metric=config.training.metric)
@@ -244,5 +247,5 @@ def _write_run_folder(config: RunConfig, run_dir: Path, world_size: int, resume:
     run_folder.forget_metrics_after(run_dir, step)
     run_folder.name_run(run_dir, resume)
     # In this order: config.check_files takes a config.json without the other for somebody else's.
-    run_folder.write_json(run_dir / run_folder.DEEPSPEED, config.deepspeed_config(world_size))
-    run_folder.write_json(run_dir / run_folder.CONFIG, json.loads(located(config).to_json()))
+    write_json(run_dir / run_folder.DEEPSPEED, config.deepspeed_config(world_size))
+    write_json(run_dir / run_folder.CONFIG, json.loads(located(config).to_json()))

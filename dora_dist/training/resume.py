@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dora_dist.checkpoint import resuming, run_folder
+from dora_dist.checkpoint.manifest import read_manifest
 from dora_dist.config import RunConfig
 from dora_dist.runtime.console import note, warn
 from dora_dist.runtime.distributed import World, together
@@ -65,7 +66,7 @@ def is_finished(config: RunConfig, resume: Path) -> bool:
     """
     said = None
     with together(f"comparing the configuration with {resume}"):
-        manifest = run_folder.read_manifest(resume, verify=False)
+        manifest = read_manifest(resume, verify=False)
         resuming.check_settings(resume, manifest, config)
         said = resuming.finished(resume, manifest, config)
     if said:
@@ -89,7 +90,7 @@ def compare(
             tensors = TensorFolder.open(base)
             trained_with = resuming.record(config, world.world_size, inputs.contents, order, base, tensors)
             if resume is not None:
-                manifest = run_folder.read_manifest(resume, verify=False)
+                manifest = read_manifest(resume, verify=False)
                 changed = resuming.changes(resume, manifest, config, trained_with)
     found = [changed]
     dist.broadcast_object_list(found)
@@ -109,7 +110,7 @@ def _named(path: Path, run_dir: Path) -> Path:
         note(f"checkpoint.resume: {path} is a run folder; going on from its newest checkpoint, {newest.name}")
         checkpoint = newest
     else:
-        run_folder.check_run(path, run_folder.read_manifest(path))
+        run_folder.check_run(path, read_manifest(path))
     if checkpoint.resolve().parent != run_dir.resolve():
         check_unused(run_dir)
     return checkpoint

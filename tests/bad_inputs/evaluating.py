@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
-from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.manifest import MANIFEST, write_manifest
 from dora_dist.runtime.exit_codes import DONE
 from tests import llava
 from tests.bad_inputs.case import Folder, Table, Words
@@ -56,7 +56,7 @@ def run(folder: Folder, base: str = "base", **data: Any) -> Path:
     folder.text("run/config.json", json.dumps({"model": {"path": base}, "data": data}))
     checkpoint = folder / "run/checkpoint-2"
     adapter(folder, "run/checkpoint-2/adapter", base)
-    run_folder.write_manifest(checkpoint, {"step": 2})
+    write_manifest(checkpoint, {"step": 2})
     return folder / "run"
 
 
@@ -479,7 +479,7 @@ def whole_model_as_adapter(folder: Folder) -> Words:
 
 @CASES.bad(says="run/checkpoint-2: incomplete checkpoint (saving was cut short)")
 def merged_from_an_incomplete_checkpoint(folder: Folder) -> Words:
-    (run(folder) / "checkpoint-2" / run_folder.MANIFEST).unlink()
+    (run(folder) / "checkpoint-2" / MANIFEST).unlink()
     return consolidate(folder, path="run/checkpoint-2")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.manifest import write_manifest
 from dora_dist.runtime.exit_codes import DONE, USERS_MISTAKE
 from tests import toy
 from tests.bad_inputs.case import Folder, Table, Words
@@ -135,7 +136,7 @@ def checkpoint_of_another_run(folder: Folder) -> Words:
     words = folder.trained("--training.max_steps=8")
     copied = shutil.copytree(folder / "run/checkpoint-4", folder / "run/checkpoint-6")
     fields = json.loads((copied / "manifest.json").read_text())
-    run_folder.write_manifest(copied, {**without(fields, "format", "files", "sha256"), "step": 6, "run": "theirs"})
+    write_manifest(copied, {**without(fields, "format", "files", "sha256"), "step": 6, "run": "theirs"})
     return words
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dora_dist.checkpoint.manifest import read_manifest
 from tests import toy
 from tests.distributed.training_runs import config, fails, run
 from tests.ranks import RankError, run_ranks
@@ -257,7 +258,7 @@ def test_damage_is_refused_by_name_and_auto_takes_the_checkpoint_before(
         shutil.copytree(folder / "two" / checkpoint, tmp_path / checkpoint)
     DAMAGE[name](tmp_path / "checkpoint-6" / name)
     with pytest.raises(UserError, match=f"checkpoint-6.*{Path(name).name}"):
-        run_folder.read_manifest(tmp_path / "checkpoint-6")
+        read_manifest(tmp_path / "checkpoint-6")
     assert run_folder.newest_intact(tmp_path) == tmp_path / "checkpoint-3"
     printed = capsys.readouterr().err
     assert "warning" in printed and Path(name).name in printed and "checkpoint-6.damaged" in printed

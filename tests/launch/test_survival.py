@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.manifest import read_manifest
 from dora_dist.config import TrainingConfig
 from dora_dist.data.reading import held_out
 from dora_dist.runtime.exit_codes import DONE, INTERRUPTED, LOST_RANK, STOPPED, USERS_MISTAKE
@@ -74,7 +75,7 @@ def test_a_killed_rank_ends_the_others_which_say_who_it_was(
     assert f"lost rank {victim}" in job.said(1 - victim)
     assert f"{folder / name / run_folder.LOG} may have what was printed last" in job.said(1 - victim)
     newest = run_folder.newest_checkpoint(folder / name)
-    assert newest is not None and run_folder.read_manifest(newest)["step"] >= 2
+    assert newest is not None and read_manifest(newest)["step"] >= 2
     go_on(folder, name, expected)
 
 
@@ -207,7 +208,7 @@ def test_killed_at_any_moment_of_a_save_a_run_goes_on(folder: Path) -> None:
         cut_short += bool(list(run_dir.glob(".checkpoint-*.partial-*")))
         newest = run_folder.newest_checkpoint(run_dir)
         assert newest is not None
-        run_folder.read_manifest(newest)  # every byte is as it was written
+        read_manifest(newest)  # every byte is as it was written
         assert run_folder.step_of(newest) >= reached - 1
         reached = run_folder.step_of(newest)
     assert cut_short >= 3  # it was in the middle of saves that it was killed

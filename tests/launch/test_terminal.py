@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.manifest import MANIFEST
 from dora_dist.runtime.exit_codes import DONE, STOPPED, USERS_MISTAKE
 from tests import toy
 from tests.conftest import ROOT
@@ -99,7 +100,7 @@ def test_output_that_nobody_reads_ends_no_run(folder: Path) -> None:
     ran = in_a_shell(folder, f"{train} --checkpoint.run_dir closed <&- >&- 2>&-")
     assert ran.returncode == DONE
     for name in ("unread", "closed"):
-        assert (folder / name / "checkpoint-4" / run_folder.MANIFEST).exists()
+        assert (folder / name / "checkpoint-4" / MANIFEST).exists()
         assert "finished" in (folder / name / run_folder.LOG).read_text()
 
 

@@ -23,7 +23,8 @@ from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.checkpoint.adapter_folders import find_adapter
 from dora_dist.checkpoint.consolidate import consolidate
-from dora_dist.checkpoint.run_folder import set_best, write_manifest
+from dora_dist.checkpoint.manifest import write_manifest
+from dora_dist.checkpoint.run_folder import set_best
 from dora_dist.evaluation.inference import load_for_inference
 from dora_dist.models.llava.assemble import assemble_llava
 from dora_dist.runtime.errors import UserError

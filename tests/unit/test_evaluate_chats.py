@@ -13,10 +13,11 @@ from torch.nn.functional import cross_entropy
 from dora_dist import cli
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
-from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.manifest import write_manifest
 from dora_dist.data.formats import FORMATS
 from dora_dist.data.texts import encode
 from dora_dist.evaluation import as_table, evaluate
+from dora_dist.runtime.folders import write_json
 from dora_dist.tasks.evaluations.answers import exchange, reference, turn_ends
 from tests import toy
 
@@ -190,11 +191,11 @@ def run_on(folder: Path, base: str) -> None:
     layer = AdapterLayer(torch.full((2, 36), 1e-4), torch.full((36, 2), 1e-4), None, 1.0)
     adapter = folder / "run/checkpoint-2/adapter"
     write_peft_folder(adapter, PeftAdapter(base, 2, 2, 0.0, False, {name: layer}))
-    run_folder.write_json(folder / "run/config.json", {"model": {"path": base}, "data": {"format": "messages"}})
+    write_json(folder / "run/config.json", {"model": {"path": base}, "data": {"format": "messages"}})
     shutil.copy(folder / "base/tokenizer.json", adapter)
     shutil.copy(folder / "base/tokenizer_config.json", adapter)
     shutil.copy(folder / "base/chat_template.jinja", adapter)
-    run_folder.write_manifest(folder / "run/checkpoint-2", {"step": 2})
+    write_manifest(folder / "run/checkpoint-2", {"step": 2})
 
 
 def test_a_run_is_evaluated_as_it_was_trained_and_on_the_base_that_is_given(

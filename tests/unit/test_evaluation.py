@@ -22,10 +22,12 @@ from transformers import (
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.manifest import write_manifest
 from dora_dist.data.formats import Rendered, candidate, generation_prompt, training_prompt
 from dora_dist.evaluation import PAPER_TASKS, as_table, evaluate, score_task
 from dora_dist.evaluation.inference import base_folder
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import write_json
 from dora_dist.tasks.evaluations.commonsense import candidates
 from dora_dist.tasks.evaluations.likelihood import candidate_log_probs
 from tests import toy
@@ -319,11 +321,11 @@ def test_a_base_from_the_hub_has_the_revision_that_was_trained_on(
     layer = AdapterLayer(torch.ones(2, 4), torch.ones(3, 2), torch.ones(3), 1.0)
     adapter = PeftAdapter("lab/model", 2.0, 2, 0.0, True, {"a.b": layer}, revision="v1")
     write_peft_folder(checkpoint / run_folder.ADAPTER, adapter)
-    run_folder.write_manifest(checkpoint, {"step": 1})
+    write_manifest(checkpoint, {"step": 1})
     for run in (tmp_path / "run", checkpoint, checkpoint / run_folder.ADAPTER):  # as the adapter says
         assert base_folder(str(run)).name == commits["v1"]
     for revision in ("v2", None):  # as the run says
-        run_folder.write_json(tmp_path / "run/config.json", {"model": {"path": "lab/model", "revision": revision}})
+        write_json(tmp_path / "run/config.json", {"model": {"path": "lab/model", "revision": revision}})
         assert base_folder(str(tmp_path / "run")).name == commits[revision or "main"]
 
 

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from dora_dist.checkpoint import resuming, run_folder
-from dora_dist.checkpoint.run_folder import chosen, set_best, write_manifest
+from dora_dist.checkpoint.manifest import write_manifest
+from dora_dist.checkpoint.run_folder import chosen, set_best
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import write_json
 from dora_dist.weights.safetensors_io import TensorFolder
 
 
@@ -62,7 +64,7 @@ def digest(folder: Path, *files: dict[str, torch.Tensor]) -> str:
         (folder / "model-0.safetensors").rename(folder / "model.safetensors")
         return resuming.sampled_digest(TensorFolder.open(folder))
     places = {name: f"model-{number}.safetensors" for number, tensors in enumerate(files) for name in tensors}
-    run_folder.write_json(folder / "model.safetensors.index.json", {"weight_map": places})
+    write_json(folder / "model.safetensors.index.json", {"weight_map": places})
     return resuming.sampled_digest(TensorFolder.open(folder))
 
 

@@ -1,0 +1,97 @@
+"""The manifest of a checkpoint: every file's size and checksum, and a checksum of its own; written last."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import write_json
+
+MANIFEST, ADAPTER = "manifest.json", "adapter"
+FORMAT = 2
+NAME = re.compile(r"checkpoint-(\d+)")
+"""A checkpoint folder's name; the number is its optimizer step."""
+
+
+class Damaged(UserError):
+    """A checkpoint that is not, byte for byte, what was written; an earlier one may be."""
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint's manifest is there and every file it lists has the size it lists."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
+    """Write manifest.json over everything else in the folder: sizes in bytes and sha256 of each file, and of itself."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    listed = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    manifest = json.loads(json.dumps({"format": FORMAT, **fields, "files": listed}))  # as it will be read
+    write_json(folder / MANIFEST, {**manifest, "sha256": _own_digest(manifest)})
+
+
+def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises Damaged naming what is missing or damaged; UserError for a manifest that was
+    edited or is of an unknown format, and for a folder that was renamed.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(
+            f"checkpoint.resume: {folder} is not a complete checkpoint (no readable {MANIFEST}: {error})"
+        ) from error
+    _check_manifest(folder, manifest)
+    for name, entry in files.items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise UserError(f"checkpoint.resume: {folder / MANIFEST} lists {name!r}, which leaves the folder")
+        if not path.is_file():
+            raise Damaged(f"checkpoint.resume: {path} is missing; resume from another checkpoint")
+        if path.stat().st_size != entry["bytes"] or (verify and sha256(path) != entry["sha256"]):
+            raise Damaged(f"checkpoint.resume: {path} is damaged (size or checksum); resume from another checkpoint")
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if not path.is_dir() and name not in files and name != MANIFEST:
+            raise Damaged(f"checkpoint.resume: {path} does not belong to the checkpoint; move it elsewhere")
+    return manifest
+
+
+def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise UserError unless the manifest is as this version wrote it, for the folder's own name."""
+    written = manifest.get("format")
+    if written != FORMAT:
+        raise UserError(
+            f"checkpoint.resume: {folder} has format {written}, this version of dora_dist reads {FORMAT}; resume with "
+            f"the version that wrote it, or start a new run from its adapter: --adapter.init_from {folder / ADAPTER}"
+        )
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    if manifest.get("sha256") != _own_digest(content):
+        raise UserError(
+            f"checkpoint.resume: {folder / MANIFEST} was changed after it was written (its own checksum differs); put "
+            "it back as it was, or resume from another checkpoint"
+        )
+    name, step = NAME.fullmatch(folder.name), manifest.get("step")
+    if name and int(name[1]) != step:
+        raise UserError(
+            f"checkpoint.resume: {folder} was renamed: it holds step {step}; name it checkpoint-{step} again"
+        )
+
+
+def _own_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
