@@ -32,7 +32,7 @@ _DEFINED_IN = {
 
 def __getattr__(name: str) -> Any:
     if name not in _DEFINED_IN:
-        raise AttributeError(f"module 'dora_dist' has no attribute {name!r}")
+        raise AttributeError(f"dora_dist does not define {name!r}; it defines {', '.join(__all__)}")
     found = globals()[name] = getattr(import_module(_DEFINED_IN[name]), name)
     return found
 

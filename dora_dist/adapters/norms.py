@@ -51,6 +51,7 @@ class NormRefresher:
         self.layers: dict[str, AdaptedLinear] = {n: m for n, m in named if m.method.weight_decomposed}
         self.device = next(model.parameters()).device
         self.refreshes = 0
+        self.bytes_received = 0  # from other ranks; weights held whole need none
         self.stopwatch = Stopwatch()
         self._stale = True
         self._base_squares: dict[str, Tensor] = {}

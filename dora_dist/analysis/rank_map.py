@@ -24,7 +24,7 @@ def rank_table(event: PruningEvent) -> str:
 
 
 def write_rank_map(events: Sequence[PruningEvent], budget: Budget, path: Path) -> None:
-    """A PNG: the last event's ranks as a heat map, and the open components at every pruning beside the schedule.
+    """A PNG: the last event's ranks as a heat map; the components left after each pruning, over the schedule's curve.
 
     Without matplotlib, a warning instead: a run does not end for a picture.
     """
@@ -65,7 +65,7 @@ def write_rank_map(events: Sequence[PruningEvent], budget: Budget, path: Path) -
 
 
 def _grid(event: PruningEvent) -> tuple[list[str], list[str], Tensor]:
-    """Layers, kinds of module, and ranks (layers, kinds), -1 where a layer has no such module."""
+    """Layers, kinds of module, and ranks (layers, kinds), -1 where a layer lacks the module."""
     found = {name: _place(name) for name in event.by_layer}
     stacks = [stack.split(".") for stack in dict.fromkeys(stack for stack, _, _ in found.values())]
     shared = set.intersection(*map(set, stacks))

@@ -22,7 +22,7 @@ OWN_TO_A_NODE = {
     "data.image_folder",
     "adapter.init_from",
 }
-"""Fields that name where something is on this node; what is there has to agree, not the path."""
+"""Fields that say where something is on this node: its content has to be the same on all nodes, not its path."""
 
 
 _SHARED_FOLDER = (
@@ -32,7 +32,7 @@ _SHARED_FOLDER = (
 
 
 def check_checkpoint(world: World, folder: Path) -> None:
-    """Whether `folder` is the same checkpoint on every rank (collective). Raises UserError, on every rank, if not.
+    """Raise UserError on every rank unless `folder` is the same checkpoint on all of them (collective).
 
     Where the run folder is local to each node, rank 0 would verify one checkpoint and the others read another.
     """
@@ -45,7 +45,7 @@ def check_checkpoint(world: World, folder: Path) -> None:
 
 
 def of_configuration(config: RunConfig) -> dict[str, str]:
-    """Every field but those in `OWN_TO_A_NODE` and what a rank logs."""
+    """Every field by its dotted name, but for those in `OWN_TO_A_NODE` and the logging section."""
     return {
         name: json.dumps(value)
         for name, value in values(json.loads(config.to_json()), type(config)).items()
@@ -56,7 +56,7 @@ def of_configuration(config: RunConfig) -> dict[str, str]:
 def of_model_folder(
     field: str, folder: Path, whole: bool = False, *, patterns: Sequence[str] = WANTED
 ) -> dict[str, str]:
-    """Every file of a model or adapter folder that counts; of weights, size and header only, unless `whole`."""
+    """A text for each file in a model or adapter folder; of weights, size and header only, unless `whole`."""
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     return {f"{field}: {path.name}": _of_file(path, whole) for path in files}
 

@@ -7,11 +7,11 @@ from transformers import TrainingArguments
 from dora_dist.config import RunConfig
 
 NEVER = 10**12
-"""A step that is not reached: "only at the end" for a Trainer that wants an interval."""
+"""An interval of steps that no run reaches. The Trainer saves at the end, too, and this leaves that alone."""
 
 
 def training_arguments(config: RunConfig, world_size: int, deepspeed: dict[str, Any]) -> TrainingArguments:
-    """The Trainer's settings of a run; every one follows from `config`, which stays the only source."""
+    """The Trainer's settings of a run on `world_size` ranks, all derived from its configuration."""
     training, checkpoint = config.training, config.checkpoint
     plan = config.training.batch_plan(world_size)
     warmup = training.warmup_steps if training.warmup_steps is not None else (training.warmup_ratio or 0)

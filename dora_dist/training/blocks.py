@@ -1,4 +1,4 @@
-"""What a run prints before its first step and after its last one: who, with what, where to, and what came of it."""
+"""What a run prints before its first step (ranks, data, model, schedule, files) and after its last (results)."""
 
 import math
 import textwrap
@@ -46,7 +46,7 @@ def opening(run_dir: Path, world: World, resume: Path | None) -> None:
 
 
 def about_data(options: DataConfig, data: TokenizedData) -> None:
-    """Once it is read: what there is to learn from, and what was left out."""
+    """Once the data is read: how much there is to learn from, and what was left out."""
     line("data", f"{_listed(options.train)}: {data.train_stats}")
     if data.validation_stats is not None:
         held_out = f"{options.validation_samples} samples held out of it"
@@ -54,7 +54,7 @@ def about_data(options: DataConfig, data: TokenizedData) -> None:
 
 
 def about_model(config: RunConfig, run: AdaptedModel, world: World, *, samples: int) -> None:
-    """Once it is built: model, adapter, batch, schedule, memory, and where things go; `samples` are for training."""
+    """Once the model is built: model, adapter, batch, schedule, memory, files. `samples`: size of the training set."""
     model, adapter, training = config.model, config.adapter, config.training
     parameters = list(run.model.parameters())
     trained = sum(full_numel(p) for p in parameters if p.requires_grad)
@@ -114,6 +114,8 @@ def _validation(records: list[dict[str, Any]]) -> str:
 
 def _method(adapter: AdapterConfig) -> str:
     name = f"{'DoRA' if adapter.weight_decomposed else 'LoRA'}{' with dynamic rank' if adapter.dynamic_rank else ''}"
+    if adapter.method is not None:
+        name = f"{adapter.method}{' with magnitudes' if adapter.weight_decomposed else ''}"
     rank = f"r {adapter.start_rank} pruned to {adapter.r} on average" if adapter.dynamic_rank else f"r {adapter.r}"
     dropout = f", dropout {adapter.dropout:g}" if adapter.dropout else ""
     return f"{name}, {rank}, alpha {adapter.lora_alpha:g}{dropout}"

@@ -1,4 +1,4 @@
-"""What a run's settings say together with its length and its model: refused where it must fail, else said once."""
+"""Settings that do not fit a run's length or its model: refused where they must fail, else warned of once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # tables of lear
 
 
 def of_settings(training: TrainingConfig, checkpoint: CheckpointConfig, steps: int) -> None:
-    """Say what a run of `steps` optimizer steps never comes to, though it is set."""
+    """Warn of settings that a run of `steps` optimizer steps never reaches, and of learning rates that are too high."""
     run = f"the run has {steps:,} step{'' if steps == 1 else 's'}"
     if (warmup := training.warmup_steps or 0) >= steps:
         warn(
@@ -34,8 +34,9 @@ def of_settings(training: TrainingConfig, checkpoint: CheckpointConfig, steps: i
 
 
 def of_model(model: Any, training: TrainingConfig, cutoff: int, samples: Any) -> None:
-    """Compare settings with a model that is adapted and has no weights yet; `samples` are the training samples, of at
-    most `cutoff` tokens (data.cutoff_len).
+    """Compare settings with an adapted model whose weights are not read yet.
+
+    `samples` are the training samples, of at most `cutoff` tokens (data.cutoff_len).
 
     Raises UserError for learning_rates of what is not trained, and for samples longer than a table of positions.
     """

@@ -1,4 +1,4 @@
-"""Learning rates of single modules, and of a run that is resumed."""
+"""Learning rates: those of single modules, and the schedule of a run that is resumed."""
 
 from collections.abc import Mapping
 

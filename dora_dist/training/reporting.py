@@ -103,8 +103,9 @@ class ReportCallback(TrainerCallback):
         return {"elapsed": elapsed, "left": pace * (state.max_steps - state.global_step)}
 
     def _counters(self, state: Any) -> tuple[float, int, int, float, int, float]:
-        refreshing, received = self._norms.stopwatch.seconds, getattr(self._norms, "bytes_received", 0)
-        return time.perf_counter(), state.global_step, self.tokens_seen, refreshing, received, self._pruning.seconds
+        norms, scoring = self._norms, self._pruning.seconds
+        refreshing, received = norms.stopwatch.seconds, norms.bytes_received
+        return time.perf_counter(), state.global_step, self.tokens_seen, refreshing, received, scoring
 
     def _throughput(self, state: Any, device: torch.device) -> dict[str, float]:
         now = self._counters(state)
@@ -139,11 +140,11 @@ _EVALUATED = {
     "eval_rougeL": "ROUGE-L",
 }
 _WORTH_SAYING_S = 0.5
-"""A shorter wait of the training for a save is not mentioned."""
+"""A save that training waits for less than this is reported without its wait."""
 
 
 def event_text(record: dict[str, Any]) -> str:
-    """A record of metrics.jsonl that has no training loss, in words; "" for what the closing lines say anyway."""
+    """A record of metrics.jsonl without a training loss, in words; "" for what the closing lines say anyway."""
     if "components_kept" in record:
         return (
             f"pruned: {record['components_kept']:,} of {record['components']:,} components are left, "

@@ -1,5 +1,6 @@
-"""Which checkpoint a run goes on from, whether anything is left to do, and what has changed since: asked of all ranks
-before data and base are loaded, or at least before anything is trained.
+"""Which checkpoint a run goes on from, whether anything is left to do, and what has changed since it was written.
+
+The ranks settle the first two before data and base are read, and the third before the model is built.
 """
 
 import difflib
@@ -23,8 +24,8 @@ from dora_dist.weights.safetensors_io import TensorFolder
 def find_checkpoint(named: str | None, run_dir: Path, world: World) -> Path | None:
     """The checkpoint to go on from, intact to the last byte; `named` is checkpoint.resume (collective).
 
-    Raises UserError, on every rank, if there is none that can be meant, or if a fresh run would mix with an earlier
-    one's files.
+    Raises UserError, on every rank, if the named one is not there or damaged, or if a fresh run would mix its files
+    with those of an earlier one.
     """
     found: list[Path | None] = [None]
     with together("looking for earlier checkpoints"):
@@ -60,7 +61,7 @@ def check_unused(run_dir: Path) -> None:
 
 
 def is_finished(config: RunConfig, resume: Path) -> bool:
-    """Whether the run that goes on from `resume` has no step left, which is then said (collective).
+    """Whether the run that goes on from `resume` has taken its last step already, which is then said (collective).
 
     Raises UserError, on every rank, for settings that may not change.
     """
@@ -101,7 +102,7 @@ def compare(
 
 
 def _named(path: Path, run_dir: Path) -> Path:
-    """The checkpoint that checkpoint.resume names: itself, or a run folder, whose newest intact one is meant."""
+    """The checkpoint that checkpoint.resume names by its folder, or by a run folder, whose newest intact one it is."""
     checkpoint = path
     if run_folder.checkpoints(path):
         newest = run_folder.newest_intact(path)
@@ -117,7 +118,7 @@ def _named(path: Path, run_dir: Path) -> Path:
 
 
 def _nothing_in(run_dir: Path) -> str:
-    what = "has no checkpoint" if run_dir.is_dir() else "does not exist"
+    what = "holds no checkpoint" if run_dir.is_dir() else "does not exist"
     parent = run_dir.parent
     close: list[str] = []
     with suppress(OSError):  # a folder that may be entered and not listed

@@ -211,7 +211,8 @@ class DoraTrainer(Trainer):
         self._checkpoints.save(self.state, self.lr_scheduler.get_last_lr(), self.pruning)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing to load: the random state is a function of (seed, step, rank), set at every step's start."""
+        """Load nothing: the random state is a function of (seed, step, rank), set at every step's start."""
+        return
 
     def wait_for_saving(self, timeout_s: float = 30.0) -> None:
         """What can still be saved when the ranks end too early; not collective."""

@@ -1,4 +1,4 @@
-"""Records that could not be read when their turn came, on whichever rank: the end of the run, or left out."""
+"""Records that cannot be read when their turn comes, on any rank: they end the run, or are left out and counted."""
 
 from typing import Any
 
@@ -10,7 +10,9 @@ from dora_dist.runtime.errors import UserError
 
 
 class Unreadable:
-    """Counts what an objective's `problems` are about, over all ranks; `what_to_do` is data.bad_images."""
+    """Settles an objective's `problems`, a message for each such record of this rank, with those of the other ranks;
+    `what_to_do` is data.bad_images.
+    """
 
     def __init__(self, problems: list[str], what_to_do: str, world: World) -> None:
         self.problems, self._what_to_do, self._world = problems, what_to_do, world
@@ -33,7 +35,7 @@ class Unreadable:
         if not found:
             return {}
         if self._what_to_do == "error":
-            raise UserError(f'{found[0]}; mend it, or set data.bad_images to "skip" to leave such records out')
+            raise UserError(f'{found[0]}; fix it, or set data.bad_images to "skip" to leave such records out')
         for problem in found:
             warn(f"left out: {problem}")
         self.left_out += len(found)

@@ -16,7 +16,7 @@ def test_the_names_are_these() -> None:
     for name in dora_dist.__all__:
         assert getattr(dora_dist, name) is not None
         assert name in dir(dora_dist)
-    with pytest.raises(AttributeError, match="no attribute 'tain'"):
+    with pytest.raises(AttributeError, match="does not define 'tain'; it defines RunConfig"):
         _ = dora_dist.tain
 
 
