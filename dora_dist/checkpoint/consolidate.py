@@ -1,7 +1,11 @@
 """Adapter + base -> one plain Hugging Face model folder, streamed: memory stays far below the model's size.
 
 W = (m / n)[:, None]·(W0 + s·B·A), n = row norms of the bracket (DoRA, section 4.1). A row needs only its own
-base row, so a tensor is merged in blocks of rows, in fp32, and written as it goes.
+base row, so a tensor is merged in blocks of rows, in fp32, and written as it goes: memory is a few blocks of BLOCK_BYTES.
+
+Modules that were trained in full replace the base's, or join them; a base that is the plain encoder of the adapted
+model gets that model's names. Where an adapter changes one use of a tied weight (modules_to_save=["embed_tokens"]), each use
+is written on its own, with tie_word_embeddings: false in config.json, as PEFT has it.
 """
 
 from __future__ import annotations
@@ -58,26 +62,30 @@ def consolidate(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Merge a PEFT adapter folder into its base and write the folder `output`, config and tokenizer included.
+    """Merge a PEFT adapter folder into its base and write a plain model folder, config and tokenizer included.
 
-    `base_folder` is a folder or a hub name. `dtype` ("bf16", "fp16", "fp32") of the output is by default that
-    of the base on disk, tensor by tensor. Modules that were trained in full replace the base's, or join them; a base
-    that is the plain encoder of the adapted model gets that model's names. Where an adapter changes one use of a tied
-    weight (modules_to_save=["embed_tokens"]), each use is written on its own, with tie_word_embeddings: false in
-    config.json, as PEFT has it. Memory: a few blocks of BLOCK_BYTES, whatever the model's size.
-    Returns what was done: output, tensors, merged, shards, bytes_read, bytes_written, seconds.
+    Args:
+        adapter_folder: a PEFT folder; of a run `RUN_DIR/checkpoint-STEP/adapter`.
+        base_folder: a folder, or a hub name.
+        output: the folder to write; it appears under its name once it is complete.
+        dtype: "bf16", "fp16" or "fp32"; None: that of the base on disk, tensor by tensor.
+        max_shard_bytes: the size of one .safetensors file; a larger tensor gets a file of its own.
 
-    Raises UserError, with nothing left behind, when the adapter does not fit the base, a file is damaged, a
-    result is not finite, the disk is too small, or `output` exists and `overwrite` is False.
+    Returns: what was done: output, tensors, merged, shards, bytes_read, bytes_written, seconds.
+
+    Raises UserError, with nothing left behind, when the adapter does not fit the base, a file is damaged, a result is
+    not finite, the disk is too small, or `output` exists and `overwrite` is False.
+
+    Example::
+
+        consolidate(checkpoint / "adapter", "base", Path("merged"), dtype="bf16")
     """
     started = time.monotonic()
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     adapter = PeftFolder.open(adapter_folder)
     storage = storage_of(adapter.base_storage(), f"{adapter.path}: the base's storage")
-    own = str(base_folder) == adapter.config.get("base_model_name_or_path")
-    revision = adapter.config.get("revision") if own else None
-    base = ModelFolder.open(base_path(str(base_folder), revision, str(adapter.path)))
+    base = _base(adapter, str(base_folder))
     output = Path(output).resolve()
     _check_output(output, base.path, Path(adapter_folder))
     _warn_of_another(adapter, base.tensors)
@@ -104,6 +112,11 @@ def consolidate(
         "bytes_written": total,
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def _base(adapter: PeftFolder, name: str) -> ModelFolder:
+    own = name == adapter.config.get("base_model_name_or_path")
+    return ModelFolder.open(base_path(name, adapter.config.get("revision") if own else None, str(adapter.path)))
 
 
 def _check_output(output: Path, base: Path, adapter: Path) -> None:

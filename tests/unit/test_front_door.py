@@ -27,7 +27,7 @@ def test_importing_it_imports_neither_torch_nor_a_schema() -> None:
 
 
 def test_each_name_says_what_it_takes_and_raises_and_shows_an_example() -> None:
-    for name in ("build_model", "train"):
+    for name in ("build_model", "consolidate", "evaluate", "train"):
         text = getattr(dora_dist, name).__doc__
         for part in ("Args:", "Raises", "Example::"):
             assert part in text, (name, part)
