@@ -1,11 +1,12 @@
 """Adapter + base -> one plain Hugging Face model folder, streamed: memory stays far below the model's size.
 
 W = (m / n)[:, None]·(W0 + s·B·A), n = row norms of the bracket (DoRA, section 4.1). A row needs only its own
-base row, so a tensor is merged in blocks of rows, in fp32, and written as it goes: memory is a few blocks of BLOCK_BYTES.
+base row, so a tensor is merged in blocks of rows, in fp32, and written as it goes: memory is a few blocks of
+BLOCK_BYTES.
 
 Modules that were trained in full replace the base's, or join them; a base that is the plain encoder of the adapted
-model gets that model's names. Where an adapter changes one use of a tied weight (modules_to_save=["embed_tokens"]), each use
-is written on its own, with tie_word_embeddings: false in config.json, as PEFT has it.
+model gets that model's names. Where an adapter changes one use of a tied weight (modules_to_save=["embed_tokens"]),
+each use is written on its own, with tie_word_embeddings: false in config.json, as PEFT has it.
 """
 
 from __future__ import annotations
