@@ -207,7 +207,7 @@ def _check(wanted: Iterable[tuple[str, torch.Size]], folder: TensorFolder) -> No
     for tensor, shape in wanted:
         entry = folder.entries.get(tensor)
         if entry is None:
-            missing = f"has no tensor {tensor!r} (it has {len(folder.entries)} others)"
+            missing = f"tensor {tensor!r} is missing ({len(folder.entries)} others are there)"
             raise UserError(f"{folder.path}: {missing}; {doubt}")
         if entry.shape != tuple(shape):
             needs = f"has shape {list(entry.shape)}, the model needs {list(shape)}{_vocabulary(tensor)}"

@@ -1,7 +1,7 @@
 """Safetensors files by byte range: headers once, then only the bytes that were asked for.
 
-Reads use pread into the caller's memory rather than mmap, so that a rank's resident memory counts what it
-holds and nothing else. Writes stream one tensor at a time, and nothing half-written ever has its final name.
+Reads use pread into the caller's memory rather than mmap, whose pages would count as a rank's resident memory. Writes
+stream one tensor at a time, and a file gets its name once it is whole.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class TensorFolder:
 
 
 class TensorWriter:
-    """Streams one safetensors file; memory beyond the caller's tensors is nil.
+    """Streams one safetensors file, with no memory beyond the caller's tensors.
 
     Use as a context manager: the file takes its name only after every tensor was written whole and flushed.
     `layout` lists (name, dtype, shape) of every tensor. A write that the system refuses raises UserError.
@@ -279,7 +279,7 @@ def _read_index(index: Path) -> dict[str, TensorEntry]:
     entries = {}
     for name, path in shards.items():
         shard = weight_map[name]
-        # By name, not by resolved target: a hub cache is a folder of links into a store beside it.
+        # By name, not by resolved target: a hub cache is a folder of links into a store next to it.
         if shard != path.name or shard in ("", ".", ".."):
             raise UserError(f"{index}: tensor {name!r} is said to be in {shard!r}; use a plain file name")
         if path not in headers:

@@ -24,7 +24,7 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def full_numel(parameter: nn.Parameter) -> int:
-    """The whole parameter's number of elements."""
+    """The whole parameter's number of elements; of a packed weight, of its tensor and with padding."""
     return parameter.ds_numel if is_zero_param(parameter) else parameter.numel()
 
 
