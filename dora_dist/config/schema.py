@@ -202,8 +202,8 @@ class DataConfig(Section):
     )
     cache: Text | None = Field(
         default="~/.cache/dora_dist",
-        description="Folder for tokenized data of language models and LLaVAs: one rank of a node makes it for the "
-        "others and for later runs; null: every rank tokenizes for itself",
+        description="Folder for tokenized data: one rank of a node makes it for the others and for later runs; null: "
+        "every rank tokenizes for itself",
     )
     image_folder: PathText | None = Field(default=None, description="Where the pictures of llava records are")
     image_aspect_ratio: Literal["pad", "processor"] = Field(
