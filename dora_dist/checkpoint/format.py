@@ -99,7 +99,7 @@ def component_owners(model: nn.Module) -> dict[str, str]:
 
 
 def stored_shapes(model: nn.Module, survivors: Survivors) -> dict[str, tuple[int, ...]]:
-    """Shapes of what is written of each trainable parameter; a layer without survivors has no factors."""
+    """Shapes of what is written of each trainable parameter; a layer without survivors lacks its factors."""
     shapes, owners = {}, component_owners(model)
     for name, parameter in trainable(model):
         shape, kept = tuple(full_shape(parameter)), survivors.get(owners.get(name, ""))

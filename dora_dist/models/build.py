@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dora_dist.adapters.inject import AdapterPlan, held_weights, initial_fills, inject, trained_in_full, weight_count
@@ -78,39 +79,22 @@ def build_model(
 ) -> AdaptedModel:
     """Build, adapt and load the model with `head` from a local folder; norms are refreshed before it returns.
 
-    The skeleton is made without memory, the adapters are injected into it, and only then does each parameter get
-    its place (whole, or this rank's shard). Adapters start as the paper says (paper section 4.1, by `seed`), or as
-    `start_from` has them. `trained_modules` are patterns of modules to train in full; None: the task's head. What is
-    trained or adapted of a tied weight is untied from the rest, as PEFT has it. `storage` is how adapted layers hold
-    their frozen weights; `refresher` is the one for the way in which `placement` holds parameters
-    (`ShardedNormRefresher` for shards). `inspect` is called with the adapted model before its weights are read, and may
-    refuse it. On ZeRO-3 this is collective. Raises UserError for a
-    folder that is no model, a plan that does not fit it, and missing, misshapen or truncated tensors.
+    The skeleton is made without memory, the adapters are injected into it, and only then does each parameter get its
+    place (whole, or this rank's shard). Adapters start as the DoRA paper says (section 4.1, by `seed`), or as
+    `start_from` has them. `trained_modules` are patterns of modules to train in full; None: the head's default.
+    `storage` is how adapted layers hold their frozen weights; `refresher` reads norms as `placement` holds parameters
+    (`ShardedNormRefresher` for shards). `inspect` may refuse the adapted model before its weights are read. On ZeRO-3
+    this is collective. Raises UserError for a folder that is not a model, a plan that does not fit it, and missing,
+    misshapen or truncated tensors.
     """
-    opened = ModelFolder.open(base)
-    folder = opened.tensors
+    folder = ModelFolder.open(base)
     model = skeleton(base, head, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
-    family = family_of_model(model)
-    named = stored_names(folder.entries, family.rename(model))
-    stored = untie_different(model, folder, named)
-    report_unused(opened, model, stored)
-    if trained_modules is None:
-        trained = head.default_trained(model, stored)
-    else:
-        trained = trained_in_full(model, trained_modules, apart=family.apart)
-    untied, stored = untie(model, [*trained, *plan(model)], stored)
-    adapted = inject(model, plan, trained, storage=storage)
-    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}  # shards have none
+    made = _inject(model, folder, plan, head=head, storage=storage, trained_modules=trained_modules)
     if start_from is not None:
-        start.check(model, shapes, start_from, base, head)
+        start.check(model, made.shapes, start_from, base=base, head=head)
     inspect(model)
-    base_digest = sampled_digest(folder) if placement.first else ""
-    if start_from is not None and start_from.source is not None and placement.first:
-        warn_of_another_base(start_from.source.path, start_from.base_model, start_from.base_digest, base, base_digest)
-    weights, source = weight_count(model), Source(folder, stored, model.base_model_prefix)
-    fresh = _load(model, source, placement, dtype=dtype, seed=seed)
-    there = {n: source.locate(n) for n in fresh}
-    resized = {n: (list(folder.entries[found].shape), list(shapes[n])) for n, found in there.items() if found}
+    digest = _digest(folder, start_from) if placement.first else ""
+    fresh = _load(model, made.source, placement, dtype=dtype, seed=seed)
     norms = refresher(model)
     norms.refresh()
     if start_from is not None:
@@ -119,18 +103,76 @@ def build_model(
     return AdaptedModel(
         model=model,
         norms=norms,
-        adapted=adapted,
+        adapted=made.adapted,
         base=base,
-        base_bytes_read=folder.bytes_read,
-        base_digest=base_digest,
-        family=family,
+        base_bytes_read=folder.tensors.bytes_read,
+        base_digest=digest,
+        family=made.family,
         head=head,
-        trained=trained,
+        trained=made.trained,
         fresh=fresh,
-        resized=resized,
-        untied=untied,
-        weights=weights,
+        resized=made.resized(fresh),
+        untied=made.untied,
+        weights=made.weights,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Injected:
+    """A skeleton with its adapters: fields as `AdaptedModel` has them, where each parameter is read, and the whole
+    shapes of those that are trained (shards have none).
+    """
+
+    family: Family
+    adapted: list[str]
+    trained: list[str]
+    untied: list[str]
+    source: Source
+    shapes: dict[str, torch.Size]
+    weights: int
+
+    def resized(self, fresh: Sequence[str]) -> dict[str, tuple[list[int], list[int]]]:
+        """Those of the parameters `fresh` that the folder has in another shape: (shape there, shape here)."""
+        there = {name: self.source.folder.entries[own].shape for name in fresh if (own := self.source.locate(name))}
+        return {name: (list(shape), list(self.shapes[name])) for name, shape in there.items()}
+
+
+def _inject(
+    model: Any,
+    folder: ModelFolder,
+    plan: AdapterPlan,
+    *,
+    head: Head,
+    storage: WeightStorage,
+    trained_modules: Sequence[str] | None,
+) -> _Injected:
+    """Adapt a skeleton in place: find its tensors, untie what is trained or adapted from the rest, freeze all else."""
+    tensors, family = folder.tensors, family_of_model(model)
+    stored = untie_different(model, tensors, stored_names(tensors.entries, family.rename(model)))
+    report_unused(folder, model, stored)
+    if trained_modules is None:
+        trained = head.default_trained(model, stored)
+    else:
+        trained = trained_in_full(model, trained_modules, apart=family.apart)
+    untied, stored = untie(model, [*trained, *plan(model)], stored)
+    adapted = inject(model, plan, trained, storage=storage)
+    return _Injected(
+        family=family,
+        adapted=adapted,
+        trained=trained,
+        untied=untied,
+        source=Source(tensors, stored, model.base_model_prefix),
+        shapes={name: p.shape for name, p in model.named_parameters() if p.requires_grad},
+        weights=weight_count(model),
+    )
+
+
+def _digest(base: ModelFolder, start_from: PeftAdapter | None) -> str:
+    """The `sampled_digest` of the base; warns of an adapter that starts from another one."""
+    digest = sampled_digest(base.tensors)
+    if start_from is not None and start_from.source is not None:
+        warn_of_another_base(start_from.source.path, start_from.base_model, start_from.base_digest, base.path, digest)
+    return digest
 
 
 def _load(model: Any, source: Source, placement: Placement, *, dtype: str, seed: int) -> list[str]:
@@ -145,7 +187,7 @@ def checkpoint_activations(model: Any) -> None:
     """Have a model of transformers keep one activation per decoder layer and recompute the rest in backward.
 
     DoRA layers whose output is small relative to its FLOPs keep it (`adapters/recompute.py`). Raises UserError for a
-    model that has no activation checkpointing.
+    model that does not support activation checkpointing.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(f"training.activation_checkpointing = true: {type(model).__name__} has none; set it to false")
@@ -164,8 +206,8 @@ def skeleton(
     config = transformers_config(base, trust_remote_code)
     head.configure(config)
     kind: Any = head.model_class(config, trust_remote_code)
-    sdpa = attn_implementation != "sdpa" or getattr(kind, "_supports_sdpa", True)
-    config._attn_implementation = attn_implementation if sdpa else "eager"
+    unsupported = attn_implementation == "sdpa" and not kind._supports_sdpa
+    config._attn_implementation = "eager" if unsupported else attn_implementation
     config.use_cache = False
     # set_zero3_state: parts of a composite model would be sharded as they are made, once a Trainer has said ZeRO-3.
     try:

@@ -50,7 +50,7 @@ class Family:
         return None
 
     def prepare_for_training(self, model: Any) -> None:
-        """Change an adapted model so that it trains right and fast, in place."""
+        """Change an adapted model so that it trains right and fast, in place; most need nothing."""
 
     def processor(self, base: Path, config: Any, data: DataConfig, tokenizer: str | None) -> PictureProcessor:
         """What turns conversations into the model's input, for a family that `sees_pictures`.

@@ -14,7 +14,7 @@ from dora_dist.runtime.errors import UserError
 from dora_dist.weights.placement import Placement
 
 
-def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdapter, base: Path, head: Head) -> None:
+def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdapter, *, base: Path, head: Head) -> None:
     """Raise UserError where an adapter is not of the layers, ranks and shapes of an adapted `model`.
 
     `trained` are the shapes of its parameters that are trained, `base` and `head` what it was made of. Warns of what
@@ -22,7 +22,8 @@ def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdap
     """
     where = str(adapter.source.path) if adapter.source else "the adapter"
     layers = adapted_layers(model)
-    _check_names(where, layers, adapter, base, [name for name, m in model.named_modules() if isinstance(m, nn.Linear)])
+    plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    _check_names(where, layers, adapter, base=base, plain=plain)
     for name, layer in layers.items():
         theirs = adapter.layers[name]
         if differ := ", ".join(layer.method.differences(theirs)):
@@ -54,7 +55,7 @@ def assign(model: nn.Module, adapter: PeftAdapter, placement: Placement) -> None
 
 
 def _check_names(
-    where: str, layers: Mapping[str, AdaptedLinear], adapter: PeftAdapter, base: Path, plain: Iterable[str]
+    where: str, layers: Mapping[str, AdaptedLinear], adapter: PeftAdapter, *, base: Path, plain: Iterable[str]
 ) -> None:
     """`plain` are the linear layers of the model that are not adapted."""
     lacking = adapter.source.lacking([*plain, *layers]) if adapter.source else []

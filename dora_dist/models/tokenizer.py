@@ -75,9 +75,9 @@ def _blame(folder: Path) -> None:
 
         try:
             Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library's errors have no class of their own
+        except Exception as error:  # the library raises bare Exceptions
             raise UserError(
-                f"{folder / 'tokenizer.json'}: is no tokenizer ({reason(error)}); take the file of the model's own "
+                f"{folder / 'tokenizer.json'}: is not a tokenizer ({reason(error)}); take the file of the model's own "
                 "repository"
             ) from error
 
@@ -89,7 +89,7 @@ def files_of(tokenizer: PreTrainedTokenizerFast, processor: Path | None = None) 
     with tempfile.TemporaryDirectory() as folder:
         try:
             tokenizer.save_pretrained(folder)
-        except Exception as error:  # the library's errors have no class of their own
+        except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"the tokenizer cannot be written: {reason(error)}; TMPDIR names another folder") from error
         found = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
     if processor is not None:

@@ -1,4 +1,4 @@
-"""Tensors of a folder that its model has no use for: said, since a model without some of its weights is another one."""
+"""Says which tensors of a folder its model does not read: a model without some of its weights is another model."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -259,7 +259,7 @@ def tokenizer_file(name: str, file: str, text: str, *says: str, ranks: tuple[int
 
 tokenizer_file("tokenizer_cut", "tokenizer.json", '{"version": "1.0", ', "not readable as JSON", ranks=BOTH)
 tokenizer_file("tokenizer_a_list", "tokenizer.json", "[]", "not a JSON object")
-tokenizer_file("tokenizer_of_nothing", "tokenizer.json", "{}", "is no tokenizer")
+tokenizer_file("tokenizer_of_nothing", "tokenizer.json", "{}", "is not a tokenizer")
 tokenizer_file("tokenizer_config_cut", "tokenizer_config.json", '{"eos_token": ', "not readable as JSON")
 tokenizer_file("tokenizer_config_a_list", "tokenizer_config.json", "[]", "not a JSON object")
 tokenizer_file("special_tokens_cut", "special_tokens_map.json", "{", "not readable as JSON")

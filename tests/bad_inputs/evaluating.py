@@ -505,12 +505,12 @@ def assemble(folder: Folder, *options: str, vision: str = "tower", language: str
     return ["assemble-llava", "--vision", vision, "--language", language, "--output", "llava", *options]
 
 
-@CASES.bad(says="--vision base: 'llama' is no vision tower that LLaVA takes")
+@CASES.bad(says="--vision base: 'llama' is not a vision tower that LLaVA takes")
 def language_model_as_tower(folder: Folder) -> Words:
     return assemble(folder, vision="base")
 
 
-@CASES.bad(says="--language tower: 'clip_vision_model' is no causal language model")
+@CASES.bad(says="--language tower: 'clip_vision_model' is not a causal language model")
 def tower_as_language_model(folder: Folder) -> Words:
     return assemble(folder, language="tower")
 

@@ -269,9 +269,9 @@ def test_a_whole_clip_and_a_reserved_token_serve_as_well(folders: Path, tmp_path
 def test_parts_that_do_not_fit_are_refused_and_leave_nothing(folders: Path, tmp_path: Path) -> None:
     tower, language = folders / "clip-parts" / "tower", folders / "clip-parts" / "language"
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="--language .* is no causal language model"):
+    with pytest.raises(UserError, match="--language .* is not a causal language model"):
         assemble_llava(tower, tower, out)
-    with pytest.raises(UserError, match="--vision .* is no vision tower"):
+    with pytest.raises(UserError, match="--vision .* is not a vision tower"):
         assemble_llava(language, language, out)
     with pytest.raises(UserError, match=r"--vision .*: pictures are made 42 x 42 pixels.* set --image-size 28"):
         assemble_llava(tower, language, out, image_size=42)

@@ -26,7 +26,7 @@ _MEANS_AND_STDS = {
     "dinov2": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     "dinov2_with_registers": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
 }
-"""What towers were trained with; used where a folder has no preprocessor_config.json."""
+"""What towers were trained with; used where a folder lacks preprocessor_config.json."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,11 @@ def _configs(vision: Path, language: Path) -> tuple[Any, Any]:
 
     text, tower = transformers_config(language), transformers_config(vision)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"--language {language}: {text.model_type!r} is no causal language model")
-    tower = getattr(tower, "vision_config", tower)
+        raise UserError(f"--language {language}: {text.model_type!r} is not a causal language model")
+    if "vision_config" in tower.sub_configs:
+        tower = tower.vision_config
     if not hasattr(tower, "patch_size") or type(tower) not in MODEL_MAPPING:
-        raise UserError(f"--vision {vision}: {tower.model_type!r} is no vision tower that LLaVA takes")
+        raise UserError(f"--vision {vision}: {tower.model_type!r} is not a vision tower that LLaVA takes")
     if hasattr(tower, "vision_use_head"):
         tower.vision_use_head = False  # SigLIP pools into one vector for contrastive training only
     return text, tower
@@ -222,7 +223,7 @@ def _parts(folder: Path, config: Any, tower: TensorFolder, text: TensorFolder) -
 
 
 def _published(name: str, top: str, own: str, rename: Rename, wanted: dict[str, Any]) -> str | None:
-    """A tensor's name in a LLaVA folder, None for what LLaVA has no use for (CLIP's text tower, a classifier).
+    """A tensor's name in a LLaVA folder, None for what LLaVA does not need (CLIP's text tower, a classifier).
 
     `own` is what a model with a tower calls it ("dinov2.encoder..."); it is left out.
     """
