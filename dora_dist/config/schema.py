@@ -308,7 +308,7 @@ class TrainingConfig(Section):
         batch = self.global_batch_size
         if world_size > batch:
             raise UserError(
-                f"training.global_batch_size = {batch}: cannot give each of {world_size} ranks a record; raise it, or "
+                f"training.global_batch_size = {batch}: gives no record for each of {world_size} ranks; raise it, or "
                 f"start at most {batch} {'rank' if batch == 1 else 'ranks'}"
             )
         each = -(-batch // world_size)

@@ -36,7 +36,7 @@ def test_every_world_size_takes_the_global_batch(
 
 def test_more_ranks_than_records_are_refused() -> None:
     config = RunConfig.from_dict(with_fields(training={"global_batch_size": 16}))
-    with pytest.raises(UserError, match="global_batch_size = 16: cannot give each of 17 ranks a record; .* at most 16"):
+    with pytest.raises(UserError, match="global_batch_size = 16: gives no record for each of 17 ranks; .* at most 16"):
         config.deepspeed_config(17)
 
 
