@@ -33,6 +33,7 @@ class Vera(Factored):
     """
 
     name = "vera"
+    titles = ("VeRA", "DVoRA")  # without and with a magnitude over it
     r: int = 256
     projection_seed: int = 0
 

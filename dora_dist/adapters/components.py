@@ -1,4 +1,5 @@
-"""Single-rank components of gated layers: importance, budget, pruning and the DEM penalty.
+"""Single-rank components of gated layers: importance, budget, pruning, and the penalty of the
+Dimensional Equilibrium Modulator (DEM).
 
 Mao et al., "Enhancing Parameter-Efficient Fine-Tuning with Dynamic Rank Distribution", ACL 2024 (arXiv 2405.17357).
 Component i of a layer is c_i·B_i·A_i. Training starts with more components than the budget allows, and sets the
@@ -41,11 +42,11 @@ class Budget:
     ) -> "Budget":
         """The budget of a run of `steps` optimizer steps whose pruning window is [start, stop] as shares of them.
 
-        Raises ValueError if the window has no step, or none but its last is a multiple of `every`.
+        Raises ValueError if the window is empty, or if only its last step is a multiple of `every`.
         """
         first, last = int(start * steps), int(stop * steps)
         if last <= first:
-            raise ValueError(f"the pruning window, steps {first} to {last} of {steps}, has no step")
+            raise ValueError(f"the pruning window, steps {first} to {last} of {steps}, is empty")
         if every > last - first:
             raise ValueError(f"the pruning window, steps {first} to {last} of {steps}, is shorter than {every} steps")
         return cls(r, start_r, first, last, every, schedule)

@@ -37,7 +37,7 @@ class AdaptedLinear(nn.Module):
         self.storage = storage
         self.base_norm: Tensor | None = None
         self.norm: Tensor | None = None
-        self.dem_weight = 0.0  # of the penalty of dimension-wise extension, per component and backward
+        self.dem_weight = 0.0  # of the penalty on components, per component and backward pass (`components.py`)
         # Under activation checkpointing: whether the output, small relative to its FLOPs, is kept (`recompute.py`).
         self.keeps_output = self.in_features >= 2 * self.out_features
         for name, held in storage.hold(weight).items():
@@ -54,7 +54,7 @@ class AdaptedLinear(nn.Module):
     def from_linear(cls, linear: nn.Linear, method: AdapterMethod, storage: WeightStorage = PLAIN) -> "AdaptedLinear":
         """A layer over a plain one's own parameters, initialised as the method says: y equals the base's output.
 
-        On the meta device, which has no values, that is left to whoever gives the parameters memory.
+        On the meta device they stay without values: whoever gives them memory fills them (`inject.initial_fills`).
         """
         layer = cls(cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias), method, storage)
         own = layer.adapter_parameters()

@@ -86,13 +86,18 @@ class Layer(Protocol):
 class AdapterMethod(ABC):
     """One way of adapting a linear layer: an update ΔW, with or without a magnitude over W0 + ΔW."""
 
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What people call it."""
+
     weight_decomposed: ClassVar[bool]
     """Whether the function has the row norms n of W0 + ΔW in it: such layers need a norm refresher."""
 
     @property
     @abstractmethod
     def r(self) -> int:
-        """Components of a layer's update: the adapter rank; 0 where there is no update."""
+        """Components of a layer's update: the adapter rank; 0 without an update."""
 
     @property
     @abstractmethod
@@ -102,7 +107,7 @@ class AdapterMethod(ABC):
     @property
     @abstractmethod
     def scaling(self) -> float:
-        """s, dimensionless: what multiplies the update; 0 where there is no update."""
+        """s, dimensionless: what multiplies the update; 0 without one."""
 
     @property
     @abstractmethod
@@ -167,6 +172,8 @@ class Update(AdapterMethod):
     """
 
     name: ClassVar[str]
+    titles: ClassVar[tuple[str, str]]
+    """What people call it, plain and with a magnitude over it."""
     weight_decomposed = False
     dropout: float = 0.0
 
@@ -206,6 +213,11 @@ class Update(AdapterMethod):
 
     def add_penalty(self, layer: Layer, gradients: dict[str, Tensor]) -> None:
         """Add the gradient of a penalty on the parameters, where the method has one, in place."""
+        return
+
+    @property
+    def title(self) -> str:
+        return self.titles[0]
 
     def settings(self) -> dict[str, Any]:
         common = {"weight_decomposed": self.weight_decomposed, "gated": self.components is not None}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dora_dist.adapters.merge import merge_rows
-from dora_dist.adapters.peft_format import PeftFolder, warn_of_lacking, warn_of_magnitudes
+from dora_dist.adapters.peft_folder import PeftFolder, warn_of_lacking, warn_of_magnitudes
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.adapters.storage import WeightStorage, as_held, storage_of
 from dora_dist.checkpoint.adapter_folders import base_path

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dora_dist.adapters.peft_format import PeftFolder
+from dora_dist.adapters.peft_folder import PeftFolder
 from dora_dist.models.build import skeleton
 from dora_dist.models.families import family_of
 from dora_dist.models.folder import DTYPES, FLOATS, ModelFolder

@@ -52,8 +52,9 @@ def _validate(options: argparse.Namespace) -> None:
     adapter, training = config.adapter, config.training
     most = training.global_batch_size
     evenly = ", ".join(str(count) for count in range(1, most + 1) if config.training.batch_plan(count).empty == 0)
+    method = adapter.method or ("DoRA" if adapter.weight_decomposed else "LoRA")
     print(
-        f"{options.config} is valid: {'DoRA' if adapter.weight_decomposed else 'LoRA'} r={adapter.r} on "
+        f"{options.config} is valid: {method} r={adapter.r} on "
         f"{config.model.path}, {training.global_batch_size} records a step; runs on "
         f"{f'1 to {most} ranks (evenly on {evenly})' if most > 1 else '1 rank'}; writes {config.checkpoint.run_dir}",
         file=sys.stderr,

@@ -8,7 +8,8 @@ import torch
 
 from dora_dist.adapters.inject import like
 from dora_dist.adapters.peft_config import CONFIG_NAME
-from dora_dist.adapters.peft_format import PeftFolder, read_peft_folder
+from dora_dist.adapters.peft_folder import PeftFolder
+from dora_dist.adapters.peft_format import read_peft_folder
 from dora_dist.adapters.storage import storage_of
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_folders import base_path, find_adapter

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
-from dora_dist.adapters.peft_format import PeftAdapter, warn_of_lacking
+from dora_dist.adapters.peft_folder import warn_of_lacking
+from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.models.heads import Head
 from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError

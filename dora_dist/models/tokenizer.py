@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.adapters.peft_format import read_json_object
+from dora_dist.adapters.peft_config import read_json_object
 from dora_dist.models.folder import own_code_needed, reason
 from dora_dist.runtime.errors import UserError
 

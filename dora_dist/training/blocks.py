@@ -10,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from dora_dist.adapters.methods import chosen
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.resuming import optimizer_steps
 from dora_dist.config import AdapterConfig, CheckpointConfig, DataConfig, RunConfig, TrainingConfig
@@ -113,12 +114,11 @@ def _validation(records: list[dict[str, Any]]) -> str:
 
 
 def _method(adapter: AdapterConfig) -> str:
-    name = f"{'DoRA' if adapter.weight_decomposed else 'LoRA'}{' with dynamic rank' if adapter.dynamic_rank else ''}"
-    if adapter.method is not None:
-        name = f"{adapter.method}{' with magnitudes' if adapter.weight_decomposed else ''}"
+    method = chosen(adapter)
     rank = f"r {adapter.start_rank} pruned to {adapter.r} on average" if adapter.dynamic_rank else f"r {adapter.r}"
     dropout = f", dropout {adapter.dropout:g}" if adapter.dropout else ""
-    return f"{name}, {rank}, alpha {adapter.lora_alpha:g}{dropout}"
+    alpha = f", alpha {adapter.lora_alpha:g}" if "lora_alpha" in method.settings() else ""
+    return f"{method.title}, {rank}{alpha}{dropout}"
 
 
 def _schedule(training: TrainingConfig, checkpoint: CheckpointConfig, steps: int, samples: int) -> str:

@@ -2,6 +2,7 @@
 
 from dora_dist import tasks
 from dora_dist.adapters.components import Budget
+from dora_dist.adapters.methods import chosen
 from dora_dist.adapters.storage import storage_of
 from dora_dist.config import AdapterConfig, RunConfig, deepspeed_options
 from dora_dist.models.folder import check_base
@@ -16,6 +17,7 @@ def check(config: RunConfig) -> None:
     as it is imported.
     """
     tasks.check(config)
+    chosen(config.adapter)
     storage_of(config.model.storage)
     config.check_files()
     check_base(config)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dora_dist.adapters.peft_format import PeftAdapter, PeftFolder, write_peft_folder
+from dora_dist.adapters.peft_folder import PeftFolder
+from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.weights.digest import sampled_digest, warn_of_another_base

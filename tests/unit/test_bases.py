@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dora_dist.adapters.methods import LowRank, WeightDecomposed
-from dora_dist.adapters.peft_format import AdapterLayer, PeftAdapter, write_peft_folder
+from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
+from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.evaluation.inference import load_for_inference
 from dora_dist.models.build import AdaptedModel, build_model

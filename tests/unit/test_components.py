@@ -94,7 +94,7 @@ def test_the_last_pruning_is_exact_whatever_the_sizes() -> None:
 def test_windows_without_a_step_are_refused() -> None:
     with pytest.raises(ValueError, match="steps 0 to 1 of 3, is shorter than 10 steps"):
         Budget.of_run(4, 6, 3, every=10, schedule="dora")
-    with pytest.raises(ValueError, match="steps 0 to 0 of 1, has no step"):
+    with pytest.raises(ValueError, match="steps 0 to 0 of 1, is empty"):
         Budget.of_run(4, 6, 1, every=10, schedule="dora")
 
 

@@ -122,7 +122,7 @@ def test_row_norms_add_up_over_pieces_of_the_weight(name: str, pieces: int) -> N
     flat = layer.weight.detach().flatten()
     sums, step = torch.zeros(OUT), -(-flat.numel() // pieces)
     for start in range(0, flat.numel(), step):
-        piece = WeightPiece(flat[start : start + step], start)
+        piece = WeightPiece((flat[start : start + step],), start)
         add_base_squares(layer, piece, sums)
         add_adapter_squares(layer, piece, sums)
     own = {kind: p.detach().double() for kind, p in layer.adapter_parameters().items()}
@@ -159,6 +159,7 @@ def test_the_adapter_section_makes_the_method_with_and_without_a_magnitude(name:
     assert isinstance(over, WeightDecomposed)
     assert (over.update, over.norm_gradient) == (found, "full")
     assert over.settings()["method"] == name
+    assert (found.title, over.title) == registered()[name].titles
     assert over.magnitude_only().r == 0
 
 

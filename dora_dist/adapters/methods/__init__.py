@@ -15,10 +15,8 @@ def chosen(adapter: AdapterConfig) -> AdapterMethod:
     """The method of the adapter section. Raises UserError, naming the field, where it does not say one."""
     name = adapter.method or (DynamicRank if adapter.dynamic_rank else LowRank).name
     if name not in registered():
-        raise UserError(
-            f'adapter.method = "{name}": there is no such method; name one of '
-            f"{', '.join(sorted(registered()))}, or add the module that registers it to plugins"
-        )
+        remedy = f"name one of {', '.join(sorted(registered()))}, or add the module that registers it to plugins"
+        raise UserError(f'adapter.method = "{name}": there is no such method; {remedy}')
     update = registered()[name].from_config(adapter)
     if (update.components is not None) != adapter.dynamic_rank:
         has, value = ("no components", "false") if adapter.dynamic_rank else ("components", "true")

@@ -22,6 +22,7 @@ class DynamicRank(LowRank):
     """The gated low-rank update: LoRA's factors and `lora_gates` c (r,); `r` is the rank that training starts from."""
 
     name = "dynamic_rank"
+    titles = ("LoRA with dynamic rank", "DoRA with dynamic rank")
 
     @classmethod
     def from_config(cls, adapter: AdapterConfig) -> "DynamicRank":

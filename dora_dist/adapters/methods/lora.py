@@ -20,6 +20,7 @@ class LowRank(Factored):
     """The low-rank update; its parameters `lora_A` (in, r) and `lora_B` (out, r) are the factors themselves."""
 
     name = "lora"
+    titles = ("LoRA", "DoRA")
     r: int = 16
     lora_alpha: float = 32.0
 

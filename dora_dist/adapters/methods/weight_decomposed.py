@@ -44,6 +44,7 @@ class NoUpdate(Update):
     """ΔW = 0: what is below the magnitude of a module that trains its magnitude alone (Liu, Table 6)."""
 
     name = "none"
+    titles = ("nothing", "magnitudes")
 
     @property
     def r(self) -> int:
@@ -64,7 +65,7 @@ class NoUpdate(Update):
         return None
 
     def add_up(self, layer: Layer, hidden: Tensor | None, y_to: Tensor) -> None:
-        pass
+        return
 
     def gradients(
         self, layer: Layer, x_ti: Tensor, hidden: Tensor | None, *, grad_to: Tensor
@@ -75,7 +76,7 @@ class NoUpdate(Update):
         raise AssertionError("nothing goes through an update that is not there")
 
     def add_norm_gradient(self, layer: Layer, row_scale: Tensor, gradients: dict[str, Tensor]) -> None:
-        pass
+        return
 
     def row_squares(self, shape: Shape, parameters: Tensors) -> None:
         return None
@@ -104,6 +105,10 @@ class WeightDecomposed(AdapterMethod):
     update: Update = NoUpdate()
     dropout_mode: DropoutMode = "exact"
     norm_gradient: NormGradient = "detached"
+
+    @property
+    def title(self) -> str:
+        return self.update.titles[1]
 
     @property
     def r(self) -> int:
