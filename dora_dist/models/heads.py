@@ -24,11 +24,11 @@ _KEPT_FIELDS = ("architectures", "id2label", "label2id", "problem_type", "pad_to
 
 @dataclass(frozen=True)
 class Head:
-    """A head that the pre-trained model does not have: it is trained in full beside the adapters.
+    """A head that the pre-trained model does not have: it is trained in full besides the adapters.
 
     task: the name of the task, as in model.task. auto_class: the class of transformers that reads any model with such
     a head, and mapping: its table in transformers.models.auto.modeling_auto. peft_type: PEFT's `task_type`.
-    num_labels: the head's outputs where the run chooses them, 1 for regression. words: the task in messages.
+    num_labels: the head's outputs. words: the task in messages.
     """
 
     task: str
@@ -48,11 +48,13 @@ class Head:
         return False
 
     def with_labels(self, count: int) -> Head:
-        """The head with so many outputs, where the run chooses how many there are."""
-        return self
+        """The head with so many outputs, where it is the run that chooses how many there are."""
+        return replace(self, num_labels=count)
 
     def configure(self, config: Any) -> None:
         """Set what the head needs in a transformers configuration, in place."""
+        if config.num_labels != self.num_labels:  # setting it makes new names for all labels
+            config.num_labels = self.num_labels
 
     def model_class(self, config: Any, trust_remote_code: bool = False) -> type[nn.Module]:
         """The class of transformers for a configuration. Raises UserError where there is none."""
@@ -110,14 +112,10 @@ class Head:
 
 
 class _Labels(Head):
-    """One of `num_labels` labels for a text, or a rating."""
-
-    def with_labels(self, count: int) -> Head:
-        return replace(self, num_labels=count)
+    """One of `num_labels` labels for a text, or where that is 1 a rating."""
 
     def configure(self, config: Any) -> None:
-        if config.num_labels != self.num_labels:  # setting it makes new names for all labels
-            config.num_labels = self.num_labels
+        super().configure(config)
         config.problem_type = "regression" if self.num_labels == 1 else "single_label_classification"
 
     def fit(self, model: Any, tokenizer: Any) -> None:
@@ -125,8 +123,10 @@ class _Labels(Head):
 
 
 class _Span(Head):
-    def configure(self, config: Any) -> None:
-        config.num_labels = 2  # where an answer starts, and where it ends
+    """Two outputs: where an answer starts, and where it ends."""
+
+    def with_labels(self, count: int) -> Head:
+        return self
 
 
 class _Language(Head):
@@ -135,6 +135,12 @@ class _Language(Head):
     @property
     def generative(self) -> bool:
         return True
+
+    def with_labels(self, count: int) -> Head:
+        return self
+
+    def configure(self, config: Any) -> None:
+        return
 
     def default_trained(self, model: Any, stored: Mapping[str, str]) -> list[str]:
         family = family_of_model(model)
