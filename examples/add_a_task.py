@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_dist.config import DataConfig, ModelConfig, TrainingConfig
-from dora_dist.data import IGNORED, Collator, WithFiller
+from dora_dist.data import IGNORED, Collator
 from dora_dist.data.columns import Columns
 from dora_dist.data.doubts import Doubts
 from dora_dist.data.records import Record
@@ -75,9 +75,8 @@ class Tagging(Objective):
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
         self.collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of=8)
-
-    def with_filler(self, dataset: Any) -> WithFiller:
-        return WithFiller(dataset, self.collator.pad_token_id)
+        # Ranks whose share of a batch is smaller compute on this sample, so that all of them run every module.
+        self.filler = {"input_ids": [tokenizer.pad_token_id], "labels": [IGNORED]}
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int = 1) -> Tensor:
         """Summed over this rank's tags, divided by the number of all ranks': so it does not know the world size."""

@@ -12,7 +12,7 @@ from dora_dist.evaluation.inference import EvaluatedModel
 from dora_dist.evaluation.results import check_output, write_result
 from dora_dist.runtime.errors import UserError
 from dora_dist.tasks import task_named
-from dora_dist.tasks.evaluations.base import Settings
+from dora_dist.tasks.evaluations.base import Asked, Evaluation, Settings
 
 
 def evaluate(
@@ -65,6 +65,22 @@ def evaluate(
     evaluated = EvaluatedModel(str(model_path), base)
     evaluation = task_named(evaluated.head.task).evaluation(evaluated, chosen)
     asked = {name: evaluation.read(name, str(file)) for name, file in tasks.items()}
+    measured = _measured(evaluated, evaluation, asked, files=tasks, progress=progress)
+    result = {"model": str(model_path), **evaluation.facts, "settings": evaluation.settings, **measured}
+    if output is not None:
+        write_result(result, output)
+    return result
+
+
+def _measured(
+    evaluated: EvaluatedModel,
+    evaluation: Evaluation,
+    asked: Mapping[str, Asked],
+    *,
+    files: Mapping[str, str | Path],
+    progress: bool,
+) -> dict[str, Any]:
+    """What is found of all files, and how long loading the model and asking it took."""
     started = time.perf_counter()
     model = evaluated.load(evaluation.dtype)
     evaluation.loaded(model)
@@ -72,16 +88,10 @@ def evaluate(
     for name, records in asked.items():
         began = time.perf_counter()
         row = records.score(model, progress=progress)
-        rows[name] = {"file": str(tasks[name]), **row, "seconds": round(time.perf_counter() - began, 3)}
-    result = {
-        "model": str(model_path),
-        **evaluation.facts,
-        "settings": evaluation.settings,
+        rows[name] = {"file": str(files[name]), **row, "seconds": round(time.perf_counter() - began, 3)}
+    return {
         "tasks": rows,
         **evaluation.summary(rows),
         "load_seconds": round(loaded - started, 3),
         "seconds": round(time.perf_counter() - loaded, 3),
     }
-    if output is not None:
-        write_result(result, output)
-    return result

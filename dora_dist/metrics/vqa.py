@@ -31,7 +31,7 @@ _MENDED = {short: whole for whole in _CONTRACTIONS.split() for short in _short_o
 def normalised(text: str) -> str:
     """What the official comparison looks at: an answer in lower case, its words put in one form.
 
-    Punctuation becomes a blank, or nothing where the text has such a mark beside a blank or groups digits by commas
+    Punctuation becomes a blank, or nothing where the text has such a mark next to a blank or groups digits by commas
     (100,978); periods go unless a digit follows. Number words up to ten become digits, articles go, and apostrophes
     that contractions lack come back.
     """

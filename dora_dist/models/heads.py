@@ -63,7 +63,7 @@ class Head:
         known, auto = getattr(modeling_auto, self.mapping), self.auto_class
         if type(config) in known:
             return cast(type[nn.Module], known[type(config)])
-        own_code = getattr(config, "auto_map", None) or {}
+        own_code = (config.auto_map if hasattr(config, "auto_map") else None) or {}
         if trust_remote_code and auto in own_code:
             from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -88,6 +88,7 @@ class Head:
 
     def fit(self, model: Any, tokenizer: Any) -> None:
         """Set what a built model must know of its tokenizer, in place."""
+        return
 
     def default_trained(self, model: Any, stored: Mapping[str, str]) -> list[str]:
         """The modules of `model` to train in full unless told otherwise, by name.

@@ -6,6 +6,7 @@ needs models, data or losses imports them itself.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from dora_dist.tasks.objectives.base import Objective
 
 
-class Task:
+class Task(ABC):
     """What a model is trained for. The defaults here are those of a task on texts.
 
     name: as in model.task. formats: of its records, as in data.format. fields: of the data section,
@@ -69,9 +70,9 @@ class Task:
 
     # --- a run ------------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def head(self, model: ModelConfig) -> Head:
         """The model's class of transformers, and what is new in it."""
-        raise NotImplementedError
 
     def processor(self, base: Path, model: ModelConfig, data: DataConfig) -> Any:
         """What turns records into a model's input, from the folder `base`: a fast tokenizer. Raises UserError."""
@@ -90,13 +91,13 @@ class Task:
 
         return files_of(self.tokenizer(processor))
 
+    @abstractmethod
     def reader(self, processor: Any, *, model: ModelConfig, data: DataConfig) -> Reader:
         """What reads the records of a run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         """What a run minimises and measures, for a `model` of transformers."""
-        raise NotImplementedError
 
     def evaluation(self, subject: Subject, settings: Settings) -> Evaluation:
         """How `evaluate` measures a model. Raises UserError for settings that mean nothing here.

@@ -109,7 +109,7 @@ def _asking(settings: Settings, format: str) -> Asking:
 
 
 def _format_of(run: Mapping[str, Any]) -> str:
-    """The record format of a run's data, the paper's where there is no run."""
+    """The record format of a run's data, the paper's where it was trained in none."""
     its: str = run.get("data", {}).get("format", PAPER)
     if its != PAPER:
         note(f'records are read as the run\'s data.format says, "{its}"; --format gives another')

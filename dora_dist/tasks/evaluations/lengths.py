@@ -15,9 +15,11 @@ def positions_of(folder: Path) -> int | None:
     Raises UserError if the configuration cannot be read.
     """
     config = transformers_config(folder).get_text_config()
-    rotary = getattr(config, "rope_parameters", None) or {}  # which families have which of the two differs
-    stretched = rotary.get("rope_type", "default") not in ("default", "llama3")
-    return None if stretched else getattr(config, "max_position_embeddings", None)
+    # Which families have which of the two differs.
+    rotary = config.rope_parameters if hasattr(config, "rope_parameters") else None
+    stretched = (rotary or {}).get("rope_type", "default") not in ("default", "llama3")
+    bounded = hasattr(config, "max_position_embeddings") and not stretched
+    return config.max_position_embeddings if bounded else None
 
 
 def check_lengths(places: Sequence[str], lengths: Sequence[int], positions: int | None, *, new_tokens: int = 0) -> None:

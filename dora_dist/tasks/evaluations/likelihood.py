@@ -143,7 +143,7 @@ def _shares_prompts(model: PreTrainedModel, longest: int) -> bool:
     Other models get one row per candidate: the same numbers, more work.
     """
     config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
+    window = config.sliding_window if hasattr(config, "sliding_window") else None
     return (
         family_of(config.model_type).masks_are_free
         and config._attn_implementation in ("sdpa", "eager")

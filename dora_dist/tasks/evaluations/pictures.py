@@ -251,7 +251,7 @@ def _prompts(questions: Sequence[PictureQuestion], template: str, processor: Pic
 def _pictures(
     processor: PictureProcessor, questions: Sequence[PictureQuestion], device: torch.device
 ) -> dict[str, Tensor]:
-    """pixel_values (pictures, 3, height, width) fp32 of all pictures in order; nothing if there is none."""
+    """pixel_values (pictures, 3, height, width) fp32 of all pictures in order; nothing where there are none."""
     found = []
     for question in questions:
         try:

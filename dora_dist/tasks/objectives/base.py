@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ Batch = dict[str, Any]
 PAD_TO_MULTIPLE_OF = 8  # few shapes: fewer kernels to build
 
 
-class Objective:
+class Objective(ABC):
     """One for each run: `collator` makes batches of samples, `filler` is a sample without loss.
 
     `loss` is loss(outputs, labels, num_items_in_batch) of this rank's batch divided by the items of all ranks; None:
@@ -38,9 +39,9 @@ class Objective:
         """What the model's forward takes."""
         return batch
 
+    @abstractmethod
     def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
         """Metrics over all ranks' `batches` of a `dataset` (collective, if there are ranks); the same on every rank."""
-        raise NotImplementedError
 
 
 def everyones(batches: list[Tensor]) -> Tensor:
