@@ -23,7 +23,7 @@ from dora_dist.data import IGNORED, Collator
 from dora_dist.data.columns import Columns
 from dora_dist.data.doubts import Doubts
 from dora_dist.data.records import Record
-from dora_dist.data.texts import TextReader
+from dora_dist.data.texts import TokensReader
 from dora_dist.models import heads
 from dora_dist.runtime.errors import UserError
 from dora_dist.tasks import Task, register
@@ -33,7 +33,7 @@ from dora_dist.tasks.objectives.base import Batch, Objective, add_up
 HEAD = heads.Head("tagging", "AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING", "TOKEN_CLS")
 
 
-class TaggedReader(TextReader):
+class TaggedReader(TokensReader):
     """A sample is, as for other texts, {"input_ids", "labels"}; a label is the tag of a word, at its first token."""
 
     learnt = '"words"'  # in messages

@@ -21,8 +21,50 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class TextReader(Reader):
-    """A sample is {"input_ids", "labels"}, two lists of one length.
+class TokensReader(Reader):
+    """A sample is {"input_ids", "labels"}, two lists of one length: a label for each token, IGNORED where it is not
+    learnt. `encode` makes the ragged columns tokens and labels, and lengths (n,) before anything is cut.
+    """
+
+    notes = ("lengths",)
+
+    def select(self, table: Table, index: Tensor, where: str) -> tuple[Tensor, TextStats]:
+        learnt, cut = learnt_tokens(table), table["lengths"] > self.data.cutoff_len
+        kept = index[learnt[index] > 0]
+        if not len(kept):
+            raise UserError(
+                f"none of the {len(index)} samples of {where} has a token to learn from within "
+                f"data.cutoff_len = {self.data.cutoff_len} (the shortest has {int(table['lengths'][index].min())} "
+                "tokens); raise it, or look at the answers in the data"
+            )
+        return kept, TextStats(
+            samples=len(kept),
+            tokens=int(self.lengths(table)[kept].sum()),
+            label_tokens=int(learnt[kept].sum()),
+            truncated=int(cut[index].sum()),
+            without_labels=len(index) - len(kept),
+            cutoff_len=self.data.cutoff_len,
+            first_cut=numbers(index[cut[index]]),
+            first_left_out=numbers(index[learnt[index] == 0]),
+        )
+
+    def item(self, table: Table, row: int) -> dict[str, list[int]]:
+        part = slice(table["starts"][row], table["starts"][row + 1])
+        return {"input_ids": table["tokens"][part].tolist(), "labels": table["labels"][part].tolist()}
+
+    def preview(self, table: Table, row: int) -> Preview:
+        sample, whole = self.item(table, row), int(table["lengths"][row])
+        learnt = [label != IGNORED for label in sample["labels"]]
+        learnt[0] = False  # nothing predicts it
+        cut = {"cut": f"after {len(learnt):,} of {whole:,} tokens"} if whole > len(learnt) else {}
+        return Preview(row + 1, [Part("", sample["input_ids"], learnt)], cut)
+
+    def token_counts(self, table: Table) -> dict[str, Tensor]:
+        return {"tokens in a record": table["lengths"]}
+
+
+class TextReader(TokensReader):
+    """Texts of a format.
 
     loss_on "all": every token is a label; "answer": only the output (the assistant's turns, for messages) and the
     end-of-sequence token. cutoff_len counts all tokens, special ones included; a sample that is cut loses its end and
@@ -30,7 +72,6 @@ class TextReader(Reader):
     """
 
     follows_from = ("format", "loss_on", "cutoff_len")
-    notes = ("lengths",)  # before anything is cut
 
     def __init__(self, data: DataConfig, tokenizer: Any) -> None:
         super().__init__(data, tokenizer)
@@ -70,40 +111,6 @@ class TextReader(Reader):
             raise UserError(f"{place}: {error}") from error
         check_characters(place, rendered.text)
         return rendered
-
-    def select(self, table: Table, index: Tensor, where: str) -> tuple[Tensor, TextStats]:
-        learnt, cut = learnt_tokens(table), table["lengths"] > self.data.cutoff_len
-        kept = index[learnt[index] > 0]
-        if not len(kept):
-            raise UserError(
-                f"none of the {len(index)} samples of {where} has a token to learn from within "
-                f"data.cutoff_len = {self.data.cutoff_len} (the shortest has {int(table['lengths'][index].min())} "
-                "tokens); raise it, or look at the answers in the data"
-            )
-        return kept, TextStats(
-            samples=len(kept),
-            tokens=int(self.lengths(table)[kept].sum()),
-            label_tokens=int(learnt[kept].sum()),
-            truncated=int(cut[index].sum()),
-            without_labels=len(index) - len(kept),
-            cutoff_len=self.data.cutoff_len,
-            first_cut=numbers(index[cut[index]]),
-            first_left_out=numbers(index[learnt[index] == 0]),
-        )
-
-    def item(self, table: Table, row: int) -> dict[str, list[int]]:
-        part = slice(table["starts"][row], table["starts"][row + 1])
-        return {"input_ids": table["tokens"][part].tolist(), "labels": table["labels"][part].tolist()}
-
-    def preview(self, table: Table, row: int) -> Preview:
-        sample, whole = self.item(table, row), int(table["lengths"][row])
-        learnt = [label != IGNORED for label in sample["labels"]]
-        learnt[0] = False  # nothing predicts it
-        cut = {"cut": f"after {len(learnt):,} of {whole:,} tokens"} if whole > len(learnt) else {}
-        return Preview(row + 1, [Part("", sample["input_ids"], learnt)], cut)
-
-    def token_counts(self, table: Table) -> dict[str, Tensor]:
-        return {"tokens in a record": table["lengths"]}
 
 
 def learnt_tokens(table: Table) -> Tensor:
