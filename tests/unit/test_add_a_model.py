@@ -71,7 +71,7 @@ def test_a_merged_folder_keeps_the_names_that_its_base_has(base: Path, tmp_path:
     theirs.save_pretrained(str(tmp_path / "adapter"))
     consolidate(tmp_path / "adapter", base, tmp_path / "merged")
     with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as merged:
-        assert "embed_out.weight" in merged.keys()  # noqa: SIM118
+        assert "embed_out.weight" in set(merged.keys())
     tokens = torch.arange(16).view(1, 16)
     with torch.no_grad():
         found = GPTNeoXForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=tokens).logits
