@@ -74,3 +74,13 @@ def test_a_run_whose_metrics_cannot_be_computed_is_refused_before_it_starts() ->
     said = " ".join(refused.stderr.split())
     assert 'model.task = "sequence_classification": needs the package scikit-learn;' in said
     assert "pip install 'dora-dist[metrics]'" in said
+
+
+def test_what_the_package_imports_is_declared_and_nothing_else_is() -> None:
+    modules_of = {"protobuf": "google"}
+    parts = {"pydantic_core": "pydantic", "tokenizers": "transformers"}  # which bring them, and whose they are
+    source = "\n".join(path.read_text() for path in (ROOT / "dora_dist").rglob("*.py"))
+    imported = set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.MULTILINE)) - set(sys.stdlib_module_names)
+    imported = {parts.get(module, module) for module in imported} - {"dora_dist", *extras.BROUGHT_BY}
+    names = {re.split(r"[<>=]", line)[0] for line in PROJECT["dependencies"]}
+    assert {modules_of.get(name, name) for name in names} == imported
