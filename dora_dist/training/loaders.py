@@ -21,12 +21,16 @@ class Loaders:
         world: World,
         training: TrainingConfig,
         workers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
-        """`workers`: loader processes of this rank; 0: the rank itself."""
+        """`workers`: loader processes of this rank; 0: the rank itself. `pin_memory`: put batches into page-locked
+        memory, from which a copy to the device does not wait for it.
+        """
         self.data, self.objective, self.plan = data, objective, plan
-        self._world, self._training, self._workers = world, training, workers
+        self._world, self._training = world, training
+        self._workers, self._pin_memory = workers, pin_memory
 
-    def training(self, pin_memory: bool) -> EpochDataLoader:
+    def training(self) -> EpochDataLoader:
         """The training set in the run's order, every sample once per epoch."""
         batches = EpochBatches(
             len(self.data.train),
@@ -37,9 +41,9 @@ class Loaders:
             seed=self._training.seed,
             order=self.data.train.epoch_order,
         )
-        return self._loader(self.data.train, batches, pin_memory)
+        return self._loader(self.data.train, batches)
 
-    def evaluation(self, dataset: Any, pin_memory: bool) -> EpochDataLoader:
+    def evaluation(self, dataset: Any) -> EpochDataLoader:
         """A whole set as it comes, the same number of batches on every rank."""
         batches = EpochBatches.in_order(
             len(dataset),
@@ -47,13 +51,13 @@ class Loaders:
             world_size=self._world.world_size,
             rank=self._world.rank,
         )
-        return self._loader(dataset, batches, pin_memory)
+        return self._loader(dataset, batches)
 
-    def _loader(self, dataset: Any, batches: EpochBatches, pin_memory: bool) -> EpochDataLoader:
+    def _loader(self, dataset: Any, batches: EpochBatches) -> EpochDataLoader:
         return EpochDataLoader(
             self.objective.with_filler(dataset),
             batch_sampler=batches,
             collate_fn=self.objective.collator,
             num_workers=self._workers,
-            pin_memory=pin_memory,
+            pin_memory=self._pin_memory,
         )

@@ -163,7 +163,15 @@ def build_trainer(config: RunConfig, inputs: Inputs, phase: Phase, ranks: Ranks)
         about_model(config, adapted, world, samples=len(data.train))
     task = task_named(config.model.task)
     objective = task.objective(inputs.processor, adapted.model, data=config.data, training=training)
-    plan = training.batch_plan(world.world_size)
+    loaders = Loaders(
+        data,
+        objective,
+        training.batch_plan(world.world_size),
+        world=world,
+        training=training,
+        workers=config.data.num_workers,
+        pin_memory=args.device.type != "cpu",
+    )
     pruning = Pruning(phase.budget, config.adapter)
     run_dir = Path(config.checkpoint.run_dir)
     callbacks = [Randomness(training.seed, world.rank), Deadlines(ranks.watch, config.engine)]
@@ -171,7 +179,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, phase: Phase, ranks: Ranks)
     return DoraTrainer(
         adapted,
         args,
-        Loaders(data, objective, plan, world=world, training=training, workers=config.data.num_workers),
+        loaders,
         ranks=ranks,
         run_dir=run_dir,
         learning_rates=training.learning_rates,

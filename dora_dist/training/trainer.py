@@ -71,7 +71,7 @@ class DoraTrainer(Trainer):
             eval_dataset=loaders.data.validation,
             data_collator=self._objective.collator,
             compute_loss_func=self._objective.loss,
-            callbacks=[_EveryStep(self), report, *callbacks],
+            callbacks=[_EveryStep(self, ranks), report, *callbacks],
         )
         self.remove_callback(PrinterCallback)  # our own callback says it, readably
         if self._objective.loss is not None:
@@ -80,12 +80,7 @@ class DoraTrainer(Trainer):
     # --- data and optimizer -------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> EpochDataLoader:
-        return self._loaders.training(pin_memory=self.args.device.type != "cpu")
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochDataLoader:
-        dataset = eval_dataset if eval_dataset is not None else self._loaders.data.validation
-        assert dataset is not None  # the configuration is refused before: eval_every needs validation data
-        return self._loaders.evaluation(dataset, pin_memory=self.args.device.type != "cpu")
+        return self._loaders.training()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -150,7 +145,8 @@ class DoraTrainer(Trainer):
         model = self.model_wrapped
         model.eval()
         dataset = eval_dataset if eval_dataset is not None else self._loaders.data.validation
-        loader = self.get_eval_dataloader(dataset)
+        assert dataset is not None  # the configuration is refused before: eval_every needs validation data
+        loader = self._loaders.evaluation(dataset)
         try:
             found = self._objective.evaluate(model, self._until_stopped(loader), dataset, self.args.device)
         except EvaluationStopped:
@@ -240,13 +236,12 @@ class DoraTrainer(Trainer):
 class _EveryStep(TrainerCallback):
     """Calls the trainer around each optimizer step, which only callbacks are told of; ends training when it is due."""
 
-    def __init__(self, trainer: DoraTrainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: DoraTrainer, ranks: Ranks) -> None:
+        self._trainer, self._ranks = trainer, ranks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        ranks = self._trainer._ranks
-        ranks.watch.before_exit = self._trainer.wait_for_saving
-        ranks.stop.can_save = True
+        self._ranks.watch.before_exit = self._trainer.wait_for_saving
+        self._ranks.stop.can_save = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.agree()

@@ -1,0 +1,49 @@
+"""What becomes of a run when one of its checkpoints could not be written."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dora_dist.checkpoint.saving import Saved
+from dora_dist.config import CheckpointConfig
+from dora_dist.runtime.errors import UserError
+from dora_dist.training.checkpoints import Checkpoints
+
+FAILED = Saved(Path("run/checkpoint-3"), 0.1, 0.2, "no space left")
+
+
+def checkpoints(saved: Saved | None, on_failure: str = "stop", first: bool = True) -> Checkpoints:
+    """Of a run on the first rank, or on another, whose last save has ended like that."""
+    saver: Any = SimpleNamespace(ended=lambda: saved)
+    world: Any = SimpleNamespace(first=first)
+    options = CheckpointConfig.model_validate({"run_dir": "run", "on_failure": on_failure})
+    return Checkpoints(saver, options, world, trained_with={}, metric="loss")
+
+
+def test_a_save_that_succeeded_is_logged_once_and_by_the_first_rank() -> None:
+    saved = Saved(Path("run/checkpoint-3"), 0.1, 0.2, None)
+    expected = {"saved_step": 3.0, "save_stall_seconds": 0.1, "save_seconds": 0.2}
+    assert checkpoints(saved).ended() == expected
+    assert checkpoints(saved, first=False).ended() == {}
+    assert checkpoints(None).ended() == {}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_save_that_failed_ends_the_run_on_every_rank_and_says_how_it_could_go_on(first: bool) -> None:
+    with pytest.raises(UserError, match=r'checkpoint-3 failed: no space left.*on_failure = "continue" would let'):
+        checkpoints(FAILED, first=first).ended()
+
+
+def test_a_run_that_is_to_go_on_does_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert checkpoints(FAILED, "continue").ended() == {"save_failed": 1.0}
+    assert "training goes on (checkpoint.on_failure)" in capsys.readouterr().err
+    assert checkpoints(FAILED, "continue", first=False).ended() == {}
+
+
+@pytest.mark.parametrize("on_failure", ["stop", "continue"])
+def test_a_run_does_not_end_well_without_its_last_checkpoint(on_failure: str) -> None:
+    with pytest.raises(UserError) as error:
+        checkpoints(FAILED, on_failure).ended(last=True, steps_left=False)
+    assert "would let training go on" not in str(error.value)
