@@ -83,7 +83,7 @@ def rank_main(rank: int, settings: Settings, r: int, saves: int, folder: Path) -
         engine.step()
         return now() - started
 
-    saver = Saver(engine, model, Origin(method=method, base_model="base"), 600.0)
+    saver = Saver(engine, model, Origin(method=method, base_model="base"), timeout_s=600.0)
     found: dict[str, list[float]] = {"synchronous_s": [], "stall_s": [], "step_during_save_s": []}
     alone = statistics.median([step() for _ in range(4)][1:])
     saver.save(folder / "checkpoint-0", {"step": 0}, {})

@@ -119,6 +119,7 @@ def _sources(names: str | list[str] | None) -> Any:
 def record(
     config: RunConfig,
     world_size: int,
+    *,
     data: Mapping[str, str],
     order: Mapping[str, Any],
     base: Path,
@@ -159,7 +160,7 @@ def check_settings(folder: Path, manifest: Mapping[str, Any], config: RunConfig)
         raise UserError("checkpoint.resume: " + "\n  ".join(lines))
 
 
-def changes(folder: Path, manifest: Mapping[str, Any], config: RunConfig, ours: Mapping[str, Any]) -> dict[str, str]:
+def changes(folder: Path, manifest: Mapping[str, Any], config: RunConfig, *, ours: Mapping[str, Any]) -> dict[str, str]:
     """What differs from the run that wrote the checkpoint and is followed: `{"training.epochs": "3 -> 4", ...}`.
 
     `ours` is this run's `record`. Raises UserError where base or training data are others.

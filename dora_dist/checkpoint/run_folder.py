@@ -223,7 +223,7 @@ def config_of(adapter: Path) -> dict[str, Any]:
     return config
 
 
-def set_best(run_dir: Path, checkpoint: Path, value: float, metric: str = "eval_loss") -> None:
+def set_best(run_dir: Path, checkpoint: Path, value: float, *, metric: str = "eval_loss") -> None:
     """Record the best checkpoint and its metric; atomic."""
     write_json(run_dir / BEST, {"checkpoint": checkpoint.name, metric: value})
 

@@ -71,7 +71,7 @@ class Saver:
     `timeout_s` bounds how long the other ranks wait for rank 0's disk.
     """
 
-    def __init__(self, engine: Any, model: nn.Module, origin: Origin, timeout_s: float) -> None:
+    def __init__(self, engine: Any, model: nn.Module, origin: Origin, *, timeout_s: float) -> None:
         self._engine, self._model, self._origin = engine, model, origin
         # Always gloo: the copies are in host memory, and the device's own group belongs to training.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s), group_desc="saving")
@@ -88,6 +88,7 @@ class Saver:
         folder: Path,
         fields: dict[str, Any],
         trainer_state: dict[str, Any],
+        *,
         survivors: Survivors | None = None,
         afterwards: Callable[[], None] = lambda: None,
     ) -> None:

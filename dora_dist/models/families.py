@@ -104,4 +104,4 @@ def load_processor(base: Path, data: DataConfig, tokenizer: str | None = None) -
     """
     config = transformers_config(base)
     check_sees_pictures(config)
-    return family_of(config.model_type).processor(base, config, data, tokenizer)
+    return family_of(config.model_type).processor(base, config, data, tokenizer=tokenizer)

@@ -52,7 +52,7 @@ class Family:
     def prepare_for_training(self, model: Any) -> None:
         """Change an adapted model so that it trains right and fast, in place; most need nothing."""
 
-    def processor(self, base: Path, config: Any, data: DataConfig, tokenizer: str | None) -> PictureProcessor:
+    def processor(self, base: Path, config: Any, data: DataConfig, *, tokenizer: str | None) -> PictureProcessor:
         """What turns conversations into the model's input, for a family that `sees_pictures`.
 
         `config` is the configuration of the folder `base`; `tokenizer` names another than the folder's.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def import_gguf(file: Path, output: Path, dtype: str = "bf16", overwrite: bool = False) -> None:
+def import_gguf(file: Path, output: Path, *, dtype: str = "bf16", overwrite: bool = False) -> None:
     """Convert `file` into the folder `output`: weights dequantised to `dtype` ("bf16", "fp16" or "fp32") as
     safetensors, config, generation config, tokenizer and chat template.
 

@@ -14,7 +14,7 @@ _USUAL_SHARE = 0.9
 """Embeddings are often rounded up to a multiple of 64 or 128; more unused rows than that are another tokenizer's."""
 
 
-def check_vocabulary(tokenizer: Any, rows: int, base: Path | str, ids: Iterable[Tensor] = ()) -> None:
+def check_vocabulary(tokenizer: Any, rows: int, base: Path | str, *, ids: Iterable[Tensor] = ()) -> None:
     """Compare a tokenizer with the embedding of `base`, which has `rows` rows.
 
     Raises UserError if a token of `ids` (int tensors), of padding or of the end of a sequence has no row there; warns
@@ -24,7 +24,7 @@ def check_vocabulary(tokenizer: Any, rows: int, base: Path | str, ids: Iterable[
     largest = [int(part.max()) for part in ids if part.numel()]
     used = [n for n in (*largest, tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None]
     if (last := max(used, default=0)) >= rows:
-        raise _no_row(tokenizer, last, rows, base)
+        raise _no_row(tokenizer, last, rows, base=base)
     if count > rows:
         warn(
             f"the tokenizer has {count:,} tokens and the embedding of {base} {rows:,} rows: texts with the tokens from "
@@ -50,7 +50,7 @@ def refuse_tokens_without_rows(model: Any, tokenizer: Any, base: Path | str) -> 
 
     def check(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if inputs and (last := int(torch.max(inputs[0]))) >= rows:
-            raise _no_row(tokenizer, last, rows, base)
+            raise _no_row(tokenizer, last, rows, base=base)
 
     embedding.register_forward_pre_hook(check)
 
@@ -74,7 +74,7 @@ def agree_on_padding(model: Any, tokenizer: Any) -> None:
     )
 
 
-def _no_row(tokenizer: Any, token_id: int, rows: int, base: Path | str) -> UserError:
+def _no_row(tokenizer: Any, token_id: int, rows: int, *, base: Path | str) -> UserError:
     return UserError(
         f"the tokenizer has the token {tokenizer.convert_ids_to_tokens(token_id)!r} of id {token_id}, and the "
         f"embedding of {base} has {rows} rows; give the model's own tokenizer, or a base whose embedding was resized "

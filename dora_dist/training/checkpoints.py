@@ -53,10 +53,10 @@ class Checkpoints:
 
         def once_complete() -> None:
             if best is not None:
-                run_folder.set_best(self._run_dir, folder, float(best), f"eval_{self._metric}")
+                run_folder.set_best(self._run_dir, folder, float(best), metric=f"eval_{self._metric}")
             run_folder.retire(self._run_dir, self._options.keep_last)
 
-        self._saver.save(folder, fields, _plain(asdict(state)), pruning.survivors(), once_complete)
+        self._saver.save(folder, fields, _plain(asdict(state)), survivors=pruning.survivors(), afterwards=once_complete)
 
     @property
     def failed(self) -> bool:

@@ -55,7 +55,7 @@ def read_inputs(config: RunConfig, world: World) -> Inputs:
     contents = of_data(data)
     check_agreement(world, files | contents)
     tokenizer = task_named(model.task).tokenizer(processor)
-    check_vocabulary(tokenizer, base_config.get_text_config().vocab_size, model.path, data.token_ids())
+    check_vocabulary(tokenizer, base_config.get_text_config().vocab_size, model.path, ids=data.token_ids())
     return Inputs(base, processor, data, contents, start_from)
 
 

@@ -100,7 +100,7 @@ def adapted_model(
         base,
         plan,
         placement,
-        refresher,
+        refresher=refresher,
         dtype=model.dtype,
         head=task_named(model.task).head(model),
         storage=storage_of(model.storage),

@@ -89,10 +89,12 @@ def compare(
             train, base = inputs.data.train, inputs.base
             order = {"number of training samples": len(train), **train.order_facts}
             tensors = TensorFolder.open(base)
-            trained_with = resuming.record(config, world.world_size, inputs.contents, order, base, tensors)
+            trained_with = resuming.record(
+                config, world.world_size, data=inputs.contents, order=order, base=base, tensors=tensors
+            )
             if resume is not None:
                 manifest = read_manifest(resume, verify=False)
-                changed = resuming.changes(resume, manifest, config, trained_with)
+                changed = resuming.changes(resume, manifest, config, ours=trained_with)
     found = [changed]
     dist.broadcast_object_list(found)
     for line in resuming.told(found[0]):

@@ -107,7 +107,7 @@ def test_the_choice_among_checkpoints_in_words(tmp_path: Path) -> None:
         "run/checkpoint-2, the best of 2 checkpoints by eval_loss (0.41); "
         "the newest: dora-dist evaluate run/checkpoint-10 --tasks a=b"
     )
-    set_best(run, run / "checkpoint-10", 0.9, "eval_accuracy")
+    set_best(run, run / "checkpoint-10", 0.9, metric="eval_accuracy")
     assert told() == "run/checkpoint-10, the best of 2 checkpoints by eval_accuracy (0.9), and the newest"
     (run / "checkpoint-10" / "state.safetensors").write_bytes(b"cut")
     (two.with_name("checkpoint-3")).mkdir()

@@ -65,8 +65,8 @@ def assemble_llava(
     text_config, tower_config = _configs(seen.path, written.path)
     _check_geometry(tower_config, feature_layer, image_size)
     tokenizer, token_id = _tokenizer(Path(language), image_token)
-    config = _llava_config(tower_config, text_config, token_id, feature_layer, len(tokenizer))
-    processor = _processor(Path(vision), config, tokenizer, image_token, image_size)
+    config = _llava_config(tower_config, text_config, token_id, feature_layer=feature_layer, tokens=len(tokenizer))
+    processor = _processor(Path(vision), config, tokenizer, image_token=image_token, image_size=image_size)
     with new_folder(output, overwrite) as folder:
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -74,7 +74,7 @@ def assemble_llava(
         generation = Path(language) / "generation_config.json"
         if generation.is_file():
             (folder / generation.name).write_bytes(generation.read_bytes())
-        parts = _parts(folder, config, seen.tensors, written.tensors)
+        parts = _parts(folder, config, tower=seen.tensors, text=written.tensors)
         _write(folder, parts, seed)
     return {"tensors": sum(map(len, parts)), "tokens_per_picture": config.image_seq_length, "image_token_id": token_id}
 
@@ -128,7 +128,7 @@ def _tokenizer(language: Path, image_token: str) -> tuple[Any, int]:
     return tokenizer, ids[0]
 
 
-def _llava_config(tower: Any, text: Any, token_id: int, feature_layer: int, tokens: int) -> Any:
+def _llava_config(tower: Any, text: Any, token_id: int, *, feature_layer: int, tokens: int) -> Any:
     """Features are the patches of the tower's layer `feature_layer`, without the class token where there is one."""
     from transformers import LlavaConfig
 
@@ -147,7 +147,7 @@ def _llava_config(tower: Any, text: Any, token_id: int, feature_layer: int, toke
     return config
 
 
-def _processor(vision: Path, config: Any, tokenizer: Any, image_token: str, image_size: int | None) -> Any:
+def _processor(vision: Path, config: Any, tokenizer: Any, *, image_token: str, image_size: int | None) -> Any:
     """The processor of `config`, which is completed by what the processor shows of it."""
     from transformers import LlavaProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -157,7 +157,7 @@ def _processor(vision: Path, config: Any, tokenizer: Any, image_token: str, imag
     side = image_size or settings.pop("side", None) or tower.image_size
     patches = (side // tower.patch_size) ** 2
     remedy = f"set --image-size {tower.image_size}"
-    extra = tokens_per_picture(config, side, side, f"--vision {vision}", remedy) - patches
+    extra = tokens_per_picture(config, side, side, field=f"--vision {vision}", remedy=remedy) - patches
     if extra:
         config.vision_feature_select_strategy = "default"  # it drops the first
     config.image_seq_length = patches + max(extra - 1, 0)
@@ -195,7 +195,7 @@ def _preprocessing(vision: Path, model_type: str) -> dict[str, Any]:
     return {**settings, "side": size if isinstance(size, int) else size.get("height") or size.get("shortest_edge")}
 
 
-def _parts(folder: Path, config: Any, tower: TensorFolder, text: TensorFolder) -> list[list[Part]]:
+def _parts(folder: Path, config: Any, *, tower: TensorFolder, text: TensorFolder) -> list[list[Part]]:
     """What to write: one file for each file that is read, and one for the projector."""
     from dora_dist.models.build import skeleton
     from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT
@@ -206,7 +206,7 @@ def _parts(folder: Path, config: Any, tower: TensorFolder, text: TensorFolder) -
     files: dict[Path, list[Part]] = {}
     for source, top, own in ((tower, TOWER, config.vision_config.model_type), (text, LANGUAGE, "")):
         for entry in sorted(source.entries.values(), key=lambda entry: (entry.path, entry.offset)):
-            name = _published(entry.name, top, own, rename, wanted)
+            name = _published(entry.name, top, own, rename=rename, wanted=wanted)
             if name is not None:
                 shape = wanted.pop(rename(name))
                 _check_shape(source, entry, shape)
@@ -222,7 +222,7 @@ def _parts(folder: Path, config: Any, tower: TensorFolder, text: TensorFolder) -
     return [*files.values(), projector]
 
 
-def _published(name: str, top: str, own: str, rename: Rename, wanted: dict[str, Any]) -> str | None:
+def _published(name: str, top: str, own: str, *, rename: Rename, wanted: dict[str, Any]) -> str | None:
     """A tensor's name in a LLaVA folder, None for what LLaVA does not need (CLIP's text tower, a classifier).
 
     `own` is what a model with a tower calls it ("dinov2.encoder..."); it is left out.

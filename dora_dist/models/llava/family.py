@@ -53,10 +53,10 @@ class Llava(Family):
             tower.forward = torch.no_grad()(tower.forward)
         model.model.get_placeholder_mask = _without_waiting(model)
 
-    def processor(self, base: Path, config: Any, data: DataConfig, tokenizer: str | None) -> PictureProcessor:
+    def processor(self, base: Path, config: Any, data: DataConfig, *, tokenizer: str | None) -> PictureProcessor:
         from dora_dist.models.llava.processor import load_processor  # pictures and their libraries
 
-        return load_processor(base, config, data, tokenizer)
+        return load_processor(base, config, data, tokenizer=tokenizer)
 
 
 LLAVA = Llava()
@@ -92,6 +92,7 @@ def tokens_per_picture(
     config: Any,
     height: int,
     width: int,
+    *,
     field: str = "model.path",
     remedy: str = "correct its preprocessor_config.json",
 ) -> int:

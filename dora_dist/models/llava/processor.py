@@ -12,7 +12,7 @@ from dora_dist.runtime import extras
 from dora_dist.runtime.errors import UserError
 
 
-def load_processor(base: Path, config: Any, data: DataConfig, tokenizer: str | None) -> PictureProcessor:
+def load_processor(base: Path, config: Any, data: DataConfig, *, tokenizer: str | None) -> PictureProcessor:
     """The processor of a LLaVA's folder `base` with `config`; `tokenizer` names another than the folder's.
 
     The number of tokens of a picture is what the model's own tower makes of it, whatever the processor's settings
