@@ -22,7 +22,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a question's text that the model saw: where each token of it stands, None outside of the text."""
+    """A stretch of a question's text that the model saw: the characters of each token, None outside of the text."""
 
     question: int
     offsets: Sequence[tuple[int, int] | None]

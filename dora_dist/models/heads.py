@@ -43,10 +43,6 @@ class Head:
         """Whether the model writes text, whose end its tokenizer must know."""
         return False
 
-    @property
-    def reads_pictures(self) -> bool:
-        return False
-
     def with_labels(self, count: int) -> Head:
         """The head with so many outputs, where it is the run that chooses how many there are."""
         return replace(self, num_labels=count)
@@ -158,10 +154,6 @@ class _EncoderDecoder(_Language):
 
 class _Pictures(_Language):
     """A language model that is shown pictures, too."""
-
-    @property
-    def reads_pictures(self) -> bool:
-        return True
 
     def model_class(self, config: Any, trust_remote_code: bool = False) -> type[nn.Module]:
         check_sees_pictures(config)

@@ -223,7 +223,7 @@ def candidate_scores(
         turns = (("user", question.text), ("assistant", answer))
         rendered = render(Conversation(turns, question.pictures), template, tokenizer, token, spans=True)
         [(start, _)] = rendered.answers
-        end = rendered.text.index(answer, start) + len(answer)  # the turn's own end is no part of the candidate
+        end = rendered.text.index(answer, start) + len(answer)  # the turn's own end is not part of the candidate
         return replace(rendered, answers=((start, end),))
 
     return candidate_log_probs(

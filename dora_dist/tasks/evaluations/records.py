@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from dora_dist.config import RunConfig
 from dora_dist.data import EpochBatches, EpochDataLoader, read, warn_of_the_whole
@@ -88,4 +89,4 @@ class _Records(Asked):
 
 def _on(loader: Any, device: torch.device, name: str, progress: bool) -> Iterator[dict[str, Any]]:
     for batch in console.bars()(loader, desc=name, unit="batch", disable=not progress):
-        yield {key: values.to(device) for key, values in batch.items()}
+        yield {key: values.to(device) if isinstance(values, Tensor) else values for key, values in batch.items()}
