@@ -1,1 +1,1 @@
-"""Adapters when weights are shards: ZeRO-3's parameters and optimizer state, norms and components over ranks."""
+"""Adapters when weights are shards: parameters, optimizer state, norms, components."""
