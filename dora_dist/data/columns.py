@@ -61,6 +61,11 @@ class Columns:
         return table
 
 
+def row_of(table: Table, row: int, name: str, starts: str = "starts") -> Tensor:
+    """A row of a ragged column."""
+    return table[name][table[starts][row] : table[starts][row + 1]]
+
+
 def taken(values: Tensor, starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Some rows of a ragged column as one of their own: values, starts."""
     lengths = starts.diff()[rows]

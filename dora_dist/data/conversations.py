@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MARK = "<image>"
-"""What stands for a picture in a record, whatever the model's token for it is."""
+"""The place of a picture in a record's text, whatever the model's token for pictures is."""
 ROLES = {"human": "user", "gpt": "assistant"}
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -97,7 +97,7 @@ def render(
 
 
 def render_question(question: str, template: str, tokenizer: PreTrainedTokenizerFast, image_token: str) -> str:
-    """What `render` has in front of the answer to a conversation's first turn. Raises UserError as that does."""
+    """What `render` writes before the answer to a conversation's first turn. Raises UserError as that does."""
     turn = ("user", _with_token(question, image_token))
     if template == "model":
         return templated_prompt(_messages([turn], tokenizer, image_token), tokenizer)

@@ -22,8 +22,8 @@ _KINDS = (
     (b"<!doctype html", "a web page, not the data: download the file itself"),
     (b"<html", "a web page, not the data: download the file itself"),
 )
-"""What files hold that are named as data and are not, by how they begin."""
-_HEAD = 4096  # bytes looked at to tell
+"""How files begin that are named as data and hold something else, and what to do about it."""
+_HEAD = 4096  # bytes that are searched for these
 
 
 def read_rows(path: Path, source: str) -> Iterator[tuple[str, Any]]:
@@ -87,7 +87,7 @@ def _decoded(
 ) -> tuple[Any, list[tuple[dict[str, Any], str]]]:
     """What JSON says, and its objects that have a key twice, with the key.
 
-    number: of the only line that `text` is; None: it is a whole file. first: there is no record before that line.
+    number: of the only line that `text` is; None: it is a whole file. first: nothing precedes that line.
     """
     repeated = []
 

@@ -55,7 +55,7 @@ ALPACA_PROMPT_WITH_INPUT = (
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
 """Roles of messages; a chat template may name others."""
 SPEAKERS = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-"""Names of other collections of conversations for these roles."""
+"""Names of these roles in other collections of conversations."""
 
 
 @dataclass(frozen=True)

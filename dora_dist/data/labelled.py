@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dora_dist.config import DataConfig
-from dora_dist.data.columns import IGNORED, Columns, Table
+from dora_dist.data.columns import IGNORED, Columns, Table, row_of
 from dora_dist.data.doubts import Doubts
 from dora_dist.data.preview import Figures, Part, Preview, numbers, share
 from dora_dist.data.reader import Reader, check_fits
@@ -111,9 +111,8 @@ class LabelledReader(Reader):
 
 def pair(table: Table, row: int) -> dict[str, Any]:
     """A sample of one text or two, whose `label` is a number or several."""
-    part = slice(table["starts"][row], table["starts"][row + 1])
     return {
-        "input_ids": table["tokens"][part].tolist(),
-        "token_type_ids": table["segments"][part].tolist(),
+        "input_ids": row_of(table, row, "tokens").tolist(),
+        "token_type_ids": row_of(table, row, "segments").tolist(),
         "label": table["labels"][row].tolist(),
     }

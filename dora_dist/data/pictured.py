@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dora_dist.config import DataConfig
 from dora_dist.config.pictures import how_to_get
-from dora_dist.data.columns import IGNORED, Columns, Table, counts_between
+from dora_dist.data.columns import IGNORED, Columns, Table, counts_between, row_of
 from dora_dist.data.conversations import MARK, Conversation, read_conversation, render
 from dora_dist.data.doubts import Doubts
 from dora_dist.data.formats import Rendered
@@ -93,8 +93,7 @@ class ConversationReader(Reader):
         """With the column "absent": which samples lack a picture's file now."""
         if table["named"].any() and not table["pictures"][-1]:
             raise UserError(f"{field}: {self._no_room()}")
-        folder, starts = self.pictures.folder, table["path starts"]
-        paths = unpack(table["paths"], starts, 0, len(starts) - 1)
+        folder, paths = self.pictures.folder, unpack(table["paths"], table["path starts"])
         missing = missing_pictures(folder, set(paths))
         gone = torch.tensor([path in missing for path in paths], dtype=torch.bool)
         absent = counts_between(gone, table["pictures"]) > 0
@@ -140,8 +139,7 @@ class ConversationReader(Reader):
         except UserError as error:
             problem = f"{self.place_of(table, row)}: {error}"
             return {"input_ids": [self.tokenizer.pad_token_id], "labels": [IGNORED], "problem": problem}
-        part = slice(table["starts"][row], table["starts"][row + 1])
-        ids, labels = table["tokens"][part], table["labels"][part]
+        ids, labels = row_of(table, row, "tokens"), row_of(table, row, "labels")
         repeats = torch.where(ids == self.stands.token_id, self.stands.count, 1)
         return {
             "input_ids": ids.repeat_interleave(repeats).tolist(),
@@ -151,15 +149,14 @@ class ConversationReader(Reader):
 
     def preview(self, table: Table, row: int) -> Preview:
         """As trained on, but with a single token for each picture."""
-        part = slice(table["starts"][row], table["starts"][row + 1])
-        ids, whole, length = table["tokens"][part].tolist(), int(table["lengths"][row]), int(self.lengths(table)[row])
-        learnt = (table["labels"][part] != IGNORED).tolist()
+        whole, length = (int(column[row]) for column in (table["lengths"], self.lengths(table)))
+        learnt = (row_of(table, row, "labels") != IGNORED).tolist()
         learnt[0] = False  # nothing predicts it
         paths = self._paths(table, row)
         facts = {f"picture {number}": f"{path} ({self.stands.count} tokens)" for number, path in enumerate(paths, 1)}
         if whole > length:
             facts["cut"] = f"after {length:,} of {whole:,} tokens"
-        return Preview(row + 1, [Part("", ids, learnt)], facts)
+        return Preview(row + 1, [Part("", row_of(table, row, "tokens").tolist(), learnt)], facts)
 
     def place_of(self, table: Table, row: int) -> str:
         """Where a sample was read, for messages: the source, the line or the record, and its id."""

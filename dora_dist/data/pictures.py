@@ -13,9 +13,9 @@ from torch import Tensor
 from dora_dist.runtime.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is decoded: pictures only, none that runs another program (as EPS does)."""
+"""Kinds of files that are decoded: of pixels alone. EPS, for one, would run another program."""
 MOST_ELONGATED = 100
-"""Longer side to shorter, of pictures that are not padded: resizing by the shorter makes thin strips huge."""
+"""Largest ratio of the sides of a picture that is not padded: resizing by the shorter side makes thin strips huge."""
 
 
 class PictureReader:
@@ -26,12 +26,13 @@ class PictureReader:
         LLaVA-1.5 is trained. max_pixels: width x height, of the square where there will be one, beyond which a file
         is refused before it is decoded."""
         self.folder, self.processor, self.pad, self.max_pixels = folder, processor, pad, max_pixels
-        mean = getattr(processor, "image_mean", None) or [0.5] * 3
+        settings = processor.to_dict()  # not all kinds of processors have all of them
+        mean = settings.get("image_mean") or [0.5] * 3
         self.background = tuple(int(channel * 255) for channel in mean)
-        self.squares = pad or bool(getattr(processor, "do_pad", False))
+        self.squares = pad or bool(settings.get("do_pad"))
 
     def __call__(self, path: str) -> Tensor:
-        """(3, height, width) fp32. Raises UserError for a file that is missing, too large or no whole picture."""
+        """(3, height, width) fp32. Raises UserError for a file that is missing, too large or not a whole picture."""
         from PIL import Image, UnidentifiedImageError
 
         file = self.folder / path
@@ -72,7 +73,7 @@ class PictureReader:
             )
 
     def pixels(self, image: Any) -> Tensor:
-        """(3, height, width) fp32 of a picture of PIL's in RGB."""
+        """(3, height, width) fp32 of an RGB picture of Pillow."""
         from PIL import Image
 
         if self.pad and image.width != image.height:
@@ -99,14 +100,14 @@ class PictureReader:
 
 @dataclass(frozen=True)
 class PictureTokens:
-    """How pictures stand in a text: `count` tokens of id `token_id`, written `token`, for each."""
+    """What a text has for each picture: `count` tokens of id `token_id`, written `token`."""
 
     token: str
     token_id: int
     count: int
 
     def widened(self, ids: Iterable[int]) -> list[int]:
-        """Token ids with one token for each picture as the model takes them."""
+        """Token ids in which the single token of each picture is repeated `count` times."""
         return [token for token in ids for _ in range(self.count if token == self.token_id else 1)]
 
 
@@ -121,7 +122,7 @@ class PictureProcessor:
 
 
 def missing_pictures(folder: Path, paths: Iterable[str]) -> set[str]:
-    """Those of `paths` that are not below `folder`; one listing a folder, however many pictures it holds."""
+    """Those of `paths` that are not below `folder`; each folder is listed once, however many pictures it holds."""
     by_parent: dict[Path, list[str]] = {}
     for path in paths:
         by_parent.setdefault((folder / path).parent, []).append(path)

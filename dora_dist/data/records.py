@@ -1,4 +1,4 @@
-"""Reading records from JSON, JSONL, Parquet or a hub data set; whatever is wrong is named to the line."""
+"""Reading records from JSON, JSONL, Parquet or a hub data set; errors name the line or the record."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _check_fields(place: str, record: Any, fields: Mapping[str, type], named_by:
 
 
 def _instead(name: str, record: Record, named_by: Mapping[str, str]) -> str:
-    """What a record may have in the place of a field that it lacks."""
+    """A hint at what a record has instead of a field that it lacks."""
     near = difflib.get_close_matches(name, record, n=1)
     there = ", ".join(f'"{field}"' for field in list(record)[:_MOST_SHOWN]) or "no fields at all"
     if name in named_by:

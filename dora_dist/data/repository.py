@@ -1,4 +1,4 @@
-"""The files of a data set: of a repository on the hub, or of a folder that holds one. No code of theirs is run."""
+"""The files of a data set: of a repository on the hub, or of a folder that holds one. No code in it is run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def data_files(data: DataSet, split: str = "train", *, field: str = "data", loca
 
 
 class _NoData(UserError):
-    """A data set whose folder has no file that can be read."""
+    """No file in the folder of a data set can be read."""
 
 
 def _found(folder: Path, data: DataSet, split: str, label: str) -> list[Path]:

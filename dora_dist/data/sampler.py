@@ -1,4 +1,4 @@
-"""Which samples each rank trains on, when: an order that does not know the world size."""
+"""Which samples each rank trains on at each step: an order that does not depend on the world size."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
-FILLER = -1  # where the last global batch has no sample left; `WithFiller` turns it into one masked token
-
-
+FILLER = -1
+"""A place of a global batch beyond its last sample; `WithFiller` puts a sample without loss there."""
 EpochOrder = Callable[[int, int], list[int]]
 """(seed of an epoch, global batch size) -> every sample once, one global batch after the other."""
 
@@ -76,7 +75,7 @@ class EpochBatches(BatchSampler):
 
     @property
     def _places(self) -> int:
-        """For the records of one global batch, over all ranks and passes."""
+        """Samples that all ranks together take for one global batch, fillers among them."""
         return -(-self.global_batch_size // self._across_ranks) * self._across_ranks
 
     def _order(self) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dora_dist.data.columns import Columns, Table, taken
+from dora_dist.data.columns import Columns, Table, row_of, taken
 from dora_dist.data.doubts import Doubts
 from dora_dist.data.files import shown
 from dora_dist.data.labelled import pair
@@ -72,7 +72,7 @@ class SpanReader(Reader):
             into.values(labels=tuple(map(float, _position(records[question][1]["answers"], offsets))))
 
     def remarks(self, table: Table) -> list[str]:
-        answers = _texts(table, "answers", "answer starts")
+        answers = unpack(table["answers"], table["answer starts"])
         if any(json.loads(text) for text in answers):
             return []
         return [f"none of its {len(answers):,} questions has an answer (a test split hides them)"]
@@ -105,7 +105,7 @@ class SpanReader(Reader):
     def references(self, table: Table, index: Tensor) -> Asked:
         """Questions are counted from 0 among those that the data set has."""
         numbers, windows = table["questions"][index].unique_consecutive(return_inverse=True)
-        contexts, answers = (_texts(table, f"{name}s", f"{name} starts") for name in ("context", "answer"))
+        contexts, answers = (unpack(table[f"{name}s"], table[f"{name} starts"]) for name in ("context", "answer"))
         questions = [Question(contexts[i], tuple(json.loads(answers[i]))) for i in numbers.tolist()]
         return Asked(questions, [Window(q, _offsets(table, i)) for q, i in zip(windows.tolist(), index, strict=True)])
 
@@ -126,13 +126,8 @@ class SpanReader(Reader):
         }
 
 
-def _texts(table: Table, name: str, starts: str) -> list[str]:
-    return unpack(table[name], table[starts], 0, len(table[starts]) - 1)
-
-
 def _offsets(table: Table, row: Any) -> list[tuple[int, int] | None]:
-    part = slice(table["starts"][row], table["starts"][row + 1])
-    pairs = zip(table["begins"][part].tolist(), table["ends"][part].tolist(), strict=True)
+    pairs = zip(row_of(table, row, "begins").tolist(), row_of(table, row, "ends").tolist(), strict=True)
     return [None if begin == _OUTSIDE else (begin, end) for begin, end in pairs]
 
 

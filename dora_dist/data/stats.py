@@ -1,4 +1,4 @@
-"""What became of a set's records: one class for each kind of data set, with what they share in one place."""
+"""Counts of what became of a set's records, for its line in the log and its table in `validate --data`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Stats(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TextStats(Stats):
-    """Of texts, parts of which are learnt."""
+    """Counts of texts, parts of which are learnt."""
 
     label_tokens: int
     without_labels: int  # left out: truncation or the data itself left them nothing to learn from
@@ -77,7 +77,7 @@ class TextStats(Stats):
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationStats(TextStats):
-    """Of conversations about pictures, whose tokens count too."""
+    """Counts of conversations about pictures; tokens of pictures are counted, too."""
 
     pictures: int
     text_only: int
@@ -111,7 +111,7 @@ class ConversationStats(TextStats):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledStats(Stats):
-    """Of texts with a label; `labels`: which there are, and how often."""
+    """Counts of texts with a label; `labels`: rows about labels, for the table."""
 
     labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -130,7 +130,7 @@ class LabelledStats(Stats):
 
 @dataclass(frozen=True, kw_only=True)
 class SpanStats(Stats):
-    """Of windows of texts with questions; `questions` are fewer where a text took several windows."""
+    """Counts of windows of texts with questions; `questions` are fewer where a text took several windows."""
 
     questions: int
 
@@ -150,7 +150,7 @@ class SpanStats(Stats):
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryStats(Stats):
-    """Of documents and their summaries; `truncated` counts summaries."""
+    """Counts of documents and their summaries; `truncated` counts summaries."""
 
     label_tokens: int
     cut_documents: int

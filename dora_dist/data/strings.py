@@ -23,8 +23,8 @@ def pack(strings: Sequence[str]) -> tuple[Tensor, Tensor]:
     return text, torch.tensor([0, *accumulate(map(len, encoded))])
 
 
-def unpack(text: Tensor, starts: Tensor, first: int, stop: int) -> list[str]:
-    """Strings number `first` up to `stop` of what `pack` made."""
-    bounds = starts[first : stop + 1].tolist()
+def unpack(text: Tensor, starts: Tensor, first: int = 0, stop: int | None = None) -> list[str]:
+    """Strings number `first` up to `stop` of what `pack` made; None: up to the last."""
+    bounds = starts[first : None if stop is None else stop + 1].tolist()
     joined = text[bounds[0] : bounds[-1]].numpy().tobytes()
     return [joined[a - bounds[0] : b - bounds[0]].decode(errors=_ERRORS) for a, b in pairwise(bounds)]

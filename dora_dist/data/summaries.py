@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from dora_dist.data.columns import Columns, Table
+from dora_dist.data.columns import Columns, Table, row_of
 from dora_dist.data.doubts import Doubts
 from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.reader import Reader, check_fits
@@ -71,11 +71,9 @@ class SummaryReader(Reader):
         )
 
     def item(self, table: Table, row: int) -> dict[str, list[int]]:
-        sides = {"input_ids": ("documents", "document starts"), "labels": ("summaries", "summary starts")}
-        return {
-            side: table[tokens][table[starts][row] : table[starts][row + 1]].tolist()
-            for side, (tokens, starts) in sides.items()
-        }
+        document = row_of(table, row, "documents", "document starts")
+        summary = row_of(table, row, "summaries", "summary starts")
+        return {"input_ids": document.tolist(), "labels": summary.tolist()}
 
     def preview(self, table: Table, row: int) -> Preview:
         sample = self.item(table, row)
@@ -94,12 +92,8 @@ class SummaryReader(Reader):
 
     def references(self, table: Table, index: Tensor) -> list[str]:
         """The whole text of each sample's summary."""
-        texts = self._references(table)
+        texts = unpack(table["references"], table["reference starts"])
         return [texts[i] for i in index.tolist()]
 
     def columns(self, table: Table, index: Tensor) -> dict[str, Tensor | Iterable[str]]:
-        return {**super().columns(table, index), "references": self._references(table)}
-
-    def _references(self, table: Table) -> list[str]:
-        starts = table["reference starts"]
-        return unpack(table["references"], starts, 0, len(starts) - 1)
+        return {**super().columns(table, index), "references": unpack(table["references"], table["reference starts"])}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from dora_dist.config import DataConfig
-from dora_dist.data.columns import IGNORED, Columns, Table, counts_between
+from dora_dist.data.columns import IGNORED, Columns, Table, counts_between, row_of
 from dora_dist.data.doubts import Doubts
 from dora_dist.data.formats import FORMATS, Rendered
 from dora_dist.data.preview import Part, Preview, numbers
@@ -49,8 +49,7 @@ class TokensReader(Reader):
         )
 
     def item(self, table: Table, row: int) -> dict[str, list[int]]:
-        part = slice(table["starts"][row], table["starts"][row + 1])
-        return {"input_ids": table["tokens"][part].tolist(), "labels": table["labels"][part].tolist()}
+        return {"input_ids": row_of(table, row, "tokens").tolist(), "labels": row_of(table, row, "labels").tolist()}
 
     def preview(self, table: Table, row: int) -> Preview:
         sample, whole = self.item(table, row), int(table["lengths"][row])

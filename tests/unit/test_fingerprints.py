@@ -160,7 +160,9 @@ def fixed(kind: str, folder: Path) -> Any:
     if kind != "conversations":
         return tokenizer
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    reader = PictureReader(folder / "pictures", None, pad=True, max_pixels=10_000)
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    reader = PictureReader(folder / "pictures", CLIPImageProcessorPil(), pad=True, max_pixels=10_000)
     return PictureProcessor(tokenizer, reader, (28, 28), PictureTokens("<image>", 4, 4))
 
 
