@@ -74,7 +74,8 @@ class AdaptedLinear(nn.Module):
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The method's parameters by name: trained, and not read from the base."""
-        return {name: getattr(self, name) for name in self._adapter_names}
+        own = cast(dict[str, nn.Parameter], self._parameters)  # not getattr: several times per layer and pass
+        return {name: own[name] for name in self._adapter_names}
 
     def base_product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (tokens, in) -> x·W0ᵀ + bias (tokens, out), in x's dtype."""

@@ -1,12 +1,12 @@
-"""Row norms of V' = W0 + s·B·Aᵀ in factored form: no (out, in) temporary is ever built.
+"""Row norms n of V' = W0 + ΔW, without ever building an (out, in) temporary.
 
-Where a layer has gates c, B stands for B·diag(c).
+n² is rowsum(W0²), which never changes and is computed once, plus what the method says (`row_squares`): for LoRA, with
+A (in, r) and B (out, r),
 
-    n² = rowsum(W0²) + 2s·rowsum((W0·A)⊙B) + s²·rowsum((B·(AᵀA))⊙B)          (A is (in, r), B is (out, r))
+    n² = rowsum(W0²) + 2s·rowsum((W0·A)⊙B) + s²·rowsum((B·(AᵀA))⊙B)
 
 Each term is a sum over elements of W0 (the last is charged to a row's first element), so partial sums over any
-pieces of W0 add up. A whole weight is the piece [0, out·in); a ZeRO-3 shard is another.
-All sums are fp32. `rowsum(W0²)` never changes and is computed once.
+pieces of W0 add up. A whole weight is the piece [0, out·in); a ZeRO-3 shard is another. All sums are fp32.
 """
 
 import weakref

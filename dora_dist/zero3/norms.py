@@ -1,7 +1,8 @@
 """Row norms from ZeRO-3 shards: partial sums where the elements are, one bucketed all-reduce for the whole model.
 
-No base weight is gathered. What travels per refresh is one fp32 number per output row (all-reduce), and those of the
-low-rank factors that are not resident anyway (gathered in buckets; r·(in + out) numbers a layer).
+No base weight is gathered. What travels per refresh is one fp32 number per output row (all-reduce), and the
+parameters that norms depend on, unless they are resident anyway (gathered in buckets; LoRA's are r·(in + out) numbers a
+layer).
 """
 
 from collections.abc import Iterator
@@ -17,19 +18,18 @@ from dora_dist.zero3.gather import gathered
 from dora_dist.zero3.partition import full_numel, local_piece
 
 GATHER_BUCKET_ELEMENTS = 32 * 2**20
-"""Low-rank factors gathered at a time, in elements of the whole: bounds the refresh's memory."""
+"""Adapter parameters gathered at a time, in elements of the whole: bounds the refresh's memory."""
 
 
 class ShardedNormRefresher(NormRefresher):
     """A NormRefresher over shards: `refresh` is collective, on every rank and in the same order.
 
-    `bytes_received` is this rank's running total: factors gathered, and the all-reduce's result.
+    `bytes_received` is this rank's running total: parameters gathered, and the all-reduce's result.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.device = torch.device(get_accelerator().current_device_name())
-        self.bytes_received = 0
 
     def base_squares(self) -> dict[str, Tensor]:
         flat, sums = self._row_sums()
@@ -41,8 +41,8 @@ class ShardedNormRefresher(NormRefresher):
     def adapter_squares(self) -> Iterator[tuple[str, Tensor]]:
         flat, sums = self._row_sums()
         for bucket in self._buckets():
-            factors = [f for name in bucket for f in _factors(self.layers[name])]
-            with gathered(factors) as received:
+            needed = [p for name in bucket for p in _norm_parameters(self.layers[name])]
+            with gathered(needed) as received:
                 self.bytes_received += received
                 for name in bucket:
                     layer = self.layers[name]
@@ -61,21 +61,21 @@ class ShardedNormRefresher(NormRefresher):
         self.bytes_received += flat.numel() * flat.element_size()
 
     def _buckets(self) -> Iterator[list[str]]:
-        """Names of layers with low-rank factors, in groups whose factors fit the gather bucket."""
+        """Names of layers whose norms depend on parameters, in groups whose parameters fit the gather bucket."""
         bucket: list[str] = []
         elements = 0
         for name, layer in self.layers.items():
-            factors = sum(full_numel(f) for f in _factors(layer))
-            if bucket and elements + factors > GATHER_BUCKET_ELEMENTS:
+            own = sum(full_numel(p) for p in _norm_parameters(layer))
+            if bucket and elements + own > GATHER_BUCKET_ELEMENTS:
                 yield bucket
                 bucket, elements = [], 0
-            if factors:
+            if own:
                 bucket.append(name)
-                elements += factors
+                elements += own
         if bucket:
             yield bucket
 
 
-def _factors(layer: AdaptedLinear) -> list[nn.Parameter]:
+def _norm_parameters(layer: AdaptedLinear) -> list[nn.Parameter]:
     own = layer.adapter_parameters()
     return [own[name] for name in layer.method.norm_parameters(layer.shape)]

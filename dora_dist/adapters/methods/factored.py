@@ -95,7 +95,7 @@ class Factored(Update):
         return AdapterLayer(A.t().contiguous(), B, None, self.scaling, shape[1])
 
     def _factors(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        return self.factors(layer.shape, self._own(layer))
+        return self.factors(layer.shape, layer.adapter_parameters())
 
     def _own(self, layer: Layer) -> Tensors:
         """The update's parameters, without a magnitude's."""
