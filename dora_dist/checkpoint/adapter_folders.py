@@ -55,8 +55,8 @@ def _trained_on(adapter: Path, run: Path | None = None) -> str | None:
 def base_path(name: str, revision: str | None, named_by: str) -> Path:
     """The folder of the base model `name`: a local one, or a hub name's snapshot.
 
-    `named_by`, the adapter folder or the option that names it, is for messages. Raises UserError where it is not to be
-    had.
+    `named_by`, the adapter folder or the option that names it, is for messages. Raises UserError where it cannot be
+    found or fetched.
     """
     remedy = f"it is the base that {named_by} names: if it was moved, or the name is relative to another working "
     remedy += "directory, give its folder or hub name with --base MODEL"

@@ -51,7 +51,7 @@ RULES: dict[Rule, dict[str, str]] = {
     },
     Rule.CONTENT: {
         "model": "path revision tokenizer",
-        # Which parameters they come to: zero3.checkpoint. What the pruning budget is: check_budget there.
+        # checkpoint/format.py compares the parameters that these come to, and the pruning budget.
         "adapter": "target_modules magnitude_only_modules trained_modules start_rank_factor prune_start prune_stop "
         "prune_every prune_schedule",
         "data": "train validation validation_samples format text_fields label_field loss_on cutoff_len doc_stride "

@@ -165,7 +165,7 @@ def best_checkpoint(run_dir: Path) -> Path | None:
 
 
 def _best(run_dir: Path) -> tuple[Path, str] | None:
-    """The checkpoint that best.json names, be it there or not, and `eval_loss (0.41)`."""
+    """The checkpoint that best.json names, whether or not it is there, and `eval_loss (0.41)`."""
     try:
         fields = json.loads((run_dir / BEST).read_text())
         folder = run_dir / Path(fields.pop("checkpoint")).name

@@ -1,6 +1,6 @@
 """Weights that a model holds under several names (a head that is the embedding), and adapters of one of these.
 
-PEFT makes a copy of what an adapter trains, and the other names keep the base's weight: so it is here.
+As in PEFT, what an adapter trains becomes a copy of its own, and the other names keep the base's weight.
 """
 
 from collections.abc import Iterable, Mapping
