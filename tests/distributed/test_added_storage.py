@@ -62,11 +62,8 @@ def packed(folder: Path, storage: str, run_dir: Path, **changes: Any) -> dict[st
     ("storage", "world_size"), [("eight_bits", 1), ("eight_bits", 2), ("eight_bits", 3), ("two_tensors", 3)]
 )
 def test_training_is_that_of_the_decoded_base(storage: str, world_size: int, folder: Path, tmp_path: Path) -> None:
-    # Gathers one by one, which the last case asks for, have buffers of ceil(numel / world size) elements a rank.
-    engine = {"allgather_sequential": storage == "two_tensors", "param_persistence_threshold": 40}
     plain = config(decoded_base(folder, storage), folder / "data.json", tmp_path / "plain")
-    described = packed(folder, storage, tmp_path / "packed", engine=engine)
-    for ours, theirs in run_ranks(run, world_size, described, plain):
+    for ours, theirs in run_ranks(run, world_size, packed(folder, storage, tmp_path / "packed"), plain):
         assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-6)
         assert ours["eval"] == pytest.approx(theirs["eval"], abs=2e-6)
         assert len(ours["losses"]) == 6
@@ -98,6 +95,11 @@ def build(base: str, storage: str) -> dict[str, Any]:
     return {
         "read": run.base_bytes_read,
         "held": {n: sum(p.ds_tensor.nbytes for p in layer.held()) for n, layer in layers.items()},
+        "cuts": {
+            (len(p.ds_tensor), -(-p.ds_numel // dist.get_world_size()))
+            for layer in layers.values()
+            for p in layer.held()
+        },
         "dtypes": {p.ds_tensor.dtype for layer in layers.values() for p in layer.held()},
         "norms": {name: layer.base_norm for name, layer in layers.items()},
         "weights": run.weights,
@@ -120,6 +122,8 @@ def test_a_rank_reads_and_holds_its_records_alone(storage: str, world_size: int,
             norms = tensors[f"{name}.weight"].double().norm(dim=1).float()
             torch.testing.assert_close(rank["norms"][name], norms, rtol=1e-6, atol=0)
         assert torch.uint8 in rank["dtypes"]
+        # The engine's gathers allocate ceil(numel / world size) elements a rank: shards must be that long.
+        assert all(ours == theirs for ours, theirs in rank["cuts"])
         assert rank["weights"] > total // 4  # as many as the model has, whatever their bytes
 
 
