@@ -9,6 +9,10 @@ BIN := $(VENV)/bin
 PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# Two at a time where a test is one process; those that start ranks, launchers or a cluster have the machine to themselves.
+SMALL_TESTS := tests/unit tests/bad_inputs
+RANKS_TESTS := $(filter-out $(SMALL_TESTS),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py)))))
+
 .PHONY: help demo demo-llava test test-cluster test-gpu lint docs hooks bench-step bench-rank clean
 
 help:  ## this list
@@ -21,9 +25,12 @@ demo-llava: $(VENV)/.installed-demo-llava  ## set up, then make a LLaVA of a rea
 	$(BIN)/python launch/llava_demo.py
 
 test: lint docs  ## set up, then lint, type-check, build the documents and run every test
-	@if [ -n "$$CI" ] || $(BIN)/python -m tests.cluster --check; then $(BIN)/python -m pytest; \
-	else trap 'echo "NOT RUN: tests/cluster, the tests on a Slurm cluster; the reason is above" >&2' EXIT; \
-		$(BIN)/python -m pytest --ignore tests/cluster; fi
+	@status=0; ranks="$(RANKS_TESTS)"; \
+	if [ -z "$$CI" ] && ! $(BIN)/python -m tests.cluster --check; then ranks="$(filter-out tests/cluster,$(RANKS_TESTS))"; \
+		trap 'echo "NOT RUN: tests/cluster, the tests on a Slurm cluster; the reason is above" >&2' EXIT; fi; \
+	$(BIN)/python -m pytest --numprocesses 2 $(SMALL_TESTS) || status=$$?; \
+	$(BIN)/python -m pytest $$ranks || status=$$?; \
+	exit $$status
 
 test-cluster: $(VENV)/.installed-test  ## the tests on a Slurm cluster of two nodes inside this machine (root on Debian or Ubuntu)
 	$(BIN)/python -m pytest tests/cluster
