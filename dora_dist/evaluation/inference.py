@@ -13,6 +13,7 @@ from dora_dist.adapters.peft_format import read_peft_folder
 from dora_dist.adapters.storage import storage_of
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_folders import base_path, find_adapter
+from dora_dist.config import RunConfig
 from dora_dist.models.build import DTYPES, build_model
 from dora_dist.models.folder import (
     GENERATION_CONFIG,
@@ -29,6 +30,7 @@ from dora_dist.models.unused import say_unused
 from dora_dist.models.vocabulary import refuse_tokens_without_rows
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.hub import fetch
+from dora_dist.tasks import problems
 from dora_dist.weights.loading import is_finite
 from dora_dist.weights.placement import WholePlacement
 from dora_dist.weights.safetensors_io import TensorFolder
@@ -158,6 +160,9 @@ class EvaluatedModel:
     @cached_property
     def tokenizer(self) -> Any:
         return tokenizer_at(self.path, self._base)
+
+    def configuration(self, sections: dict[str, Any]) -> RunConfig:
+        return RunConfig.from_dict(sections, origin="the evaluation", rules=problems)
 
     def load(self, dtype: str) -> Any:
         """The model in evaluation mode (see `load_for_inference`)."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from dora_dist.data.records import local_file
 from dora_dist.evaluation.inference import EvaluatedModel
+from dora_dist.evaluation.records import RecordsEvaluation
 from dora_dist.evaluation.results import check_output, write_result
 from dora_dist.runtime.errors import UserError
 from dora_dist.tasks import task_named
@@ -63,7 +64,8 @@ def evaluate(
     if output is not None:
         check_output(output)
     evaluated = EvaluatedModel(str(model_path), base)
-    evaluation = task_named(evaluated.head.task).evaluation(evaluated, chosen)
+    task = task_named(evaluated.head.task)
+    evaluation = task.evaluation(evaluated, chosen) or RecordsEvaluation(task, evaluated, chosen)
     asked = {name: evaluation.read(name, str(file)) for name, file in tasks.items()}
     measured = _measured(evaluated, evaluation, asked, files=tasks, progress=progress)
     result = {"model": str(model_path), **evaluation.facts, "settings": evaluation.settings, **measured}

@@ -18,7 +18,7 @@ from dora_dist.models.build import build_model, skeleton
 from dora_dist.models.families import adapter_plan, family_of_model, load_processor
 from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT
 from dora_dist.models.llava.assemble import assemble_llava
-from dora_dist.models.llava.family import tokens_per_picture
+from dora_dist.models.llava.placeholders import tokens_per_picture
 from dora_dist.models.tokenizer import load_tokenizer
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.placement import WholePlacement

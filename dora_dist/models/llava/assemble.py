@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dora_dist.models.folder import ModelFolder, transformers_config
-from dora_dist.models.llava.family import LANGUAGE, PROJECTOR, TOWER, other_use, tokens_per_picture
+from dora_dist.models.llava.family import LANGUAGE, PROJECTOR, TOWER
+from dora_dist.models.llava.placeholders import other_use, tokens_per_picture
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import check_model_output, new_folder
 from dora_dist.weights.names import Rename, rename_for

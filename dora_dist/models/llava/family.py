@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.models.family import Family
-from dora_dist.runtime.errors import UserError
 from dora_dist.weights.names import Rename, rename_for
 
 if TYPE_CHECKING:
@@ -86,43 +84,3 @@ def _without_waiting(model: Any) -> Any:
 
 def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
     return nn.Module.train(module, False)
-
-
-def tokens_per_picture(
-    config: Any,
-    height: int,
-    width: int,
-    *,
-    field: str = "model.path",
-    remedy: str = "correct its preprocessor_config.json",
-) -> int:
-    """How many features, so placeholders, a picture of `height` x `width` pixels gets; computes no feature.
-
-    `config` is a LlavaConfig. Raises UserError, naming `field` and `remedy`, if the tower does not take such a picture.
-    """
-    from transformers.modeling_utils import set_zero3_state
-    from transformers.models.llava.modeling_llava import LlavaModel
-
-    small = copy.deepcopy(config)
-    small.text_config.num_hidden_layers = 1
-    with torch.device("meta"), set_zero3_state():
-        model = LlavaModel(small)
-        pixels = torch.empty(1, config.vision_config.num_channels, height, width, dtype=model.dtype)
-        try:
-            features = model.get_image_features(
-                pixels,
-                vision_feature_layer=config.vision_feature_layer,
-                vision_feature_select_strategy=config.vision_feature_select_strategy,
-            ).pooler_output
-        except (ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{field}: pictures are made {height} x {width} pixels, which the vision tower refuses: {error}; "
-                f"{remedy}"
-            ) from error
-    return int(features[0].shape[0])
-
-
-def other_use(tokenizer: Any, token_id: int) -> str | None:
-    """What else a tokenizer uses the token of pictures for, such as "pad_token": each such token would be a picture."""
-    names = ("pad_token", "eos_token", "bos_token")
-    return next((name for name in names if getattr(tokenizer, f"{name}_id") == token_id), None)

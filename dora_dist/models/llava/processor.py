@@ -6,7 +6,7 @@ from typing import Any
 from dora_dist.config import DataConfig
 from dora_dist.data.pictures import PictureProcessor, PictureReader, PictureTokens
 from dora_dist.models.folder import reason
-from dora_dist.models.llava.family import other_use, tokens_per_picture
+from dora_dist.models.llava.placeholders import other_use, tokens_per_picture
 from dora_dist.models.tokenizer import load_tokenizer
 from dora_dist.runtime import extras
 from dora_dist.runtime.errors import UserError

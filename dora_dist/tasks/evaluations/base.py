@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dora_dist.models.heads import Head
 from dora_dist.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from dora_dist.config import RunConfig
 
 MODES = ("generate", "likelihood", "loss")
 _ASKING = ("mode", "format", "instruction", "normalise")
@@ -111,6 +114,9 @@ class Subject(Protocol):
     @property
     def tokenizer(self) -> Any:
         """Its fast tokenizer."""
+
+    def configuration(self, sections: dict[str, Any]) -> RunConfig:
+        """A run of these sections, checked by every rule; raises UserError as `RunConfig.from_dict` does."""
 
 
 class Asked(ABC):

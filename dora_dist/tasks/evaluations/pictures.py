@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dora_dist.config import DataConfig, RunConfig
+from dora_dist.config import DataConfig
 from dora_dist.data.conversations import Conversation, render, render_question
 from dora_dist.data.pictures import PictureProcessor, missing_pictures
 from dora_dist.models.families import load_processor
@@ -21,7 +21,6 @@ from dora_dist.tasks.evaluations.generation import beam_search
 from dora_dist.tasks.evaluations.lengths import check_lengths, positions_of
 from dora_dist.tasks.evaluations.likelihood import candidate_log_probs
 from dora_dist.tasks.evaluations.questions import FORMATS, PictureQuestion, check_format, read_questions
-from dora_dist.tasks.rules import problems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,7 +125,7 @@ def _data(task: str, subject: Subject, fields: Mapping[str, Any]) -> DataConfig:
     unset = data.get("image_folder") is None
     model = {"path": subject.path, "task": task}
     raw = {"model": model, "data": {**data, "image_folder": "."} if unset else data}
-    found = RunConfig.from_dict(raw, origin="the evaluation", rules=problems).data
+    found = subject.configuration(raw).data
     return found.model_copy(update={"image_folder": None}) if unset else found
 
 

@@ -1,4 +1,4 @@
-"""The evaluation of any task: the metrics that its training reports, on other records of the same kind."""
+"""The evaluation of a task that has none of its own: the metrics of its training, on other records of the same kind."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dora_dist.config import RunConfig
 from dora_dist.data import EpochBatches, EpochDataLoader, read, warn_of_the_whole
 from dora_dist.runtime import console
 from dora_dist.tasks.evaluations.base import Asked, Evaluation, Settings, Subject
-from dora_dist.tasks.rules import problems
 
 if TYPE_CHECKING:
+    from dora_dist.config import RunConfig
     from dora_dist.tasks.task import Task
 
 FIELDS = ("text_fields", "label_field", "cutoff_len", "doc_stride", "target_len")
@@ -60,7 +59,7 @@ class RecordsEvaluation(Evaluation):
             "data": {**self._data, "train": file, "validation": None, "validation_samples": 0},
             "training": self._training,
         }
-        config = RunConfig.from_dict(raw, origin="the evaluation", rules=problems)
+        config = self._subject.configuration(raw)
         return _Records(self._task, config, name, subject=self._subject, limit=self._limit)
 
 
