@@ -10,7 +10,7 @@ PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install -
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # Two at a time where a test is one process; those that start ranks, launchers or a cluster have the machine to themselves.
-SMALL_TESTS := tests/unit tests/bad_inputs
+SMALL_TESTS := tests/unit
 RANKS_TESTS := $(filter-out $(SMALL_TESTS),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py)))))
 
 .PHONY: help demo demo-llava test test-cluster test-gpu lint docs hooks bench-step bench-rank clean
@@ -50,7 +50,7 @@ lint: $(VENV)/.installed-test  ## ruff, mypy, the import contract and shellcheck
 docs: $(VENV)/.installed-test  ## build the documents' site into site/; every broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-hooks: $(VENV)/.installed-hooks  ## let git run ruff, mypy, the import contract and shellcheck before each commit
+hooks: $(VENV)/.installed-test $(VENV)/.installed-hooks  ## let git run ruff, mypy, the import contract and shellcheck before each commit
 	$(BIN)/pre-commit install
 
 bench-step: $(VENV)/.installed-bench  ## time one training step against PEFT's LoRA and DoRA; ARGS="--help" for its flags

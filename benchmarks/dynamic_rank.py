@@ -1,9 +1,10 @@
 """Dynamic rank against LoRA: real text, several seeds, the same steps. `--help` lists the flags.
 
-Dynamic rank (Mao et al., ACL 2024) starts with 3/4 of plain LoRA's components and ends with half of them; beside it,
-LoRA with half the components from the start, DoRA, and dynamic rank with magnitudes (the union of both methods). Every
-method trains for the same steps on the same texts in the same order, by the recipes of configs/. Learning rates are
-chosen on a validation split with a seed of its own; the table is of another split, after the last step.
+Dynamic rank (Mao et al., ACL 2024) starts with 3/4 of plain LoRA's components and ends with half of them. Compared
+with it: LoRA with half the components from the start, DoRA, and dynamic rank with magnitudes (the union of both
+methods). Every method trains for the same steps on the same texts in the same order, by the recipes of configs/.
+Learning rates are chosen on a validation split with a seed of its own; the table is of another split, after the last
+step.
 
 One process, or as many ranks as a launcher starts: `torchrun --nproc-per-node 2 benchmarks/dynamic_rank.py`.
 """

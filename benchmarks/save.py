@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint, beside how long writing it takes. `--help` lists the flags.
+"""How long training stands still for a checkpoint, and how long writing it takes. `--help` lists the flags.
 
 Ranks save an adapter of 50 million trained numbers by default (600 MB of master weights and moments): every time
 once while nothing else happens, and once while training steps go on.

@@ -94,7 +94,7 @@ GENERATED: dict[str, Callable[[], str]] = {
 def _about(section: str) -> str:
     field = RunConfig.model_fields.get(section)
     text = field.annotation.__doc__ if field is not None and field.annotation is not None else ""
-    return f"## {section}\n\n{text}" if section else "## The file itself"
+    return f"## {section}\n\n{text}" if section else "## Top level"
 
 
 def _table(specs: list[FieldSpec]) -> str:

@@ -55,13 +55,14 @@ class Vera(Factored):
         factors. A method for which that is not fast enough overrides single steps, as `DynamicRank` does.
         """
         d, b = parameters["vera_d"], parameters["vera_b"]
-        A = projection("A", shape[1], self.r, self.projection_seed).to(d)
-        B = projection("B", shape[0], self.r, self.projection_seed).to(d)
+        A = projection("A", shape[1], self.r, seed=self.projection_seed, device=d.device, dtype=d.dtype)
+        B = projection("B", shape[0], self.r, seed=self.projection_seed, device=d.device, dtype=d.dtype)
         return A, b[:, None] * B * d
 
 
-@lru_cache(maxsize=64)
-def projection(which: str, features: int, r: int, seed: int) -> Tensor:
-    """A frozen factor (features, r), fp32 on the CPU. Layers of one size share it, and every rank draws the same."""
+@lru_cache(maxsize=64)  # also because copies from host to device in every product would make each one wait
+def projection(which: str, features: int, r: int, *, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A frozen factor (features, r). Layers of one size share it; drawn on the CPU, it is the same on every rank."""
     generator = torch.Generator().manual_seed(seed * 2 + (which == "B"))
-    return torch.randn(features, r, generator=generator) / math.sqrt(features if which == "A" else r)
+    drawn = torch.randn(features, r, generator=generator) / math.sqrt(features if which == "A" else r)
+    return drawn.to(device, dtype)

@@ -2,7 +2,7 @@
 
 A fresh projector is trained between them on named pictures, then DoRA adapters and the projector on questions, both
 on two ZeRO-3 ranks. Everything fetched and made is under runs/llava_demo/. Archives and the assembled model are kept
-for the next time; training and what follows from it are done anew.
+for the next time; training and what follows from it are repeated.
 """
 
 import argparse

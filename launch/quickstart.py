@@ -1,7 +1,7 @@
 """The quickstart (`make demo`): a real language model learns a task with DoRA on two ZeRO-3 ranks.
 
 Everything it fetches and makes is under runs/quickstart/. Archives and the converted base model are kept for
-the next time; training and what follows from it are done anew.
+the next time; training and what follows from it are repeated.
 """
 
 import argparse

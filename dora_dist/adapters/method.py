@@ -179,15 +179,20 @@ class Update(AdapterMethod):
 
     @classmethod
     def from_config(cls: type[Own], adapter: AdapterConfig) -> Own:
-        """Fields of the adapter section that are fields here too, and all of its `settings`."""
-        own = {field.name for field in fields(cls)}
+        """Fields of the adapter section that are fields here too, and all of its `settings`.
+
+        `r` is the rank that training starts from, which is above adapter.r with dynamic rank.
+        """
+        every = {field.name for field in fields(cls)}
+        shared = every & set(AdapterConfig.model_fields)
+        own = every - shared
         if strangers := sorted(set(adapter.settings) - own):
             raise UserError(
                 f"adapter.settings: {strangers[0]!r} is not a setting of the method {cls.name!r}; it has: "
-                f"{', '.join(sorted(own))}"
+                f"{', '.join(sorted(own)) or 'none'}"
             )
-        shared = own & set(AdapterConfig.model_fields)
-        return cls(**{name: getattr(adapter, name) for name in shared} | adapter.settings)
+        taken = {name: adapter.start_rank if name == "r" else getattr(adapter, name) for name in shared}
+        return cls(**taken | adapter.settings)
 
     @abstractmethod
     def down(self, layer: Layer, x_ti: Tensor) -> Tensor | None:
@@ -263,6 +268,8 @@ class Update(AdapterMethod):
         yield f"the method {self.name!r} does not start from a PEFT folder (set adapter.init_from to null)"
 
     def resized(self, r: int) -> "Update | None":
+        if self.components is not None:
+            raise TypeError(f"{type(self).__name__}.resized must say what is left of it with fewer components")
         return self
 
     def magnitude_only(self) -> AdapterMethod:

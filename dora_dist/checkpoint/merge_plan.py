@@ -11,8 +11,9 @@ import torch
 from dora_dist.adapters.peft_folder import PeftFolder
 from dora_dist.models.build import skeleton
 from dora_dist.models.families import family_of
+from dora_dist.models.family import Family
 from dora_dist.models.folder import DTYPES, FLOATS, ModelFolder
-from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT, head_of_adapter
+from dora_dist.models.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, head_of_adapter
 from dora_dist.models.tying import parted_names
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.names import Rename, locate, modern, prefix_between, stored_names
@@ -111,9 +112,12 @@ def _names(adapter: PeftFolder, base: ModelFolder) -> _Names:
     # A weight that several modules share is an embedding or a head, never one of the numbered layers.
     outer = [m for m in adapter.modules if not any(part.isdigit() for part in m.split("."))]
     changed, family = [*adapter.modules_to_save(), *outer], family_of(base.config["model_type"])
-    if not changed and not family.parts:
+    if not changed and type(family).rename is Family.rename:
         return _Names()  # without building the model, which takes seconds
-    model = skeleton(base.path, IMAGE_TEXT_TO_TEXT if family.sees_pictures else head_of_adapter(adapter))
+    head = head_of_adapter(adapter)
+    if family.sees_pictures and head.task == CAUSAL_LM.task:  # which an adapter of nothing but lm_head looks like
+        head = IMAGE_TEXT_TO_TEXT
+    model = skeleton(base.path, head)
     parted = tuple(names for _, names in parted_names(model, changed))
     return _Names(family.rename(model), family.parts, model.base_model_prefix, parted)
 

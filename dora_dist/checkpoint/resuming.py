@@ -37,7 +37,7 @@ class Rule(Enum):
 RULES: dict[Rule, dict[str, str]] = {
     Rule.FOLLOWED: {
         "": "plugins",
-        "model": "dtype attn_implementation storage trust_remote_code",
+        "model": "dtype attn_implementation trust_remote_code",
         "adapter": "dropout dropout_mode norm_gradient importance_beta dem_weight dem_form pruned_moments compact",
         "data": "target_len cache image_folder image_aspect_ratio max_image_pixels bad_images num_workers",
         "training": "learning_rate learning_rates schedule warmup_steps warmup_ratio epochs max_steps micro_batch_size "
@@ -58,7 +58,7 @@ RULES: dict[Rule, dict[str, str]] = {
         "chat_template group_by_modality_length",
     },
     Rule.SHAPE: {
-        "model": "task num_labels",
+        "model": "task num_labels storage",
         "adapter": "method settings weight_decomposed r lora_alpha dynamic_rank",
     },
     Rule.ORDER: {"training": "global_batch_size seed"},

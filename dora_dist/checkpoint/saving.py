@@ -232,5 +232,8 @@ class Saver:
 
 def _peft_layer(name: str, layer: AdaptedLinear, masters: dict[str, Tensor]) -> AdapterLayer | None:
     """A layer as PEFT knows it; None if nothing of it is left."""
-    own = {kind: masters[f"{name}.{kind}"] for kind in layer.adapter_parameters() if f"{name}.{kind}" in masters}
+    # This is a thread, so it asks the method for names and not the layer for its parameters: during a forward pass
+    # DeepSpeed's lookup of a parameter that is away gathers it, which is collective.
+    kinds = [kind for kind in layer.method.parameters(layer.shape) if f"{name}.{kind}" in masters]
+    own = {kind: masters[f"{name}.{kind}"] for kind in kinds}
     return layer.method.to_peft(layer.shape, own, None if layer.base_norm is None else layer.base_norm.cpu())

@@ -53,6 +53,7 @@ def _validate(options: argparse.Namespace) -> None:
     most = training.global_batch_size
     evenly = ", ".join(str(count) for count in range(1, most + 1) if config.training.batch_plan(count).empty == 0)
     method = adapter.method or ("DoRA" if adapter.weight_decomposed else "LoRA")
+    method += " with dynamic rank" if adapter.dynamic_rank else ""
     print(
         f"{options.config} is valid: {method} r={adapter.r} on "
         f"{config.model.path}, {training.global_batch_size} records a step; runs on "
@@ -63,7 +64,7 @@ def _validate(options: argparse.Namespace) -> None:
 
 def _check_names(adapter: AdapterConfig, model: ModelConfig) -> None:
     """Raise UserError for a method or storage that does not exist. The defaults do, and need not wait for torch."""
-    if adapter.method is not None:
+    if adapter.method is not None or adapter.settings:
         from dora_dist.adapters.methods import chosen
 
         chosen(adapter)

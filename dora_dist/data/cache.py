@@ -97,8 +97,13 @@ def key_of(
             while block := file.read(1 << 20):
                 digest.update(block)
         digest.update(b"\0")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["truncation"] = backend["padding"] = None  # those of its last call
     known = {
-        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "tokenizer": backend,
+        "class": type(tokenizer).__qualname__,
+        "truncation side": tokenizer.truncation_side,
+        "languages": [tokenizer.init_kwargs.get(name) for name in ("src_lang", "tgt_lang")],
         "chat template": tokenizer.chat_template,
         "special tokens": tokenizer.special_tokens_map,  # chat templates may use any of them
         **settings,

@@ -62,7 +62,9 @@ class Collator:
         return self._padded(([1] * len(sample["input_ids"]) for sample in samples), 0)
 
     def _padded(self, rows: Iterable[Sequence[int]], value: int) -> Tensor:
-        joined = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+        # The dtype is said for a sample without tokens, whose tensor would be of floats.
+        tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+        joined = pad_sequence(tensors, batch_first=True, padding_value=value)
         return F.pad(joined, (0, -joined.shape[1] % self.multiple), value=value)
 
 

@@ -72,11 +72,15 @@ def _table(reader: Reader, data: DataConfig, split: str, progress: bool) -> Tabl
         sources,
         reader.tokenizer,
         settings,
-        code={Path(inspect.getfile(kind)) for kind in type(reader).__mro__ if issubclass(kind, Reader)},
+        code=_code_of(reader) if data.cache is not None else (),
         make=lambda: _encoded(reader, sources, split, progress),
     )
     say(f"data.{split}", table["doubts"])
     return reader.opened(table, f"data.{split}")
+
+
+def _code_of(reader: Reader) -> set[Path]:
+    return {Path(inspect.getfile(kind)) for kind in type(reader).__mro__ if issubclass(kind, Reader)}
 
 
 def _encoded(reader: Reader, sources: Sequence[str], split: str, progress: bool) -> dict[str, Tensor]:
@@ -92,6 +96,9 @@ def _encoded(reader: Reader, sources: Sequence[str], split: str, progress: bool)
             reader.encode(chunk, into, doubts)
             into.records += len(chunk)
             bar.update(len(chunk))
+    # Else what is saved of the tokenizer would depend on whether it or the cache had the tokens.
+    reader.tokenizer.backend_tokenizer.no_truncation()
+    reader.tokenizer.backend_tokenizer.no_padding()
     table = into.table()
     found = doubts.found(field, reader.learnt, may_be_empty=reader.learns_without)
     return {**table, "doubts": pack_doubts([*found, *reader.remarks(table)])}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dora_dist.config import DataConfig
 from dora_dist.data.columns import IGNORED, Columns, Table, counts_between, row_of
 from dora_dist.data.doubts import Doubts
-from dora_dist.data.formats import FORMATS, Rendered
+from dora_dist.data.formats import FORMATS, Format, Rendered
 from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.reader import Reader
 from dora_dist.data.records import Record, check_characters
@@ -72,9 +71,9 @@ class TextReader(TokensReader):
 
     follows_from = ("format", "loss_on", "cutoff_len")
 
-    def __init__(self, data: DataConfig, tokenizer: Any) -> None:
-        super().__init__(data, tokenizer)
-        self.format = FORMATS[data.format]
+    @property
+    def format(self) -> Format:  # looked up, not kept: loader processes may have to pickle the reader
+        return FORMATS[self.data.format]
 
     @property
     def fields(self) -> Mapping[str, type]:

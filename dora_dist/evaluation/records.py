@@ -30,7 +30,7 @@ class RecordsEvaluation(Evaluation):
         settings.refuse_all_but((*FIELDS, *task.fields, *task.searching), task.name)
         self._task, self._subject, self._limit = task, subject, settings.limit
         run = {name: subject.run.get(name, {}) for name in ("model", "data", "training")}
-        fields = dict(settings.fields)
+        fields = dict(settings.fields or {})
         if settings.max_new_tokens is not None:
             fields["target_len"] = settings.max_new_tokens
         format = run["data"].get("format")

@@ -12,7 +12,7 @@ from dora_dist.evaluation.inference import EvaluatedModel
 from dora_dist.evaluation.records import RecordsEvaluation
 from dora_dist.evaluation.results import check_output, write_result
 from dora_dist.runtime.errors import UserError
-from dora_dist.tasks import task_named
+from dora_dist.tasks import TASKS, task_named
 from dora_dist.tasks.evaluations.base import Asked, Evaluation, Settings
 
 
@@ -64,6 +64,11 @@ def evaluate(
     if output is not None:
         check_output(output)
     evaluated = EvaluatedModel(str(model_path), base)
+    theirs = evaluated.run.get("model", {}).get("task")
+    if theirs is not None and theirs not in TASKS:
+        raise UserError(
+            f'{model_path}: its model.task = "{theirs}" is not known; name the module that has it in --plugins'
+        )
     task = task_named(evaluated.head.task)
     evaluation = task.evaluation(evaluated, chosen) or RecordsEvaluation(task, evaluated, chosen)
     asked = {name: evaluation.read(name, str(file)) for name, file in tasks.items()}

@@ -177,7 +177,7 @@ def _digest(base: ModelFolder, start_from: PeftAdapter | None) -> str:
 
 def _load(model: Any, source: Source, placement: Placement, *, dtype: str, seed: int) -> list[str]:
     """Give every parameter its place and values; returns the names of those that the folder does not have."""
-    std = model.config.to_dict().get("initializer_range") or 0.02
+    std = (model.config.initializer_range if hasattr(model.config, "initializer_range") else None) or 0.02
     held, initial = held_weights(model), initial_fills(model, seed)
     fresh = partial(fresh_values, seed=seed, std=std)
     return load_base(model, source, placement, dtype=DTYPES[dtype], held=held, initial=initial, fresh=fresh)

@@ -76,7 +76,10 @@ class Head:
         return getattr(transformers, self.auto_class)
 
     def is_named_by(self, config: Mapping[str, Any]) -> bool:
-        """Whether a folder's config.json describes such a model."""
+        """Whether a folder's config.json describes such a model, by transformers' own lists of classes.
+
+        They do not hold classes that were registered with an AutoModel: a head for such a class overrides this.
+        """
         from transformers.models.auto import modeling_auto
 
         known = getattr(modeling_auto, f"{self.mapping}_NAMES").get(config.get("model_type"))
@@ -211,5 +214,6 @@ def head_of_adapter(adapter: PeftFolder) -> Head:
 
 def head_of_model(config: Mapping[str, Any]) -> Head:
     """The head of a model's folder, from its config.json; a language model's where its class says nothing else."""
-    head = next((head for head in _HEADS if head.is_named_by(config)), CAUSAL_LM)
+    pictures_last = sorted(_HEADS, key=lambda head: head is IMAGE_TEXT_TO_TEXT)  # some classes are in another list, too
+    head = next((head for head in pictures_last if head.is_named_by(config)), CAUSAL_LM)
     return head.with_labels(len(config.get("id2label") or range(2)))

@@ -1,6 +1,6 @@
 """A PEFT adapter as the starting point of a model: whether it fits, asked before a weight is read; then its values."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.peft_folder import warn_of_lacking
 from dora_dist.adapters.peft_format import PeftAdapter
+from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.models.heads import Head
 from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError
@@ -27,7 +28,7 @@ def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdap
     _check_names(where, layers, adapter, base=base, plain=plain)
     for name, layer in layers.items():
         theirs = adapter.layers[name]
-        if differ := ", ".join(layer.method.differences(theirs)):
+        if differ := ", ".join(_differences(layer, theirs)):
             raise UserError(f"adapter.init_from: {where} has other settings than this run at {name!r}: {differ}")
         if theirs.shape != layer.shape:
             raise UserError(
@@ -35,11 +36,22 @@ def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdap
                 "that it was trained on"
             )
     _check_trained(where, trained, adapter)
+    for storage in {layer.storage.name for layer in layers.values()} - {adapter.base_storage}:
+        warn(
+            f"{where} was trained with model.storage = {adapter.base_storage!r}, and this run has {storage!r}: it "
+            "starts from another function of the base's weights; set model.storage to the adapter's unless that is meant"
+        )
     if adapter.task_type not in (None, head.peft_type):
         warn(
             f"{where} was trained with task_type={adapter.task_type}, and model.task = {head.task!r} is "
             f"{head.peft_type}: make sure that it is meant as a start for another task"
         )
+
+
+def _differences(layer: AdaptedLinear, theirs: AdapterLayer) -> Iterator[str]:
+    if theirs.magnitude is not None and not layer.method.weight_decomposed:
+        yield "it is DoRA (set adapter.weight_decomposed to true)"
+    yield from layer.method.differences(theirs)
 
 
 def assign(model: nn.Module, adapter: PeftAdapter, placement: Placement) -> None:

@@ -18,11 +18,13 @@ BROUGHT_BY = {
 
 def missing(*modules: str) -> str | None:
     """What to install so that all of `modules` can be imported, for a message; None where they can. Imports none."""
-    absent = [BROUGHT_BY[module] for module in modules if importlib.util.find_spec(module) is None]
+    absent = [BROUGHT_BY.get(module, (module, None)) for module in modules if importlib.util.find_spec(module) is None]
     if not absent:
         return None
-    extras = ",".join(sorted({extra for _, extra in absent}))
-    return f"needs the package {' and '.join(package for package, _ in absent)}; pip install 'dora-dist[{extras}]'"
+    extras = ",".join(sorted({extra for _, extra in absent if extra}))
+    others = [package for package, extra in absent if not extra]  # what a plugin needs
+    what = " ".join([*([f"'dora-dist[{extras}]'"] if extras else []), *others])
+    return f"needs the package {' and '.join(package for package, _ in absent)}; pip install {what}"
 
 
 def need(*modules: str, purpose: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from dora_dist.runtime.errors import UserError
 
@@ -29,3 +31,13 @@ def load(names: Sequence[str], field: str = "plugins") -> None:
             raise UserError(
                 f'{field} = "{name}": cannot be imported ({what}); correct the module, or leave it out'
             ) from error
+
+
+def files(names: Sequence[str]) -> dict[str, list[Path]]:
+    """The Python files of loaded modules by name; those of a package are all below its folder."""
+    found = {}
+    for name in names:
+        file = sys.modules[name].__file__
+        path = Path(file) if file else None
+        found[name] = [] if path is None else sorted(path.parent.rglob("*.py")) if path.stem == "__init__" else [path]
+    return found

@@ -9,6 +9,7 @@ from dora_dist.checkpoint.manifest import MANIFEST
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import values
 from dora_dist.data import RaggedDataset, TokenizedData
+from dora_dist.runtime import plugins
 from dora_dist.runtime.agreement import check_agreement, digest
 from dora_dist.runtime.distributed import World
 from dora_dist.runtime.hub import WANTED
@@ -51,6 +52,12 @@ def of_configuration(config: RunConfig) -> dict[str, str]:
         for name, value in values(json.loads(config.to_json()), type(config)).items()
         if name not in OWN_TO_A_NODE and not name.startswith("logging.")
     }
+
+
+def of_plugins(names: Sequence[str]) -> dict[str, str]:
+    """The code of the modules that the run loads: as much a part of it as this package's."""
+    files = plugins.files(names)
+    return {f"plugins: {name}": digest(b"".join(path.read_bytes() for path in found)) for name, found in files.items()}
 
 
 def of_model_folder(

@@ -34,7 +34,7 @@ from dora_dist.runtime.folders import write_json
 from dora_dist.runtime.run_log import RunLog
 from dora_dist.tasks import task_named
 from dora_dist.training import doubts
-from dora_dist.training.agreement import of_configuration
+from dora_dist.training.agreement import of_configuration, of_plugins
 from dora_dist.training.arguments import training_arguments
 from dora_dist.training.blocks import about_model, opening
 from dora_dist.training.checkpoints import Checkpoints
@@ -71,7 +71,7 @@ class Phase:
 def run(config: RunConfig, ranks: Ranks, log: RunLog) -> Path:
     """Train from the beginning, or from a checkpoint, to the last step (collective); returns the newest checkpoint."""
     world, run_dir = ranks.world, Path(config.checkpoint.run_dir)
-    check_agreement(world, of_code() | of_configuration(config))
+    check_agreement(world, of_code() | of_plugins(config.plugins) | of_configuration(config))
     with InUse(run_dir) as in_use:
         with together("looking whether the run folder is in use"):
             if world.first and run_dir.exists():  # a run that cannot start makes no folder
@@ -174,7 +174,9 @@ def build_trainer(config: RunConfig, inputs: Inputs, phase: Phase, ranks: Ranks)
     )
     pruning = Pruning(phase.budget, config.adapter)
     run_dir = Path(config.checkpoint.run_dir)
-    callbacks = [Randomness(training.seed, world.rank), Deadlines(ranks.watch, config.engine)]
+    report = ReportCallback(world, adapted, pruning, run_dir=run_dir, options=config.logging)
+    # Deadlines end before the report draws what only rank 0 draws.
+    callbacks = [Randomness(training.seed, world.rank), Deadlines(ranks.watch, config.engine), report]
     elsewhere = phase.checkpoint is not None and phase.checkpoint.resolve().parent != run_dir.resolve()
     return DoraTrainer(
         adapted,
@@ -186,7 +188,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, phase: Phase, ranks: Ranks)
         step_timeout_s=config.engine.step_timeout_s,
         pruning=pruning,
         unreadable=Unreadable(objective.problems, config.data.bad_images, world),
-        report=ReportCallback(world, adapted, pruning, run_dir=run_dir, options=config.logging),
+        report=report,
         callbacks=[*callbacks, *([_tensorboard(run_dir)] if config.logging.tensorboard else [])],
         open_checkpoints=partial(_open_checkpoints, config, inputs, phase, world=world, adapted=adapted),
         forget_best=forgets_best(phase.changed) or elsewhere,

@@ -71,7 +71,7 @@ class DoraTrainer(Trainer):
             eval_dataset=loaders.data.validation,
             data_collator=self._objective.collator,
             compute_loss_func=self._objective.loss,
-            callbacks=[_EveryStep(self, ranks), report, *callbacks],
+            callbacks=[_EveryStep(self, ranks), *callbacks],
         )
         self.remove_callback(PrinterCallback)  # our own callback says it, readably
         if self._objective.loss is not None:

@@ -207,8 +207,7 @@ def _check(wanted: Iterable[tuple[str, torch.Size]], folder: TensorFolder) -> No
     for tensor, shape in wanted:
         entry = folder.entries.get(tensor)
         if entry is None:
-            missing = f"tensor {tensor!r} is missing ({len(folder.entries)} others are there)"
-            raise UserError(f"{folder.path}: {missing}; {doubt}")
+            raise UserError(f"{folder.path}: has no tensor {tensor!r} (it has {len(folder.entries)} others); {doubt}")
         if entry.shape != tuple(shape):
             needs = f"has shape {list(entry.shape)}, the model needs {list(shape)}{_vocabulary(tensor)}"
             raise UserError(f"tensor {tensor!r} in {entry.path} {needs}; {doubt}")

@@ -71,4 +71,4 @@ class WholePlacement:
         parameter.data.copy_(values)
 
     def anywhere(self, found: list[str]) -> list[str]:
-        return found
+        return list(dict.fromkeys(found))

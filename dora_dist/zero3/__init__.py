@@ -1,1 +1,1 @@
-"""Adapters when weights are shards: parameters, optimizer state, norms, components."""
+"""Adapters on shards: parameters, optimizer state, norms, components."""

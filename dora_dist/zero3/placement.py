@@ -35,9 +35,9 @@ class ShardedPlacement:
     def place(self, parameters: Sequence[nn.Parameter], records: int, fill: RecordFill) -> list[nn.Parameter]:
         sharded = [self._hollow(parameter, records) for parameter in parameters]
         world, rank = sharded[0].ds_zero_partition_world_size, sharded[0].ds_zero_partition_rank
-        share = -(-records // world)
+        share = max(-(-records // world), 1)
         first, last = min(rank * share, records), min((rank + 1) * share, records)
-        lengths = [share * (parameter.numel() // records) for parameter in parameters]
+        lengths = [share * (parameter.numel() // max(records, 1)) for parameter in parameters]
         values = [torch.zeros(n, dtype=p.dtype) for n, p in zip(lengths, parameters, strict=True)]
         fill(first, last, [v[: (last - first) * (len(v) // share)] for v in values])
         for parameter, shard in zip(sharded, values, strict=True):
@@ -47,7 +47,7 @@ class ShardedPlacement:
     def _hollow(self, parameter: nn.Parameter, records: int) -> nn.Parameter:
         """A parameter that the engine knows, with no shard yet."""
         init, shape = self._init, parameter.shape
-        elements = parameter.numel() // records
+        elements = parameter.numel() // max(records, 1)
         if elements > 1:  # the engine cuts at ceil(numel / world size), which must be at the end of a record
             shape = torch.Size([elements * -(-records // init.dp_world_size) * init.dp_world_size])
         # One element of memory, expanded to the full shape, is all that the conversion looks at.

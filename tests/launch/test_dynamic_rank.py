@@ -15,11 +15,10 @@ ROOT = Path(__file__).parents[2]
 def run(output: Path, *flags: str) -> dict[str, Any]:
     """The report; results go to `output`."""
     small = "--tasks rating --methods lora dynamic --seeds 1 2 --limit 320 --epochs 1 --rates 4e-3"
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "benchmarks/dynamic_rank.py", *small.split(), "--output", str(output), *flags],
         cwd=ROOT,  # packages are kept in its runs/packages
-        env={**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,

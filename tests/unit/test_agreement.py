@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
+from dora_dist.runtime import plugins
 from dora_dist.runtime.agreement import differences, of_code, where
 from dora_dist.runtime.hub import wanted
-from dora_dist.training.agreement import OWN_TO_A_NODE, of_configuration, of_model_folder
+from dora_dist.training.agreement import OWN_TO_A_NODE, of_configuration, of_model_folder, of_plugins
 from tests import toy
 
 RECIPE = Path(__file__).parents[2] / "configs/llama7b_dora.json"
@@ -62,3 +64,17 @@ def test_weights_count_by_header_unless_the_whole_file_is_asked_for(tmp_path: Pa
     assert differences([("a", whole), ("a", of_model_folder("base", base, whole=True))])[0].startswith(
         "base: model.safetensors: "
     )
+
+
+def test_a_plugins_code_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, file in (("one_file", "one_file.py"), ("a_package", "a_package/__init__.py"), ("", "a_package/part.py")):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("")
+        if name:
+            plugins.load([name])
+    before = of_plugins(["one_file", "a_package"])
+    assert of_plugins([]) == {}
+    (tmp_path / "a_package/part.py").write_text("changed = True")
+    after = of_plugins(["one_file", "a_package"])
+    assert [name for name in before if before[name] != after[name]] == ["plugins: a_package"]

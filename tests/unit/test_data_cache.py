@@ -67,7 +67,11 @@ def test_the_key_follows_content_tokenizer_and_settings(tmp_path: Path) -> None:
     others.append(key_of([str(data)], text, {"cutoff_len": 8}))
     text.bos_token = "new"  # chat templates may begin with it
     others.append(key_of([str(data)], text, {"cutoff_len": 8}))
-    assert len({key, *others}) == 6
+    text.truncation_side = "left"
+    others.append(key_of([str(data)], text, {"cutoff_len": 8}))
+    assert len({key, *others}) == 7
+    text(["a b c"], truncation=True, max_length=2)  # which a fast tokenizer keeps for the next call
+    assert key_of([str(data)], text, {"cutoff_len": 8}) == others[-1]
     assert key_of([str(data), "some/hub-name"], text, {}) is None
 
 

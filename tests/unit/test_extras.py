@@ -24,6 +24,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: p
     assert extras.missing("PIL", "sklearn") == (
         "needs the package pillow and scikit-learn; pip install 'dora-dist[images,metrics]'"
     )
+    assert extras.missing("a_plugins_own") == "needs the package a_plugins_own; pip install a_plugins_own"
 
 
 def test_each_extra_brings_what_the_messages_say_and_all_brings_every_extra() -> None:

@@ -171,8 +171,9 @@ def test_the_adapter_section_makes_the_method_with_and_without_a_magnitude(name:
         ({"method": "dynamic_rank"}, "has components to prune; set it to true"),
         (
             {"settings": {"alpha": 1}},
-            "adapter.settings: 'alpha' is not a setting of the method 'lora'; it has: ",
+            "adapter.settings: 'alpha' is not a setting of the method 'lora'; it has: none",
         ),
+        ({"settings": {"r": 4}}, "adapter.settings: 'r' is not a setting of the method 'lora'"),
     ],
 )
 def test_a_section_that_says_no_method_is_refused(section: dict[str, Any], says: str) -> None:

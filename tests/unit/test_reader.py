@@ -1,6 +1,7 @@
 """A kind of record of one's own: a reader outside of the package, and what it gets without more ado."""
 
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from dora_dist.config import DataConfig
 from dora_dist.data import RaggedDataset, Reader, read
+from dora_dist.data.collate import Collator
 from dora_dist.data.columns import Columns, Table
 from dora_dist.data.doubts import Doubts
 from dora_dist.data.preview import Part, Preview
 from dora_dist.data.stats import LabelledStats
+from dora_dist.data.texts import TextReader
 from dora_dist.runtime.errors import UserError
 from tests import toy
 
@@ -121,3 +124,16 @@ def test_columns_are_tensors_that_loader_processes_can_share(tmp_path: Path) -> 
     train = load(tmp_path, ROWS).train
     assert all(isinstance(column, Tensor) for column in [*train.table.values(), train.index])
     assert train.table["tokens"].dtype == torch.int32 and train.table["capitals"].dtype == torch.bool
+
+
+def test_a_sample_without_tokens_leaves_a_batch_of_integers() -> None:
+    batch = Collator(0)([{"input_ids": [], "labels": []}, {"input_ids": [5], "labels": [5]}])
+    assert {values.dtype for values in batch.values()} == {torch.int64}
+    assert batch["input_ids"].tolist() == [[0], [5]]
+
+
+def test_data_can_be_handed_to_loader_processes_that_are_not_forked(tmp_path: Path) -> None:
+    text = toy.tokenizer()
+    data = DataConfig(train=str(toy.write_records(tmp_path / "data.json", 4)), format="instruction", cache=None)
+    found = read(TextReader(data, text), data, seed=0, progress=False).train
+    assert pickle.loads(pickle.dumps(found))[2] == found[2]

@@ -1,12 +1,16 @@
-"""What becomes of a run when one of its checkpoints could not be written."""
+"""What becomes of a run when one of its checkpoints could not be written; what the thread that writes may ask for."""
 
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from dora_dist.checkpoint.saving import Saved
+from dora_dist.adapters.layer import AdaptedLinear
+from dora_dist.adapters.methods import LowRank
+from dora_dist.checkpoint.saving import Saved, _peft_layer
 from dora_dist.config import CheckpointConfig
 from dora_dist.runtime.errors import UserError
 from dora_dist.training.checkpoints import Checkpoints
@@ -47,3 +51,19 @@ def test_a_run_does_not_end_well_without_its_last_checkpoint(on_failure: str) ->
     with pytest.raises(UserError) as error:
         checkpoints(FAILED, on_failure).ended(last=True, steps_left=False)
     assert "would let training go on" not in str(error.value)
+
+
+class _Gathering(dict[str, Any]):
+    """Parameters as DeepSpeed holds them: looking one up in a forward pass gathers it."""
+
+    def __getitem__(self, name: str) -> Any:
+        raise AssertionError(f"{name} was looked up")
+
+
+def test_the_thread_that_saves_looks_up_no_parameter() -> None:
+    layer = AdaptedLinear.from_linear(nn.Linear(5, 3, bias=False), LowRank(2, 4.0))
+    masters = {f"layer.{kind}": p.detach() for kind, p in layer.adapter_parameters().items()}
+    layer._parameters = _Gathering(layer._parameters)
+    saved = _peft_layer("layer", layer, masters)
+    assert saved is not None and saved.lora_A is not None
+    assert torch.equal(saved.lora_A, masters["layer.lora_A"].t())

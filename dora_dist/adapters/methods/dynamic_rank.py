@@ -13,7 +13,6 @@ from dora_dist.adapters.method import Components, Initial, Layer, Shape, Tensors
 from dora_dist.adapters.methods.lora import LowRank
 from dora_dist.adapters.methods.sums import column_dot
 from dora_dist.adapters.peft_layer import AdapterLayer
-from dora_dist.config.schema import AdapterConfig
 
 
 @register
@@ -23,10 +22,6 @@ class DynamicRank(LowRank):
 
     name = "dynamic_rank"
     titles = ("LoRA with dynamic rank", "DoRA with dynamic rank")
-
-    @classmethod
-    def from_config(cls, adapter: AdapterConfig) -> "DynamicRank":
-        return super().from_config(adapter.model_copy(update={"r": adapter.start_rank}))
 
     @property
     def components(self) -> Components:

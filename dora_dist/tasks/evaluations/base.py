@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,7 +39,7 @@ class Settings:
     batch_size: int = 8
     limit: int | None = None
     dtype: str | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError for what no kind of model knows."""
@@ -51,7 +51,7 @@ class Settings:
 
     def refuse_all_but(self, known: Collection[str], task: str) -> None:
         """Raise UserError for the first setting, or field, that means nothing to a model of `task`."""
-        for name, value in {**self.fields, **self.given((*_ASKING, *_SEARCHING))}.items():
+        for name, value in {**(self.fields or {}), **self.given((*_ASKING, *_SEARCHING))}.items():
             if name not in known:
                 raise UserError(
                     f"{_typed(name, value)}: means nothing to this model, whose task is {task}; leave it out"

@@ -45,7 +45,7 @@ class PicturesEvaluation(Evaluation):
         check_format(self._format, self.mode)
         how = FORMATS[self._format]
         self._subject, self._limit, self._instruction = subject, settings.limit, settings.instruction
-        self._data = _data(task, subject, settings.fields)
+        self._data = _data(task, subject, settings.fields or {})
         self.work: dict[str, Any] = {"batch_size": settings.batch_size}
         if self.mode == "generate":
             new = settings.max_new_tokens or how.max_new_tokens
