@@ -1,6 +1,7 @@
 """The method of examples/add_a_method.py as its formula reads: whole matrices, differentiated by autograd."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from add_a_method import Vera, projection
@@ -12,8 +13,9 @@ from dora_dist.adapters.method import Gradients, Initial, Layer, Needs, Saved, S
 def adapted(weight: Tensor, method: Vera, own: Tensors) -> Tensor:
     """W0 + diag(b)·B·diag(d)·Aᵀ (out, in); where there is a magnitude_offset δ, its rows scaled to (‖W0‖ + δ)."""
     out_features, in_features = weight.shape
-    A = projection("A", in_features, method.r, method.projection_seed)
-    B = projection("B", out_features, method.r, method.projection_seed)
+    how: dict[str, Any] = {"seed": method.projection_seed, "device": torch.device("cpu"), "dtype": torch.float32}
+    A = projection("A", in_features, method.r, **how)
+    B = projection("B", out_features, method.r, **how)
     whole = weight + own["vera_b"].diag() @ B @ own["vera_d"].diag() @ A.T
     if "magnitude_offset" not in own:
         return whole

@@ -39,7 +39,7 @@ def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdap
     for storage in {layer.storage.name for layer in layers.values()} - {adapter.base_storage}:
         warn(
             f"{where} was trained with model.storage = {adapter.base_storage!r}, and this run has {storage!r}: it "
-            "starts from another function of the base's weights; set model.storage to the adapter's unless that is meant"
+            "starts from another function of the base's weights; set model.storage to the adapter's one"
         )
     if adapter.task_type not in (None, head.peft_type):
         warn(
