@@ -58,14 +58,15 @@ class TaggedReader(TokensReader):
                 raise UserError(f'{place}: "words" must hold texts')
             if len(tags) != len(words) or not all(isinstance(tag, int) and tag in known for tag in tags):
                 raise UserError(f'{place}: "tags" must hold a number from 0 to {known[-1]} for each of "words"')
-            doubts.look(place, words, empty=not words)
+            doubts.look(place, words, empty=not words)  # collects what is warned of: empty texts, special tokens
             encoded = self.tokenizer(words, is_split_into_words=True, verbose=False)
             before, labels = None, []
             for word in encoded.word_ids():  # which word a token is of; None for special tokens
                 labels.append(IGNORED if word is None or word == before else tags[word])
                 before = word
-            into.values(lengths=len(labels))
+            into.values(lengths=len(labels))  # before cutting: statistics count what is cut
             stop = self.data.cutoff_len
+            # Two columns of rows of different lengths, whose bounds are the column "starts".
             into.ragged("starts", tokens=encoded.input_ids[:stop], labels=labels[:stop])
 
 

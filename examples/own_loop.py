@@ -22,10 +22,10 @@ TEXTS = [
     "A checkpoint does not know the world size.",
 ]
 SETTINGS: dict[str, Any] = {
-    "train_batch_size": 4,
+    "train_batch_size": 4,  # a multiple of the number of ranks
     "bf16": {"enabled": True},
     "zero_optimization": {"stage": 3},
-    "zero_allow_untested_optimizer": True,
+    "zero_allow_untested_optimizer": True,  # torch's AdamW; DeepSpeed knows its own alone
 }
 
 

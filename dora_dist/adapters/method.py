@@ -161,7 +161,7 @@ class AdapterMethod(ABC):
 
     @abstractmethod
     def magnitude_only(self) -> "AdapterMethod":
-        """The same without an update; ValueError where that trains nothing."""
+        """This method without its update of the weight. Raises ValueError where nothing would be left to train."""
 
 
 @dataclass(frozen=True, kw_only=True)

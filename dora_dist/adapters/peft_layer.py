@@ -73,7 +73,7 @@ class AdapterLayer:
 
     @classmethod
     def of_stored(cls, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, scaling: float) -> AdapterLayer:
-        """A module whose tensors were read, without the factors that stand for "none" (`stored_factors`)."""
+        """A module from tensors that were read; placeholder factors (`stored_factors`) become None."""
         if magnitude is not None and _are_placeholders(lora_A, lora_B, magnitude):
             return cls(None, None, magnitude, scaling, lora_A.shape[1])
         return cls(lora_A, lora_B, magnitude, scaling, lora_A.shape[1])

@@ -68,7 +68,7 @@ class _Keeping(_Segment):
 
 
 class _Recomputing(_Segment):
-    """Entered once per recomputation: several times where a graph is retained."""
+    """Entered once for each recomputation: several times where backward runs again over a retained graph."""
 
     def __enter__(self) -> None:
         super().__enter__()

@@ -42,10 +42,10 @@ class RunConfig(Section):
     def load(
         cls, path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = False, rules: Rules | None = None
     ) -> "RunConfig":
-        """The run that a JSON file describes, with dotted `overrides`: `["--adapter.r", "8", "--a.b=1"]`.
+        """The run that a JSON file describes, with dotted `overrides`: `["--adapter.r", "8", "--logging.every=1"]`.
 
-        `check_files` also checks that every file and folder it names is there. `rules`: further ones, whose problems
-        are told with all others. Raises UserError.
+        `check_files` also checks that every file and folder it names is there. `rules`: further checks, whose
+        problems are reported together with all others. Raises UserError.
         """
         raw = source.read_json(Path(path))
         options.apply(raw, overrides, cls)

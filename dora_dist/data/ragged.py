@@ -76,7 +76,7 @@ class RaggedDataset(Dataset[dict[str, Any]]):
 
     @property
     def references(self) -> Any:
-        """What metrics compare a model's answers with, where that is more than labels."""
+        """The right answers that metrics compare a model's answers with, where labels alone do not hold them."""
         return self.reader.references(self.table, self.index)
 
     @property

@@ -44,7 +44,7 @@ class Reader(ABC):
 
     @property
     def named_by(self) -> Mapping[str, str]:
-        """The fields of the configuration that name `fields`, where some do."""
+        """Fields of the configuration whose values are names of `fields`, if any."""
         return {}
 
     @property

@@ -30,7 +30,7 @@ def _plain(text: str) -> str:
 
 
 def choice_metrics(found: Sequence[str | None], right: Sequence[str]) -> dict[str, float]:
-    """Accuracy of letters, None being wrong; and "without_answer", how many are None."""
+    """Accuracy of the letters found; None, no letter found, counts as wrong and is counted in "without_answer"."""
     correct = sum(letter == wanted for letter, wanted in zip(found, right, strict=True))
     return {"accuracy": correct / len(right), "correct": correct, "without_answer": list(found).count(None)}
 

@@ -138,7 +138,7 @@ def _show(text: str, stream: Lasting) -> None:
 
 @contextmanager
 def _bars_away() -> Iterator[None]:
-    """Lines go above the bars that are being drawn, whichever stream of the one terminal those are on."""
+    """Clears progress bars while a line is printed, so that it appears above them, whichever stream each uses."""
     if "tqdm" not in sys.modules:
         yield
         return

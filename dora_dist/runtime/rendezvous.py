@@ -165,7 +165,7 @@ def _taken(launch: Launch, mine: Card, how: str) -> str:
 
 
 def _roll(store: dist.Store, world_size: int, timeout_s: float) -> str:
-    """All cards as JSON, null for ranks that did not come in time."""
+    """The cards of all ranks as a JSON list; null for a rank that did not come in time."""
     keys = [f"card/{rank}" for rank in range(world_size)]
     with suppress(dist.DistStoreError):  # not all came in time
         store.wait(keys, timedelta(seconds=timeout_s))

@@ -78,9 +78,9 @@ def is_finished(config: RunConfig, resume: Path) -> bool:
 def compare(
     config: RunConfig, inputs: Inputs, world: World, *, resume: Path | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """This run as its checkpoints record it (on rank 0), and what changed since `resume`, which is said (collective).
+    """What checkpoints record of this run (filled on rank 0), and what changed since `resume`; prints the changes.
 
-    Raises UserError, on every rank, where the base or the training data are others.
+    Collective. Raises UserError, on every rank, where base or training data differ.
     """
     trained_with: dict[str, Any] = {}
     changed: dict[str, str] = {}

@@ -234,7 +234,7 @@ class DoraTrainer(Trainer):
 
 
 class _EveryStep(TrainerCallback):
-    """Calls the trainer around each optimizer step, which only callbacks are told of; ends training when it is due."""
+    """Calls the trainer around each optimizer step, of which only callbacks are told; ends training in time."""
 
     def __init__(self, trainer: DoraTrainer, ranks: Ranks) -> None:
         self._trainer, self._ranks = trainer, ranks

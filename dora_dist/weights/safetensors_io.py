@@ -97,7 +97,7 @@ class TensorFolder:
         raise UserError(f"{path}: no safetensors weights in this folder; {remedy}")
 
     def entry(self, name: str) -> TensorEntry:
-        """The place of tensor `name`; UserError naming the nearest match when there is none."""
+        """Where the tensor `name` lies. Raises UserError, with the nearest name, if there is none."""
         if name not in self.entries:
             raise UserError(f"{self.path}: no tensor named {name!r}{did_you_mean(name, self.entries)}")
         return self.entries[name]

@@ -104,7 +104,7 @@ class _FrozenOnce:
             p.ds_status = ZeroParamStatus.INFLIGHT
 
     def wait(self, handle_dependency: bool = True) -> None:
-        """Make the parameters available; called by the engine, more than once."""
+        """Block until the gathered parameters can be used. The engine may call it more than once."""
         if self._inner is not None:
             self._inner.wait(handle_dependency=handle_dependency)
         for p in self._missing:
@@ -163,7 +163,7 @@ class _InPlaceGather:
             self._wholes.append((p, whole))
 
     def wait(self, handle_dependency: bool = True) -> None:
-        """Make the parameters available; called by the engine, more than once."""
+        """Block until the gathered parameters can be used. The engine may call it more than once."""
         for work in self._works:
             work.wait()
         for p, whole in self._wholes:

@@ -54,7 +54,7 @@ class Factored(Update):
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
     def add_norm_gradient(self, layer: Layer, row_scale: Tensor, gradients: dict[str, Tensor]) -> None:
-        """Neither V' nor its gradient is ever built: both factors reach W0 through products of r rows."""
+        """Add the gradients through the norm. Neither V' nor its gradient is built: W0 multiplies r rows at a time."""
         s = self.scaling
         own = self._own(layer)
         dtype = next(iter(own.values())).dtype

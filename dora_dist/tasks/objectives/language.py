@@ -50,7 +50,7 @@ def labelled_positions(batch: Batch) -> Batch:
 
 
 class PictureModelling(LanguageModelling):
-    """Cross entropy per valid token of texts with pictures; those that cannot be read are `problems`."""
+    """Cross entropy per learnt token of texts with pictures; `problems` collects pictures that cannot be read."""
 
     def __init__(self, processor: PictureProcessor) -> None:
         super().__init__(processor.tokenizer)
