@@ -184,8 +184,10 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "configs").glob("*.json")), ids=lambda path: path.stem)
 def test_every_recipe_validates(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["validate", str(recipe), "--no-files"]) == 0
-    method = "DoRA" if RunConfig.load(recipe).adapter.weight_decomposed else "LoRA"
-    assert f"{recipe} is valid: {method} r=" in capsys.readouterr().err
+    adapter = RunConfig.load(recipe).adapter
+    method = "DoRA" if adapter.weight_decomposed else "LoRA"
+    dynamic = " with dynamic rank" if adapter.dynamic_rank else ""
+    assert f"{recipe} is valid: {method}{dynamic} r=" in capsys.readouterr().err
 
 
 def test_validate_prints_the_deepspeed_json(capsys: pytest.CaptureFixture[str]) -> None:
