@@ -12,7 +12,7 @@ from dora_dist.evaluation.inference import EvaluatedModel
 from dora_dist.evaluation.records import RecordsEvaluation
 from dora_dist.evaluation.results import check_output, write_result
 from dora_dist.runtime.errors import UserError
-from dora_dist.tasks import TASKS, task_named
+from dora_dist.tasks import TASKS, Task, task_named
 from dora_dist.tasks.evaluations.base import Asked, Evaluation, Settings
 
 
@@ -64,12 +64,7 @@ def evaluate(
     if output is not None:
         check_output(output)
     evaluated = EvaluatedModel(str(model_path), base)
-    theirs = evaluated.run.get("model", {}).get("task")
-    if theirs is not None and theirs not in TASKS:
-        raise UserError(
-            f'{model_path}: its model.task = "{theirs}" is not known; name the module that has it in --plugins'
-        )
-    task = task_named(evaluated.head.task)
+    task = _task_of(evaluated)
     evaluation = task.evaluation(evaluated, chosen) or RecordsEvaluation(task, evaluated, chosen)
     asked = {name: evaluation.read(name, str(file)) for name, file in tasks.items()}
     measured = _measured(evaluated, evaluation, asked, files=tasks, progress=progress)
@@ -77,6 +72,16 @@ def evaluate(
     if output is not None:
         write_result(result, output)
     return result
+
+
+def _task_of(evaluated: EvaluatedModel) -> Task:
+    """The task of a model. Raises UserError for a run's that only a module from outside of the package registers."""
+    theirs = evaluated.run.get("model", {}).get("task")
+    if theirs is not None and theirs not in TASKS:
+        raise UserError(
+            f'{evaluated.path}: model.task = "{theirs}" is not known; name the module that has it in --plugins'
+        )
+    return task_named(evaluated.head.task)
 
 
 def _measured(
