@@ -106,9 +106,13 @@ def _rank_main(
         try:
             from datetime import timedelta
 
+            import deepspeed
             import torch
             import torch.distributed as dist
 
+            # Else its first rank here compiles an all-reduce, and one that is killed meanwhile stops all later ones:
+            # they wait for its lock file. dora_dist.runtime.distributed.start does the same.
+            deepspeed.ops.__compatible_ops__ = {}
             torch.set_num_threads(_threads(world_size))  # OMP_NUM_THREADS came after torch
             dist.init_process_group(
                 "gloo",

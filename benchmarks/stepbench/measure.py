@@ -37,7 +37,9 @@ def rank_main(rank: int, variant: str, base: Path, settings: Settings, folder: P
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
+    if accelerator.device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}  # as in a run: no shared-memory all-reduce is compiled
+    else:
         accelerator.set_device(rank)
     backend = accelerator.communication_backend_name()
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=settings.ranks)

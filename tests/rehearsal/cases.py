@@ -35,10 +35,14 @@ STATIC: Sections = {"adapter": {"dynamic_rank": False}, "training": {"max_steps"
 
 @dataclass
 class Case:
-    """A model and its data in `folder`: `runs` train it on so many ranks, `scored` are arguments of `evaluate`."""
+    """A model and its data in `folder`: `runs` train it on so many ranks, `scored` are arguments of `evaluate`.
+
+    Both come after `plugins`, files of examples/, are imported.
+    """
 
     folder: Path
     ranks: int = 2
+    plugins: list[str] = field(default_factory=list)
     runs: list[Sections] = field(default_factory=list)
     scored: list[dict[str, Any]] = field(default_factory=list)
 
@@ -48,7 +52,8 @@ class Case:
         for change in (EVERYTHING, *changes):
             for section, fields in change.items():
                 sections[section] = {**sections.get(section, {}), **fields}
-        self.runs.append(config(self.folder / "base", self.folder / data, self.folder / name, **sections))
+        run = config(self.folder / "base", self.folder / data, self.folder / name, **sections)
+        self.runs.append(run | {"plugins": self.plugins})
         return str(self.folder / name / f"checkpoint-{sections['training']['max_steps']}")
 
     def score(self, model: str, data: str = "data.json", **options: Any) -> None:
@@ -138,6 +143,20 @@ def offloaded(parameters: str, optimizer: str) -> Callable[[Path], Case]:
     return case
 
 
+def from_outside(folder: Path) -> Case:
+    """Weights that are packed, with dynamic rank and its compaction; a method with and without a magnitude over it."""
+    case = _decoder(folder, "llama")
+    case.plugins += ["add_a_storage", "add_a_method"]
+    packed: Sections = {"model": {"storage": "eight_bits"}}
+    case.score(case.run("packed", BF16, packed), task="boolq", mode="likelihood", limit=3, dtype="bf16")
+    for decomposed in (True, False):
+        vera: dict[str, Any] = {"method": "vera", "weight_decomposed": decomposed}
+        vera["norm_gradient"] = "full" if decomposed else "detached"
+        last = case.run(f"vera-{decomposed}", BF16, packed, STATIC, {"adapter": vera})
+        case.score(last, task="boolq", mode="likelihood", limit=3, dtype="bf16")
+    return case
+
+
 # --- encoders -----------------------------------------------------------------------------------------------------
 
 PAIRS: Sections = {"data": {"format": "classification", "text_fields": ["sentence1", "sentence2"], "cutoff_len": 32}}
@@ -215,6 +234,7 @@ CASES: dict[str, Callable[[Path], Case]] = {
     **{family: decoder(family) for family in DECODERS},
     **{f"llama, {kind} rope": rope(kind) for kind in ROPES},
     **{family: encoder(family) for family in encoders.FAMILIES},
+    "from outside": from_outside,
     "bart": bart,
     **{f"llava with {tower}": llava_with(tower) for tower in llava.TOWERS},
 }

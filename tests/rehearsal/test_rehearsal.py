@@ -11,11 +11,14 @@ What it cannot show: the order of streams, kernels' own numbers, and NCCL.
 FakeTensorMode would have no values: nothing that asks for one (a mask's sum, the end of a summary) could run as it is.
 """
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tests.rehearsal import pretend
 from tests.rehearsal.cases import CASES, offloaded
@@ -30,14 +33,18 @@ def rehearse(device: Path, store: Path, *runs: dict[str, Any]) -> list[dict[str,
     """On a rank: the runs, one after the other; the metrics of each."""
     from tests.distributed import training_runs
 
+    sys.path.insert(0, str(ROOT / "examples"))
     with pretend.ranks(device, store):
         return training_runs.run(*runs)
 
 
-def score(device: Path, store: Path, *evaluations: dict[str, Any]) -> list[dict[str, Any]]:
-    """In one process: the evaluations."""
+def score(device: Path, store: Path, names: Sequence[str], *evaluations: dict[str, Any]) -> list[dict[str, Any]]:
+    """In one process: the evaluations, with the plugins of these names."""
     from dora_dist.evaluation import evaluate
+    from dora_dist.runtime import plugins
 
+    sys.path.insert(0, str(ROOT / "examples"))
+    plugins.load(names)
     with pretend.ranks(device, store):
         return [evaluate(**arguments)["tasks"] for arguments in evaluations]
 
@@ -48,7 +55,7 @@ def test_a_run_and_its_evaluation(device: Path, tmp_path: Path, name: str) -> No
     found = run_ranks(rehearse, case.ranks, device, tmp_path / "store", *case.runs)
     assert all(run["losses"] and run["eval"] for run in found[0])
     if case.scored:
-        run_ranks(score, 1, device, tmp_path / "store-1", *case.scored)
+        run_ranks(score, 1, device, tmp_path / "store-1", case.plugins, *case.scored)
 
 
 @pytest.fixture(scope="module")
