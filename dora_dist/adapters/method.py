@@ -26,6 +26,9 @@ Saved = tuple[Tensor | None, ...]
 """What a forward pass keeps for its backward pass."""
 RowSquares = Callable[[Tensor, int, int], Tensor]
 """(w, row, col) -> (rows,), fp32: what the block w of W0 at (row, col) adds to its rows' n², besides rowsum(w²)."""
+RowProducts = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+"""(w, row, col) -> (cross, squares), each (rows,) fp32: what the block w of W0 at (row, col) adds to its rows'
+rowsum(W0⊙ΔW) and rowsum(ΔW²)."""
 
 
 Own = TypeVar("Own", bound="Update")
@@ -140,8 +143,23 @@ class AdapterMethod(ABC):
         """Names of the parameters that the row norms depend on."""
 
     @abstractmethod
+    def row_products(self, shape: Shape, parameters: Tensors) -> RowProducts | None:
+        """The rows' products of W0 and ΔW and of ΔW with itself, block by block; None where ΔW = 0."""
+
     def row_squares(self, shape: Shape, parameters: Tensors) -> RowSquares | None:
-        """How n² differs from rowsum(W0²), block by block; None where it does not."""
+        """How n² differs from rowsum(W0²), block by block: 2·cross + squares; None where it does not.
+
+        A method that has this sum with less work than its two parts overrides it.
+        """
+        products = self.row_products(shape, parameters)
+        if products is None:
+            return None
+
+        def share(w: Tensor, row: int, col: int) -> Tensor:
+            cross, squares = products(w, row, col)
+            return squares.add(cross, alpha=2)
+
+        return share
 
     @abstractmethod
     def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> AdapterLayer | None:

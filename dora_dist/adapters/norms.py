@@ -1,7 +1,7 @@
 """Row norms n of V' = W0 + ΔW, without ever building an (out, in) temporary.
 
-n² is rowsum(W0²), which never changes and is computed once, plus what the method says (`row_squares`): for LoRA, with
-A (in, r) and B (out, r),
+n² is rowsum(W0²), which never changes and is computed once, plus 2·rowsum(W0⊙ΔW) + rowsum(ΔW²), which the method
+says (`row_products`, and `row_squares` for their sum): for LoRA, with A (in, r) and B (out, r),
 
     n² = rowsum(W0²) + 2s·rowsum((W0·A)⊙B) + s²·rowsum((B·(AᵀA))⊙B)
 

@@ -13,7 +13,7 @@ from dora_dist.adapters.layer import AdaptedLinear
 from dora_dist.adapters.method import AdapterMethod, Update, register, registered
 from dora_dist.adapters.methods import LowRank, WeightDecomposed
 from dora_dist.adapters.norms import NormRefresher, add_adapter_squares, add_base_squares
-from dora_dist.adapters.pieces import WeightPiece
+from dora_dist.adapters.pieces import WeightPiece, rectangles
 from dora_dist.config import AdapterConfig
 from dora_dist.runtime import plugins
 from dora_dist.runtime.errors import UserError
@@ -128,6 +128,23 @@ def test_row_norms_add_up_over_pieces_of_the_weight(name: str, pieces: int) -> N
     own = {kind: p.detach().double() for kind, p in layer.adapter_parameters().items()}
     exact = (layer.weight.double() + delta(layer, own)).norm(dim=1)
     assert relative_error(sums.sqrt(), exact) <= 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_of_the_base_and_the_update_add_up_over_pieces(name: str) -> None:
+    layer = random_layer(WeightDecomposed(update(name)))
+    products = layer.method.row_products(layer.shape, layer.adapter_parameters())
+    assert products is not None
+    found = torch.zeros(2, OUT)
+    for block in rectangles(0, 100, IN), rectangles(100, OUT * IN, IN):  # cuts a row
+        for row, rows, col, cols, _ in block:
+            w = layer.weight.detach()[row : row + rows, col : col + cols]
+            found[:, row : row + rows] += torch.stack(products(w, row, col))
+    own = {kind: p.detach().double() for kind, p in layer.adapter_parameters().items()}
+    weight, change = layer.weight.double(), delta(layer, own)
+    scale = weight.norm(dim=1) * change.norm(dim=1)
+    assert ((found[0] - (weight * change).sum(1)) / scale).abs().max() <= 1e-6
+    assert relative_error(found[1], change.square().sum(1)) <= 1e-6
 
 
 @pytest.mark.parametrize("decomposed", [False, True])

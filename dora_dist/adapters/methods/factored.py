@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.method import Layer, RowSquares, Shape, Tensors, Update
+from dora_dist.adapters.method import Layer, RowProducts, RowSquares, Shape, Tensors, Update
 from dora_dist.adapters.peft_layer import AdapterLayer
 
 
@@ -73,8 +73,26 @@ class Factored(Update):
         for name, further in self.through_factors(layer, unscaled_A * self.scaling, grad_B).items():
             gradients[name].add_(further)
 
+    def row_products(self, shape: Shape, parameters: Tensors) -> RowProducts:
+        """s·rowsum((W0·A)⊙B) and s²·rowsum((B·(AᵀA))⊙B), the second charged to a row's first element."""
+        s = self.scaling
+        A, B = self._factors_fp32(shape, parameters)
+        gram = A.t() @ A
+
+        def products(w: Tensor, row: int, col: int) -> tuple[Tensor, Tensor]:
+            B_rows = B[row : row + w.shape[0]]
+            cross = ((w @ A[col : col + w.shape[1]]) * B_rows).sum(1).mul_(s)
+            if col > 0:
+                return cross, torch.zeros_like(cross)
+            return cross, ((B_rows @ gram) * B_rows).sum(1).mul_(s * s)
+
+        return products
+
     def row_squares(self, shape: Shape, parameters: Tensors) -> RowSquares:
-        """2s·rowsum((W0·A)⊙B) + s²·rowsum((B·(AᵀA))⊙B), the second term charged to a row's first element."""
+        """2s·rowsum((W0·A)⊙B) + s²·rowsum((B·(AᵀA))⊙B), the second term charged to a row's first element.
+
+        Both terms in one product with B: half the passes over (rows, r).
+        """
         s = self.scaling
         A, B = self._factors_fp32(shape, parameters)
         gram = A.t() @ A

@@ -25,6 +25,7 @@ from dora_dist.adapters.method import (
     Initial,
     Layer,
     Needs,
+    RowProducts,
     RowSquares,
     Saved,
     Shape,
@@ -78,7 +79,7 @@ class NoUpdate(Update):
     def add_norm_gradient(self, layer: Layer, row_scale: Tensor, gradients: dict[str, Tensor]) -> None:
         return
 
-    def row_squares(self, shape: Shape, parameters: Tensors) -> None:
+    def row_products(self, shape: Shape, parameters: Tensors) -> None:
         return None
 
     def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> None:
@@ -193,6 +194,9 @@ class WeightDecomposed(AdapterMethod):
 
     def norm_parameters(self, shape: Shape) -> Sequence[str]:
         return self.update.norm_parameters(shape)
+
+    def row_products(self, shape: Shape, parameters: Tensors) -> RowProducts | None:
+        return self.update.row_products(shape, _without_magnitude(parameters))
 
     def row_squares(self, shape: Shape, parameters: Tensors) -> RowSquares | None:
         return self.update.row_squares(shape, _without_magnitude(parameters))
