@@ -1,6 +1,5 @@
 """Which modules of a model become AdaptedLinear."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
@@ -11,6 +10,7 @@ from torch import nn
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.method import AdapterMethod
 from dora_dist.adapters.methods import of_peft
+from dora_dist.adapters.patterns import inside, matches
 from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.adapters.storage import PLAIN, WeightStorage
 from dora_dist.runtime.errors import UserError
@@ -79,17 +79,24 @@ def like(adapter: PeftAdapter) -> AdapterPlan:
 
 
 def inject(
-    model: nn.Module, plan: AdapterPlan, trained_modules: Sequence[str] = (), *, storage: WeightStorage = PLAIN
+    model: nn.Module,
+    plan: AdapterPlan,
+    trained_modules: Sequence[str] = (),
+    *,
+    trained_parameters: Sequence[str] = (),
+    storage: WeightStorage = PLAIN,
 ) -> list[str]:
     """Replace planned nn.Linear modules by AdaptedLinear over the SAME parameters, in place; freeze all else.
 
     A `storage` other than the plain one has parameters of its own instead of the weight, which it encodes.
 
-    All but what is in `trained_modules` (names, see `trained_in_full`): that is trained as it is. Adapters of a model
-    that has its weights start as the paper says, from torch's random numbers, and change no output. Returns the names
-    of the adapted modules. Raises UserError if a planned module is not a linear layer of the model, is quantised, or
-    lies in a trained module, or if its weight is shared with another module: adapting a tied weight in one place would
-    silently change, or not change, the other.
+    All but what is in `trained_modules` (names, see `trained_in_full`), and `trained_parameters` (names): these are
+    trained as they are. A parameter that several modules share is trained in all of them; a module that shares one is
+    refused. Adapters of a model that has its weights start as the paper says, from torch's random numbers, and change
+    no output. Returns the names of the adapted modules. Raises UserError if a planned module is not a linear layer of
+    the model, is quantised, or lies in a trained module, if its weight is among the trained parameters, or if its
+    weight is shared with another module: adapting a tied weight in one place would silently change, or not change, the
+    other.
     """
     methods = plan(model)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -99,6 +106,7 @@ def inject(
         model, {name: cast(nn.Parameter, linears[name].weight) for name in methods}, "adapted", "target_modules"
     )
     _refuse_inner(methods, trained_modules)
+    _refuse_adapted(methods, trained_parameters)
     if packed := [name for name in methods if not linears[name].weight.is_floating_point()]:
         kind = str(linears[packed[0]].weight.dtype).removeprefix("torch.")
         raise UserError(
@@ -114,6 +122,8 @@ def inject(
         parent, _, child = name.rpartition(".")
         linear = linears[name]
         setattr(model.get_submodule(parent), child, AdaptedLinear.from_linear(linear, method, storage))
+    for name in trained_parameters:
+        model.get_parameter(name).requires_grad_(True)
     return list(methods)
 
 
@@ -167,11 +177,11 @@ def _match_all(
     """The names in `linears` that any pattern matches; `others` are the kinds of all other modules, by name."""
     matched: set[str] = set()
     for pattern in patterns:
-        names = {name for name in linears if _matches(pattern, name, field, apart=apart)}
+        names = {name for name in linears if matches(pattern, name, field, apart=apart)}
         if not names:
             kinds = Counter(name.rpartition(".")[2] for name in linears)
             could = ", ".join(f"{kind} ({count})" for kind, count in kinds.items()) or "none"
-            named = [name for name in others if _matches(pattern, name, field, apart=apart)]
+            named = [name for name in others if matches(pattern, name, field, apart=apart)]
             found = f"{named[0]!r} ({others[named[0]]})" if named else ""
             instead = f", only {found}; adapter.trained_modules trains such a module in full" if found else ""
             raise UserError(f"{field}: {pattern!r} matches no linear layer of this model{instead}; it has: {could}")
@@ -179,49 +189,20 @@ def _match_all(
     return matched
 
 
-def _matches(pattern: str, name: str, field: str, *, apart: Sequence[str]) -> bool:
-    if name == pattern:
-        return True
-    if name.endswith("." + pattern):
-        return not any(part in name and part not in pattern for part in apart)
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise UserError(f"{field}: {pattern!r} is neither a module name nor a regular expression ({error})") from error
-
-
-def trained_in_full(
-    model: nn.Module,
-    patterns: Sequence[str],
-    field: str = "adapter.trained_modules",
-    *,
-    apart: Sequence[str] = (),
-) -> list[str]:
-    """The outermost modules with parameters that a pattern names (as in `by_pattern`), in the model's order.
-
-    Raises UserError, naming the `field` of the patterns, if one matches none.
-    """
-    modules = [name for name, m in model.named_modules() if name and next(m.parameters(), None) is not None]
-    matched: set[str] = set()
-    for pattern in patterns:
-        names = {name for name in modules if _matches(pattern, name, field, apart=apart)}
-        if not names:
-            outer = ", ".join(name for name in modules if "." not in name)
-            raise UserError(f"{field}: {pattern!r} matches no module with parameters; the outermost are: {outer}")
-        matched |= names
-    return [name for name in modules if name in matched and not any(_inside(name, other) for other in matched)]
-
-
-def _inside(name: str, outer: str) -> bool:
-    return name.startswith(f"{outer}.")
-
-
 def _refuse_inner(adapted: Iterable[str], trained: Sequence[str]) -> None:
     for name in adapted:
-        if any(name == outer or _inside(name, outer) for outer in trained):
+        if any(name == outer or inside(name, outer) for outer in trained):
             raise UserError(
                 f"adapter.target_modules and adapter.trained_modules both match {name!r}; take it out of one of the two"
             )
+
+
+def _refuse_adapted(adapted: Iterable[str], trained: Sequence[str]) -> None:
+    if both := sorted({f"{name}.weight" for name in adapted}.intersection(trained)):
+        raise UserError(
+            f"adapter.trained_parameters: {both[0]!r} is the weight of a layer that adapter.target_modules adapts, which "
+            "stays frozen under the adapter; take it out of one of the two"
+        )
 
 
 def _refuse_shared(
@@ -233,7 +214,7 @@ def _refuse_shared(
         owners.setdefault(id(parameter), []).append(name)
     for name, weight in weights.items():
         own = {name, f"{name}.weight"}
-        others = [n for n in owners[id(weight)] if n not in own and not (within and _inside(n, within))]
+        others = [n for n in owners[id(weight)] if n not in own and not (within and inside(n, within))]
         if others:
             raise UserError(
                 f"adapter.{field}: {name!r} shares its weight with {', '.join(others)}; a tied weight cannot "

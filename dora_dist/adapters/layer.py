@@ -19,7 +19,8 @@ class AdaptedLinear(nn.Module):
     """A linear layer (out, in) whose parameters are all direct members: one coalesced gather under ZeRO-3.
 
     Parameters: what holds the frozen (out, in) weight (`held`; in plain storage that is `weight` itself) and `bias`
-    (out,), frozen too, in the base's dtype; the trainable ones of the method, in the same dtype. `base_norm` and
+    (out,), frozen too unless it is told to require a gradient, in the base's dtype; the trainable ones of the method,
+    in the same dtype. `base_norm` and
     `norm` (out,), fp32, are the row norms of W0 and of W0 + ΔW; where the method needs them, a norms refresher sets
     them before the first forward.
     """
@@ -89,7 +90,7 @@ class AdaptedLinear(nn.Module):
         """x (..., in) -> y (..., out), in x's dtype. Raises RuntimeError before norms were ever computed."""
         drops = self.method.dropout > 0.0 and self.training
         dropped = F.dropout(x, self.method.dropout) if drops else None
-        return cast(Tensor, _AdaptedProduct.apply(x, dropped, self, *self.adapter_parameters().values()))
+        return cast(Tensor, _AdaptedProduct.apply(x, dropped, self, self.bias, *self.adapter_parameters().values()))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AdaptedLinear":
         # Norms follow the module between devices, but never to another dtype: a bf16 norm changes step 0.
@@ -128,7 +129,9 @@ class _AdaptedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: Tensor | None, layer: AdaptedLinear, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor | None, layer: AdaptedLinear, bias: Tensor | None, *parameters: Tensor
+    ) -> Tensor:
         ctx.layer, ctx.x_shape, ctx.had_dropped = layer, x.shape, dropped is not None
         dropped_ti = None if dropped is None else dropped.reshape(-1, x.shape[-1])
         y_to, saved = layer.method.forward(layer, x.reshape(-1, x.shape[-1]), dropped_ti)
@@ -142,5 +145,6 @@ class _AdaptedProduct(torch.autograd.Function):
         grad_to = grads[0].reshape(-1, layer.out_features)
         found = layer.method.backward(layer, ctx.saved_tensors, grad_to, needs=needs)
         x, dropped = (None if g is None else g.view(ctx.x_shape) for g in (found.x, found.dropped))
+        bias = grad_to.sum(0, dtype=torch.float32).to(grad_to.dtype) if ctx.needs_input_grad[3] else None  # no g in it
         own = layer.adapter_parameters()
-        return x, dropped, None, *(found.parameters[name].to(p.dtype) for name, p in own.items())
+        return x, dropped, None, bias, *(found.parameters[name].to(p.dtype) for name, p in own.items())

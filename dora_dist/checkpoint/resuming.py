@@ -52,8 +52,8 @@ RULES: dict[Rule, dict[str, str]] = {
     Rule.CONTENT: {
         "model": "path revision tokenizer",
         # checkpoint/format.py compares the parameters that these come to, and the pruning budget.
-        "adapter": "target_modules magnitude_only_modules trained_modules start_rank_factor prune_start prune_stop "
-        "prune_every prune_schedule",
+        "adapter": "target_modules magnitude_only_modules trained_modules trained_parameters start_rank_factor "
+        "prune_start prune_stop prune_every prune_schedule",
         "data": "train validation validation_samples format text_fields label_field loss_on cutoff_len doc_stride "
         "chat_template group_by_modality_length",
     },

@@ -60,6 +60,7 @@ def _adapter(adapter: AdapterConfig) -> Iterator[str]:
     yield from _bad_patterns("adapter.target_modules", targets or [])
     yield from _bad_patterns("adapter.magnitude_only_modules", magnitude_only)
     yield from _bad_patterns("adapter.trained_modules", adapter.trained_modules or [])
+    yield from _bad_patterns("adapter.trained_parameters", adapter.trained_parameters)
     for pattern in sorted(set(targets or []) & set(magnitude_only)):
         yield f'adapter.magnitude_only_modules: "{pattern}" is in adapter.target_modules too; keep one'
 

@@ -109,6 +109,12 @@ class AdapterConfig(Section):
         description="Modules trained in full, besides the adapters (PEFT's modules_to_save); patterns as above; "
         "null: the task's head, or a LLaVA's projector. One of two tied weights gets a copy of its own, as in PEFT",
     )
+    trained_parameters: Patterns = Field(
+        default=[],
+        description="Single parameters trained as they are, besides the adapters: whole names, endings at a dot "
+        '("bias", "layer_norm.weight"), or expressions for whole names. An adapted layer\'s bias may be one, its weight '
+        "may not; a tied parameter stays tied",
+    )
     init_from: PathText | None = Field(
         default=None, description="PEFT LoRA or DoRA folder to start from; null: a new adapter"
     )

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_dist.adapters.inject import AdapterPlan, held_weights, initial_fills, inject, trained_in_full, weight_count
+from dora_dist.adapters.inject import AdapterPlan, held_weights, initial_fills, inject, weight_count
 from dora_dist.adapters.norms import NormRefresher
+from dora_dist.adapters.patterns import TrainedParameters, trained_in_full
 from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.adapters.recompute import keeping_outputs
 from dora_dist.adapters.storage import PLAIN, WeightStorage
@@ -71,6 +72,7 @@ def build_model(
     head: Head = CAUSAL_LM,
     storage: WeightStorage = PLAIN,
     trained_modules: Sequence[str] | None = None,
+    trained_parameters: TrainedParameters = lambda model: [],
     start_from: PeftAdapter | None = None,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
@@ -81,7 +83,8 @@ def build_model(
 
     The skeleton is made without memory, the adapters are injected into it, and only then does each parameter get its
     place (whole, or this rank's shard). Adapters start as the DoRA paper says (section 4.1, by `seed`), or as
-    `start_from` has them. `trained_modules` are patterns of modules to train in full; None: the head's default.
+    `start_from` has them. `trained_modules` are patterns of modules to train in full; None: the head's default;
+    `trained_parameters` names what is trained as it is besides these, which the folder must have.
     `storage` is how adapted layers hold their frozen weights; `refresher` reads norms as `placement` holds parameters
     (`ShardedNormRefresher` for shards). `inspect` may refuse the adapted model before its weights are read. On ZeRO-3
     this is collective. Raises UserError for a folder that is not a model, a plan that does not fit it, and missing,
@@ -89,12 +92,20 @@ def build_model(
     """
     folder = ModelFolder.open(base)
     model = skeleton(base, head, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
-    made = _inject(model, folder, plan, head=head, storage=storage, trained_modules=trained_modules)
+    made = _inject(
+        model,
+        folder,
+        plan,
+        head=head,
+        storage=storage,
+        trained_modules=trained_modules,
+        trained_parameters=trained_parameters,
+    )
     if start_from is not None:
         start.check(model, made.shapes, start_from, base=base, head=head)
     inspect(model)
     digest = _digest(folder, start_from) if placement.first else ""
-    fresh = _load(model, made.source, placement, dtype=dtype, seed=seed)
+    fresh = _load(model, made.source, placement, new_in=made.trained, dtype=dtype, seed=seed)
     norms = refresher(model)
     norms.refresh()
     if start_from is not None:
@@ -145,6 +156,7 @@ def _inject(
     head: Head,
     storage: WeightStorage,
     trained_modules: Sequence[str] | None,
+    trained_parameters: TrainedParameters,
 ) -> _Injected:
     """Adapt a skeleton in place: find its tensors, untie what is trained or adapted from the rest, freeze all else."""
     tensors, family = folder.tensors, family_of_model(model)
@@ -155,7 +167,7 @@ def _inject(
     else:
         trained = trained_in_full(model, trained_modules, apart=family.apart)
     untied, stored = untie(model, [*trained, *plan(model)], stored)
-    adapted = inject(model, plan, trained, storage=storage)
+    adapted = inject(model, plan, trained, trained_parameters=trained_parameters(model), storage=storage)
     return _Injected(
         family=family,
         adapted=adapted,
@@ -175,12 +187,18 @@ def _digest(base: ModelFolder, start_from: PeftAdapter | None) -> str:
     return digest
 
 
-def _load(model: Any, source: Source, placement: Placement, *, dtype: str, seed: int) -> list[str]:
-    """Give every parameter its place and values; returns the names of those that the folder does not have."""
+def _load(
+    model: Any, source: Source, placement: Placement, *, new_in: Sequence[str], dtype: str, seed: int
+) -> list[str]:
+    """Give every parameter its place and values; returns the names of those that the folder does not have: new ones
+    of the modules `new_in`.
+    """
     std = (model.config.initializer_range if hasattr(model.config, "initializer_range") else None) or 0.02
     held, initial = held_weights(model), initial_fills(model, seed)
     fresh = partial(fresh_values, seed=seed, std=std)
-    return load_base(model, source, placement, dtype=DTYPES[dtype], held=held, initial=initial, fresh=fresh)
+    return load_base(
+        model, source, placement, dtype=DTYPES[dtype], held=held, initial=initial, fresh=fresh, new_in=new_in
+    )
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from dora_dist.adapters.inject import trained_in_full
+from dora_dist.adapters.patterns import trained_in_full
 from dora_dist.adapters.peft_folder import PeftFolder
 from dora_dist.models.families import check_sees_pictures, family_of_model, family_of_parts
 from dora_dist.models.folder import own_code_needed

@@ -57,7 +57,8 @@ class Task(ABC):
             yield f'model.task = "{self.name}": {remedy}'
         adapter = config.adapter
         in_full = self.trains_in_full if adapter.trained_modules is None else bool(adapter.trained_modules)
-        if adapter.target_modules == [] and not adapter.magnitude_only_modules and not in_full:
+        others = adapter.magnitude_only_modules or adapter.trained_parameters
+        if adapter.target_modules == [] and not others and not in_full:
             yield "adapter.target_modules = []: nothing to train; name modules, or null for the family's default"
 
     def fields_of(self, data: DataConfig) -> tuple[str, ...]:

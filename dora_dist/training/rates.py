@@ -6,19 +6,23 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dora_dist.adapters.inject import trained_in_full
+from dora_dist.adapters.patterns import matches
 from dora_dist.models.families import family_of_model
 from dora_dist.runtime.errors import UserError
 
 
 def rated(model: nn.Module, pattern: str) -> list[nn.Parameter]:
-    """The trained parameters in the modules that a pattern names. Raises UserError where there are none."""
-    apart = family_of_model(model).apart
-    names = trained_in_full(model, [pattern], "training.learning_rates", apart=apart)
-    modules = [model.get_submodule(name) for name in names]
-    found = [p for module in modules for p in module.parameters() if p.requires_grad]
-    if not found:
-        raise UserError(f"training.learning_rates: nothing in {pattern!r} is trained; leave it out, or train it")
+    """The trained parameters that a pattern names, or that are in the modules it names; UserError for none."""
+    field, apart = "training.learning_rates", family_of_model(model).apart
+    modules = [module for name, module in model.named_modules() if name and matches(pattern, name, field, apart=apart)]
+    named = [p for module in modules for p in module.parameters()]
+    every = model.named_parameters(remove_duplicate=False)
+    named += [p for name, p in every if matches(pattern, name, field, apart=apart)]
+    if not named:
+        outer = ", ".join(name for name, module in model.named_children() if next(module.parameters(), None) is not None)
+        raise UserError(f"{field}: {pattern!r} matches no module with parameters; the outermost are: {outer}")
+    if not (found := [p for p in named if p.requires_grad]):
+        raise UserError(f"{field}: nothing in {pattern!r} is trained; leave it out, or train it")
     return found
 
 

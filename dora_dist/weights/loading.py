@@ -5,7 +5,7 @@ tensor's bytes, no rank holds a whole tensor, and no weight is broadcast.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -73,19 +73,20 @@ def load_base(
     held: Mapping[str, HeldWeight],
     initial: Mapping[str, Fill],
     fresh: Callable[[str, torch.Size], Fill],
+    new_in: Sequence[str],
 ) -> list[str]:
     """Give every parameter of `model` (on the meta device) its place: base weights from `source`.
 
     `held` are the weights, by name, that a storage holds. Parameters in `initial` are not the base's and start with
-    its values. Tied parameters stay tied. A parameter that is trained in full and not in the folder (a new task head),
-    or a head's that has another shape there (other labels), starts with `fresh(name, shape)`; the names of these are
-    returned. All names and shapes are checked before a byte is read; another missing tensor or another shape is a
+    its values. Tied parameters stay tied. A parameter of the modules `new_in` (names) that is not in the folder (a new
+    task head), or a head's that has another shape there (other labels), starts with `fresh(name, shape)`; the names of
+    these are returned. All names and shapes are checked before a byte is read; another missing tensor or another shape is a
     UserError, the same on every rank, and so is a tensor with NaN or infinity in it. Persistent buffers are read where
     the folder has them; all buffers get their place, in their own dtype.
     """
     folder, weights = source.folder, _weights(model, held, dtype)
     for weight in weights:
-        weight.tensor = None if weight.names[0] in initial else _source_tensor(weight, source)
+        weight.tensor = None if weight.names[0] in initial else _source_tensor(weight, source, new_in)
     buffers = _stored_buffers(model, source)
     _check([(w.tensor, w.shape) for w in weights if w.tensor] + [(name, b.shape) for name, b in buffers], folder)
     for tensor, buffer in buffers:
@@ -178,10 +179,10 @@ def _weights(model: nn.Module, held: Mapping[str, HeldWeight], dtype: torch.dtyp
     return list(weights.values())
 
 
-def _source_tensor(weight: _Weight, source: Source) -> str | None:
+def _source_tensor(weight: _Weight, source: Source, new_in: Sequence[str]) -> str | None:
     """The tensor that holds a base weight, under any of its names; None for one that is initialised instead."""
     found = next(filter(None, map(source.locate, weight.names)), None)
-    if not weight.parameters[0][0].requires_grad:
+    if not any(name.startswith(f"{module}.") for name in weight.names for module in new_in):
         return found or weight.names[0]
     resized = found is not None and source.folder.entries[found].shape != tuple(weight.shape)
     return None if resized and source.in_head(weight.names[0]) else found
