@@ -200,8 +200,8 @@ def _refuse_inner(adapted: Iterable[str], trained: Sequence[str]) -> None:
 def _refuse_adapted(adapted: Iterable[str], trained: Sequence[str]) -> None:
     if both := sorted({f"{name}.weight" for name in adapted}.intersection(trained)):
         raise UserError(
-            f"adapter.trained_parameters: {both[0]!r} is the weight of a layer that adapter.target_modules adapts, which "
-            "stays frozen under the adapter; take it out of one of the two"
+            f"adapter.trained_parameters: {both[0]!r} is the weight of a layer that adapter.target_modules adapts, "
+            "which stays frozen under the adapter; take it out of one of the two"
         )
 
 

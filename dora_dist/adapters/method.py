@@ -32,7 +32,7 @@ rowsum(W0⊙ΔW) and rowsum(ΔW²)."""
 
 
 Own = TypeVar("Own", bound="Update")
-Kind = TypeVar("Kind", bound="type[Update]")
+Kind = TypeVar("Kind", bound="type[Registered]")
 
 
 class Initial(NamedTuple):
@@ -86,13 +86,33 @@ class Layer(Protocol):
     def adapter_parameters(self) -> dict[str, nn.Parameter]: ...
 
 
-class AdapterMethod(ABC):
-    """One way of adapting a linear layer: an update ΔW, with or without a magnitude over W0 + ΔW."""
+class Method(ABC):
+    """What an adapter section chooses: how a model is fine-tuned. Most are an `AdapterMethod`."""
 
     @property
     @abstractmethod
     def title(self) -> str:
         """What people call it."""
+
+    @property
+    def components(self) -> Components | None:
+        """The parameters that importance-based pruning works on; None where nothing can be pruned."""
+        return None
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Plain JSON, for manifests and for people."""
+
+    def trained(self, model: nn.Module, target_modules: Sequence[str] | None, *, apart: Sequence[str]) -> list[str]:
+        """The model's own parameters, by name, that are trained as they are; of `apart` as `inject.by_pattern` says.
+
+        Raises UserError for a pattern that names nothing.
+        """
+        return []
+
+
+class AdapterMethod(Method):
+    """One way of adapting a linear layer: an update ΔW, with or without a magnitude over W0 + ΔW."""
 
     weight_decomposed: ClassVar[bool]
     """Whether the function has the row norms n of W0 + ΔW in it: such layers need a norm refresher."""
@@ -116,15 +136,6 @@ class AdapterMethod(ABC):
     @abstractmethod
     def dropout(self) -> float:
         """Probability of dropping an input of the adapter."""
-
-    @property
-    def components(self) -> Components | None:
-        """The parameters that importance-based pruning works on; None where nothing can be pruned."""
-        return None
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Plain JSON, for manifests and for people."""
 
     @abstractmethod
     def parameters(self, shape: Shape) -> dict[str, Initial]:
@@ -294,16 +305,27 @@ class Update(AdapterMethod):
         raise ValueError("a module with neither low-rank factors (r) nor a magnitude would train nothing")
 
 
-_METHODS: dict[str, type[Update]] = {}
+class Registered(Protocol):
+    """A class of methods that a configuration can name."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def from_config(cls, adapter: AdapterConfig) -> Method:
+        """The method with the section's settings. Raises UserError for one that means nothing to it."""
+        ...
+
+
+_METHODS: dict[str, type[Registered]] = {}
 
 
 def register(method: Kind) -> Kind:
-    """Make an Update known under its `name` (adapter.method in configurations); for use as a class decorator."""
+    """Make a method known under its `name` (adapter.method in configurations); for use as a class decorator."""
     if _METHODS.setdefault(method.name, method) is not method:
         raise ValueError(f"there is a method {method.name!r} already: {_METHODS[method.name]}")
     return method
 
 
-def registered() -> Mapping[str, type[Update]]:
+def registered() -> Mapping[str, type[Registered]]:
     """Every method by name; those of the package once `dora_dist.adapters.methods` is imported."""
     return _METHODS

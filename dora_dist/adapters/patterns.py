@@ -13,7 +13,7 @@ TrainedParameters = Callable[[nn.Module], list[str]]
 
 
 def matches(pattern: str, name: str, field: str, *, apart: Sequence[str]) -> bool:
-    """Whether a pattern of `field` names a module or parameter: by its whole name, a suffix at a dot, or an expression."""
+    """Whether a pattern of `field` names a module or parameter: whole name, suffix at a dot, or expression."""
     if name == pattern:
         return True
     if name.endswith("." + pattern):

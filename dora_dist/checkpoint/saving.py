@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
-from dora_dist.adapters.method import AdapterMethod
+from dora_dist.adapters.method import AdapterMethod, Method
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.checkpoint import run_folder
@@ -42,11 +42,11 @@ from dora_dist.zero3.partition import full_numel, full_shape, shard_length
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a saved adapter says of where it comes from. `trained_modules`: PEFT's modules_to_save; `files`: what else
-    belongs in its folder, by name (the tokenizer), needed on rank 0 alone.
+    """What a checkpoint says of where it comes from, and its adapter, if the method has one. `trained_modules`: PEFT's
+    modules_to_save; `files`: what else belongs in the adapter's folder, by name (the tokenizer), for rank 0 alone.
     """
 
-    method: AdapterMethod
+    method: Method
     base_model: str
     revision: str | None = None
     head: Head = CAUSAL_LM
@@ -108,15 +108,18 @@ class Saver:
             "model": identity(self._model, survivors),
             "adapter": self._origin.method.settings(),
             "adapter_ranks": adapter_ranks(self._model, survivors),
+            "trained_modules": list(self._origin.trained_modules),
+            "model_config": self._origin.head.kept_config(self._model),
         }
         stall = time.perf_counter() - started
 
         def write(state: Iterator[tuple[str, str, Tensor]]) -> None:
             with new_folder(folder, overwrite=True) as partial:
                 masters = self._write_state(partial / run_folder.STATE, state, survivors)
-                write_peft_folder(partial / run_folder.ADAPTER, self._adapter(masters))
-                for name, content in self._origin.files.items():
-                    (partial / run_folder.ADAPTER / name).write_bytes(content)
+                if isinstance(self._origin.method, AdapterMethod):
+                    write_peft_folder(partial / run_folder.ADAPTER, self._adapter(self._origin.method, masters))
+                    for name, content in self._origin.files.items():
+                        (partial / run_folder.ADAPTER / name).write_bytes(content)
                 (partial / run_folder.TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
                 write_manifest(partial, manifest)
             afterwards()
@@ -209,18 +212,19 @@ class Saver:
                     masters[name] = whole
         return masters
 
-    def _adapter(self, masters: dict[str, Tensor]) -> PeftAdapter:
+    def _adapter(self, method: AdapterMethod, masters: dict[str, Tensor]) -> PeftAdapter:
         origin, adapted = self._origin, adapted_layers(self._model)
+        own = {f"{name}.{kind}" for name, layer in adapted.items() for kind in layer.method.parameters(layer.shape)}
         layers = {name: _peft_layer(name, layer, masters) for name, layer in adapted.items()}
         adapter = PeftAdapter(
             base_model=origin.base_model,
-            lora_alpha=origin.method.lora_alpha,
-            r=origin.method.r or 1,
-            dropout=origin.method.dropout,
-            use_dora=origin.method.weight_decomposed,
+            lora_alpha=method.lora_alpha,
+            r=method.r or 1,
+            dropout=method.dropout,
+            use_dora=method.weight_decomposed,
             layers={name: layer for name, layer in layers.items() if layer is not None},
             revision=origin.revision,
-            trained={name: values for name, values in masters.items() if name.rpartition(".")[0] not in adapted},
+            trained={name: values for name, values in masters.items() if name not in own},
         )
         adapter.task_type = origin.head.peft_type
         adapter.model_config = origin.head.kept_config(self._model)

@@ -112,8 +112,8 @@ class AdapterConfig(Section):
     trained_parameters: Patterns = Field(
         default=[],
         description="Single parameters trained as they are, besides the adapters: whole names, endings at a dot "
-        '("bias", "layer_norm.weight"), or expressions for whole names. An adapted layer\'s bias may be one, its weight '
-        "may not; a tied parameter stays tied",
+        '("bias", "layer_norm.weight"), or expressions for whole names. An adapted layer\'s bias may be one, its '
+        "weight may not; a tied parameter stays tied",
     )
     init_from: PathText | None = Field(
         default=None, description="PEFT LoRA or DoRA folder to start from; null: a new adapter"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dora_dist.adapters.inject import AdapterPlan, by_pattern
-from dora_dist.adapters.method import AdapterMethod
+from dora_dist.adapters.method import AdapterMethod, Method
+from dora_dist.adapters.patterns import TrainedParameters, parameters_matching
 from dora_dist.models.family import Family
 from dora_dist.models.folder import transformers_config
 from dora_dist.models.llava.family import LLAVA
@@ -66,12 +67,14 @@ def family_of_parts(names: Iterable[str]) -> Family | None:
 
 
 def adapter_plan(
-    method: AdapterMethod, target_modules: Sequence[str] | None = None, magnitude_only: Sequence[str] = ()
+    method: Method, target_modules: Sequence[str] | None = None, magnitude_only: Sequence[str] = ()
 ) -> AdapterPlan:
     """`by_pattern` as the family of the model understands patterns; None means the family's own `targets`.
 
-    The plan raises UserError where a family has none.
+    The plan raises UserError where a family has none. No layer is adapted by a method that is not an AdapterMethod.
     """
+    if not isinstance(method, AdapterMethod):
+        return lambda model: {}
 
     def plan(model: nn.Module) -> dict[str, AdapterMethod]:
         family = family_of_model(model)
@@ -85,6 +88,19 @@ def adapter_plan(
         return by_pattern(method, patterns, magnitude_only, apart=family.apart)(model)
 
     return plan
+
+
+def trained_parameters(
+    method: Method, target_modules: Sequence[str] | None = None, patterns: Sequence[str] = ()
+) -> TrainedParameters:
+    """What a method trains of a model's own parameters, and those that `patterns` name besides."""
+
+    def names(model: nn.Module) -> list[str]:
+        apart = family_of_model(model).apart
+        own = method.trained(model, target_modules, apart=apart)
+        return list(dict.fromkeys([*own, *parameters_matching(model, patterns, apart=apart)]))
+
+    return names
 
 
 def check_sees_pictures(config: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from dora_dist.adapters.inject import AdapterPlan
 from dora_dist.adapters.methods import chosen
 from dora_dist.adapters.norms import NormRefresher
+from dora_dist.adapters.patterns import TrainedParameters
 from dora_dist.adapters.peft_format import PeftAdapter, read_peft_folder
 from dora_dist.adapters.storage import storage_of
 from dora_dist.config import AdapterConfig, ModelConfig, is_local
@@ -105,6 +106,7 @@ def adapted_model(
         head=task_named(model.task).head(model),
         storage=storage_of(model.storage),
         trained_modules=adapter.trained_modules,
+        trained_parameters=trained_parameters(adapter),
         start_from=start_from,
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
@@ -116,3 +118,8 @@ def adapted_model(
 def adapter_plan(adapter: AdapterConfig) -> AdapterPlan:
     """Which modules of a model the section adapts, and how."""
     return families.adapter_plan(chosen(adapter), adapter.target_modules, adapter.magnitude_only_modules)
+
+
+def trained_parameters(adapter: AdapterConfig) -> TrainedParameters:
+    """Which of a model's own parameters the section trains as they are."""
+    return families.trained_parameters(chosen(adapter), adapter.target_modules, adapter.trained_parameters)

@@ -19,7 +19,7 @@ def rated(model: nn.Module, pattern: str) -> list[nn.Parameter]:
     every = model.named_parameters(remove_duplicate=False)
     named += [p for name, p in every if matches(pattern, name, field, apart=apart)]
     if not named:
-        outer = ", ".join(name for name, module in model.named_children() if next(module.parameters(), None) is not None)
+        outer = ", ".join(dict.fromkeys(name.partition(".")[0] for name, _ in model.named_parameters()))
         raise UserError(f"{field}: {pattern!r} matches no module with parameters; the outermost are: {outer}")
     if not (found := [p for p in named if p.requires_grad]):
         raise UserError(f"{field}: nothing in {pattern!r} is trained; leave it out, or train it")

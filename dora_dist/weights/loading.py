@@ -80,9 +80,9 @@ def load_base(
     `held` are the weights, by name, that a storage holds. Parameters in `initial` are not the base's and start with
     its values. Tied parameters stay tied. A parameter of the modules `new_in` (names) that is not in the folder (a new
     task head), or a head's that has another shape there (other labels), starts with `fresh(name, shape)`; the names of
-    these are returned. All names and shapes are checked before a byte is read; another missing tensor or another shape is a
-    UserError, the same on every rank, and so is a tensor with NaN or infinity in it. Persistent buffers are read where
-    the folder has them; all buffers get their place, in their own dtype.
+    these are returned. All names and shapes are checked before a byte is read; another missing tensor or another shape
+    is a UserError, the same on every rank, and so is a tensor with NaN or infinity in it. Persistent buffers are read
+    where the folder has them; all buffers get their place, in their own dtype.
     """
     folder, weights = source.folder, _weights(model, held, dtype)
     for weight in weights:

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from dora_dist.adapters.inject import by_pattern, inject, trained_in_full
+from dora_dist.adapters.inject import by_pattern, inject
 from dora_dist.adapters.methods import LowRank, WeightDecomposed
+from dora_dist.adapters.patterns import trained_in_full
 from dora_dist.adapters.peft_format import read_peft_folder, write_peft_folder
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.evaluation.inference import head_at, load_for_inference

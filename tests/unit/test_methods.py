@@ -23,7 +23,7 @@ from tests.toy import relative_error
 IN, OUT, R = 29, 41, 5
 sys.path.append(str(ROOT / "examples"))
 plugins.load(["add_a_method"])
-NAMES = sorted(registered())
+NAMES = sorted(name for name, kind in registered().items() if issubclass(kind, Update))
 
 
 def update(name: str, **settings: Any) -> Update:
@@ -183,7 +183,7 @@ def test_the_adapter_section_makes_the_method_with_and_without_a_magnitude(name:
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ({"method": "loha"}, 'adapter.method = "loha": there is no such method; name one of dynamic_rank, lora'),
+        ({"method": "loha"}, 'adapter.method = "loha": there is no such method; name one of dynamic_rank, full, lora'),
         ({"method": "lora", "dynamic_rank": True}, "has no components to prune; set it to false"),
         ({"method": "dynamic_rank"}, "has components to prune; set it to true"),
         (

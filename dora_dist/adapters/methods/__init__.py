@@ -1,32 +1,33 @@
 """The methods of the package, and the one that a configuration or a PEFT folder asks for."""
 
-from dora_dist.adapters.method import AdapterMethod, Update, registered
+from dora_dist.adapters.method import AdapterMethod, Method, Update, registered
 from dora_dist.adapters.methods.dynamic_rank import DynamicRank
+from dora_dist.adapters.methods.full import FullFineTuning
 from dora_dist.adapters.methods.lora import LowRank
 from dora_dist.adapters.methods.weight_decomposed import NoUpdate, WeightDecomposed
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.config.schema import AdapterConfig
 from dora_dist.runtime.errors import UserError
 
-__all__ = ["DynamicRank", "LowRank", "NoUpdate", "WeightDecomposed", "chosen", "of_peft"]
+__all__ = ["DynamicRank", "FullFineTuning", "LowRank", "NoUpdate", "WeightDecomposed", "chosen", "of_peft"]
 
 
-def chosen(adapter: AdapterConfig) -> AdapterMethod:
+def chosen(adapter: AdapterConfig) -> Method:
     """The method of the adapter section. Raises UserError, naming the field, where it does not say one."""
     name = adapter.method or (DynamicRank if adapter.dynamic_rank else LowRank).name
     if name not in registered():
         remedy = f"name one of {', '.join(sorted(registered()))}, or add the module that registers it to plugins"
         raise UserError(f'adapter.method = "{name}": there is no such method; {remedy}')
-    update = registered()[name].from_config(adapter)
-    if (update.components is not None) != adapter.dynamic_rank:
+    method = registered()[name].from_config(adapter)
+    if (method.components is not None) != adapter.dynamic_rank:
         has, value = ("no components", "false") if adapter.dynamic_rank else ("components", "true")
         raise UserError(
-            f"adapter.dynamic_rank = {'true' if adapter.dynamic_rank else 'false'}: the method {update.name!r} has "
+            f"adapter.dynamic_rank = {'true' if adapter.dynamic_rank else 'false'}: the method {name!r} has "
             f"{has} to prune; set it to {value}"
         )
-    if not adapter.weight_decomposed:
-        return update
-    return WeightDecomposed(update, adapter.dropout_mode, adapter.norm_gradient)
+    if isinstance(method, Update) and adapter.weight_decomposed:
+        return WeightDecomposed(method, adapter.dropout_mode, adapter.norm_gradient)
+    return method
 
 
 def of_peft(theirs: AdapterLayer, dropout: float) -> AdapterMethod:
