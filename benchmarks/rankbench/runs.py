@@ -160,9 +160,8 @@ def _parameters_at_start(config: Any) -> int:
 def _parameters_at_end(checkpoint: Path) -> int:
     """The same in the state that a checkpoint holds."""
     from dora_dist.adapters.methods import DynamicRank, WeightDecomposed
-    from dora_dist.checkpoint.run_folder import STATE
-    from dora_dist.weights.safetensors_io import TensorFolder
+    from dora_dist.checkpoint.state import open_state
 
-    entries = TensorFolder.open(checkpoint / STATE).entries
+    entries = open_state(checkpoint).entries
     ours = tuple(f".{name}.master" for name in WeightDecomposed(DynamicRank()).parameters((1, 1)))
     return sum(entry.numel for name, entry in entries.items() if name.endswith(ours))

@@ -14,18 +14,16 @@ from torch import Tensor, nn
 
 from dora_dist.adapters.components import Budget, ComponentPruner, PruningEvent
 from dora_dist.adapters.layer import adapted_layers
-from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.manifest import read_manifest
+from dora_dist.checkpoint.state import KEYS, open_files
 from dora_dist.runtime.distributed import together
 from dora_dist.runtime.errors import UserError
-from dora_dist.weights.safetensors_io import TensorFolder
-from dora_dist.zero3.optimizer_state import MASTER, MOMENTS, create_optimizer_state, write_state
+from dora_dist.zero3.optimizer_state import create_optimizer_state, write_state
 from dora_dist.zero3.partition import full_shape, local_range
 
 Survivors = Mapping[str, Tensor]
 """Gated layers' names with the indices of the components that are left."""
 
-KEYS = (MASTER, *MOMENTS)
 _BUDGET_FIELDS = {
     "r": "adapter.r",
     "start_r": "adapter.start_rank_factor",
@@ -46,7 +44,7 @@ def load_checkpoint(folder: Path, engine: Any, model: nn.Module) -> dict[str, An
     with together(f"resuming from {folder}"):
         manifest = read_manifest(folder, verify=False)
         _check_identity(folder, manifest, model)
-        source = TensorFolder.open(folder / run_folder.STATE)
+        source = open_files(folder, manifest["model"]["trainable"])
         create_optimizer_state(engine, manifest["optimizer_steps"])
         for name, parameter in trainable(model):
             start, stop = local_range(parameter)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
 
 MANIFEST, ADAPTER = "manifest.json", "adapter"
-FORMAT = 2
+FORMAT, FORMAT_OF_SHARDS = 2, 3
+"""The state in one file, which earlier versions read as well, or in a file of each rank (`state.py`)."""
 NAME = re.compile(r"checkpoint-(\d+)")
 """A checkpoint folder's name; the number is its optimizer step."""
 
@@ -28,12 +30,23 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
-    """Write manifest.json over everything else in the folder: sizes in bytes and sha256 of each file, and of itself."""
+def write_manifest(
+    folder: Path, fields: dict[str, Any], *, form: int = FORMAT, known: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Write manifest.json over everything else in the folder: sizes in bytes and sha256 of each file, and of itself.
+
+    `form` is the format; `known` are entries (`file_entry`) of files by name that those who wrote them have made.
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    listed = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-    manifest = json.loads(json.dumps({"format": FORMAT, **fields, "files": listed}))  # as it will be read
+    names = {str(p.relative_to(folder)): p for p in files}
+    listed = {name: (known or {}).get(name) or file_entry(path) for name, path in names.items()}
+    manifest = json.loads(json.dumps({"format": form, **fields, "files": listed}))  # as it will be read
     write_json(folder / MANIFEST, {**manifest, "sha256": _own_digest(manifest)})
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file: its size and its checksum."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
@@ -66,9 +79,10 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
 def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Raise UserError unless the manifest is as this version wrote it, for the folder's own name."""
     written = manifest.get("format")
-    if written != FORMAT:
+    if written not in (FORMAT, FORMAT_OF_SHARDS):
         raise UserError(
-            f"checkpoint.resume: {folder} has format {written}, this version of dora_dist reads {FORMAT}; resume with "
+            f"checkpoint.resume: {folder} has format {written}, this version of dora_dist reads {FORMAT} and "
+            f"{FORMAT_OF_SHARDS}; resume with "
             f"the version that wrote it, or start a new run from its adapter: --adapter.init_from {folder / ADAPTER}"
         )
     content = {name: value for name, value in manifest.items() if name != "sha256"}

@@ -7,7 +7,8 @@ RUN_DIR/
     checkpoint-80/
         manifest.json              written last: step, what it was trained with (`resuming.record`), every file's
                                    size and sha256, and a checksum of its own
-        state.safetensors          fp32 masters and Adam moments, whole tensors: no trace of the world size
+        state.safetensors          fp32 masters and Adam moments, whole tensors: no trace of the world size; where they
+                                   are large, state-00001-of-00008.safetensors, ...: pieces of them (`state.py`)
         trainer_state.json
         adapter/                   a PEFT folder, with the tokenizer
 """
@@ -24,7 +25,7 @@ from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
 
-CONFIG, STATE, TRAINER_STATE = "config.json", "state.safetensors", "trainer_state.json"
+CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
 DEEPSPEED, METRICS, LOG, TENSORBOARD = "deepspeed.json", "metrics.jsonl", "run.log", "tensorboard"
 RUN, BEST = "run.json", "best.json"
 

@@ -24,7 +24,6 @@ from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.format import (
-    KEYS,
     Survivors,
     adapter_ranks,
     component_owners,
@@ -33,6 +32,7 @@ from dora_dist.checkpoint.format import (
     trainable,
 )
 from dora_dist.checkpoint.manifest import write_manifest
+from dora_dist.checkpoint.state import KEYS, STATE
 from dora_dist.models.heads import CAUSAL_LM, Head
 from dora_dist.runtime.folders import new_folder
 from dora_dist.weights.safetensors_io import TensorWriter
@@ -115,7 +115,7 @@ class Saver:
 
         def write(state: Iterator[tuple[str, str, Tensor]]) -> None:
             with new_folder(folder, overwrite=True) as partial:
-                masters = self._write_state(partial / run_folder.STATE, state, survivors)
+                masters = self._write_state(partial / STATE, state, survivors)
                 if isinstance(self._origin.method, AdapterMethod):
                     write_peft_folder(partial / run_folder.ADAPTER, self._adapter(self._origin.method, masters))
                     for name, content in self._origin.files.items():

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ DTYPES: dict[str, torch.dtype] = {
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _STAGING_BYTES = 16 << 20
+_PIECE_ELEMENTS = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -117,28 +118,29 @@ class TensorFolder:
             out = torch.empty(stop - start, dtype=dtype or entry.dtype)
         if out.shape != (stop - start,) or not out.is_contiguous() or out.device.type != "cpu":
             raise ValueError(f"{name}: out must be a contiguous CPU tensor of shape ({stop - start},)")
-        out = out.detach()
-        itemsize = entry.dtype.itemsize
-        descriptor = os.open(entry.path, os.O_RDONLY)
-        try:
-            if out.dtype == entry.dtype:
-                _pread_into(descriptor, out, entry, start * itemsize)
-            else:
-                chunk = min(_STAGING_BYTES // itemsize, stop - start)
-                staging = torch.empty(chunk, dtype=entry.dtype)
-                for first in range(start, stop, max(chunk, 1)):
-                    piece = staging[: min(chunk, stop - first)]
-                    _pread_into(descriptor, piece, entry, first * itemsize)
-                    out[first - start : first - start + piece.numel()].copy_(piece)
-        finally:
-            os.close(descriptor)
-        self.bytes_read += (stop - start) * itemsize
+        first = 0
+        for piece in self.pieces(name):
+            begin, end = max(start, first), min(stop, first + piece.numel)
+            if begin < end:
+                _read_piece(piece, begin - first, out.detach()[begin - start : end - start])
+            first += piece.numel
+        self.bytes_read += (stop - start) * entry.dtype.itemsize
         return out
+
+    def pieces(self, name: str) -> Sequence[TensorEntry]:
+        """Where the flattened tensor lies, from its first element to its last: here in one place."""
+        return [self.entry(name)]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The whole tensor in its shape, as `dtype` (None: as on disk)."""
         entry = self.entry(name)
         return self.read_flat(name, 0, entry.numel, dtype=dtype).view(entry.shape)
+
+    def in_pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+        """The flattened tensor piece by piece, for memory that does not grow with it."""
+        numel = self.entry(name).numel
+        for start in range(0, numel, _PIECE_ELEMENTS):
+            yield self.read_flat(name, start, min(start + _PIECE_ELEMENTS, numel), dtype=dtype)
 
 
 class TensorWriter:
@@ -215,6 +217,24 @@ class TensorWriter:
     def _abandon(self) -> None:
         os.close(self._descriptor)
         self._partial.unlink(missing_ok=True)
+
+
+def _read_piece(piece: TensorEntry, start: int, out: Tensor) -> None:
+    """Elements of one place on disk, from `start` on, into `out` (1-D, contiguous, on the CPU), in its dtype."""
+    itemsize = piece.dtype.itemsize
+    descriptor = os.open(piece.path, os.O_RDONLY)
+    try:
+        if out.dtype == piece.dtype:
+            _pread_into(descriptor, out, piece, start * itemsize)
+            return
+        chunk = min(_STAGING_BYTES // itemsize, out.numel())
+        staging = torch.empty(chunk, dtype=piece.dtype)
+        for first in range(0, out.numel(), chunk):
+            part = staging[: min(chunk, out.numel() - first)]
+            _pread_into(descriptor, part, piece, (start + first) * itemsize)
+            out[first : first + part.numel()].copy_(part)
+    finally:
+        os.close(descriptor)
 
 
 def did_you_mean(name: str, known: Mapping[str, object] | Sequence[str]) -> str:

@@ -1,0 +1,48 @@
+"""Tensors of which several files hold a flat piece each, read as if they were whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder, read_header
+
+
+class PiecedFolder(TensorFolder):
+    """A folder whose tensors are cut: the row-major flattened tensor is its pieces, in the order of the files.
+
+    `entries` are the whole tensors, each with the place of its first piece. No file knows how many others there are to
+    be, so a tensor may lack in some, and be read back in any other ranges than it was cut into.
+    """
+
+    def __init__(self, path: Path, entries: dict[str, TensorEntry], pieces: Mapping[str, list[TensorEntry]]) -> None:
+        super().__init__(path, entries)
+        self._pieces = pieces
+
+    @classmethod
+    def of_files(cls, path: Path, files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> PiecedFolder:
+        """The tensors of `files`, which lie in the folder `path`, with the shapes that they have whole.
+
+        Raises UserError where the pieces of a tensor are not as many elements as its shape has.
+        """
+        pieces: dict[str, list[TensorEntry]] = {}
+        for file in files:
+            for name, piece in read_header(file).items():
+                pieces.setdefault(name, []).append(piece)
+        entries = {}
+        for name, shape in shapes.items():
+            found = pieces.setdefault(name, [])
+            held, numel = sum(piece.numel for piece in found), math.prod(shape)
+            if held != numel or not found:
+                raise UserError(
+                    f"{path}: {len(files)} files hold {held:,} elements of {name!r}, which has {numel:,}; they are not "
+                    "of one checkpoint, or not all of it"
+                )
+            entries[name] = replace(found[0], shape=shape, nbytes=sum(piece.nbytes for piece in found))
+        return cls(path, entries, pieces)
+
+    def pieces(self, name: str) -> Sequence[TensorEntry]:
+        return self._pieces[name]

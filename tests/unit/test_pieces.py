@@ -1,0 +1,89 @@
+"""Tensors in pieces: whatever way they are cut, any range reads as from the whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dora_dist.checkpoint.manifest import FORMAT_OF_SHARDS, Damaged, read_manifest, write_manifest
+from dora_dist.checkpoint.state import KEYS, STATE, Masters, open_files, open_state, state_file
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.pieces import PiecedFolder
+
+WHOLE = {"matrix": torch.arange(35.0).view(5, 7), "vector": torch.arange(3.0).neg(), "scalar": torch.tensor(4.5)}
+SHAPES = {name: tuple(tensor.shape) for name, tensor in WHOLE.items()}
+
+
+def cut(folder: Path, count: int) -> list[Path]:
+    """`WHOLE` as the ranks of a world of `count` hold it; a rank without elements of a tensor does not have it."""
+    files = []
+    for number in range(count):
+        tensors = {}
+        for name, tensor in WHOLE.items():
+            length = -(-tensor.numel() // count)
+            if (piece := tensor.flatten()[number * length : (number + 1) * length]).numel():
+                tensors[name] = piece.contiguous()
+        files.append(folder / f"{number}.safetensors")
+        save_file(tensors, files[-1])
+    return files
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_every_range_reads_as_from_the_whole(tmp_path: Path, count: int) -> None:
+    folder = PiecedFolder.of_files(tmp_path, cut(tmp_path, count), SHAPES)
+    assert {name: entry.shape for name, entry in folder.entries.items()} == SHAPES
+    for name, tensor in WHOLE.items():
+        assert torch.equal(folder.read(name), tensor)
+        assert torch.equal(folder.read(name, dtype=torch.float64), tensor.double())
+        for start in range(tensor.numel() + 1):
+            for stop in range(start, tensor.numel() + 1):
+                assert torch.equal(folder.read_flat(name, start, stop), tensor.flatten()[start:stop])
+
+
+def test_pieces_that_are_not_the_whole_are_refused_by_name(tmp_path: Path) -> None:
+    files = cut(tmp_path, 2)
+    with pytest.raises(UserError, match="1 files hold 18 elements of 'matrix', which has 35"):
+        PiecedFolder.of_files(tmp_path, files[:1], SHAPES)
+    with pytest.raises(UserError, match="hold 0 elements of 'other', which has 2"):
+        PiecedFolder.of_files(tmp_path, files, {**SHAPES, "other": (2,)})
+
+
+def test_a_checkpoint_is_read_alike_whether_one_file_holds_its_state_or_several(tmp_path: Path) -> None:
+    state = {f"{name}.{key}": tensor + place for name, tensor in WHOLE.items() for place, key in enumerate(KEYS)}
+    fields = {"step": 2, "model": {"trainable": SHAPES}}
+    one, several = tmp_path / "one" / "checkpoint-2", tmp_path / "several" / "checkpoint-2"
+    one.mkdir(parents=True)
+    several.mkdir(parents=True)
+    save_file(state, one / STATE)
+    write_manifest(one, fields)
+    for rank in range(3):
+        cuts = {name: tensor.flatten().tensor_split(3)[rank].contiguous() for name, tensor in state.items()}
+        save_file(cuts, several / state_file(rank, 3))
+    write_manifest(several, fields, form=FORMAT_OF_SHARDS)
+    for folder in (one, several):
+        opened = open_state(folder)
+        assert opened.entries.keys() == state.keys()
+        assert all(torch.equal(opened.read(name), tensor) for name, tensor in state.items())
+        masters = Masters(opened)
+        assert sorted(masters) == sorted(WHOLE) and "matrix" in masters and "matrix.master" not in masters
+        assert torch.equal(masters["matrix"], WHOLE["matrix"])
+        assert torch.equal(opened.read_flat(masters.stored("matrix"), 10, 30), WHOLE["matrix"].flatten()[10:30])
+
+
+def test_a_state_file_that_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    for rank in range(3):
+        save_file({"scalar": torch.ones(1)}, folder / state_file(rank, 3))
+    write_manifest(folder, {"step": 2}, form=FORMAT_OF_SHARDS)
+    damaged = folder / state_file(1, 3)
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1] + b"\x55")
+    with pytest.raises(Damaged, match="state-00002-of-00003.safetensors is damaged"):
+        read_manifest(folder)
+    damaged.unlink()
+    with pytest.raises(Damaged, match="state-00002-of-00003.safetensors is missing"):
+        read_manifest(folder)
+    with pytest.raises(UserError, match="holds 2 of 3 state files"):
+        open_files(folder, SHAPES)
