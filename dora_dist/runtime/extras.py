@@ -6,6 +6,8 @@ from dora_dist.runtime.errors import UserError
 
 BROUGHT_BY = {
     "PIL": ("pillow", "images"),
+    "av": ("av", "video"),
+    "h5py": ("h5py", "features"),
     "matplotlib": ("matplotlib", "plots"),
     "nltk": ("nltk", "captions"),
     "pycocoevalcap": ("pycocoevalcap", "captions"),

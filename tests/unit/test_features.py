@@ -1,0 +1,159 @@
+"""Feature files of pictures and videos: what is read, how it is pooled, what is refused by name."""
+
+import multiprocessing
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy
+import pytest
+import torch
+
+from dora_dist.data.features import FRAMES, REGIONS, FeatureFile, Features, PictureFeatures, VideoFeatures
+from dora_dist.runtime.errors import UserError
+
+
+def numbers(*shape: int, seed: int = 0) -> Any:
+    return numpy.random.default_rng(seed).normal(size=shape).astype(numpy.float32)
+
+
+def pictures(path: Path, **groups: Any) -> str:
+    """An HDF5 file of groups {id: features, or {name: array}}."""
+    with h5py.File(path, "w") as file:
+        for id, arrays in groups.items():
+            for name, values in (arrays if isinstance(arrays, dict) else {"features": arrays}).items():
+                file[f"{id}/{name}"] = values
+    return str(path)
+
+
+def video(folder: Path, id: str, **arrays: Any) -> str:
+    folder.mkdir(exist_ok=True)
+    numpy.savez(folder / f"{id}.npz", **arrays)
+    return str(folder)
+
+
+@pytest.mark.parametrize("side", [4, 7, 12])
+def test_a_grid_is_max_pooled_to_six_by_six(side: int, tmp_path: Path) -> None:
+    grid = numbers(side * side, 5)
+    found = PictureFeatures(pictures(tmp_path / "a.h5", p=grid))("p")
+    expected = numpy.full((6, 6, 5), -numpy.inf, dtype=numpy.float32)
+    for row in range(6):
+        for column in range(6):  # cell i of 6 covers floor(i·side/6) up to ceil((i + 1)·side/6)
+            rows, columns = (slice(i * side // 6, -(-(i + 1) * side // 6)) for i in (row, column))
+            expected[row, column] = grid.reshape(side, side, 5)[rows, columns].max((0, 1))
+    assert torch.equal(found.features, torch.from_numpy(expected.reshape(36, 5)))
+    assert found.features.is_contiguous() and not found.boxes.any() and found.boxes.shape == (REGIONS, 4)
+
+
+def test_36_regions_stay_as_they_are_with_their_boxes(tmp_path: Path) -> None:
+    regions = numbers(36, 3).astype(numpy.float16)
+    boxes = numpy.random.default_rng(1).uniform(size=(36, 4)).astype(numpy.float32)
+    found = PictureFeatures(pictures(tmp_path / "a.h5", p={"features": regions, "boxes": boxes}))("p")
+    assert found.features.dtype == found.boxes.dtype == torch.float32
+    assert torch.equal(found.features, torch.from_numpy(regions).float())
+    assert torch.equal(found.boxes, torch.from_numpy(boxes))
+
+
+def test_frames_are_kept_up_to_64_and_max_pooled_beyond(tmp_path: Path) -> None:
+    short, long = numbers(9, 4), numbers(FRAMES * 2, 4)
+    video(tmp_path / "v", "short", features=short)
+    read = VideoFeatures(video(tmp_path / "v", "long", features=long))
+    assert torch.equal(read("short").features, torch.from_numpy(short))
+    expected = long.reshape(FRAMES, 2, 4).max(1)
+    assert torch.equal(read("long").features, torch.from_numpy(expected)) and read("long").boxes.shape == (64, 4)
+    assert read.ids() == {"short", "long"}
+
+
+def test_several_files_are_looked_through_in_order(tmp_path: Path) -> None:
+    first = pictures(tmp_path / "a.h5", x=numbers(36, 3), y=numbers(36, 3, seed=1))
+    second = pictures(tmp_path / "b.hdf5", y=numbers(36, 3, seed=2), z=numbers(36, 3, seed=3))
+    both = Features([first, second], "data.features")
+    assert both.located(["z", "x", "absent", "y"]).tolist() == [1, 0, -1, 0]
+    assert torch.equal(both(1, "z").features, torch.from_numpy(numbers(36, 3, seed=3)))
+
+
+def _in_another_process(read: FeatureFile, id: str) -> Any:
+    return read(id).features.numpy()
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_each_process_opens_the_file_for_itself(start: str, tmp_path: Path) -> None:
+    read = PictureFeatures(pictures(tmp_path / "a.h5", p=numbers(36, 3)))
+    here = read("p").features
+    with multiprocessing.get_context(start).Pool(1) as pool:
+        assert torch.equal(torch.from_numpy(pool.apply(_in_another_process, (read, "p"))), here)
+    assert torch.equal(pickle.loads(pickle.dumps(read))("p").features, here)
+
+
+def _linked(path: Path) -> str:
+    pictures(path.with_name("other.h5"), p=numbers(36, 3))
+    with h5py.File(path, "w") as file:
+        file["p"] = h5py.ExternalLink("other.h5", "/p")
+    return str(path)
+
+
+def _virtual(path: Path) -> str:
+    other = pictures(path.with_name("other.h5"), p=numbers(36, 3))
+    layout = h5py.VirtualLayout((36, 3), dtype="f4")
+    layout[:] = h5py.VirtualSource(other, "p/features", shape=(36, 3))
+    with h5py.File(path, "w") as file:
+        file.create_group("p").create_virtual_dataset("features", layout)
+    return str(path)
+
+
+GRIDS: dict[str, tuple[Any, str]] = {
+    "nan": (numpy.full((36, 3), numpy.nan, numpy.float32), "a.h5: the features of 'p' hold NaN or infinity"),
+    "no grid": (numbers(50, 3), "are 50 regions, which are no square grid; give 36 regions"),
+    "one vector": (numbers(36), r'"features"\) must be floating-point numbers \(L, d\), found float32 \(36,\)'),
+    "nothing": (numpy.zeros((0, 3), numpy.float32), r"found float32 \(0, 3\)"),
+    "pictures": (numpy.zeros((36, 3), numpy.uint8), r"found uint8 \(36, 3\)"),
+    "boxes of a grid": ({"features": numbers(49, 3), "boxes": numpy.ones((49, 4), "f4")}, "leave them out of a grid"),
+    "boxes in pixels": ({"features": numbers(36, 3), "boxes": numpy.full((36, 4), 8.0)}, "boxes beyond 0 to 1"),
+    "another name": ({"feature": numbers(36, 3)}, "a.h5: the features of 'p' are missing: there is no \"features\""),
+    "deeper": ({"features/x": numbers(36, 3)}, r"must be floating-point numbers \(L, d\), found a group"),
+}
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_pictures_that_cannot_be_used_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    values, message = GRIDS[kind]
+    with pytest.raises(UserError, match=message):
+        PictureFeatures(pictures(tmp_path / "a.h5", p=values))("p")
+
+
+@pytest.mark.parametrize(("make", "message"), [(_linked, '"p" is a link'), (_virtual, "numbers in another file")])
+def test_no_link_out_of_the_file_is_followed(make: Callable[[Path], str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        PictureFeatures(make(tmp_path / "a.h5"))("p")
+
+
+def test_videos_that_cannot_be_used_are_refused_by_name(tmp_path: Path) -> None:
+    video(tmp_path / "v", "pickled", features=numpy.array([[object()]]))
+    video(tmp_path / "v", "named", frames=numbers(3, 4))
+    read = VideoFeatures(video(tmp_path / "v", "nan", features=numpy.full((2, 3), numpy.inf, "f4")))
+    (tmp_path / "v" / "damaged.npz").write_bytes(b"PK\x03\x04 and no more")
+    for id, message in {
+        "pickled": "v: the features of 'pickled' cannot be read: .*allow_pickle",
+        "named": 'are missing: the file has no array "features"',
+        "nan": "of 'nan' hold NaN or infinity",
+        "damaged": "of 'damaged' cannot be read: ",
+        "../v/named": "an id is the name of a file in that folder",
+        "..": "an id is the name of a file in that folder",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read(id)
+
+
+def test_paths_that_hold_no_features_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.h5").write_bytes(b"not HDF5")
+    (tmp_path / "a.pt").write_bytes(b"")
+    for path, message in {
+        "a.pt": r'data.features = ".*a.pt": is neither an HDF5 file',
+        "b.h5": r"b.h5\": no such file; `dora-dist extract-features` makes one",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            Features([str(tmp_path / path)], "data.features")
+    with pytest.raises(UserError, match=r"a.h5 cannot be read as HDF5"):
+        Features([str(tmp_path / "a.h5")], "data.features").located(["p"])
