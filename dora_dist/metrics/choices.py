@@ -29,6 +29,14 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".")
 
 
+def chosen_option(text: str, options: Sequence[str]) -> int | None:
+    """The position from 0 that a generated text means, by its number in front or by the text of just one option."""
+    if number := re.match(r"\s*\(?(\d+)\)?\s*(\s.*)?$", text, re.DOTALL):
+        return int(number[1]) if int(number[1]) < len(options) else None
+    plain = [_plain(option) for option in options]
+    return plain.index(_plain(text)) if plain.count(_plain(text)) == 1 else None
+
+
 def choice_metrics(found: Sequence[str | None], right: Sequence[str]) -> dict[str, float]:
     """Accuracy of the letters found; None, no letter found, counts as wrong and is counted in "without_answer"."""
     correct = sum(letter == wanted for letter, wanted in zip(found, right, strict=True))

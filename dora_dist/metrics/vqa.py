@@ -1,7 +1,7 @@
 """VQA accuracy as the challenge measures it (Antol et al., arXiv 1505.00468; visualqa.org/evaluation)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 ANNOTATORS = 10
 """From so many reference answers on they count as votes; fewer are alternatives, each of them right."""
@@ -53,6 +53,12 @@ def accuracy(answer: str, references: Sequence[str]) -> float:
     if len(same) < ANNOTATORS:
         return float(any(same))
     return sum(min(1.0, (sum(same) - own) / 3) for own in same) / len(same)
+
+
+def label_score(answer: str, label: Mapping[str, float]) -> float:
+    """The score of an answer among those with scores from 0 to 1, all compared as `accuracy` compares; else 0."""
+    found = normalised(answer)
+    return max((float(score) for text, score in label.items() if normalised(text) == found), default=0.0)
 
 
 def vqa_metrics(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

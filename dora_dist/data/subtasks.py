@@ -1,0 +1,280 @@
+"""The tasks that VL-BART learns together: of each its records, prompt, targets and scores.
+
+They are those of Liu et al., section 5.3 (after Sung et al., arXiv 2112.06825). "Task" alone is model.task; one of
+these is a subtask. Its object here is all that the rest knows of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from dora_dist.data.files import shown
+from dora_dist.data.records import Record, check_characters
+from dora_dist.metrics.captions import caption_metrics
+from dora_dist.metrics.choices import chosen_option
+from dora_dist.metrics.vqa import accuracy, label_score
+from dora_dist.runtime.errors import UserError
+
+Scores = dict[str, float]
+_VIDEO_IDS = ("vid_name", "video_id", "vid_id", "video")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a record comes to.
+
+    visual: ids of its pictures, or of its video. before: text in front of `text`, which is shortened first. targets:
+    each text to be learnt, with its score. reference: what an answer is compared with; plain JSON.
+    """
+
+    visual: tuple[str, ...]
+    text: str
+    targets: tuple[tuple[str, float], ...]
+    reference: Any
+    before: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subtask:
+    """One of the tasks. metric: the score that counts, of those that `score` gives of answers and references.
+
+    drawn: an epoch has one of a record's targets, drawn by score; otherwise it has each. packages: modules of extras
+    that `score` imports.
+    """
+
+    prompt: str
+    read: Callable[[Record], Asked]
+    score: Callable[[Sequence[str], Sequence[Any]], Scores]
+    metric: str
+    others: tuple[str, ...] = ()
+    drawn: bool = False
+    prompt_last: bool = False
+    packages: tuple[str, ...] = field(default=())
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (self.metric, *self.others)
+
+    def worded(self, text: str, prompt: str | None) -> str:
+        """The text with the prompt (None: the subtask's own), in front of it, or behind it for videos."""
+        prompt = self.prompt if prompt is None else prompt
+        return " ".join(part for part in (text, prompt.strip()) if part) if self.prompt_last else prompt + text
+
+
+# --- fields of records ------------------------------------------------------------------------------------------------
+
+
+def _given(record: Record, *names: str) -> Any:
+    """The first of these fields that a record has. Raises UserError where it has none."""
+    for name in names:
+        if record.get(name) is not None:
+            return record[name]
+    raise UserError(f'has no "{names[0]}"' + (f" (nor {', '.join(names[1:])})" if names[1:] else ""))
+
+
+def _text(record: Record, *names: str) -> str:
+    value = _given(record, *names)
+    if not isinstance(value, str):
+        raise UserError(f'"{names[0]}" must be a text, found {shown(value)}')
+    check_characters(f'"{names[0]}"', value)
+    return value
+
+
+def _id(record: Record, *names: str) -> str:
+    """The id of a picture or video: a text, or a number as COCO has them."""
+    value = _given(record, *names)
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise UserError(f'"{names[0]}" must be the id of a picture or video, found {shown(value)}')
+    return str(value)
+
+
+def _texts(record: Record, *names: str, inside: str = "") -> list[str]:
+    """A text or a list of them; one may be an object that holds its text as `inside`."""
+    value = _given(record, *names)
+    elements = value if isinstance(value, list) else [value]
+    texts = [element.get(inside) if isinstance(element, dict) else element for element in elements]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f'"{names[0]}" must be a text or a list of texts, found {shown(value)}')
+    for text in texts:
+        check_characters(f'"{names[0]}"', text)
+    return texts
+
+
+def _labels(record: Record) -> dict[str, float]:
+    """Answers with scores from 0 to 1, the best first: "label" as LXMERT's files have it, or from "answers"."""
+    if record.get("label") is not None:
+        label = record["label"]
+        fits = isinstance(label, dict) and all(
+            isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 1
+            for score in label.values()
+        )
+        if not fits:
+            raise UserError(f'"label" must hold answers with scores from 0 to 1, found {shown(label)}')
+    else:
+        answers = _texts(record, "answers", "answer", inside="answer")
+        # The official accuracy, without leaving the annotator out who gave the answer.
+        label = {text: min(1.0, answers.count(text) / 3) if len(answers) > 1 else 1.0 for text in answers}
+    return dict(sorted(label.items(), key=lambda pair: -pair[1]))
+
+
+def _time(record: Record) -> str:
+    """The time stamp as text: "12.5 - 17.25"."""
+    stamp = record.get("ts")
+    if stamp is None or isinstance(stamp, str):
+        return stamp or ""
+    numbers = isinstance(stamp, list) and len(stamp) == 2 and all(isinstance(value, int | float) for value in stamp)
+    if not numbers:
+        raise UserError(f'"ts" must be the two ends of a stretch in seconds, found {shown(stamp)}')
+    return " - ".join(f"{value:.15g}" for value in stamp)
+
+
+def _subtitles(record: Record) -> str:
+    """Subtitles, if any: a text, or a list of texts or of {"text": ...}."""
+    present = next((name for name in ("subtitles", "sub") if record.get(name)), None)
+    return " ".join(_texts(record, present, inside="text")) if present else ""
+
+
+def _joined(*parts: str) -> str:
+    return " ".join(part.strip() for part in parts if part.strip())
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _question(record: Record) -> Asked:
+    label = _labels(record)
+    voted = [text for text, score in label.items() if score > 0]
+    answers = _texts(record, "answers", inside="answer") if record.get("answers") is not None else []
+    return Asked(
+        visual=(_id(record, "img_id", "image_id", "imageId", "image"),),
+        text=_text(record, "sent", "question"),
+        # A question on whose answer nobody agrees teaches nothing, and still counts, as in the authors' runs.
+        targets=tuple((text, float(label[text])) for text in voted) or (("", 0.0),),
+        reference={"label": label, "answers": answers},
+    )
+
+
+def _pair(record: Record) -> Asked:
+    label, names = record.get("label"), ("true", "false")
+    said = str(label).lower() if isinstance(label, bool | str) else {0: "false", 1: "true"}.get(label or 0)
+    if label is None or said not in names:
+        raise UserError(f'"label" must be true or false (or 1 or 0), found {shown(label)}')
+    if record.get("img0") is not None:
+        pictures = _id(record, "img0"), _id(record, "img1")
+    else:  # NLVR2's own files: the pictures of "dev-850-0-0" are "dev-850-0-img0" and "dev-850-0-img1"
+        stem = _text(record, "identifier", "img0").rpartition("-")[0]
+        pictures = f"{stem}-img0", f"{stem}-img1"
+    text = _text(record, "sent", "sentence")
+    return Asked(visual=pictures, text=text, targets=((said, 1.0),), reference=said)
+
+
+def _captioned(record: Record) -> Asked:
+    captions = _texts(record, "sentences", "captions", "caption", "sent", inside="raw")
+    known = any(record.get(name) is not None for name in ("img_id", "image_id"))
+    # Karpathy's splits name the file; features are kept by its stem.
+    picture = _id(record, "img_id", "image_id") if known else PurePosixPath(_id(record, "filename", "img_id")).stem
+    return Asked(
+        visual=(picture,), text="", targets=tuple((text.strip(), 1.0) for text in captions), reference=captions
+    )
+
+
+# --- videos -----------------------------------------------------------------------------------------------------------
+
+
+def _multiple_choice(record: Record) -> Asked:
+    options = [record[f"a{i}"] for i in range(10) if f"a{i}" in record] or record.get("choices")
+    if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) for o in options):
+        raise UserError(f'must have the choices "a0", "a1", ... (or a list "choices"), found {shown(options)}')
+    answer = _given(record, "answer_idx", "answer_id", "answer")
+    if isinstance(answer, str) and options.count(answer) == 1:
+        answer = options.index(answer)
+    if isinstance(answer, str) and answer.isdecimal():
+        answer = int(answer)
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
+        raise UserError(f'"answer_idx" must be a number from 0 to {len(options) - 1}, found {shown(answer)}')
+    numbered = [f"({i}) {option.strip()}" for i, option in enumerate(options)]
+    return Asked(
+        visual=(_id(record, *_VIDEO_IDS),),
+        before=_subtitles(record),
+        text=_joined(_text(record, "q", "question"), _time(record), *numbered),
+        targets=((str(answer), 1.0),),
+        reference={"options": options, "answer": answer},
+    )
+
+
+def _described(record: Record) -> Asked:
+    captions = _texts(record, "descs", "captions", "caption", "desc", inside="desc")
+    return Asked(
+        visual=(_id(record, *_VIDEO_IDS),),
+        before=_subtitles(record),
+        text=_time(record),
+        targets=tuple((text.strip(), 1.0) for text in captions),
+        reference=captions,
+    )
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _vqa(answers: Sequence[str], references: Sequence[Any]) -> Scores:
+    """The official accuracy where annotators' answers are known, else the score of the answer's label."""
+    scores = [
+        accuracy(answer, known["answers"]) if known["answers"] else label_score(answer, known["label"])
+        for answer, known in zip(answers, references, strict=True)
+    ]
+    return {"accuracy": _mean(scores)}
+
+
+def _exact(answers: Sequence[str], references: Sequence[Any]) -> Scores:
+    right = [max(known["label"], key=known["label"].get) for known in references]
+    return {"accuracy": _mean([float(a.strip() == b.strip()) for a, b in zip(answers, right, strict=True)])}
+
+
+def _true_or_false(answers: Sequence[str], references: Sequence[str]) -> Scores:
+    return {"accuracy": _mean([float(a.strip().lower() == b) for a, b in zip(answers, references, strict=True)])}
+
+
+def _choice(answers: Sequence[str], references: Sequence[Any]) -> Scores:
+    pairs = zip(answers, references, strict=True)
+    return {"accuracy": _mean([float(chosen_option(a, known["options"]) == known["answer"]) for a, known in pairs])}
+
+
+_OF_CAPTIONS: Mapping[str, Any] = {
+    "score": caption_metrics,
+    "metric": "cider",
+    "others": ("bleu4", "rougeL"),
+    "packages": ("pycocoevalcap", "nltk"),
+}
+
+SUBTASKS: dict[str, Subtask] = {
+    "vqa": Subtask(prompt="vqa: ", read=_question, score=_vqa, metric="accuracy", drawn=True),
+    # So spelt in the authors' runs; data.prompts can say "gqa: ".
+    "gqa": Subtask(prompt="gpa: ", read=_question, score=_exact, metric="accuracy", drawn=True),
+    "nlvr2": Subtask(prompt="nlvr: ", read=_pair, score=_true_or_false, metric="accuracy"),
+    "caption": Subtask(prompt="caption: ", read=_captioned, **_OF_CAPTIONS),
+    "tvqa": Subtask(prompt="tvqa: ", read=_multiple_choice, score=_choice, metric="accuracy", prompt_last=True),
+    "how2qa": Subtask(prompt="how2qa: ", read=_multiple_choice, score=_choice, metric="accuracy", prompt_last=True),
+    "tvc": Subtask(prompt="tvc: ", read=_described, prompt_last=True, **_OF_CAPTIONS),
+    "yc2c": Subtask(prompt="yc2c: ", read=_described, prompt_last=True, **_OF_CAPTIONS),
+}
+
+
+def scores_of(subtasks: Sequence[str], answers: Sequence[str], references: Sequence[Any]) -> Scores:
+    """Each subtask's scores as "{subtask}_{score}", and "average": the mean of those that count (the paper's average).
+
+    All three have an entry for each sample, whose order does not matter.
+    """
+    found: Scores = {}
+    for name in dict.fromkeys(subtasks):
+        chosen = [i for i, other in enumerate(subtasks) if other == name]
+        scores = SUBTASKS[name].score([answers[i] for i in chosen], [references[i] for i in chosen])
+        found |= {f"{name}_{score}": value for score, value in scores.items()}
+    counting = [found[f"{name}_{SUBTASKS[name].metric}"] for name in dict.fromkeys(subtasks)]
+    return {**found, "average": _mean(counting)}
