@@ -95,8 +95,9 @@ def _texts(record: Record, *names: str, inside: str = "") -> list[str]:
     """A text or a list of them; one may be an object that holds its text as `inside`."""
     value = _given(record, *names)
     elements = value if isinstance(value, list) else [value]
-    texts = [element.get(inside) if isinstance(element, dict) else element for element in elements]
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    said = [element.get(inside) if isinstance(element, dict) else element for element in elements]
+    texts = [text for text in said if isinstance(text, str) and text.strip()]
+    if not texts or len(texts) < len(said):
         raise UserError(f'"{names[0]}" must be a text or a list of texts, found {shown(value)}')
     for text in texts:
         check_characters(f'"{names[0]}"', text)
