@@ -1,16 +1,17 @@
 """What an adapted layer asks of the method that adapts it, and the registry of methods.
 
 A layer's frozen weight is W0 (out, in). A method says which parameters the layer gets besides it, what function they
-make of it, and how they are written into a PEFT folder. It is a frozen object that holds settings and no tensors: one
-object serves any number of layers. The concrete ones are in `methods/`; examples/add_a_method.py adds another.
+make of it, and how they are written into a PEFT folder. It is a frozen object that holds settings: one object serves
+any number of layers, and holds what they share. The concrete ones are in `methods/`; examples/add_a_method.py adds
+another.
 
 Suffixes of tensors that have a row per token: t = tokens, i = in, o = out, r = adapter rank.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 from torch import Tensor, nn
 
@@ -137,6 +138,14 @@ class AdapterMethod(Method):
     def dropout(self) -> float:
         """Probability of dropping an input of the adapter."""
 
+    def for_model(self, shapes: Collection[Shape]) -> Self:
+        """This method for the layers of one model that it adapts, given the shapes of all of them.
+
+        It is asked before a layer is made. A method whose layers share tensors returns one that holds them, in a field
+        that takes no part in comparisons: those are what a method has besides its settings.
+        """
+        return self
+
     @abstractmethod
     def parameters(self, shape: Shape) -> dict[str, Initial]:
         """The trained parameters of a layer of `shape`, in the order of registration; they change no output yet."""
@@ -197,7 +206,8 @@ class AdapterMethod(Method):
 class Update(AdapterMethod):
     """A method without magnitude: y = W0·x + ΔW·x + bias, where ΔW·x = up(down(x)).
 
-    `methods.factored.Factored` is all that a ΔW of two factors needs. Settings are the fields of the dataclass.
+    `methods.factored.Factored` is all that a ΔW of two factors needs. Settings are the fields of the dataclass that
+    take part in comparisons.
     """
 
     name: ClassVar[str]
@@ -212,7 +222,7 @@ class Update(AdapterMethod):
 
         `r` is the rank that training starts from, which is above adapter.r with dynamic rank.
         """
-        every = {field.name for field in fields(cls)}
+        every = {field.name for field in cls._settings()}
         shared = every & set(AdapterConfig.model_fields)
         own = every - shared
         if strangers := sorted(set(adapter.settings) - own):
@@ -255,7 +265,11 @@ class Update(AdapterMethod):
 
     def settings(self) -> dict[str, Any]:
         common = {"weight_decomposed": self.weight_decomposed, "gated": self.components is not None}
-        return {"method": self.name, **asdict(self), **common}
+        return {"method": self.name, **{field.name: getattr(self, field.name) for field in self._settings()}, **common}
+
+    @classmethod
+    def _settings(cls) -> list[Field[Any]]:
+        return [field for field in fields(cls) if field.compare]
 
     def norm_parameters(self, shape: Shape) -> Sequence[str]:
         return tuple(self.parameters(shape))

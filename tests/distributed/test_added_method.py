@@ -17,8 +17,9 @@ from tests.distributed.training_runs import config, metrics
 from tests.ranks import run_ranks
 
 EXAMPLES = str(ROOT / "examples")
-SETTINGS = {"projection_seed": 7}
-NAMES = ("vera", "dvora")
+SETTINGS = {"spread": 0.5}
+ALPHA = 6.0
+NAMES = ("loha", "dloha")
 
 
 def run(*configurations: dict[str, Any]) -> list[dict[str, Any]]:
@@ -33,19 +34,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = toy.training_folder(tmp_path_factory.mktemp("added_method"))
 
     def described(name: str, decomposed: bool, **checkpoint: Any) -> dict[str, Any]:
-        adapter = {"method": "vera", "settings": SETTINGS, "r": 6, "weight_decomposed": decomposed}
+        adapter = {
+            "method": "loha",
+            "settings": SETTINGS,
+            "r": 3,
+            "lora_alpha": ALPHA,
+            "weight_decomposed": decomposed,
+        }
         sections = config(folder / "base", folder / "data.json", folder / name, adapter=adapter, checkpoint=checkpoint)
         return sections | {"plugins": ["add_a_method"]}
 
     def by_formula(name: str, decomposed: bool) -> dict[str, Any]:
-        sections = described(name, False) | {"plugins": ["add_a_method", "tests.vera_by_formula"]}
-        changed = {"method": "vera_by_formula", "settings": SETTINGS | {"decomposed": decomposed}}
+        sections = described(name, False) | {"plugins": ["add_a_method", "tests.loha_by_formula"]}
+        changed = {"method": "loha_by_formula", "settings": SETTINGS | {"decomposed": decomposed}}
         return sections | {"adapter": sections["adapter"] | changed}
 
-    run_ranks(run, 2, described("vera", False), described("dvora", True))
-    resumed = [described(f"{name}-on", name == "dvora", resume=str(folder / name / "checkpoint-3")) for name in NAMES]
+    run_ranks(run, 2, described("loha", False), described("dloha", True))
+    resumed = [described(f"{name}-on", name == "dloha", resume=str(folder / name / "checkpoint-3")) for name in NAMES]
     run_ranks(run, 3, *resumed)
-    run_ranks(run, 1, by_formula("vera-formula", False), by_formula("dvora-formula", True))
+    run_ranks(run, 1, by_formula("loha-formula", False), by_formula("dloha-formula", True))
     return folder
 
 
@@ -70,9 +77,9 @@ def test_merged_weights_are_the_formulas(
 ) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     plugins.load(["add_a_method"])
-    from add_a_method import Vera
+    from add_a_method import LoHa
 
-    from tests.vera_by_formula import adapted
+    from tests.loha_by_formula import adapted
 
     checkpoint = folder / name / "checkpoint-6"
     consolidate(checkpoint / "adapter", folder / "base", tmp_path / "merged", progress=False)
@@ -86,7 +93,7 @@ def test_merged_weights_are_the_formulas(
             for key, value in state.items()
             if key.startswith(f"{module}.") and key.endswith(".master")
         }
-        expected = adapted(values, Vera(r=6, **SETTINGS), own) if own else values
+        expected = adapted(values, LoHa(r=3, lora_alpha=ALPHA, **SETTINGS), own) if own else values
         torch.testing.assert_close(merged[tensor], expected, rtol=1e-5, atol=1e-6)
         changed += not torch.equal(merged[tensor], values)
     assert changed == 8  # four modules of two layers

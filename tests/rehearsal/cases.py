@@ -149,11 +149,25 @@ def from_outside(folder: Path) -> Case:
     case.plugins += ["add_a_storage", "add_a_method"]
     packed: Sections = {"model": {"storage": "eight_bits"}}
     case.score(case.run("packed", BF16, packed), task="boolq", mode="likelihood", limit=3, dtype="bf16")
+    _with_method(case, "loha", BF16, packed)
+    return case
+
+
+def _with_method(case: Case, name: str, *changes: Sections) -> None:
+    """A method, with and without a magnitude over it."""
     for decomposed in (True, False):
-        vera: dict[str, Any] = {"method": "vera", "weight_decomposed": decomposed}
-        vera["norm_gradient"] = "full" if decomposed else "detached"
-        last = case.run(f"vera-{decomposed}", BF16, packed, STATIC, {"adapter": vera})
+        section: dict[str, Any] = {"method": name, "weight_decomposed": decomposed}
+        section["norm_gradient"] = "full" if decomposed else "detached"
+        last = case.run(f"{name}-{decomposed}", *changes, STATIC, {"adapter": section})
         case.score(last, task="boolq", mode="likelihood", limit=3, dtype="bf16")
+
+
+def with_method(name: str) -> Callable[[Path], Case]:
+    def case(folder: Path) -> Case:
+        case = _decoder(folder, "llama")
+        _with_method(case, name, BF16)
+        return case
+
     return case
 
 
@@ -235,6 +249,7 @@ CASES: dict[str, Callable[[Path], Case]] = {
     **{f"llama, {kind} rope": rope(kind) for kind in ROPES},
     **{family: encoder(family) for family in encoders.FAMILIES},
     "from outside": from_outside,
+    "vera": with_method("vera"),
     "bart": bart,
     **{f"llava with {tower}": llava_with(tower) for tower in llava.TOWERS},
 }

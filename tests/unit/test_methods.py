@@ -29,7 +29,7 @@ NAMES = sorted(name for name, kind in registered().items() if issubclass(kind, U
 def update(name: str, **settings: Any) -> Update:
     kind: Any = registered()[name]
     made: Update = kind(r=R, **settings)
-    return made
+    return made.for_model([(OUT, IN + 7), (OUT + 3, IN)])
 
 
 def random_layer(method: AdapterMethod, bias: bool = True) -> AdaptedLinear:
@@ -183,7 +183,7 @@ def test_the_adapter_section_makes_the_method_with_and_without_a_magnitude(name:
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ({"method": "loha"}, 'adapter.method = "loha": there is no such method; name one of dynamic_rank, full, lora'),
+        ({"method": "loka"}, 'adapter.method = "loka": there is no such method; name one of dynamic_rank, '),
         ({"method": "lora", "dynamic_rank": True}, "has no components to prune; set it to false"),
         ({"method": "dynamic_rank"}, "has components to prune; set it to true"),
         (

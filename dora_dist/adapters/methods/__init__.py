@@ -4,12 +4,13 @@ from dora_dist.adapters.method import AdapterMethod, Method, Update, registered
 from dora_dist.adapters.methods.dynamic_rank import DynamicRank
 from dora_dist.adapters.methods.full import FullFineTuning
 from dora_dist.adapters.methods.lora import LowRank
+from dora_dist.adapters.methods.vera import Vera
 from dora_dist.adapters.methods.weight_decomposed import NoUpdate, WeightDecomposed
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.config.schema import AdapterConfig
 from dora_dist.runtime.errors import UserError
 
-__all__ = ["DynamicRank", "FullFineTuning", "LowRank", "NoUpdate", "WeightDecomposed", "chosen", "of_peft"]
+__all__ = ["DynamicRank", "FullFineTuning", "LowRank", "NoUpdate", "Vera", "WeightDecomposed", "chosen", "of_peft"]
 
 
 def chosen(adapter: AdapterConfig) -> Method:

@@ -11,9 +11,9 @@ nothing here ever computes it. All arithmetic on m, n and g is fp32; what multip
 low-precision rounding is relative to the CHANGE of the magnitude, not to the magnitude.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -134,6 +134,9 @@ class WeightDecomposed(AdapterMethod):
     def settings(self) -> dict[str, Any]:
         own = {"weight_decomposed": True, "dropout_mode": self.dropout_mode, "norm_gradient": self.norm_gradient}
         return self.update.settings() | own
+
+    def for_model(self, shapes: Collection[Shape]) -> Self:
+        return replace(self, update=self.update.for_model(shapes))
 
     def parameters(self, shape: Shape) -> dict[str, Initial]:
         return self.update.parameters(shape) | {"magnitude_offset": Initial((shape[0],))}

@@ -1,22 +1,18 @@
 """The method of examples/add_a_method.py as its formula reads: whole matrices, differentiated by autograd."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from add_a_method import Vera, projection
+from add_a_method import LoHa
 from torch import Tensor
 
 from dora_dist.adapters.method import Gradients, Initial, Layer, Needs, Saved, Shape, Tensors, register
 
 
-def adapted(weight: Tensor, method: Vera, own: Tensors) -> Tensor:
-    """W0 + diag(b)·B·diag(d)·Aᵀ (out, in); where there is a magnitude_offset δ, its rows scaled to (‖W0‖ + δ)."""
-    out_features, in_features = weight.shape
-    how: dict[str, Any] = {"seed": method.projection_seed, "device": torch.device("cpu"), "dtype": torch.float32}
-    A = projection("A", in_features, method.r, **how)
-    B = projection("B", out_features, method.r, **how)
-    whole = weight + own["vera_b"].diag() @ B @ own["vera_d"].diag() @ A.T
+def adapted(weight: Tensor, method: LoHa, own: Tensors) -> Tensor:
+    """W0 + s·(B1·A1ᵀ)⊙(B2·A2ᵀ) (out, in); where there is a magnitude_offset δ, its rows scaled to (‖W0‖ + δ)."""
+    scaling = method.lora_alpha / method.r
+    whole = weight + scaling * (own["loha_B1"] @ own["loha_A1"].T) * (own["loha_B2"] @ own["loha_A2"].T)
     if "magnitude_offset" not in own:
         return whole
     return ((weight.norm(dim=1) + own["magnitude_offset"]) / whole.norm(dim=1).detach())[:, None] * whole
@@ -24,10 +20,10 @@ def adapted(weight: Tensor, method: Vera, own: Tensors) -> Tensor:
 
 @register
 @dataclass(frozen=True)
-class VeraByFormula(Vera):
+class LoHaByFormula(LoHa):
     """For one process, as the weight is built whole; with `decomposed` it has a magnitude of its own."""
 
-    name = "vera_by_formula"
+    name = "loha_by_formula"
     decomposed: bool = False
 
     def parameters(self, shape: Shape) -> dict[str, Initial]:

@@ -1,0 +1,122 @@
+"""VeRA: Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", ICLR 2024 (arXiv 2310.11454).
+
+ΔW = diag(b)·B·diag(d)·A, where A (r, in) and B (out, r) are random, frozen, and shared by all layers (`Projection`); a
+layer trains d (r,) and b (out,). With a magnitude over it, it is DVoRA (Liu et al., arXiv 2402.09353, section 5.5).
+
+Products of a layer, for t tokens: forward t·r·(in + out), backward t·r·(in + 2·out); LoRA's own backward has another
+t·r·in, which a frozen A does not need. Beyond activations there are temporaries of (out, r) only.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+from torch import Tensor
+
+from dora_dist.adapters.method import Initial, Layer, RowProducts, Shape, Tensors, Update, register
+from dora_dist.adapters.methods.sums import column_dot
+from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.adapters.projection import Projection
+
+D, B = "vera_lambda_d", "vera_lambda_b"
+
+
+@register
+@dataclass(frozen=True)
+class Vera(Update):
+    """The update of two vectors; its parameters are `vera_lambda_d` (r,), from `d_initial`, and `vera_lambda_b` (out,).
+
+    `projection_prng_key` is what the shared matrices are drawn from.
+    """
+
+    name = "vera"
+    titles = ("VeRA", "DVoRA")
+    scaling = 1.0
+    r: int = 256
+    projection_prng_key: int = 0
+    d_initial: float = 0.1
+    projection: Projection | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def lora_alpha(self) -> float:
+        return float(self.r)
+
+    def for_model(self, shapes: Collection[Shape]) -> Self:
+        return replace(self, projection=Projection.over(shapes, key=self.projection_prng_key, r=self.r))
+
+    def parameters(self, shape: Shape) -> dict[str, Initial]:
+        """b is 0, so ΔW is (section 3.1 of the paper)."""
+        return {D: Initial((self.r,), value=self.d_initial), B: Initial((shape[0],))}
+
+    def down(self, layer: Layer, x_ti: Tensor) -> Tensor:
+        return x_ti @ self._views(layer)[0].t()
+
+    def add_up(self, layer: Layer, hidden: Tensor | None, y_to: Tensor) -> None:
+        assert hidden is not None
+        d, b = self._vectors(layer)
+        y_to.addmm_(hidden * d, (self._views(layer)[1] * b[:, None]).t())
+
+    def gradients(
+        self, layer: Layer, x_ti: Tensor, hidden: Tensor | None, *, grad_to: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        assert hidden is not None
+        (d, b), B_or = self._vectors(layer), self._views(layer)[1]
+        grad_scaled = grad_to @ (B_or * b[:, None])  # of h·diag(d)
+        through_B = grad_to.t() @ (hidden * d)  # (out, r), less than a value per token and output
+        found = {D: column_dot(grad_scaled, hidden), B: _row_dot(through_B, B_or)}
+        return found, grad_scaled.mul_(d)
+
+    def input_gradient(self, layer: Layer, grad_hidden: Tensor, onto: Tensor | None) -> Tensor:
+        A_ri = self._views(layer)[0]
+        return grad_hidden @ A_ri if onto is None else onto.addmm_(grad_hidden, A_ri)
+
+    def add_norm_gradient(self, layer: Layer, row_scale: Tensor, gradients: dict[str, Tensor]) -> None:
+        """Both follow from V'·Aᵀ (out, r): W0 multiplies r rows, and nothing comes back through it, as A is frozen."""
+        (d, b), (A_ri, B_or) = self._vectors(layer), self._views(layer)
+        gram = self._shared.gram(layer.shape[1], A_ri)
+        v_a = layer.base_product(A_ri).t().float()
+        v_a.addcmul_(b.float()[:, None], (B_or.float() * d) @ gram)
+        v_a.mul_(B_or)
+        gradients[B].add_((v_a @ d.float()).mul_(row_scale))
+        gradients[D].add_((row_scale * b) @ v_a)
+
+    def row_products(self, shape: Shape, parameters: Tensors) -> RowProducts:
+        """b⊙rowsum((W0·Aᵀ)⊙(B·diag(d))) and b²⊙rowsum((B·diag(d)·A·Aᵀ)⊙(B·diag(d))), the second charged to a row's
+        first element.
+        """
+        d, b = parameters[D].float(), parameters[B].float()
+        A_ri, B_or = self._shared.views(shape, parameters[D])
+        gram, A_ir = self._shared.gram(shape[1], A_ri), A_ri.float().t()
+
+        def products(w: Tensor, row: int, col: int) -> tuple[Tensor, Tensor]:
+            rows = slice(row, row + w.shape[0])
+            scaled = B_or[rows].float() * d
+            cross = ((w @ A_ir[col : col + w.shape[1]]) * scaled).sum(1).mul_(b[rows])
+            if col > 0:
+                return cross, cross.new_zeros(len(cross))
+            return cross, ((scaled @ gram) * scaled).sum(1).mul_(b[rows].square())
+
+        return products
+
+    def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> AdapterLayer | None:
+        """As low-rank factors: A scaled by d, B by b."""
+        A_ri, B_or = self._shared.views(shape, values[D])
+        return AdapterLayer(A_ri * values[D][:, None], B_or * values[B][:, None], None, self.scaling, shape[1])
+
+    @property
+    def _shared(self) -> Projection:
+        if self.projection is None:
+            raise RuntimeError("VeRA's layers share matrices: make them with `for_model` of all layers' shapes")
+        return self.projection
+
+    def _views(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        return self._shared.views(layer.shape, layer.adapter_parameters()[D])
+
+    def _vectors(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        own = layer.adapter_parameters()
+        return own[D], own[B]
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_r a⊙b (rows,), fp32."""
+    return (a.float() * b).sum(1)
