@@ -52,10 +52,8 @@ def _validate(options: argparse.Namespace) -> None:
     adapter, training = config.adapter, config.training
     most = training.global_batch_size
     evenly = ", ".join(str(count) for count in range(1, most + 1) if config.training.batch_plan(count).empty == 0)
-    method = adapter.method or ("DoRA" if adapter.weight_decomposed else "LoRA")
-    method += " with dynamic rank" if adapter.dynamic_rank else ""
     print(
-        f"{options.config} is valid: {method} r={adapter.r} on "
+        f"{options.config} is valid: {_method(adapter)} on "
         f"{config.model.path}, {training.global_batch_size} records a step; runs on "
         f"{f'1 to {most} ranks (evenly on {evenly})' if most > 1 else '1 rank'}; writes {config.checkpoint.run_dir}",
         file=sys.stderr,
@@ -72,6 +70,16 @@ def _check_names(adapter: AdapterConfig, model: ModelConfig) -> None:
         from dora_dist.adapters.storage import storage_of
 
         storage_of(model.storage)
+
+
+def _method(adapter: AdapterConfig) -> str:
+    if adapter.method is None:  # without torch
+        usual = "DoRA" if adapter.weight_decomposed else "LoRA"
+        return f"{usual}{' with dynamic rank' if adapter.dynamic_rank else ''} r={adapter.r}"
+    from dora_dist.adapters.methods import chosen
+
+    method = chosen(adapter)
+    return f"{method.title} r={adapter.r}" if "r" in method.settings() else method.title
 
 
 def _show_data(config: RunConfig) -> None:

@@ -40,8 +40,9 @@ from dora_dist.weights.placement import Placement
 class AdaptedModel:
     """A model ready to train: `norms` is attached to it, `base` is the folder that its weights came from.
 
-    `trained` are the modules trained in full, `fresh` those of their parameters that the folder did not have, and
-    `resized` those among these that it had in another shape, as {name: (shape there, shape here)}. `untied` are weights
+    `trained` are the modules trained in full, `trained_parameters` what is trained as it is besides these, `fresh` those
+    of the modules' parameters that the folder did not have, and `resized` those among these that it had in another
+    shape, as {name: (shape there, shape here)}. `untied` are weights
     that other modules of the base share, and that have copies of their own here because they are trained or adapted.
     `base_digest` is the `sampled_digest` of the base, on the first process alone, `weights` the number of parameters,
     frozen and trained.
@@ -56,6 +57,7 @@ class AdaptedModel:
     family: Family
     head: Head
     trained: list[str]
+    trained_parameters: list[str]
     fresh: list[str]
     resized: dict[str, tuple[list[int], list[int]]]
     untied: list[str]
@@ -121,6 +123,7 @@ def build_model(
         family=made.family,
         head=head,
         trained=made.trained,
+        trained_parameters=made.trained_parameters,
         fresh=fresh,
         resized=made.resized(fresh),
         untied=made.untied,
@@ -137,6 +140,7 @@ class _Injected:
     family: Family
     adapted: list[str]
     trained: list[str]
+    trained_parameters: list[str]
     untied: list[str]
     source: Source
     shapes: dict[str, torch.Size]
@@ -167,11 +171,18 @@ def _inject(
     else:
         trained = trained_in_full(model, trained_modules, apart=family.apart)
     untied, stored = untie(model, [*trained, *plan(model)], stored)
-    adapted = inject(model, plan, trained, trained_parameters=trained_parameters(model), storage=storage)
+    single = trained_parameters(model)
+    adapted = inject(model, plan, trained, trained_parameters=single, storage=storage)
+    if not adapted and storage is not PLAIN:
+        raise UserError(
+            f'model.storage = "{storage.name}": adapted layers alone are held so, and no layer is adapted; set it to '
+            f'"{PLAIN.name}"'
+        )
     return _Injected(
         family=family,
         adapted=adapted,
         trained=trained,
+        trained_parameters=single,
         untied=untied,
         source=Source(tensors, stored, model.base_model_prefix),
         shapes={name: p.shape for name, p in model.named_parameters() if p.requires_grad},

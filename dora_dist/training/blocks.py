@@ -60,11 +60,12 @@ def about_model(config: RunConfig, run: AdaptedModel, world: World, *, samples: 
     parameters = list(run.model.parameters())
     trained = sum(full_numel(p) for p in parameters if p.requires_grad)
     line("model", f"{model.path}: {type(run.model).__name__}, {_number(run.weights)} parameters, {model.dtype}")
-    line(
-        "adapter",
-        f"{_method(adapter)} on {len(run.adapted)} modules ({', '.join(_kinds(run.adapted))}); "
-        f"{_number(trained)} parameters are trained ({trained / run.weights:.2%})",
-    )
+    where = f" on {len(run.adapted)} modules ({', '.join(_kinds(run.adapted))})" if run.adapted else ""
+    share = f"{_number(trained)} parameters are trained ({trained / run.weights:.2%})"
+    line("adapter" if run.adapted else "method", f"{_method(adapter)}{where}; {share}")
+    if run.adapted and run.trained_parameters:
+        single = Counter(name.rpartition(".")[2] for name in run.trained_parameters).most_common()
+        line("besides", ", ".join(f"{_count(count, 'parameter')} called {kind}" for kind, count in single))
     if run.trained:
         new = f"; new, not in the base: {', '.join(run.fresh)}" if run.fresh else ""
         line("in full", f"{', '.join(run.trained)}{new}")
@@ -99,7 +100,8 @@ def closing(checkpoint: Path, seconds: float) -> None:
     choice = run_folder.chosen(run_dir)
     result = choice.folder if choice is not None else checkpoint  # rank 0's folder may lie on another node
     line("result", str(result) if choice is None else f"{result}, {choice.reason}")
-    line("adapter", f"{result / run_folder.ADAPTER}, in PEFT's format, with the tokenizer")
+    if (result / run_folder.ADAPTER).is_dir():
+        line("adapter", f"{result / run_folder.ADAPTER}, in PEFT's format, with the tokenizer")
     if choice is not None and choice.newest is not None:
         line("newest", f"{choice.newest}; merge that one: dora-dist consolidate {choice.newest} --output merged/")
     line("merge", f"dora-dist consolidate {run_dir} --output merged/")
@@ -115,10 +117,12 @@ def _validation(records: list[dict[str, Any]]) -> str:
 
 def _method(adapter: AdapterConfig) -> str:
     method = chosen(adapter)
-    rank = f"r {adapter.start_rank} pruned to {adapter.r} on average" if adapter.dynamic_rank else f"r {adapter.r}"
+    settings, rank = method.settings(), ""
+    if "r" in settings:
+        rank = f", r {settings['r']} pruned to {adapter.r} on average" if adapter.dynamic_rank else f", r {adapter.r}"
     dropout = f", dropout {adapter.dropout:g}" if adapter.dropout else ""
-    alpha = f", alpha {adapter.lora_alpha:g}" if "lora_alpha" in method.settings() else ""
-    return f"{method.title}, {rank}{alpha}{dropout}"
+    alpha = f", alpha {adapter.lora_alpha:g}" if "lora_alpha" in settings else ""
+    return f"{method.title}{rank}{alpha}{dropout}"
 
 
 def _schedule(training: TrainingConfig, checkpoint: CheckpointConfig, steps: int, samples: int) -> str:
