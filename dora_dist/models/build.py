@@ -40,9 +40,9 @@ from dora_dist.weights.placement import Placement
 class AdaptedModel:
     """A model ready to train: `norms` is attached to it, `base` is the folder that its weights came from.
 
-    `trained` are the modules trained in full, `trained_parameters` what is trained as it is besides these, `fresh` those
-    of the modules' parameters that the folder did not have, and `resized` those among these that it had in another
-    shape, as {name: (shape there, shape here)}. `untied` are weights
+    `trained` are the modules trained in full, `trained_parameters` what is trained as it is besides these, `fresh` the
+    modules' parameters that the folder did not have, and `resized` those among these that it had in another shape, as
+    {name: (shape there, shape here)}. `untied` are weights
     that other modules of the base share, and that have copies of their own here because they are trained or adapted.
     `base_digest` is the `sampled_digest` of the base, on the first process alone, `weights` the number of parameters,
     frozen and trained.

@@ -8,9 +8,10 @@ from torch import nn
 
 from dora_dist.adapters.inject import by_pattern, inject
 from dora_dist.adapters.layer import AdaptedLinear
-from dora_dist.adapters.methods import DynamicRank, LowRank, WeightDecomposed
+from dora_dist.adapters.methods import DynamicRank, FullFineTuning, LowRank, WeightDecomposed
 from dora_dist.adapters.norms import NormRefresher
-from dora_dist.models.families import adapter_plan
+from dora_dist.adapters.patterns import parameters_matching
+from dora_dist.models.families import adapter_plan, trained_parameters
 from dora_dist.runtime.errors import UserError
 
 SPEC = WeightDecomposed(LowRank(4, 8.0))
@@ -136,3 +137,53 @@ def test_a_quantised_weight_is_refused_by_name() -> None:
     model.model.layers[0].self_attn.q_proj.weight = packed
     with pytest.raises(UserError, match=r"'model.layers.0.self_attn.q_proj' has a quantised weight \(uint8\)"):
         inject(model, by_pattern(WeightDecomposed(LowRank(1)), ["q_proj"]))
+
+
+def trains(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_single_parameters_are_trained_besides_the_adapters() -> None:
+    model = llama()
+    for linear in (m for m in model.modules() if isinstance(m, nn.Linear)):
+        linear.bias = nn.Parameter(torch.zeros(linear.out_features))
+    names = trained_parameters(SPEC, ["q_proj"], ["bias", r"model\.norm\.weight"])(model)
+    assert len(names) == 2 * 7 + 1 + 1 and "model.layers.0.self_attn.q_proj.bias" in names
+    adapted = inject(model, by_pattern(SPEC, ["q_proj"]), trained_parameters=names)
+    assert trains(model) == {*names, *(f"{n}.{p}" for n in adapted for p in ("lora_A", "lora_B", "magnitude_offset"))}
+
+
+def test_a_tied_parameter_is_trained_once_under_any_of_its_names() -> None:
+    model = llama(tied=True)
+    assert parameters_matching(model, ["lm_head.weight"]) == ["model.embed_tokens.weight"]
+    assert inject(model, lambda model: {}, trained_parameters=["model.embed_tokens.weight"]) == []
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        (
+            "bias",
+            r"adapter.trained_parameters: 'bias' matches no parameter of this model; it has: q_proj.weight \(2\),",
+        ),
+        ("q_proj.weight", "is the weight of a layer that adapter.target_modules adapts, which stays frozen"),
+        ("(", "adapter.trained_parameters: '\\(' is neither a module name nor a regular expression"),
+    ],
+)
+def test_single_parameters_that_cannot_be_trained_are_refused(pattern: str, says: str) -> None:
+    model = llama()
+    with pytest.raises(UserError, match=says):
+        inject(model, by_pattern(SPEC, ["q_proj"]), trained_parameters=parameters_matching(model, [pattern]))
+
+
+def test_full_fine_tuning_adapts_nothing_and_trains_the_whole_model_or_chosen_modules() -> None:
+    full, model = FullFineTuning(), llama(tied=True)
+    assert adapter_plan(full)(model) == {}
+    whole = trained_parameters(full)(model)
+    assert whole == [name for name, _ in model.named_parameters()]
+    chosen = trained_parameters(full, ["layers.1", "lm_head"])(model)
+    assert chosen == [n for n in whole if "layers.1." in n or "embed_tokens" in n]
+    with pytest.raises(UserError, match="adapter.target_modules: 'score' matches no module with parameters"):
+        trained_parameters(full, ["score"])(model)
+    assert trained_parameters(SPEC)(model) == []

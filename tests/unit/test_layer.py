@@ -22,7 +22,14 @@ IN, OUT, R, ALPHA = 37, 53, 5, 7.0
 
 
 def formula(
-    x: Tensor, dropped: Tensor, layer: AdaptedLinear, a: Tensor, b: Tensor, gates: Tensor | None, offset: Tensor | None
+    x: Tensor,
+    dropped: Tensor,
+    layer: AdaptedLinear,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    gates: Tensor | None,
+    offset: Tensor | None,
 ) -> Tensor:
     """The plain definition, everything built: methods.md parts 1 to 3, in whatever dtype it is given."""
     w = layer.weight.to(x.dtype)
@@ -38,7 +45,7 @@ def formula(
         g = (w.norm(dim=1) + offset) / norm
         scaled = dropped if method.dropout_mode == "exact" else x
         y = y + (g - 1) * (scaled @ w.T) + s * g * (dropped @ a @ b.T)
-    return y if layer.bias is None else y + layer.bias.to(x.dtype)
+    return y if bias is None else y + bias
 
 
 def random_layer(
@@ -58,15 +65,22 @@ def random_layer(
     ("mode", "norm_gradient", "dropout", "bias", "weight_decomposed", "gated"),
     list(
         itertools.product(
-            ["exact", "adapter"], ["detached", "full"], [0.0, 0.3], [True, False], [True, False], [True, False]
+            ["exact", "adapter"],
+            ["detached", "full"],
+            [0.0, 0.3],
+            ["trained", "frozen", ""],
+            [True, False],
+            [True, False],
         )
     ),
 )
 def test_output_and_gradients_are_the_formulas(
-    mode: str, norm_gradient: str, dropout: float, bias: bool, weight_decomposed: bool, gated: bool
+    mode: str, norm_gradient: str, dropout: float, bias: str, weight_decomposed: bool, gated: bool
 ) -> None:
     update = (DynamicRank if gated else LowRank)(R, ALPHA, dropout=dropout)
-    layer = random_layer(WeightDecomposed(update, mode, norm_gradient) if weight_decomposed else update, bias)
+    layer = random_layer(WeightDecomposed(update, mode, norm_gradient) if weight_decomposed else update, bool(bias))
+    if bias == "trained":
+        layer.bias.requires_grad_()
     x = torch.randn(3, 11, IN, requires_grad=True)
     torch.manual_seed(5)
     y = layer(x)
@@ -76,17 +90,17 @@ def test_output_and_gradients_are_the_formulas(
     torch.manual_seed(5)  # the same mask
     mask = F.dropout(torch.ones_like(x), dropout).double() if dropout else 1.0
     own = layer.adapter_parameters()
-    leaves = [x, *(own.get(name) for name in ("lora_A", "lora_B", "lora_gates", "magnitude_offset"))]
+    leaves = [x, layer.bias, *(own.get(name) for name in ("lora_A", "lora_B", "lora_gates", "magnitude_offset"))]
     exact = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
     expected = formula(exact[0], exact[0] * mask, layer, *exact[1:])
     expected.backward(cotangent.double())
 
     assert relative_error(y, expected) <= 1e-5
     for leaf, reference in zip(leaves, exact, strict=True):
-        if leaf is not None and reference is not None:
+        if leaf is not None and reference is not None and leaf.requires_grad:
             assert relative_error(leaf.grad, reference.grad) <= 1e-5
     assert layer.weight.grad is None
-    assert layer.bias is None or layer.bias.grad is None
+    assert (layer.bias is not None and layer.bias.grad is not None) == (bias == "trained")
 
 
 @pytest.mark.parametrize("bias", [True, False])

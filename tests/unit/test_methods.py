@@ -191,6 +191,11 @@ def test_the_adapter_section_makes_the_method_with_and_without_a_magnitude(name:
             "adapter.settings: 'alpha' is not a setting of the method 'lora'; it has: none",
         ),
         ({"settings": {"r": 4}}, "adapter.settings: 'r' is not a setting of the method 'lora'"),
+        ({"method": "full", "r": 8}, 'adapter.r = 8: has no meaning for adapter.method = "full"'),
+        ({"method": "full", "dropout": 0.1}, "adapter.dropout = 0.1: has no meaning"),
+        ({"method": "full", "settings": {"type": 6}}, 'adapter.settings = {"type": 6}: has no meaning'),
+        ({"method": "full", "dynamic_rank": True}, "the method 'full' has no components to prune; set it to false"),
+        ({"method": "full", "trained_modules": ["lm_head"]}, "trains the whole model where adapter.target_modules is"),
     ],
 )
 def test_a_section_that_says_no_method_is_refused(section: dict[str, Any], says: str) -> None:
