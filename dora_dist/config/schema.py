@@ -62,6 +62,10 @@ class ModelConfig(Section):
     num_labels: Count = Field(
         default=2, description="Labels of sequence_classification: 0 up to this number; 1: a rating (regression)"
     )
+    feature_dim: Count | None = Field(
+        default=None,
+        description="Width of the visual features of vision_seq2seq_lm; null: as the base has it, 2048 with a BART",
+    )
     storage: str = Field(
         default="plain", min_length=1, description="How the frozen weights are held; plugins may add further ways"
     )
@@ -107,7 +111,8 @@ class AdapterConfig(Section):
     trained_modules: Patterns | None = Field(
         default=None,
         description="Modules trained in full, besides the adapters (PEFT's modules_to_save); patterns as above; "
-        "null: the task's head, or a LLaVA's projector. One of two tied weights gets a copy of its own, as in PEFT",
+        "null: the task's head, a LLaVA's projector or a VL-BART's visual embedding. One of two tied weights gets a "
+        "copy of its own, as in PEFT",
     )
     trained_parameters: Patterns = Field(
         default=[],

@@ -232,8 +232,7 @@ def skeleton(
     from transformers.initialization import no_init_weights
     from transformers.modeling_utils import set_zero3_state
 
-    config = transformers_config(base, trust_remote_code)
-    head.configure(config)
+    config = head.configure(transformers_config(base, trust_remote_code))
     kind: Any = head.model_class(config, trust_remote_code)
     unsupported = attn_implementation == "sdpa" and not kind._supports_sdpa
     config._attn_implementation = "eager" if unsupported else attn_implementation

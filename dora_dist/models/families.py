@@ -14,6 +14,7 @@ from dora_dist.adapters.patterns import TrainedParameters, parameters_matching
 from dora_dist.models.family import Family
 from dora_dist.models.folder import transformers_config
 from dora_dist.models.llava.family import LLAVA
+from dora_dist.models.vl_bart.family import VL_BART, Bart
 from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ register(Family(("llama", "mistral", "qwen2", "qwen3"), _LLAMA_LIKE, masks_are_f
 register(Family(("gemma", "gemma2", "granite", "smollm3"), _LLAMA_LIKE))
 register(Family(("bert", "roberta", "xlm-roberta", "electra"), _BERT_LIKE))
 register(Family(("deberta-v2",), ("query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense")))
-register(Family(("bart",), _BART))
+register(Bart(("bart",), _BART))
+register(VL_BART)
 register(Family(("mpnet",), ("attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense")))
 register(LLAVA)
 

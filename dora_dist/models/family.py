@@ -38,6 +38,9 @@ class Family:
 
     sees_pictures: bool = False
 
+    reads_features: bool = False
+    """Whether its models read visual features that were extracted beforehand."""
+
     masks_are_free: bool = False
     """Whether attention is a plain softmax over rotary positions, so that a 4-D mask and position ids can put several
     answers behind one prompt."""
@@ -51,6 +54,14 @@ class Family:
 
     def prepare_for_training(self, model: Any) -> None:
         """Change an adapted model so that it trains right and fast, in place; most need nothing."""
+
+    def with_features(self, config: Any, feature_dim: int | None) -> Any:
+        """The configuration of a model that reads visual features, made of a base's `config` of transformers.
+
+        feature_dim: their width; None: as the base says, or as is usual. Raises UserError for another width than the
+        base's, and where there is no such model.
+        """
+        raise UserError(f"model.path: {config.model_type!r} does not read visual features; give a BART or a VL-BART")
 
     def processor(self, base: Path, config: Any, data: DataConfig, *, tokenizer: str | None) -> PictureProcessor:
         """What turns conversations into the model's input, for a family that `sees_pictures`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ _NOT_QUANTISED = (*FLOATS, torch.int64, torch.bool)
 """These, and positions and masks that some folders hold."""
 GENERATION_CONFIG = "generation_config.json"
 _GENERATION_REMEDY = "correct it, or delete it: it only holds defaults for generation"
+_OWN_MODELS = {"vl_bart": "dora_dist.models.vl_bart.modeling"}
+"""model_type -> the module that makes transformers know it; of the models whose classes are this package's."""
 _REMEDY = "take the config.json of the model's own repository"
 _BLOCK = 128
 _SIGNS = {
@@ -96,6 +99,8 @@ def transformers_config(path: Path, trust_remote_code: bool = False) -> Any:
 
     file, raw = path / "config.json", read_config(path)
     kind = raw["model_type"]
+    if kind in _OWN_MODELS:
+        importlib.import_module(_OWN_MODELS[kind])
     own_code = "AutoConfig" in (raw.get("auto_map") or {})
     if kind not in CONFIG_MAPPING and own_code and not trust_remote_code:
         raise UserError(f"{file}: {own_code_needed(path)}")

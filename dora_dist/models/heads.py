@@ -13,13 +13,14 @@ from torch import nn
 
 from dora_dist.adapters.patterns import trained_in_full
 from dora_dist.adapters.peft_folder import PeftFolder
-from dora_dist.models.families import check_sees_pictures, family_of_model, family_of_parts
+from dora_dist.models.families import check_sees_pictures, family_of, family_of_model, family_of_parts
 from dora_dist.models.folder import own_code_needed
 from dora_dist.models.vocabulary import agree_on_padding
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.names import locate
 
 _KEPT_FIELDS = ("architectures", "id2label", "label2id", "problem_type", "pad_token_id")
+_KEPT_OF_FEATURES = ("model_type", "feature_dim", "images")
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,27 @@ class Head:
         """The head with so many outputs, where it is the run that chooses how many there are."""
         return replace(self, num_labels=count)
 
-    def configure(self, config: Any) -> None:
-        """Set what the head needs in a transformers configuration, in place."""
+    def of_adapter(self, adapter: PeftFolder) -> Head:
+        """The head of a saved adapter that it `recognises`.
+
+        A folder of PEFT's own says nowhere how many labels there are; its head's last layer has as many rows, and they
+        are fewer than any other's.
+        """
+        rows = [adapter.tensors.entries[stored].shape[0] for stored in adapter.trained.values()]
+        return self.with_labels(len(adapter.model_config.get("id2label") or ()) or min(rows, default=2))
+
+    def of_model(self, config: Mapping[str, Any]) -> Head:
+        """The head of a model's folder, from its config.json."""
+        return self.with_labels(len(config.get("id2label") or range(2)))
+
+    def configure(self, config: Any) -> Any:
+        """The transformers configuration of the model with this head: its base's, changed in place, or made of it.
+
+        Raises UserError for a base that has no such model.
+        """
         if config.num_labels != self.num_labels:  # setting it makes new names for all labels
             config.num_labels = self.num_labels
+        return config
 
     def model_class(self, config: Any, trust_remote_code: bool = False) -> type[nn.Module]:
         """The class of transformers for a configuration. Raises UserError where there is none."""
@@ -114,9 +132,10 @@ class Head:
 class _Labels(Head):
     """One of `num_labels` labels for a text, or where that is 1 a rating."""
 
-    def configure(self, config: Any) -> None:
-        super().configure(config)
+    def configure(self, config: Any) -> Any:
+        config = super().configure(config)
         config.problem_type = "regression" if self.num_labels == 1 else "single_label_classification"
+        return config
 
     def fit(self, model: Any, tokenizer: Any) -> None:
         agree_on_padding(model, tokenizer)
@@ -139,8 +158,8 @@ class _Language(Head):
     def with_labels(self, count: int) -> Head:
         return self
 
-    def configure(self, config: Any) -> None:
-        return
+    def configure(self, config: Any) -> Any:
+        return config
 
     def default_trained(self, model: Any, stored: Mapping[str, str]) -> list[str]:
         family = family_of_model(model)
@@ -151,8 +170,50 @@ class _Language(Head):
 
 
 class _EncoderDecoder(_Language):
+    """A language model that reads a text and writes another."""
+
+    def configure(self, config: Any) -> Any:
+        if family_of(config.model_type).reads_features:
+            raise UserError(
+                f'model.task = "{self.task}": {config._name_or_path} reads visual features, too; set it to '
+                f'"{VISION_SEQ2SEQ_LM.task}"'
+            )
+        return config
+
     def kept_config(self, model: Any) -> dict[str, Any]:
         return {"architectures": [type(model).__name__]}
+
+
+@dataclass(frozen=True)
+class VisualFeatures(_EncoderDecoder):
+    """An encoder-decoder model whose text is followed by visual features.
+
+    feature_dim: their width; None: as the base's folder has it.
+    """
+
+    feature_dim: int | None = None
+
+    def with_features(self, feature_dim: int | None) -> VisualFeatures:
+        """The head for features of such a width."""
+        return replace(self, feature_dim=feature_dim)
+
+    def of_adapter(self, adapter: PeftFolder) -> Head:
+        return self.with_features(adapter.model_config.get("feature_dim"))
+
+    def configure(self, config: Any) -> Any:
+        return family_of(config.model_type).with_features(config, self.feature_dim)
+
+    def is_named_by(self, config: Mapping[str, Any]) -> bool:
+        return family_of(config.get("model_type", "")).reads_features
+
+    def kept_config(self, model: Any) -> dict[str, Any]:
+        full = model.config.to_dict()
+        return super().kept_config(model) | {name: full[name] for name in _KEPT_OF_FEATURES}
+
+    def recognises(self, adapter: PeftFolder) -> bool:
+        """PEFT has no type of its own for such models: by the configuration that was saved, or its parts' names."""
+        family = family_of_parts((*adapter.modules, *adapter.trained))
+        return self.is_named_by(adapter.model_config) or (family is not None and family.reads_features)
 
 
 class _Pictures(_Language):
@@ -183,11 +244,14 @@ QUESTION_ANSWERING = _Span(
 SEQ2SEQ_LM = _EncoderDecoder(
     "seq2seq_lm", "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "SEQ_2_SEQ_LM"
 )
+VISION_SEQ2SEQ_LM = VisualFeatures(
+    "vision_seq2seq_lm", SEQ2SEQ_LM.auto_class, SEQ2SEQ_LM.mapping, SEQ2SEQ_LM.peft_type, words="vision-and-text"
+)
 IMAGE_TEXT_TO_TEXT = _Pictures(
     "image_text_to_text", "AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "CAUSAL_LM"
 )
 
-_HEADS = [IMAGE_TEXT_TO_TEXT, SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING, SEQ2SEQ_LM]
+_HEADS = [IMAGE_TEXT_TO_TEXT, SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING, VISION_SEQ2SEQ_LM, SEQ2SEQ_LM]
 """Heads that folders are compared with; a folder that none of them recognises is a language model's."""
 
 
@@ -202,18 +266,11 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def head_of_adapter(adapter: PeftFolder) -> Head:
-    """The head that a saved adapter is for, from PEFT's `task_type`, and its `kept_config` if it has one.
-
-    A folder of PEFT's own says nowhere how many labels there are; its head's last layer has as many rows, and they
-    are fewer than any other's.
-    """
-    head = next((head for head in _HEADS if head.recognises(adapter)), CAUSAL_LM)
-    rows = [adapter.tensors.entries[stored].shape[0] for stored in adapter.trained.values()]
-    return head.with_labels(len(adapter.model_config.get("id2label") or ()) or min(rows, default=2))
+    """The head that a saved adapter is for, from PEFT's `task_type`, and its `kept_config` if it has one."""
+    return next((head for head in _HEADS if head.recognises(adapter)), CAUSAL_LM).of_adapter(adapter)
 
 
 def head_of_model(config: Mapping[str, Any]) -> Head:
     """The head of a model's folder, from its config.json; a language model's where its class says nothing else."""
     pictures_last = sorted(_HEADS, key=lambda head: head is IMAGE_TEXT_TO_TEXT)  # some classes are in another list, too
-    head = next((head for head in pictures_last if head.is_named_by(config)), CAUSAL_LM)
-    return head.with_labels(len(config.get("id2label") or range(2)))
+    return next((head for head in pictures_last if head.is_named_by(config)), CAUSAL_LM).of_model(config)
