@@ -7,11 +7,10 @@ from typing import cast
 import torch
 from torch import nn
 
+from dora_dist.adapters.adapter_folder import SavedAdapter
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.method import AdapterMethod
-from dora_dist.adapters.methods import of_peft
 from dora_dist.adapters.patterns import inside, matches
-from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.adapters.storage import PLAIN, WeightStorage
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.loading import HeldWeight, initial_values
@@ -72,10 +71,10 @@ def with_ranks(plan: AdapterPlan, ranks: Mapping[str, int]) -> AdapterPlan:
     return resized
 
 
-def like(adapter: PeftAdapter) -> AdapterPlan:
-    """Plan the layers that a PEFT adapter has, each with its own rank and scaling."""
-
-    return lambda model: {name: of_peft(layer, adapter.dropout) for name, layer in adapter.layers.items()}
+def like(adapter: SavedAdapter) -> AdapterPlan:
+    """Plan the layers that a saved adapter has, each with its own method, rank and scaling."""
+    methods = adapter.methods()
+    return lambda model: dict(methods)
 
 
 def inject(

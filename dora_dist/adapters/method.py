@@ -182,6 +182,18 @@ class AdapterMethod(Method):
         return share
 
     @abstractmethod
+    def merge_rows(self, weight: Tensor, values: Tensors, shape: Shape, *, start: int) -> None:
+        """Make rows [start, start + len(weight)) of W0, fp32 (rows, in), those of the adapted weight, in place.
+
+        `values` are whole fp32 parameters of a layer of `shape`.
+        """
+
+    @property
+    @abstractmethod
+    def in_peft(self) -> bool:
+        """Whether PEFT has a format for it; else adapters are saved in our own (`native_format.py`)."""
+
+    @abstractmethod
     def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> AdapterLayer | None:
         """PEFT's form of whole fp32 `values` on the CPU; None where there is nothing to write."""
 
@@ -255,6 +267,10 @@ class Update(AdapterMethod):
     def add_norm_gradient(self, layer: Layer, row_scale: Tensor, gradients: dict[str, Tensor]) -> None:
         """Add in place what follows from a gradient row_scale_o·V'_o of every row of V' = W0 + ΔW (out, in)."""
 
+    def merge_rows(self, weight: Tensor, values: Tensors, shape: Shape, *, start: int) -> None:
+        if factors := self.to_peft(shape, values, None):
+            factors.merge_rows(weight, start)
+
     def add_penalty(self, layer: Layer, gradients: dict[str, Tensor]) -> None:
         """Add the gradient of a penalty on the parameters, where the method has one, in place."""
         return
@@ -262,6 +278,10 @@ class Update(AdapterMethod):
     @property
     def title(self) -> str:
         return self.titles[0]
+
+    @property
+    def in_peft(self) -> bool:
+        return True
 
     def settings(self) -> dict[str, Any]:
         common = {"weight_decomposed": self.weight_decomposed, "gated": self.components is not None}

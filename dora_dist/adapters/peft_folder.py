@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME
 from dora_dist.adapters.peft_config import (
     CONFIG_NAME,
     REMEDY,
@@ -27,8 +28,6 @@ from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.safetensors_io import TensorFolder
 
-MODEL_CONFIG_NAME = "model_config.json"
-"""Fields that a model's config.json has in addition to its base's (its head's labels); PEFT does not look at it."""
 WEIGHTS_STEM = "adapter_model"
 PREFIX = "base_model.model."
 """How PEFT begins the name of every tensor."""
@@ -120,6 +119,18 @@ class PeftFolder:
         targeted, kinds = targets(self.config), {_kind(module) for module in self.modules}
         return [m for m in modules if m not in self.modules and _kind(m) in kinds and targeted(m)]
 
+    @property
+    def base_model(self) -> str:
+        return self.config.get("base_model_name_or_path") or ""
+
+    @property
+    def revision(self) -> str | None:
+        return self.config.get("revision")
+
+    @property
+    def task_type(self) -> str | None:
+        return self.config.get("task_type")
+
     def base_digest(self) -> str:
         """The digest of the base that it was trained on; "" where the folder does not say."""
         return self._metadata(BASE_DIGEST, "")
@@ -156,14 +167,7 @@ class PeftFolder:
 
     def read(self, name: str) -> Tensor:
         """A tensor by its name in the file, fp32. Raises UserError, naming it, where it is not finite."""
-        values = self.tensors.read(name, dtype=torch.float32)
-        if not bool(torch.isfinite(values).all()):
-            bad = int((~torch.isfinite(values)).sum())
-            raise UserError(
-                f"{self.tensors.entries[name].path}: tensor {name!r} holds {bad:,} numbers that are NaN, infinite or "
-                "too large for fp32: training diverged before it was saved; use an earlier checkpoint"
-            )
-        return values
+        return self.tensors.read_finite(name)
 
 
 def warn_of_magnitudes(path: Path, odd: Mapping[str, int]) -> None:

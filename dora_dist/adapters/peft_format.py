@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME
+from dora_dist.adapters.method import AdapterMethod
+from dora_dist.adapters.methods import of_peft
 from dora_dist.adapters.peft_config import CONFIG_NAME, NO_TARGETS
 from dora_dist.adapters.peft_folder import (
     BASE_DIGEST,
     BASE_STORAGE,
-    MODEL_CONFIG_NAME,
     PREFIX,
     WEIGHTS_STEM,
     PeftFolder,
@@ -56,6 +59,25 @@ class PeftAdapter:
     base_digest: str = ""
     base_storage: str = PLAIN.name
     source: PeftFolder | None = None
+
+    def methods(self) -> dict[str, AdapterMethod]:
+        """The method of each module, with its own rank and scaling."""
+        return {name: of_peft(layer, self.dropout) for name, layer in self.layers.items()}
+
+    def differences(self, module: str, method: AdapterMethod) -> Iterator[str]:
+        """Why `module` cannot be the start of a layer with `method`, each with a remedy."""
+        theirs = self.layers[module]
+        if theirs.magnitude is not None and not method.weight_decomposed:
+            yield "it is DoRA (set adapter.weight_decomposed to true)"
+        yield from method.differences(theirs)
+
+    def values(self, module: str, method: AdapterMethod, base_norm: Tensor | None) -> dict[str, Tensor]:
+        """Values of the parameters of a layer with `method`, which gives the function that `module` has here."""
+        return method.from_peft(self.layers[module], base_norm)
+
+    def write(self, path: Path) -> None:
+        """Write the folder `path` (`write_peft_folder`)."""
+        write_peft_folder(path, self)
 
 
 def read_peft_folder(path: Path) -> PeftAdapter:

@@ -55,6 +55,20 @@ class AdapterLayer:
             zeros &= ((B != 0) & (B != _ZERO_ROW_B)).any(dim=1)
         return int(((self.magnitude < 0) | zeros).sum())
 
+    def merge_rows(self, weight: Tensor, start: int) -> None:
+        """Merge it into rows [start, start + len(weight)) of the base weight, fp32 (rows, in), in place.
+
+        W = (m / n)[:, None]·(W0 + s·B·A), n = row norms of the bracket (Liu et al., section 4.1): a row needs only its
+        own base row. A row of norm 0 is kept (factor 1), as in the adapted layer.
+        """
+        rows = slice(start, start + len(weight))
+        if self.lora_A is not None and self.lora_B is not None:
+            weight.addmm_(self.lora_B[rows] * self.scaling, self.lora_A)
+        if self.magnitude is not None:
+            norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)  # squares could overflow in fp32
+            factor = torch.where(norm == 0, 1.0, self.magnitude[rows] / norm)
+            weight.mul_(factor[:, None].float())
+
     def stored_factors(self, module: str) -> tuple[Tensor, Tensor]:
         """lora_A and lora_B for PEFT, which knows neither magnitude-only modules nor rows of norm zero.
 

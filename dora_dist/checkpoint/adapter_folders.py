@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dora_dist.adapters.peft_config import CONFIG_NAME
+from dora_dist.adapters import native_format, peft_config
+from dora_dist.adapters.folders import holds_adapter
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.manifest import is_complete
 from dora_dist.config import is_local
@@ -17,13 +18,13 @@ from dora_dist.runtime.hub import fetch
 def find_adapter(path: Path) -> tuple[Path, str | None]:
     """The adapter folder that `path` means, and the base it was trained on where that is known.
 
-    `path` is a PEFT folder, a checkpoint, or a run folder: then the checkpoint that `run_folder.chosen` takes. Raises
-    UserError when it is none of these.
+    `path` is an adapter folder, a checkpoint, or a run folder: then the checkpoint that `run_folder.chosen` takes.
+    Raises UserError when it is none of these.
     """
     path = Path(path)
-    if (path / CONFIG_NAME).is_file():
+    if holds_adapter(path):
         return path, _trained_on(path)
-    if (path / run_folder.ADAPTER / CONFIG_NAME).is_file():
+    if holds_adapter(path / run_folder.ADAPTER):
         if path.name.startswith("checkpoint-") and not is_complete(path):
             raise UserError(f"{path}: incomplete checkpoint (saving was cut short); use another one")
         return path / run_folder.ADAPTER, _trained_on(path / run_folder.ADAPTER, path.parent)
@@ -39,8 +40,12 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
 
 def _trained_on(adapter: Path, run: Path | None = None) -> str | None:
     """The base's name: from the run's config.json, else as the adapter says."""
-    places = [(run / "config.json", ("model", "path"))] if run else []
-    for file, keys in [*places, (adapter / CONFIG_NAME, ("base_model_name_or_path",))]:
+    places: list[tuple[Path, tuple[str, ...]]] = [(run / "config.json", ("model", "path"))] if run else []
+    places += [
+        (adapter / peft_config.CONFIG_NAME, ("base_model_name_or_path",)),
+        (adapter / native_format.CONFIG_NAME, ("base_model",)),
+    ]
+    for file, keys in places:
         try:
             value = json.loads(file.read_text(encoding="utf-8"))
             for key in keys:

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.merge import merge_rows
-from dora_dist.adapters.peft_folder import PeftFolder, warn_of_lacking, warn_of_magnitudes
-from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.adapters.adapter_folder import AdapterFolder, SavedLayer
+from dora_dist.adapters.folders import open_adapter
+from dora_dist.adapters.peft_folder import warn_of_lacking, warn_of_magnitudes
 from dora_dist.adapters.storage import WeightStorage, as_held, storage_of
 from dora_dist.checkpoint.adapter_folders import base_path
 from dora_dist.checkpoint.manifest import MANIFEST
@@ -63,10 +63,10 @@ def consolidate(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Merge a PEFT adapter folder into its base and write a plain model folder, config and tokenizer included.
+    """Merge an adapter folder into its base and write a plain model folder, config and tokenizer included.
 
     Args:
-        adapter_folder: a PEFT folder; of a run `RUN_DIR/checkpoint-STEP/adapter`.
+        adapter_folder: PEFT's format or our own; of a run `RUN_DIR/checkpoint-STEP/adapter`.
         base_folder: a folder, or a hub name.
         output: the folder to write; it appears under its name once it is complete.
         dtype: "bf16", "fp16" or "fp32"; None: that of the base on disk, tensor by tensor.
@@ -84,7 +84,7 @@ def consolidate(
     started = time.monotonic()
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
-    adapter = PeftFolder.open(adapter_folder)
+    adapter = open_adapter(adapter_folder)
     storage = storage_of(adapter.base_storage(), f"{adapter.path}: the base's storage")
     base = _base(adapter, str(base_folder))
     output = Path(output).resolve()
@@ -115,9 +115,9 @@ def consolidate(
     }
 
 
-def _base(adapter: PeftFolder, name: str) -> ModelFolder:
-    own = name == adapter.config.get("base_model_name_or_path")
-    return ModelFolder.open(base_path(name, adapter.config.get("revision") if own else None, str(adapter.path)))
+def _base(adapter: AdapterFolder, name: str) -> ModelFolder:
+    own = name == adapter.base_model
+    return ModelFolder.open(base_path(name, adapter.revision if own else None, str(adapter.path)))
 
 
 def _check_output(output: Path, base: Path, adapter: Path) -> None:
@@ -138,15 +138,14 @@ def _check_space(output: Path, nbytes: int) -> None:
         raise UserError(f"{output}: disk full: {needed}; free some space or choose another place")
 
 
-def _warn_of_another(adapter: PeftFolder, base: TensorFolder) -> None:
+def _warn_of_another(adapter: AdapterFolder, base: TensorFolder) -> None:
     """Warn where the adapter is of another base, or of more layers than it has tensors for."""
-    name = adapter.config.get("base_model_name_or_path") or ""
-    warn_of_another_base(adapter.path, name, adapter.base_digest(), base.path, sampled_digest(base))
+    warn_of_another_base(adapter.path, adapter.base_model, adapter.base_digest(), base.path, sampled_digest(base))
     weights = [name for name, entry in base.entries.items() if name.endswith(".weight") and len(entry.shape) == 2]
     warn_of_lacking(adapter.path, adapter.lacking(name.removesuffix(".weight") for name in weights))
 
 
-def _blocks(output: Output, layer: AdapterLayer | None, storage: WeightStorage) -> Iterator[Tensor]:
+def _blocks(output: Output, layer: SavedLayer | None, storage: WeightStorage) -> Iterator[Tensor]:
     """The tensor as it is to be written, a block of rows at a time; UserError if a number is not finite.
 
     What is merged is the weight as training saw it, through `storage`.
@@ -162,7 +161,8 @@ def _blocks(output: Output, layer: AdapterLayer | None, storage: WeightStorage) 
         else:
             read = partial(source.read_flat, entry.name, dtype=torch.float32)
             weight = as_held(storage, read, entry.numel, span=span).view(-1, width)
-            block = merge_rows(weight, layer, start).to(dtype)
+            layer.merge_rows(weight, start)
+            block = weight.to(dtype)
         if block.is_floating_point() and dtype.itemsize > 1 and not bool(torch.isfinite(block).all()):
             origin = "source" if layer is None else "base, adapter or their sum"
             cause = f"its {origin} holds NaN, infinity or a value too large for {dtype}"
@@ -198,7 +198,7 @@ def _write_config(
 
 
 def _write_weights(
-    folder: Path, shards: Sequence[Shard], adapter: PeftFolder, *, storage: WeightStorage, bar: Any
+    folder: Path, shards: Sequence[Shard], adapter: AdapterFolder, *, storage: WeightStorage, bar: Any
 ) -> dict[str, int]:
     """Read, merge and write every tensor, and the index where there are several files.
 

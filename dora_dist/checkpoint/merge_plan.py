@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dora_dist.adapters.peft_folder import PeftFolder
+from dora_dist.adapters.adapter_folder import AdapterFolder
 from dora_dist.models.build import skeleton
 from dora_dist.models.families import family_of
 from dora_dist.models.family import Family
@@ -68,7 +68,7 @@ class MergePlan:
         return shards
 
 
-def plan_merge(adapter: PeftFolder, base: ModelFolder, dtype: str | None) -> MergePlan:
+def plan_merge(adapter: AdapterFolder, base: ModelFolder, dtype: str | None) -> MergePlan:
     """Match an adapter's modules and tensors with the base's; `dtype` as of `consolidate`.
 
     Raises UserError naming the first module that the base cannot take.
@@ -108,7 +108,7 @@ class _Names:
     parted: tuple[list[str], ...] = ()
 
 
-def _names(adapter: PeftFolder, base: ModelFolder) -> _Names:
+def _names(adapter: AdapterFolder, base: ModelFolder) -> _Names:
     # A weight that several modules share is an embedding or a head, never one of the numbered layers.
     outer = [m for m in adapter.modules if not any(part.isdigit() for part in m.split("."))]
     changed, family = [*adapter.modules_to_save(), *outer], family_of(base.config["model_type"])
@@ -141,7 +141,7 @@ def _own_name(name: str, entries: Iterable[str], names: _Names) -> str:
 
 
 def _targets(
-    adapter: PeftFolder, base: Path, entries: Mapping[str, TensorEntry], *, stored: Mapping[str, str], prefix: str
+    adapter: AdapterFolder, base: Path, entries: Mapping[str, TensorEntry], *, stored: Mapping[str, str], prefix: str
 ) -> dict[str, str]:
     """Name in `entries` -> adapted module."""
     targets = {}
@@ -159,12 +159,12 @@ def _targets(
     return targets
 
 
-def _trained(adapter: PeftFolder, trained: str, name: str, *, dtype: torch.dtype) -> Output:
+def _trained(adapter: AdapterFolder, trained: str, name: str, *, dtype: torch.dtype) -> Output:
     """A tensor that was trained in full, as `name`."""
     return Output(name, dtype, adapter.tensors, adapter.tensors.entries[adapter.trained[trained]])
 
 
-def _check_replacement(adapter: PeftFolder, name: str, entry: TensorEntry) -> None:
+def _check_replacement(adapter: AdapterFolder, name: str, entry: TensorEntry) -> None:
     shape = adapter.tensors.entries[adapter.trained[name]].shape
     if shape != entry.shape and not adapter.model_config:  # a head may have another number of labels
         mismatch = f"as {shape}, but {entry.path.parent} has it as {entry.shape}"

@@ -10,7 +10,7 @@ RUN_DIR/
         state.safetensors          fp32 masters and Adam moments, whole tensors: no trace of the world size; where they
                                    are large, state-00001-of-00008.safetensors, ...: pieces of them (`state.py`)
         trainer_state.json
-        adapter/                   a PEFT folder, with the tokenizer
+        adapter/                   an adapter folder, with the tokenizer
 """
 
 import json

@@ -18,10 +18,13 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from dora_dist.adapters.adapter_folder import SavedAdapter
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.method import AdapterMethod, Method
-from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
+from dora_dist.adapters.native_format import NativeAdapter, NativeLayer
+from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.adapters.storage import PLAIN
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.format import (
     Survivors,
@@ -92,7 +95,7 @@ class Saver:
         survivors: Survivors | None = None,
         afterwards: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy the state and start writing `folder`, with the adapter in PEFT's format inside it.
+        """Copy the state and start writing `folder`, with the adapter's folder inside it.
 
         `fields` join the manifest (step, position in the data; plain JSON). With `survivors`, only those components
         of the gated layers they name are written, as of a model that never had the others. The folder appears under
@@ -117,7 +120,7 @@ class Saver:
             with new_folder(folder, overwrite=True) as partial:
                 masters = self._write_state(partial / STATE, state, survivors)
                 if isinstance(self._origin.method, AdapterMethod):
-                    write_peft_folder(partial / run_folder.ADAPTER, self._adapter(self._origin.method, masters))
+                    self._adapter(self._origin.method, masters).write(partial / run_folder.ADAPTER)
                     for name, content in self._origin.files.items():
                         (partial / run_folder.ADAPTER / name).write_bytes(content)
                 (partial / run_folder.TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
@@ -212,32 +215,43 @@ class Saver:
                     masters[name] = whole
         return masters
 
-    def _adapter(self, method: AdapterMethod, masters: dict[str, Tensor]) -> PeftAdapter:
+    def _adapter(self, method: AdapterMethod, masters: dict[str, Tensor]) -> SavedAdapter:
+        """What trained, in PEFT's format, or in our own where PEFT has none for the method."""
         origin, adapted = self._origin, adapted_layers(self._model)
-        own = {f"{name}.{kind}" for name, layer in adapted.items() for kind in layer.method.parameters(layer.shape)}
-        layers = {name: _peft_layer(name, layer, masters) for name, layer in adapted.items()}
-        adapter = PeftAdapter(
-            base_model=origin.base_model,
+        own = {name: _own(name, layer, masters) for name, layer in adapted.items()}
+        adapters = {f"{name}.{kind}" for name, values in own.items() for kind in values}
+        common: dict[str, Any] = {
+            "base_model": origin.base_model,
+            "revision": origin.revision,
+            "task_type": origin.head.peft_type,
+            "model_config": origin.head.kept_config(self._model),
+            "modules_to_save": list(origin.trained_modules),
+            "trained": {name: values for name, values in masters.items() if name not in adapters},
+            "base_digest": origin.base_digest,
+            "base_storage": next((layer.storage.name for layer in adapted.values()), PLAIN.name),
+        }
+        if not method.in_peft:
+            native = {n: NativeLayer(layer.method, layer.shape, own[n]) for n, layer in adapted.items()}
+            return NativeAdapter(layers=native, **common)
+        layers = {name: _peft_layer(layer, own[name]) for name, layer in adapted.items()}
+        return PeftAdapter(
             lora_alpha=method.lora_alpha,
             r=method.r or 1,
             dropout=method.dropout,
             use_dora=method.weight_decomposed,
             layers={name: layer for name, layer in layers.items() if layer is not None},
-            revision=origin.revision,
-            trained={name: values for name, values in masters.items() if name not in own},
+            **common,
         )
-        adapter.task_type = origin.head.peft_type
-        adapter.model_config = origin.head.kept_config(self._model)
-        adapter.modules_to_save = list(origin.trained_modules)
-        adapter.base_digest = origin.base_digest
-        adapter.base_storage = next((layer.storage.name for layer in adapted.values()), adapter.base_storage)
-        return adapter
 
 
-def _peft_layer(name: str, layer: AdaptedLinear, masters: dict[str, Tensor]) -> AdapterLayer | None:
-    """A layer as PEFT knows it; None if nothing of it is left."""
+def _own(name: str, layer: AdaptedLinear, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's parameters, as far as they are left."""
     # This is a thread, so it asks the method for names and not the layer for its parameters: during a forward pass
     # DeepSpeed's lookup of a parameter that is away gathers it, which is collective.
     kinds = [kind for kind in layer.method.parameters(layer.shape) if f"{name}.{kind}" in masters]
-    own = {kind: masters[f"{name}.{kind}"] for kind in kinds}
+    return {kind: masters[f"{name}.{kind}"] for kind in kinds}
+
+
+def _peft_layer(layer: AdaptedLinear, own: dict[str, Tensor]) -> AdapterLayer | None:
+    """A layer as PEFT knows it; None if nothing of it is left."""
     return layer.method.to_peft(layer.shape, own, None if layer.base_norm is None else layer.base_norm.cpu())

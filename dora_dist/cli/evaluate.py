@@ -42,7 +42,9 @@ def declare_evaluate(commands: Commands) -> None:
         "          dora-dist evaluate runs/glue_sst2 --tasks sst2=dev.jsonl\n"
         "          dora-dist evaluate runs/llava7b_dora --tasks vqav2=vqa.jsonl --image-folder val2014",
     )
-    command.add_argument("model", metavar="MODEL", help="model folder, hub name, PEFT folder, checkpoint or run folder")
+    command.add_argument(
+        "model", metavar="MODEL", help="model folder, hub name, adapter folder, checkpoint or run folder"
+    )
     command.add_argument(
         "--tasks",
         nargs="+",

@@ -19,7 +19,7 @@ def declare_consolidate(commands: Commands) -> None:
         summary="merge an adapter into its base: a plain Hugging Face model folder",
         example="dora-dist consolidate runs/quickstart/train --output merged/",
     )
-    command.add_argument("path", type=Path, metavar="PATH", help="run folder, checkpoint, or PEFT adapter folder")
+    command.add_argument("path", type=Path, metavar="PATH", help="run folder, checkpoint, or adapter folder")
     add_output(command, "the merged model")
     command.add_argument("--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)")
     command.add_argument("--dtype", choices=DTYPES, help="number format to write (default: the base's)")

@@ -17,6 +17,9 @@ _HOW_TO_MAKE_ONE = (
 )
 
 
+_ADAPTERS = ("adapter_config.json", "dora_dist_adapter.json")  # PEFT's and our own, as `adapters/folders.py` knows them
+
+
 def check(model: ModelConfig, adapter: AdapterConfig, data: DataConfig, *, checkpoint: CheckpointConfig) -> None:
     """Raise one UserError over everything that is missing. Hub names are not looked up."""
     problems = [
@@ -108,10 +111,14 @@ def _listed(names: str | list[str] | None) -> list[str]:
 
 
 def _init_from(start: str | None) -> Iterator[str]:
-    if start is not None and not (Path(start) / "adapter_config.json").is_file():
-        inside = Path(start) / "adapter" / "adapter_config.json"
-        hint = f'; did you mean "{inside.parent}"?' if inside.is_file() else nearby(Path(start))
+    if start is not None and not _is_adapter(Path(start)):
+        inside = Path(start) / "adapter"
+        hint = f'; did you mean "{inside}"?' if _is_adapter(inside) else nearby(Path(start))
         yield f'adapter.init_from = "{start}": no adapter_config.json in it; give a PEFT adapter folder{hint}'
+
+
+def _is_adapter(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _ADAPTERS)
 
 
 def _resume(resume: str | None) -> Iterator[str]:
@@ -120,7 +127,7 @@ def _resume(resume: str | None) -> Iterator[str]:
         return
     folder = Path(resume)
     label = f'checkpoint.resume = "{folder}"'
-    if (folder / "adapter_config.json").is_file():
+    if _is_adapter(folder):
         inside = f", or {folder.parent} to go on with it" if (folder.parent / "manifest.json").is_file() else ""
         yield (
             f"{label}: is an adapter without the optimizer's state; give it to adapter.init_from, to start a new run "
@@ -155,7 +162,7 @@ def _not_a_run(folder: Path, label: str) -> Iterator[str]:
     """What a folder holds that is not a run, and that a run's files would be mixed with, or replace."""
     if (folder / "manifest.json").is_file():
         yield f"{label}: is a checkpoint; give its run folder, {folder.absolute().parent}, or another one"
-    elif (folder / "adapter_config.json").is_file():
+    elif _is_adapter(folder):
         yield f"{label}: holds an adapter; give a folder of the run's own"
     elif any(folder.glob("*.safetensors")):
         yield f"{label}: holds a model; give a folder of the run's own"

@@ -121,7 +121,7 @@ class AdapterConfig(Section):
         "weight may not; a tied parameter stays tied",
     )
     init_from: PathText | None = Field(
-        default=None, description="PEFT LoRA or DoRA folder to start from; null: a new adapter"
+        default=None, description="Adapter folder to start from (PEFT's LoRA or DoRA, or our own); null: a new adapter"
     )
     dynamic_rank: bool = Field(
         default=False,

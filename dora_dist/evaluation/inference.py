@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 
+from dora_dist.adapters.folders import holds_adapter, open_adapter, read_adapter
 from dora_dist.adapters.inject import like
-from dora_dist.adapters.peft_config import CONFIG_NAME
-from dora_dist.adapters.peft_folder import PeftFolder
-from dora_dist.adapters.peft_format import read_peft_folder
 from dora_dist.adapters.storage import storage_of
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_folders import base_path, find_adapter
@@ -39,10 +37,10 @@ from dora_dist.weights.safetensors_io import TensorFolder
 def load_for_inference(path: str, dtype: str = "bf16", base: str | None = None) -> tuple[Any, Any]:
     """A model in evaluation mode and its tokenizer, on the accelerator if there is one.
 
-    `path` is the Hugging Face folder or hub name of a model of one of our tasks, or else a PEFT folder, a checkpoint
-    or a run folder, whose adapter is then put on its base unmerged, for the task that it was trained for; on `base`
-    (a folder or hub name) where that is given. Raises UserError if it is none of these, and later, from the model's
-    forward, where its logits are NaN or infinite.
+    `path` is the Hugging Face folder or hub name of a model of one of our tasks, or else an adapter folder, a
+    checkpoint or a run folder, whose adapter is then put on its base unmerged, for the task that it was trained for; on
+    `base` (a folder or hub name) where that is given. Raises UserError if it is none of these, and later, from the
+    model's forward, where its logits are NaN or infinite.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     adapter = adapter_at(path)
@@ -104,7 +102,7 @@ def tokenizer_source(path: str, base: str | None = None) -> str | Path:
 def head_at(path: str) -> Head:
     """The head of the model that `load_for_inference` would load. Raises UserError as that does."""
     adapter = adapter_at(path)
-    return head_of_model(read_config(_folder(path))) if adapter is None else head_of_adapter(PeftFolder.open(adapter))
+    return head_of_model(read_config(_folder(path))) if adapter is None else head_of_adapter(open_adapter(adapter))
 
 
 def base_folder(path: str, base: str | None = None) -> Path:
@@ -118,9 +116,9 @@ def base_folder(path: str, base: str | None = None) -> Path:
 
 
 def adapter_at(path: str) -> Path | None:
-    """The PEFT folder that `path` means; None if it is a plain model. Raises UserError if it is neither."""
+    """The adapter folder that `path` means; None if it is a plain model. Raises UserError if it is neither."""
     folder = _folder(path)
-    is_adapters = any((place / CONFIG_NAME).exists() for place in (folder, folder / run_folder.ADAPTER))
+    is_adapters = any(map(holds_adapter, (folder, folder / run_folder.ADAPTER)))
     if any(folder.glob("*.safetensors")) and not is_adapters:  # a checkpoint has its state in such a file, too
         return None
     if any(folder.glob("*.bin")) and not is_adapters:
@@ -196,13 +194,13 @@ def _folder(path: str) -> Path:
 
     folder = Path(path) if is_local(path) else fetch(path)
     if not folder.is_dir():
-        remedy = "give a model, PEFT, checkpoint or run folder, or a hub name"
+        remedy = "give a model, adapter, checkpoint or run folder, or a hub name"
         raise UserError(f"{path}: {not_a_folder(folder, remedy)}")
     return folder
 
 
 def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) -> Any:
-    adapter, head = read_peft_folder(folder), head_of_adapter(PeftFolder.open(folder))
+    adapter, head = read_adapter(folder), head_of_adapter(open_adapter(folder))
     placement = WholePlacement(device or "cpu")
     run = build_model(
         base,
@@ -219,10 +217,10 @@ def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) 
 
 def _base_of(adapter: Path, given: str | None) -> Path:
     """The folder of the base: `given`, else as the run says, else as the adapter says."""
-    own, run = PeftFolder.open(adapter).config, run_folder.config_of(adapter).get("model", {})
+    own, run = open_adapter(adapter), run_folder.config_of(adapter).get("model", {})
     if given is not None:
         return base_path(given, None, "--base")
-    name = run.get("path") or own.get("base_model_name_or_path")
+    name = run.get("path") or own.base_model
     if not name:
         raise UserError(f"{adapter}: does not say what its base model is; give it with --base MODEL")
-    return base_path(name, (run if run.get("path") else own).get("revision"), str(adapter))
+    return base_path(name, run.get("revision") if run.get("path") else own.revision, str(adapter))

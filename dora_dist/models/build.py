@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dora_dist.adapters.adapter_folder import SavedAdapter
 from dora_dist.adapters.inject import AdapterPlan, held_weights, initial_fills, inject, weight_count
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.patterns import TrainedParameters, trained_in_full
-from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.adapters.recompute import keeping_outputs
 from dora_dist.adapters.storage import PLAIN, WeightStorage
 from dora_dist.models import start
@@ -75,7 +75,7 @@ def build_model(
     storage: WeightStorage = PLAIN,
     trained_modules: Sequence[str] | None = None,
     trained_parameters: TrainedParameters = lambda model: [],
-    start_from: PeftAdapter | None = None,
+    start_from: SavedAdapter | None = None,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     seed: int = 0,
@@ -190,7 +190,7 @@ def _inject(
     )
 
 
-def _digest(base: ModelFolder, start_from: PeftAdapter | None) -> str:
+def _digest(base: ModelFolder, start_from: SavedAdapter | None) -> str:
     """The `sampled_digest` of the base; warns of an adapter that starts from another one."""
     digest = sampled_digest(base.tensors)
     if start_from is not None and start_from.source is not None:

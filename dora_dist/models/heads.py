@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from dora_dist.adapters.adapter_folder import AdapterFolder
 from dora_dist.adapters.patterns import trained_in_full
-from dora_dist.adapters.peft_folder import PeftFolder
 from dora_dist.models.families import check_sees_pictures, family_of, family_of_model, family_of_parts
 from dora_dist.models.folder import own_code_needed
 from dora_dist.models.vocabulary import agree_on_padding
@@ -48,7 +48,7 @@ class Head:
         """The head with so many outputs, where it is the run that chooses how many there are."""
         return replace(self, num_labels=count)
 
-    def of_adapter(self, adapter: PeftFolder) -> Head:
+    def of_adapter(self, adapter: AdapterFolder) -> Head:
         """The head of a saved adapter that it `recognises`.
 
         A folder of PEFT's own says nowhere how many labels there are; its head's last layer has as many rows, and they
@@ -124,9 +124,9 @@ class Head:
         full = {**model.config.to_dict(), "architectures": [type(model).__name__]}
         return {name: full[name] for name in _KEPT_FIELDS if full.get(name) is not None}
 
-    def recognises(self, adapter: PeftFolder) -> bool:
+    def recognises(self, adapter: AdapterFolder) -> bool:
         """Whether a saved adapter is for such a model."""
-        return bool(adapter.config.get("task_type") == self.peft_type)
+        return adapter.task_type == self.peft_type
 
 
 class _Labels(Head):
@@ -197,7 +197,7 @@ class VisualFeatures(_EncoderDecoder):
         """The head for features of such a width."""
         return replace(self, feature_dim=feature_dim)
 
-    def of_adapter(self, adapter: PeftFolder) -> Head:
+    def of_adapter(self, adapter: AdapterFolder) -> Head:
         return self.with_features(adapter.model_config.get("feature_dim"))
 
     def configure(self, config: Any) -> Any:
@@ -210,7 +210,7 @@ class VisualFeatures(_EncoderDecoder):
         full = model.config.to_dict()
         return super().kept_config(model) | {name: full[name] for name in _KEPT_OF_FEATURES}
 
-    def recognises(self, adapter: PeftFolder) -> bool:
+    def recognises(self, adapter: AdapterFolder) -> bool:
         """PEFT has no type of its own for such models: by the configuration that was saved, or its parts' names."""
         family = family_of_parts((*adapter.modules, *adapter.trained))
         return self.is_named_by(adapter.model_config) or (family is not None and family.reads_features)
@@ -223,7 +223,7 @@ class _Pictures(_Language):
         check_sees_pictures(config)
         return super().model_class(config, trust_remote_code)
 
-    def recognises(self, adapter: PeftFolder) -> bool:
+    def recognises(self, adapter: AdapterFolder) -> bool:
         """By its parts' names: PEFT has no type of its own for models with pictures."""
         family = family_of_parts((*adapter.modules, *adapter.trained))
         return family is not None and family.sees_pictures
@@ -265,7 +265,7 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def head_of_adapter(adapter: PeftFolder) -> Head:
+def head_of_adapter(adapter: AdapterFolder) -> Head:
     """The head that a saved adapter is for, from PEFT's `task_type`, and its `kept_config` if it has one."""
     return next((head for head in _HEADS if head.recognises(adapter)), CAUSAL_LM).of_adapter(adapter)
 

@@ -1,22 +1,23 @@
-"""A PEFT adapter as the starting point of a model: whether it fits, asked before a weight is read; then its values."""
+"""A saved adapter as the starting point of a model: whether it fits, asked before a weight is read; then its values."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from dora_dist.adapters.adapter_folder import SavedAdapter
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.peft_folder import warn_of_lacking
-from dora_dist.adapters.peft_format import PeftAdapter
-from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.models.heads import Head
 from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.placement import Placement
 
 
-def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdapter, *, base: Path, head: Head) -> None:
+def check(
+    model: nn.Module, trained: Mapping[str, torch.Size], adapter: SavedAdapter, *, base: Path, head: Head
+) -> None:
     """Raise UserError where an adapter is not of the layers, ranks and shapes of an adapted `model`.
 
     `trained` are the shapes of its parameters that are trained, `base` and `head` what it was made of. Warns of what
@@ -28,7 +29,7 @@ def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdap
     _check_names(where, layers, adapter, base=base, plain=plain)
     for name, layer in layers.items():
         theirs = adapter.layers[name]
-        if differ := ", ".join(_differences(layer, theirs)):
+        if differ := ", ".join(adapter.differences(name, layer.method)):
             raise UserError(f"adapter.init_from: {where} has other settings than this run at {name!r}: {differ}")
         if theirs.shape != layer.shape:
             raise UserError(
@@ -48,27 +49,21 @@ def check(model: nn.Module, trained: Mapping[str, torch.Size], adapter: PeftAdap
         )
 
 
-def _differences(layer: AdaptedLinear, theirs: AdapterLayer) -> Iterator[str]:
-    if theirs.magnitude is not None and not layer.method.weight_decomposed:
-        yield "it is DoRA (set adapter.weight_decomposed to true)"
-    yield from layer.method.differences(theirs)
-
-
-def assign(model: nn.Module, adapter: PeftAdapter, placement: Placement) -> None:
+def assign(model: nn.Module, adapter: SavedAdapter, placement: Placement) -> None:
     """Give a model the values of an adapter that fits it (`check`), once its norms are known.
 
     Modules trained in full that the adapter lacks (a new task's head) stay as they are.
     """
     for name, layer in adapted_layers(model).items():
         own = layer.adapter_parameters()
-        for kind, values in layer.method.from_peft(adapter.layers[name], layer.base_norm).items():
+        for kind, values in adapter.values(name, layer.method, layer.base_norm).items():
             placement.assign(own[kind], values)
     for name, whole in adapter.trained.items():
         placement.assign(model.get_parameter(name), whole)
 
 
 def _check_names(
-    where: str, layers: Mapping[str, AdaptedLinear], adapter: PeftAdapter, *, base: Path, plain: Iterable[str]
+    where: str, layers: Mapping[str, AdaptedLinear], adapter: SavedAdapter, *, base: Path, plain: Iterable[str]
 ) -> None:
     """`plain` are the linear layers of the model that are not adapted."""
     lacking = adapter.source.lacking([*plain, *layers]) if adapter.source else []
@@ -92,7 +87,7 @@ def _check_names(
         warn_of_lacking(adapter.source.path, lacking)
 
 
-def _check_trained(where: str, shapes: Mapping[str, torch.Size], adapter: PeftAdapter) -> None:
+def _check_trained(where: str, shapes: Mapping[str, torch.Size], adapter: SavedAdapter) -> None:
     for name, values in adapter.trained.items():
         if name not in shapes:
             raise UserError(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from dora_dist.adapters.folders import is_native
 from dora_dist.adapters.methods import chosen
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.resuming import optimizer_steps
@@ -100,8 +101,12 @@ def closing(checkpoint: Path, seconds: float) -> None:
     choice = run_folder.chosen(run_dir)
     result = choice.folder if choice is not None else checkpoint  # rank 0's folder may lie on another node
     line("result", str(result) if choice is None else f"{result}, {choice.reason}")
-    if (result / run_folder.ADAPTER).is_dir():
-        line("adapter", f"{result / run_folder.ADAPTER}, in PEFT's format, with the tokenizer")
+    adapter = result / run_folder.ADAPTER
+    if adapter.is_dir():
+        written = "in PEFT's format"
+        if is_native(adapter):
+            written = "in our own format, since PEFT has none for this method (merge it for other tools)"
+        line("adapter", f"{adapter}, {written}, with the tokenizer")
     if choice is not None and choice.newest is not None:
         line("newest", f"{choice.newest}; merge that one: dora-dist consolidate {choice.newest} --output merged/")
     line("merge", f"dora-dist consolidate {run_dir} --output merged/")

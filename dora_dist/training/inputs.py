@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_dist.adapters.peft_format import PeftAdapter, read_peft_folder
+from dora_dist.adapters.adapter_folder import SavedAdapter
+from dora_dist.adapters.folders import read_adapter
 from dora_dist.config import RunConfig
 from dora_dist.data import TokenizedData, read, warn_of_the_whole
 from dora_dist.models.folder import check_base, transformers_config
@@ -30,7 +31,7 @@ class Inputs:
     data: TokenizedData
     contents: dict[str, str]
     """A short text about each set of the data that differs where the set does."""
-    start_from: PeftAdapter | None
+    start_from: SavedAdapter | None
 
 
 def read_inputs(config: RunConfig, world: World) -> Inputs:
@@ -50,7 +51,7 @@ def read_inputs(config: RunConfig, world: World) -> Inputs:
     if config.adapter.init_from:
         with together("reading adapter.init_from"):
             folder = Path(config.adapter.init_from)
-            start_from = read_peft_folder(folder)
+            start_from = read_adapter(folder)
             files |= of_model_folder("adapter.init_from", folder, whole=True)
     contents = of_data(data)
     check_agreement(world, files | contents)

@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dora_dist.adapters.adapter_folder import SavedAdapter
+from dora_dist.adapters.folders import read_adapter
 from dora_dist.adapters.inject import AdapterPlan
 from dora_dist.adapters.methods import chosen
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.patterns import TrainedParameters
-from dora_dist.adapters.peft_format import PeftAdapter, read_peft_folder
 from dora_dist.adapters.storage import storage_of
 from dora_dist.config import AdapterConfig, ModelConfig, is_local
 from dora_dist.models import build, families
@@ -71,7 +72,7 @@ def build_model(
         plan=adapter_plan(adapter),
         deepspeed=deepspeed,
         device=device,
-        start_from=read_peft_folder(Path(adapter.init_from)) if adapter.init_from else None,
+        start_from=read_adapter(Path(adapter.init_from)) if adapter.init_from else None,
         seed=seed,
     )
 
@@ -84,7 +85,7 @@ def adapted_model(
     plan: AdapterPlan,
     deepspeed: Mapping[str, Any] | None,
     device: str = "cpu",
-    start_from: PeftAdapter | None = None,
+    start_from: SavedAdapter | None = None,
     seed: int = 42,
     inspect: Callable[[Any], None] = lambda model: None,
 ) -> AdaptedModel:

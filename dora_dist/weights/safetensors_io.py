@@ -142,6 +142,17 @@ class TensorFolder:
         for start in range(0, numel, _PIECE_ELEMENTS):
             yield self.read_flat(name, start, min(start + _PIECE_ELEMENTS, numel), dtype=dtype)
 
+    def read_finite(self, name: str) -> Tensor:
+        """A whole tensor that was trained, fp32. Raises UserError, naming it, where a number is not finite."""
+        values = self.read(name, dtype=torch.float32)
+        if not bool(torch.isfinite(values).all()):
+            bad = int((~torch.isfinite(values)).sum())
+            raise UserError(
+                f"{self.entries[name].path}: tensor {name!r} holds {bad:,} numbers that are NaN, infinite or "
+                "too large for fp32: training diverged before it was saved; use an earlier checkpoint"
+            )
+        return values
+
 
 class TensorWriter:
     """Streams one safetensors file, with no memory beyond the caller's tensors.

@@ -361,7 +361,7 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         assert any(path.name.startswith(".out.partial") for path in tmp_path.iterdir())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dora_dist.checkpoint.consolidate.merge_rows", interrupt)
+    monkeypatch.setattr(AdapterLayer, "merge_rows", interrupt)
     with pytest.raises(KeyboardInterrupt):
         consolidate(adapter, base, tmp_path / "out", overwrite=True, progress=False)
     assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter", "out"}

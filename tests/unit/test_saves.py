@@ -10,7 +10,7 @@ from torch import nn
 
 from dora_dist.adapters.layer import AdaptedLinear
 from dora_dist.adapters.methods import LowRank
-from dora_dist.checkpoint.saving import Saved, _peft_layer
+from dora_dist.checkpoint.saving import Saved, _own, _peft_layer
 from dora_dist.config import CheckpointConfig
 from dora_dist.runtime.errors import UserError
 from dora_dist.training.checkpoints import Checkpoints
@@ -64,6 +64,6 @@ def test_the_thread_that_saves_looks_up_no_parameter() -> None:
     layer = AdaptedLinear.from_linear(nn.Linear(5, 3, bias=False), LowRank(2, 4.0))
     masters = {f"layer.{kind}": p.detach() for kind, p in layer.adapter_parameters().items()}
     layer._parameters = _Gathering(layer._parameters)
-    saved = _peft_layer("layer", layer, masters)
+    saved = _peft_layer(layer, _own("layer", layer, masters))
     assert saved is not None and saved.lora_A is not None
     assert torch.equal(saved.lora_A, masters["layer.lora_A"].t())

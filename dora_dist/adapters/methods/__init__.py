@@ -1,5 +1,10 @@
 """The methods of the package, and the one that a configuration or a PEFT folder asks for."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
 from dora_dist.adapters.method import AdapterMethod, Method, Update, registered
 from dora_dist.adapters.methods.dynamic_rank import DynamicRank
 from dora_dist.adapters.methods.full import FullFineTuning
@@ -10,7 +15,17 @@ from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.config.schema import AdapterConfig
 from dora_dist.runtime.errors import UserError
 
-__all__ = ["DynamicRank", "FullFineTuning", "LowRank", "NoUpdate", "Vera", "WeightDecomposed", "chosen", "of_peft"]
+__all__ = [
+    "DynamicRank",
+    "FullFineTuning",
+    "LowRank",
+    "NoUpdate",
+    "Vera",
+    "WeightDecomposed",
+    "chosen",
+    "of_peft",
+    "of_settings",
+]
 
 
 def chosen(adapter: AdapterConfig) -> Method:
@@ -37,3 +52,20 @@ def of_peft(theirs: AdapterLayer, dropout: float) -> AdapterMethod:
     if theirs.r is not None:
         update = LowRank(theirs.r, theirs.scaling * theirs.r, dropout=dropout)
     return update if theirs.magnitude is None else WeightDecomposed(update)
+
+
+def of_settings(settings: Mapping[str, Any], where: str) -> AdapterMethod:
+    """The method whose `settings` these are. Raises UserError, which begins with `where`, if there is none."""
+    kind: Any = {**registered(), NoUpdate.name: NoUpdate}.get(settings.get("method", ""))
+    if kind is None or not issubclass(kind, Update):
+        remedy = "name the module that registers it in plugins"
+        raise UserError(f"{where} = {settings.get('method')!r}: there is no such method here; {remedy}")
+    try:
+        update = kind(**{field.name: settings[field.name] for field in fields(kind) if field.compare})
+        over = (settings["dropout_mode"], settings["norm_gradient"]) if settings["weight_decomposed"] else None
+        method = update if over is None else WeightDecomposed(update, *over)
+        if method.settings() == settings and type(method.r) is int and math.isfinite(method.scaling):
+            return method
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        pass  # what a method does with values that no run of it has written
+    raise UserError(f"{where} = {dict(settings)!r}: not settings of the method {kind.name!r}; save the adapter again")

@@ -204,6 +204,16 @@ class WeightDecomposed(AdapterMethod):
     def row_squares(self, shape: Shape, parameters: Tensors) -> RowSquares | None:
         return self.update.row_squares(shape, _without_magnitude(parameters))
 
+    def merge_rows(self, weight: Tensor, values: Tensors, shape: Shape, *, start: int) -> None:
+        magnitude = _row_norms(weight) + values["magnitude_offset"][start : start + len(weight)]
+        self.update.merge_rows(weight, _without_magnitude(values), shape, start=start)
+        norm = _row_norms(weight)
+        weight.mul_(torch.where(norm == 0, 1.0, magnitude / norm)[:, None].float())
+
+    @property
+    def in_peft(self) -> bool:
+        return self.update.in_peft
+
     def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> AdapterLayer:
         assert base_norm is not None
         layer = self.update.to_peft(shape, _without_magnitude(values), base_norm)
@@ -232,6 +242,10 @@ class WeightDecomposed(AdapterMethod):
 
 def _without_magnitude(values: Tensors) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if name != "magnitude_offset"}
+
+
+def _row_norms(weight: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)  # squares could overflow in fp32
 
 
 def _safe_divide(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+"""What is asked of a saved adapter, whatever the format of its folder: unread and checked, or in memory.
+
+PEFT's format is in `peft_folder.py` and `peft_format.py`, our own in `native_format.py`; `folders.py` knows both.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dora_dist.adapters.method import AdapterMethod, Shape
+from dora_dist.weights.safetensors_io import TensorFolder
+
+MODEL_CONFIG_NAME = "model_config.json"
+"""Fields that a model's config.json has in addition to its base's (its head's labels); PEFT does not look at it."""
+
+
+class SavedLayer(Protocol):
+    """One adapted module as a folder has it, read."""
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in) of the weight that it was trained on."""
+        ...
+
+    def merge_rows(self, weight: Tensor, start: int) -> None:
+        """Merge it into rows [start, start + len(weight)) of the base weight, fp32 (rows, in), in place."""
+        ...
+
+    def odd_magnitudes(self) -> int:
+        """How many magnitudes are below 0, or 0 where the base's row is not, as far as is known without the base."""
+        ...
+
+
+class AdapterFolder(Protocol):
+    """A folder that was checked but not read: `layer` and `read` read one module or tensor, so memory stays small."""
+
+    path: Path
+    tensors: TensorFolder
+    trained: dict[str, str]
+    """Parameters trained in full, by their names in the model: their names in the file."""
+    model_config: dict[str, Any]
+
+    @property
+    def modules(self) -> Collection[str]:
+        """The adapted modules, by their names in the base."""
+        ...
+
+    @property
+    def base_model(self) -> str:
+        """The folder or hub name of the base; "" where the folder does not say."""
+        ...
+
+    @property
+    def revision(self) -> str | None: ...
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's word for what the model is for."""
+        ...
+
+    def base_digest(self) -> str:
+        """The digest of the base that it was trained on; "" where the folder does not say."""
+        ...
+
+    def base_storage(self) -> str:
+        """The name of the storage that held the base in training: the adapter fits the weights as that has them."""
+        ...
+
+    def modules_to_save(self) -> list[str]:
+        """The modules whose parameters are in `trained`, by their whole names."""
+        ...
+
+    def lacking(self, modules: Iterable[str]) -> list[str]:
+        """Those of the base's linear `modules` that should have tensors here and have none."""
+        ...
+
+    def shape(self, module: str) -> Shape:
+        """(out, in) of the weight that `module` must have in the base."""
+        ...
+
+    def layer(self, module: str) -> SavedLayer:
+        """Read one module. Raises UserError, naming the tensor, where a number is not finite."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by its name in the file, fp32. Raises UserError, naming it, where it is not finite."""
+        ...
+
+
+class SavedAdapter(Protocol):
+    """An adapter in memory: what a run starts from, and what is put on a base to evaluate it. Fields as of the folder;
+    `trained` are values, by the parameters' names in the model.
+    """
+
+    base_model: str
+    revision: str | None
+    task_type: str | None
+    modules_to_save: list[str]
+    trained: dict[str, Tensor]
+    model_config: dict[str, Any]
+    base_digest: str
+    base_storage: str
+
+    @property
+    def layers(self) -> Mapping[str, SavedLayer]: ...
+
+    @property
+    def source(self) -> AdapterFolder | None:
+        """The folder that it was read from."""
+        ...
+
+    def methods(self) -> dict[str, AdapterMethod]:
+        """The method that each module was trained with."""
+        ...
+
+    def differences(self, module: str, method: AdapterMethod) -> Iterator[str]:
+        """Why `module` cannot be the start of a layer with `method`, each with a remedy."""
+        ...
+
+    def values(self, module: str, method: AdapterMethod, base_norm: Tensor | None) -> Mapping[str, Tensor]:
+        """Values of the parameters of a layer with `method`, which gives the function that `module` has here."""
+        ...
+
+    def write(self, path: Path) -> None:
+        """Write the folder `path`. Raises UserError where it exists, or cannot be written."""
+        ...
