@@ -117,6 +117,8 @@ class AdapterMethod(Method):
 
     weight_decomposed: ClassVar[bool]
     """Whether the function has the row norms n of W0 + ΔW in it: such layers need a norm refresher."""
+    magnitude: ClassVar[str | None] = None
+    """The parameter δ (out,) of a trained magnitude m = ‖W0‖ + δ; None where a row's magnitude is its norm."""
 
     @property
     @abstractmethod

@@ -10,8 +10,8 @@ pieces of W0 add up. A whole weight is the piece [0, out·in); a ZeRO-3 shard is
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_dist.adapters.layer import AdaptedLinear, before_any_forward
 from dora_dist.adapters.pieces import WeightPiece, blocks, whole_piece
+from dora_dist.adapters.row_changes import RowChange
 from dora_dist.runtime.stopwatch import Stopwatch
 
 
@@ -35,6 +36,34 @@ def add_adapter_squares(layer: AdaptedLinear, piece: WeightPiece, sums: Tensor) 
         return
     for block, w in blocks(layer, piece, sums.device):
         sums[block.row : block.row + block.rows] += share(w, block.row, block.col)
+
+
+def add_row_products(layer: AdaptedLinear, piece: WeightPiece, sums: Tensor) -> None:
+    """Add the piece's share of rowsum(W0⊙ΔW) and of rowsum(ΔW²) to `sums` (2, out), fp32, in place; what ΔW depends on
+    must be whole.
+    """
+    products = layer.method.row_products(layer.shape, layer.adapter_parameters())
+    if products is None:
+        return
+    for block, w in blocks(layer, piece, sums.device):
+        for own, found in zip(sums, products(w, block.row, block.col), strict=True):
+            own[block.row : block.row + block.rows] += found
+
+
+def magnitude_offset(layer: AdaptedLinear) -> Tensor | None:
+    """A copy of m − ‖W0‖ (out,), fp32, of a layer whose magnitude is whole here; None if it trains none."""
+    name = layer.method.magnitude
+    return None if name is None else layer.adapter_parameters()[name].detach().float().clone()
+
+
+class RowSums(NamedTuple):
+    """What one pass over a layer's weight finds, fp32, the same on every process."""
+
+    change: Tensor | None
+    """What n² has beyond rowsum(W0²) (out,); None for a layer whose function has no norms."""
+    products: Tensor | None = None
+    """rowsum(W0⊙ΔW) and rowsum(ΔW²) (2, out), where they are asked for."""
+    magnitude_offset: Tensor | None = None
 
 
 class NormRefresher:
@@ -66,35 +95,60 @@ class NormRefresher:
         for handle in self._handles:
             handle.remove()
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Recompute every layer's norm now. On shards this is collective."""
-        if not self._base_squares:
-            self._base_squares = self.base_squares()
-            for name, layer in self.layers.items():
-                layer.base_norm = self._base_squares[name].sqrt()
+        self.record({})
+
+    @torch.no_grad()
+    def record(self, recorded: Mapping[str, AdaptedLinear]) -> dict[str, RowChange]:
+        """Refresh, and say how the rows of the layers `recorded` have changed, out of the same pass over the weights.
+
+        These may be any layers of the model, also ones whose function has no norms. On shards this is collective.
+        """
+        self._find_base_squares({**self.layers, **recorded})
+        changes = {}
         with self.stopwatch.on(self.device):
-            for name, change in self.adapter_squares():
-                self.layers[name].norm = (self._base_squares[name] + change).clamp_(min=0.0).sqrt_()
+            for name, sums in self.row_sums(recorded):
+                base = self._base_squares[name]
+                if sums.change is not None:
+                    self.layers[name].norm = (base + sums.change).clamp_(min=0.0).sqrt_()
+                if sums.products is not None:
+                    cross, squares = sums.products
+                    changes[name] = RowChange(base, cross, squares, sums.magnitude_offset)
         self._stale = False
         self.refreshes += 1
+        return changes
 
-    def base_squares(self) -> dict[str, Tensor]:
+    def _find_base_squares(self, layers: Mapping[str, AdaptedLinear]) -> None:
+        new = {name: layer for name, layer in layers.items() if name not in self._base_squares}
+        if not new:
+            return
+        self._base_squares |= self.base_squares(new)
+        for name in self.layers.keys() & new.keys():
+            self.layers[name].base_norm = self._base_squares[name].sqrt()
+
+    def base_squares(self, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
         """rowsum(W0²) of each layer, (out,) fp32."""
         result = {}
-        for name, layer in self.layers.items():
+        for name, layer in layers.items():
             piece = whole_piece(layer)
             result[name] = _zeros(layer, piece.tensors[0].device)
             add_base_squares(layer, piece, result[name])
         return result
 
-    def adapter_squares(self) -> Iterator[tuple[str, Tensor]]:
-        """n² − rowsum(W0²) of each layer, (out,) fp32; 0 for magnitude-only modules."""
-        for name, layer in self.layers.items():
+    def row_sums(self, recorded: Mapping[str, AdaptedLinear]) -> Iterator[tuple[str, RowSums]]:
+        """What changes the norms of `layers`, 0 for magnitude-only modules, and the products of those `recorded`."""
+        for name, layer in {**self.layers, **recorded}.items():
             piece = whole_piece(layer)
-            sums = _zeros(layer, piece.tensors[0].device)
-            add_adapter_squares(layer, piece, sums)
-            yield name, sums
+            change = products = offset = None
+            if name in self.layers:
+                change = _zeros(layer, piece.tensors[0].device)
+                add_adapter_squares(layer, piece, change)
+            if name in recorded:
+                products = torch.stack([_zeros(layer, piece.tensors[0].device)] * 2)
+                add_row_products(layer, piece, products)
+                offset = magnitude_offset(layer)
+            yield name, RowSums(change, products, offset)
 
     def _refresh_if_stale(self) -> None:
         if self._stale:

@@ -12,7 +12,7 @@ TrainedParameters = Callable[[nn.Module], list[str]]
 """Given a model, the names of those of its own parameters that are trained as they are."""
 
 
-def matches(pattern: str, name: str, field: str, *, apart: Sequence[str]) -> bool:
+def matches(pattern: str, name: str, field: str, *, apart: Sequence[str] = ()) -> bool:
     """Whether a pattern of `field` names a module or parameter: whole name, suffix at a dot, or expression."""
     if name == pattern:
         return True
@@ -64,6 +64,22 @@ def parameters_matching(
             raise UserError(f"{field}: {pattern!r} matches no parameter of this model; it has: {there}")
         chosen |= found
     return [name for name in dict.fromkeys(names.values()) if name in chosen]
+
+
+def named(patterns: Sequence[str], names: Sequence[str], field: str) -> list[str]:
+    """Those of `names` that any of the patterns matches, in their order; all of them without patterns.
+
+    Raises UserError, naming the `field` of the patterns, if one matches none.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in names if matches(pattern, name, field)}
+        if not found:
+            kinds = Counter(name.rpartition(".")[2] for name in names)
+            there = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+            raise UserError(f"{field}: {pattern!r} matches none of the layers that can be recorded: {there}")
+        chosen |= found
+    return [name for name in names if name in chosen or not patterns]
 
 
 def inside(name: str, outer: str) -> bool:

@@ -48,6 +48,7 @@ RULES: dict[Rule, dict[str, str]] = {
         "prefetch_bucket_size reduce_bucket_size max_live_parameters max_reuse_distance allgather_sequential "
         "start_timeout_s step_timeout_s deepspeed",
         "logging": "every tensorboard progress_bar peak_flops",
+        "analysis": "every modules",
     },
     Rule.CONTENT: {
         "model": "path revision tokenizer",

@@ -1,7 +1,7 @@
 """What a run leaves on disk, and where: the one place that knows the folder's layout.
 
 RUN_DIR/
-    config.json  deepspeed.json  metrics.jsonl  run.log  tensorboard/  .in_use
+    config.json  deepspeed.json  metrics.jsonl  analysis.jsonl  run.log  tensorboard/  .in_use
     run.json                       {"run": ...}: which run this is; every checkpoint's manifest says the same
     best.json                      {"checkpoint": "checkpoint-80", "eval_loss": ...}, or another metric
     checkpoint-80/
@@ -26,7 +26,8 @@ from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
 
 CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
-DEEPSPEED, METRICS, LOG, TENSORBOARD = "deepspeed.json", "metrics.jsonl", "run.log", "tensorboard"
+DEEPSPEED, LOG, TENSORBOARD = "deepspeed.json", "run.log", "tensorboard"
+METRICS, ANALYSIS = "metrics.jsonl", "analysis.jsonl"
 RUN, BEST = "run.json", "best.json"
 
 
@@ -139,11 +140,16 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if _is_up_to(line, 2**63)]
 
 
-def forget_metrics_after(run_dir: Path, step: int) -> None:
-    """Drop what metrics.jsonl says of later steps than the one a run goes on from: they will happen again."""
-    path = run_dir / METRICS
-    if not path.exists():
-        return
+def forget_after(run_dir: Path, step: int) -> None:
+    """Drop what metrics.jsonl and analysis.jsonl say of later steps than the one a run goes on from: they will happen
+    again.
+    """
+    for name in (METRICS, ANALYSIS):
+        if (run_dir / name).exists():
+            _forget_lines_after(run_dir / name, step)
+
+
+def _forget_lines_after(path: Path, step: int) -> None:
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if _is_up_to(line, step)]
     if kept != lines:

@@ -6,6 +6,7 @@ from dora_dist.config.options import add_arguments, check_names
 from dora_dist.config.run_config import RunConfig
 from dora_dist.config.schema import (
     AdapterConfig,
+    AnalysisConfig,
     BatchPlan,
     CheckpointConfig,
     DataConfig,
@@ -16,6 +17,7 @@ from dora_dist.config.schema import (
 
 __all__ = [
     "AdapterConfig",
+    "AnalysisConfig",
     "BatchPlan",
     "CheckpointConfig",
     "DataConfig",

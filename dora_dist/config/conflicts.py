@@ -5,16 +5,23 @@ import re
 from collections.abc import Iterator, Sequence
 
 from dora_dist.config.engine import EngineConfig
-from dora_dist.config.schema import AdapterConfig, DataConfig, ModelConfig, TrainingConfig
+from dora_dist.config.schema import AdapterConfig, AnalysisConfig, DataConfig, ModelConfig, TrainingConfig
 
 
 def between_fields(
-    model: ModelConfig, adapter: AdapterConfig, data: DataConfig, *, training: TrainingConfig, engine: EngineConfig
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    data: DataConfig,
+    *,
+    training: TrainingConfig,
+    engine: EngineConfig,
+    analysis: AnalysisConfig,
 ) -> Iterator[str]:
     """What is wrong, one line each, naming the fields and the way out."""
     yield from _batches_and_warmup(training)
     yield from _validation(data, training.eval_every)
     yield from _adapter(adapter)
+    yield from _bad_patterns("analysis.modules", analysis.modules)
     flash = model.attn_implementation == "flash_attention_2"
     if flash and (model.dtype == "fp32" or engine.accelerator == "cpu"):
         yield (

@@ -10,6 +10,7 @@ from dora_dist.config import conflicts, engine, files, options, problems, source
 from dora_dist.config.engine import EngineConfig
 from dora_dist.config.schema import (
     AdapterConfig,
+    AnalysisConfig,
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -32,6 +33,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     engine: EngineConfig = EngineConfig()
     logging: LoggingConfig = LoggingConfig()
+    analysis: AnalysisConfig = AnalysisConfig()
     plugins: Patterns = Field(
         default=[],
         description="Python modules to import first, which register further adapter methods, storages, tasks or model "
@@ -72,7 +74,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _possible_together(self, info: ValidationInfo) -> "RunConfig":
         between = conflicts.between_fields(
-            self.model, self.adapter, self.data, training=self.training, engine=self.engine
+            self.model, self.adapter, self.data, training=self.training, engine=self.engine, analysis=self.analysis
         )
         further = info.context(self) if info.context else ()
         if found := [*between, *further, *engine.conflicts(self.engine.deepspeed)]:

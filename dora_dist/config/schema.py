@@ -349,6 +349,21 @@ class CheckpointConfig(Section):
     )
 
 
+class AnalysisConfig(Section):
+    """How far the weights' magnitudes and directions move while a run trains (Liu et al., section 3)."""
+
+    every: Annotated[int, Field(ge=0), at_most(10**9)] = Field(
+        default=0,
+        description="Optimizer steps between recordings into the run folder's analysis.jsonl, besides one after the "
+        "last step; 0: none",
+    )
+    modules: Patterns = Field(
+        default=[],
+        description="Which of the adapted layers, and of the linear layers trained in full, are recorded; patterns as "
+        "in adapter.target_modules; []: all",
+    )
+
+
 class LoggingConfig(Section):
     """What a run reports."""
 

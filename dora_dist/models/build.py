@@ -38,7 +38,8 @@ from dora_dist.weights.placement import Placement
 
 @dataclass(kw_only=True)
 class AdaptedModel:
-    """A model ready to train: `norms` is attached to it, `base` is the folder that its weights came from.
+    """A model ready to train: `norms` is attached to it, `base` is the folder that its weights came
+    from, `source` its tensors.
 
     `trained` are the modules trained in full, `trained_parameters` what is trained as it is besides these, `fresh` the
     modules' parameters that the folder did not have, and `resized` those among these that it had in another shape, as
@@ -52,6 +53,7 @@ class AdaptedModel:
     norms: NormRefresher
     adapted: list[str]
     base: Path
+    source: Source
     base_bytes_read: int
     base_digest: str
     family: Family
@@ -118,6 +120,7 @@ def build_model(
         norms=norms,
         adapted=made.adapted,
         base=base,
+        source=made.source,
         base_bytes_read=folder.tensors.bytes_read,
         base_digest=digest,
         family=made.family,

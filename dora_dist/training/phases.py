@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from dora_dist.adapters.components import Budget
@@ -44,6 +45,7 @@ from dora_dist.training.loaders import Loaders
 from dora_dist.training.model import adapted_model, adapter_plan
 from dora_dist.training.pruning import Pruning
 from dora_dist.training.ranks import Ranks
+from dora_dist.training.recording import AnalysisCallback
 from dora_dist.training.reporting import ReportCallback
 from dora_dist.training.resume import check_unused, compare, find_checkpoint, is_finished, read_by_all
 from dora_dist.training.steps import Deadlines, Randomness
@@ -176,7 +178,13 @@ def build_trainer(config: RunConfig, inputs: Inputs, phase: Phase, ranks: Ranks)
     run_dir = Path(config.checkpoint.run_dir)
     report = ReportCallback(world, adapted, pruning, run_dir=run_dir, options=config.logging)
     # Deadlines end before the report draws what only rank 0 draws.
-    callbacks = [Randomness(training.seed, world.rank), Deadlines(ranks.watch, config.engine), report]
+    callbacks: list[TrainerCallback] = [Randomness(training.seed, world.rank), Deadlines(ranks.watch, config.engine)]
+    if config.analysis.every:
+        title = chosen(config.adapter).title
+        callbacks.append(AnalysisCallback(adapted, config.analysis, method=title, world=world, run_dir=run_dir))
+    callbacks.append(report)
+    if config.logging.tensorboard:
+        callbacks.append(_tensorboard(run_dir))
     elsewhere = phase.checkpoint is not None and phase.checkpoint.resolve().parent != run_dir.resolve()
     return DoraTrainer(
         adapted,
@@ -189,7 +197,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, phase: Phase, ranks: Ranks)
         pruning=pruning,
         unreadable=Unreadable(objective.problems, config.data.bad_images, world),
         report=report,
-        callbacks=[*callbacks, *([_tensorboard(run_dir)] if config.logging.tensorboard else [])],
+        callbacks=callbacks,
         open_checkpoints=partial(_open_checkpoints, config, inputs, phase, world=world, adapted=adapted),
         forget_best=forgets_best(phase.changed) or elsewhere,
     )
@@ -254,7 +262,7 @@ def _write_run_folder(config: RunConfig, run_dir: Path, world_size: int, resume:
     step = run_folder.step_of(resume) if resume is not None else 0
     run_folder.clear_leftovers(run_dir)
     run_folder.set_aside_after(run_dir, step)
-    run_folder.forget_metrics_after(run_dir, step)
+    run_folder.forget_after(run_dir, step)
     run_folder.name_run(run_dir, resume)
     # In this order: config.check_files takes a config.json without the other for somebody else's.
     write_json(run_dir / run_folder.DEEPSPEED, config.deepspeed_config(world_size))

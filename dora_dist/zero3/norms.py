@@ -2,10 +2,11 @@
 
 No base weight is gathered. What travels per refresh is one fp32 number per output row (all-reduce), and the
 parameters that norms depend on, unless they are resident anyway (gathered in buckets; LoRA's are r·(in + out) numbers a
-layer).
+layer). A refresh that also records (`analysis.every`) sends two more numbers per row, in an all-reduce of their own:
+in a buffer of another length a sum of three ranks may round differently, and recording must not change a norm.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from deepspeed import comm as dist
@@ -13,7 +14,14 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from dora_dist.adapters.layer import AdaptedLinear
-from dora_dist.adapters.norms import NormRefresher, add_adapter_squares, add_base_squares
+from dora_dist.adapters.norms import (
+    NormRefresher,
+    RowSums,
+    add_adapter_squares,
+    add_base_squares,
+    add_row_products,
+    magnitude_offset,
+)
 from dora_dist.zero3.gather import gathered
 from dora_dist.zero3.partition import full_numel, local_piece
 
@@ -31,41 +39,54 @@ class ShardedNormRefresher(NormRefresher):
         super().__init__(model)
         self.device = torch.device(get_accelerator().current_device_name())
 
-    def base_squares(self) -> dict[str, Tensor]:
-        flat, sums = self._row_sums()
-        for name, layer in self.layers.items():
+    def base_squares(self, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
+        flat, sums = self._buffer(layers)
+        for name, layer in layers.items():
             add_base_squares(layer, local_piece(layer), sums[name])
         self._all_reduce(flat)
         return sums
 
-    def adapter_squares(self) -> Iterator[tuple[str, Tensor]]:
-        flat, sums = self._row_sums()
-        for bucket in self._buckets():
-            needed = [p for name in bucket for p in _norm_parameters(self.layers[name])]
-            with gathered(needed) as received:
+    def row_sums(self, recorded: Mapping[str, AdaptedLinear]) -> Iterator[tuple[str, RowSums]]:
+        flat_changes, changes = self._buffer(self.layers)
+        flat_products, products = self._buffer(recorded, sums=2)
+        offsets: dict[str, Tensor | None] = {}
+        every = {**self.layers, **recorded}
+        for bucket in self._buckets(every, recorded):
+            with gathered([p for name in bucket for p in _needed(every[name], name in recorded)]) as received:
                 self.bytes_received += received
                 for name in bucket:
-                    layer = self.layers[name]
-                    add_adapter_squares(layer, local_piece(layer), sums[name])
-        self._all_reduce(flat)
-        yield from sums.items()
+                    layer, piece = every[name], local_piece(every[name])
+                    if name in changes:
+                        add_adapter_squares(layer, piece, changes[name])
+                    if name in products:
+                        add_row_products(layer, piece, products[name].view(2, -1))
+                        offsets[name] = magnitude_offset(layer)
+        self._all_reduce(flat_changes)
+        self._all_reduce(flat_products)
+        for name in every:
+            own = products.get(name)
+            yield name, RowSums(changes.get(name), None if own is None else own.view(2, -1), offsets.get(name))
 
-    def _row_sums(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """One flat fp32 buffer for all layers' rows, and each layer's (out,) view of it."""
-        rows = [layer.out_features for layer in self.layers.values()]
-        flat = torch.zeros(sum(rows), dtype=torch.float32, device=self.device)
-        return flat, dict(zip(self.layers, flat.split(rows), strict=True))
+    def _buffer(self, layers: Mapping[str, AdaptedLinear], sums: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+        """One flat fp32 buffer of so many sums over each of the layers' rows, and each layer's (sums·out,) view."""
+        sizes = [sums * layer.out_features for layer in layers.values()]
+        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
+        return flat, dict(zip(layers, flat.split(sizes), strict=True))
 
     def _all_reduce(self, flat: Tensor) -> None:
+        if not flat.numel():
+            return
         dist.all_reduce(flat)
         self.bytes_received += flat.numel() * flat.element_size()
 
-    def _buckets(self) -> Iterator[list[str]]:
-        """Names of layers whose norms depend on parameters, in groups whose parameters fit the gather bucket."""
+    def _buckets(
+        self, layers: Mapping[str, AdaptedLinear], recorded: Mapping[str, AdaptedLinear]
+    ) -> Iterator[list[str]]:
+        """Names of layers that need parameters gathered, in groups whose parameters fit the gather bucket."""
         bucket: list[str] = []
         elements = 0
-        for name, layer in self.layers.items():
-            own = sum(full_numel(p) for p in _norm_parameters(layer))
+        for name, layer in layers.items():
+            own = sum(full_numel(p) for p in _needed(layer, name in recorded))
             if bucket and elements + own > GATHER_BUCKET_ELEMENTS:
                 yield bucket
                 bucket, elements = [], 0
@@ -76,6 +97,10 @@ class ShardedNormRefresher(NormRefresher):
             yield bucket
 
 
-def _norm_parameters(layer: AdaptedLinear) -> list[nn.Parameter]:
-    own = layer.adapter_parameters()
-    return [own[name] for name in layer.method.norm_parameters(layer.shape)]
+def _needed(layer: AdaptedLinear, recorded: bool) -> list[nn.Parameter]:
+    """What a layer's row norms depend on; of one that is recorded, its magnitude too."""
+    method, own = layer.method, layer.adapter_parameters()
+    names = [*method.norm_parameters(layer.shape)]
+    if recorded and method.magnitude is not None:
+        names.append(method.magnitude)
+    return [own[name] for name in names]

@@ -103,6 +103,7 @@ class WeightDecomposed(AdapterMethod):
     """
 
     weight_decomposed = True
+    magnitude = "magnitude_offset"
     update: Update = NoUpdate()
     dropout_mode: DropoutMode = "exact"
     norm_gradient: NormGradient = "detached"

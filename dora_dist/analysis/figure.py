@@ -1,0 +1,88 @@
+"""The figure of a weight-decomposition analysis (Liu et al., Figure 2).
+
+A panel per run or per group of runs that share a title; in it a point for each matrix and recording: ΔD across, ΔM up,
+in the recording's colour, with the marker and the regression line of its kind (query, value).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dora_dist.analysis.points import Panel
+
+_MARKERS, _LINES, _GREY = "osD^vPX*", ("-", "--", "-.", ":"), "0.35"
+
+
+def draw(panels: Sequence[Panel], path: Path) -> None:
+    """Write the figure; the ending of `path` says the format. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
+    kinds = list(dict.fromkeys(kind for panel in panels for kind in panel.kinds))
+    places = 1 + max(p.place for panel in panels for p in panel.points)
+    colours = pyplot.get_cmap("viridis")(np.linspace(0.08, 0.88, places))
+    columns = min(len(panels), 4)
+    shape = -(-len(panels) // columns), columns
+    size = (3.7 * columns, 3.4 * shape[0] + 0.7)
+    figure, axes = pyplot.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        _draw_panel(axis, panel, kinds, colours)
+    shown = [
+        Line2D([], [], marker=marker, linestyle=line, label=kind, markersize=5, color=_GREY, linewidth=1.2)
+        for kind, (marker, line) in zip(kinds, _styles(kinds), strict=True)
+    ]
+    names = _names_of_places(panels, places)
+    shown += [Line2D([], [], marker="o", linestyle="", color=c, label=n) for c, n in zip(colours, names, strict=True)]
+    figure.legend(handles=shown, loc="outside lower center", ncols=min(len(shown), 2 * columns + 1), frameon=False)
+    figure.savefig(path, dpi=200)
+    pyplot.close(figure)
+
+
+def _styles(kinds: Sequence[str]) -> list[tuple[str, Any]]:
+    """A marker and a kind of line for each."""
+    return [(_MARKERS[i % len(_MARKERS)], _LINES[i % len(_LINES)]) for i in range(len(kinds))]
+
+
+def _names_of_places(panels: Sequence[Panel], places: int) -> list[str]:
+    """What the colours mean: steps, where all runs have the same."""
+    steps = [{p.step for panel in panels for p in panel.points if p.place == place} for place in range(places)]
+    if all(len(found) == 1 for found in steps):
+        return [f"step {found.pop():,}" for found in steps]
+    return [f"recording {place + 1} of {places}" for place in range(places)]
+
+
+def _draw_panel(axis: Any, panel: Panel, kinds: Sequence[str], colours: Any) -> None:
+    found = panel.correlations
+    told, styles = [], dict(zip(kinds, _styles(kinds), strict=True))
+    for kind in panel.kinds:
+        marker, line = styles[kind]
+        own = [p for p in panel.points if p.kind == kind]
+        d, m = np.array([[p.delta_d, p.delta_m] for p in own]).T
+        shade = colours[[p.place for p in own]]
+        axis.scatter(d, m, c=shade, marker=marker, s=18, alpha=0.85, linewidths=0)
+        if (r := found[kind]) is not None:
+            slope, start = np.polyfit(d, m, 1)
+            ends = np.array([d.min(), d.max()])
+            axis.plot(ends, start + slope * ends, linestyle=line, color=_GREY, linewidth=1.4)
+            told.append(f"{kind} r = {r:+.2f}")
+    lines = [",  ".join(told[first : first + 2]) for first in range(0, len(told), 2)]
+    axis.set_title(panel.title, loc="left", fontsize=12, pad=8 + 12 * max(len(lines), 1))
+    axis.annotate("\n".join(lines), (1, 1), (0, 5), "axes fraction", "offset points", ha="right", fontsize=9)
+    axis.set_xlabel("ΔD")
+    axis.set_ylabel("ΔM")
+    axis.ticklabel_format(style="sci", scilimits=(-2, 3), useMathText=True)
+    for limit, largest in (
+        (axis.set_xlim, max(p.delta_d for p in panel.points)),
+        (axis.set_ylim, max(p.delta_m for p in panel.points)),
+    ):
+        if largest > 0:  # not before anything has moved
+            limit(-0.04 * largest, 1.06 * largest)
+    axis.grid(alpha=0.25, linewidth=0.5)
+    axis.spines[["top", "right"]].set_visible(False)

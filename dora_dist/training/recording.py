@@ -1,0 +1,61 @@
+"""The weight-decomposition analysis while a run trains: what moved how far, every so many steps, into a file."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from dora_dist.adapters.layer import adapted_layers
+from dora_dist.adapters.patterns import named
+from dora_dist.analysis.decomposition import Recording, moved
+from dora_dist.checkpoint.run_folder import ANALYSIS
+from dora_dist.config import AnalysisConfig
+from dora_dist.models.build import AdaptedModel
+from dora_dist.runtime.distributed import World
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import disk_errors
+from dora_dist.zero3.trained_weights import TrainedWeight, row_changes
+
+
+class AnalysisCallback(TrainerCallback):
+    """Records ΔM and ΔD of adapted layers and of linear layers trained in full, after every N-th step and the last.
+
+    It refreshes the norms that the next forward would have refreshed. Collective; rank 0 writes.
+    """
+
+    def __init__(self, run: AdaptedModel, options: AnalysisConfig, *, method: str, world: World, run_dir: Path) -> None:
+        """Raises UserError where there is nothing to record, or where a pattern of analysis.modules names nothing."""
+        self._norms, self._base, self._every = run.norms, run.source.folder, options.every
+        self._method, self._world, self._file = method, world, run_dir / ANALYSIS
+        adapted, trained = adapted_layers(run.model), _trained_weights(run)
+        if not adapted and not trained:
+            raise UserError(
+                f"analysis.every = {options.every}: this run neither adapts nor trains a linear layer that the base "
+                "has; set it to 0"
+            )
+        chosen = set(named(options.modules, [*adapted, *trained], "analysis.modules"))
+        self._adapted = {name: layer for name, layer in adapted.items() if name in chosen}
+        self._trained = {name: weight for name, weight in trained.items() if name in chosen}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self._every and state.global_step < state.max_steps:
+            return
+        changes = self._norms.record(self._adapted) if self._adapted else {}
+        matrices = moved(changes | row_changes(self._trained, self._base))
+        if self._world.first:
+            with disk_errors(self._file), self._file.open("a", encoding="utf-8") as file:
+                file.write(Recording(state.global_step, self._method, matrices).line())
+
+
+def _trained_weights(run: AdaptedModel) -> dict[str, TrainedWeight]:
+    """Linear layers' weights that are trained in full and started as the base's, by the layers' names."""
+    found = {}
+    for name, module in run.model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        weight = module.get_parameter("weight")
+        tensor = run.source.locate(f"{name}.weight")
+        if weight.requires_grad and tensor is not None and f"{name}.weight" not in run.fresh:
+            found[name] = TrainedWeight(weight, tensor)
+    return found

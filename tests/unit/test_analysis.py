@@ -1,0 +1,165 @@
+"""The weight-decomposition analysis: its numbers on whole weights, its file, and the figure's command."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dora_dist.adapters.methods import NoUpdate, WeightDecomposed
+from dora_dist.adapters.norms import NormRefresher
+from dora_dist.adapters.row_changes import RowChange
+from dora_dist.analysis.decomposition import Moved, Recording, moved, read_recordings
+from dora_dist.analysis.points import evenly
+from dora_dist.checkpoint import run_folder
+from dora_dist.cli import main
+from dora_dist.runtime.errors import UserError
+from tests.unit.test_methods import NAMES, OUT, delta, random_layer, update
+
+
+def defined(w: Tensor, v: Tensor, magnitude: Tensor) -> tuple[float, float]:
+    """ΔM and ΔD as the paper writes them, in fp64."""
+    w, v = w.detach().double(), v.detach().double()
+    cosine = (w * v).sum(1) / (w.norm(dim=1) * v.norm(dim=1))
+    return float((magnitude.detach().double() - w.norm(dim=1)).abs().mean()), float((1 - cosine).mean())
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3], ids=["far", "near"])
+@pytest.mark.parametrize("decomposed", [True, False], ids=["decomposed", "plain"])
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_of_every_method_are_the_definitions(name: str, decomposed: bool, size: float) -> None:
+    layer = random_layer(WeightDecomposed(update(name)))
+    with torch.no_grad():
+        for parameter in layer.adapter_parameters().values():
+            parameter.mul_(size)
+    own = {kind: p.detach().double() for kind, p in layer.adapter_parameters().items()}
+    v = layer.weight.double() + delta(layer, own)
+    magnitude = layer.weight.double().norm(dim=1) + own["magnitude_offset"]
+    if not decomposed:
+        weighted, layer = layer, random_layer(update(name))
+        layer.load_state_dict(weighted.state_dict(), strict=False)
+        magnitude = v.norm(dim=1)
+    norms = NormRefresher(layer)
+    found = moved(norms.record({"it": layer}))["it"]
+    assert (found.delta_m, found.delta_d) == pytest.approx(defined(layer.weight, v, magnitude), rel=2e-5)
+    assert found.rows == OUT
+    assert norms.refreshes == 1
+    assert (layer.norm is not None) == decomposed
+
+
+def test_magnitudes_alone_turn_nothing() -> None:
+    layer = random_layer(WeightDecomposed(NoUpdate()))
+    found = moved(NormRefresher(layer).record({"it": layer}))["it"]
+    assert found.delta_d == 0
+    assert found.delta_m == pytest.approx(float(layer.get_parameter("magnitude_offset").detach().abs().mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("turn", [0.5, 2.0, 3.0])
+def test_rows_of_zeros_are_left_out_and_any_angle_is_found(turn: float) -> None:
+    w, v = torch.zeros(4, 2), torch.zeros(4, 2)
+    w[0], v[0] = torch.tensor([2.0, 0.0]), torch.tensor([torch.cos(torch.tensor(turn)), torch.sin(torch.tensor(turn))])
+    w[1] = v[1] = torch.ones(2)
+    v[2] = 1.0  # has no direction to have turned from
+    d = v - w
+    change = RowChange(w.square().sum(1), (w * d).sum(1), d.square().sum(1))
+    found = moved({"it": change})["it"]
+    assert found.rows == 2
+    assert found.delta_d == pytest.approx(float(1 - torch.cos(torch.tensor(turn))) / 2, rel=1e-6)
+    assert found.delta_m == pytest.approx(0.5, rel=1e-6)
+    assert moved({"it": RowChange(*torch.zeros(3, 4))})["it"] == Moved(None, None, 0)
+
+
+def recording(step: int, slope: float, method: str = "DoRA", layers: int = 3) -> Recording:
+    """Query matrices on a line of this slope, value matrices on one of the opposite slope."""
+    matrices = {}
+    for layer in range(layers):
+        for name, sign in (("q_proj", 1), ("v_proj", -1), ("down_proj", 0)):
+            x = step * (layer + 1) / 1000
+            matrices[f"model.layers.{layer}.{name}"] = Moved(1 + sign * slope * x, x, 7)
+    return Recording(step, method, matrices)
+
+
+def run_with(folder: Path, *recordings: Recording) -> Path:
+    folder.mkdir()
+    (folder / run_folder.ANALYSIS).write_text("".join(r.line() for r in recordings))
+    return folder
+
+
+def test_a_file_of_recordings_is_read_without_the_line_that_a_killed_process_began(tmp_path: Path) -> None:
+    written = [recording(2, 1.0), recording(4, 1.0)]
+    file = run_with(tmp_path / "run", *written) / run_folder.ANALYSIS
+    with file.open("a") as end:
+        end.write('{"step": 6, "meth')
+    assert read_recordings(file) == written
+    run_folder.forget_after(tmp_path / "run", 3)
+    assert read_recordings(file) == written[:1]
+    file.write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"analysis\.jsonl, line 1: not a recording"):
+        read_recordings(file)
+
+
+def test_recordings_are_evenly_spaced_and_the_last_is_among_them() -> None:
+    every = [recording(step, 1.0) for step in range(1, 11)]
+    assert [r.step for r in evenly(every, 4)] == [3, 5, 8, 10]
+    assert evenly(every, 20) == every
+    assert [r.step for r in evenly(every, 1)] == [10]
+
+
+def test_the_command_draws_panels_and_writes_what_they_show(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    up = run_with(tmp_path / "up", *(recording(step, 2.0) for step in (1, 2, 3, 4, 5)))
+    down = run_with(tmp_path / "down", *(recording(step, -2.0, "LoRA") for step in (1, 2, 3, 4)))
+    figure = tmp_path / "new" / "figure.png"
+    assert main(["analyze", str(up), f"mine={down}", "--output", str(figure)]) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    panels = json.loads(figure.with_suffix(".json").read_text())["panels"]
+    assert [(panel["title"], panel["steps"]) for panel in panels] == [("DoRA", [2, 3, 4, 5]), ("mine", [1, 2, 3, 4])]
+    for panel, sign in zip(panels, (1, -1), strict=True):
+        assert panel["correlations"]["query"] == pytest.approx(sign)
+        assert panel["correlations"]["value"] == pytest.approx(-sign)
+        assert abs(panel["correlations"]["all"]) < 0.1
+    rows = list(csv.DictReader(figure.with_suffix(".csv").read_text().splitlines()))
+    assert len(rows) == 2 * 4 * 3 * 2
+    assert rows[0] == {
+        "panel": "DoRA",
+        "run": str(up),
+        "kind": "query",
+        "matrix": "model.layers.0.q_proj",
+        "step": "2",
+        "delta_d": "0.002",
+        "delta_m": "1.004",
+    }
+    table = capfd.readouterr().out.splitlines()
+    assert table[1].split() == ["DoRA", "24", "+1.00", "-1.00", "+0.00"]
+    drawing = tmp_path / "figure.svg"
+    together = [f"both={up}", f"both={down}", "--modules", r".*\.(q|v)_proj", "down_proj", "--steps", "1", "3"]
+    assert main(["analyze", *together, "--output", str(drawing)]) == 0
+    [panel] = json.loads(drawing.with_suffix(".json").read_text())["panels"]
+    assert panel["steps"] == [1, 3] and panel["correlations"]["down_proj"] is None
+    assert set(panel["by_run"]) == {str(up), str(down)}
+    assert "</svg>" in drawing.read_text()
+
+
+REFUSED: list[tuple[list[str], str]] = [
+    (["nowhere"], "nowhere/analysis.jsonl: No such file or directory; a run writes it with --analysis.every N"),
+    (["run", "--modules", "k_proj"], "'k_proj' matches no matrix in run/analysis.jsonl; it has: q_proj, v_proj, down_"),
+    (["run", "--modules", "q_proj", "q_proj"], "--modules: a pattern is given twice"),
+    (["run", "--modules", "("], "--modules: '(' is neither a module name nor a regular expression"),
+    (["run", "--steps", "3"], "--steps: run/analysis.jsonl has no recording of step 3; it has: 2"),
+    (["run", "--output", "figure"], "--output figure: give a name that ends in .png, .svg or .pdf"),
+    (["empty"], "empty/analysis.jsonl: holds no recording yet"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda value: " ".join(value) if value is list else None)
+def test_what_cannot_be_drawn_is_refused_by_name(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_with(tmp_path / "run", recording(2, 1.0))
+    run_with(tmp_path / "empty")
+    assert main(["analyze", *words]) == 2
+    assert message in " ".join(capfd.readouterr().err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "run"]
