@@ -1,5 +1,7 @@
 """Row norms from ZeRO-3 shards: exact at every world size, refreshed once per optimizer step, blind to padding."""
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,7 +114,68 @@ def run(persistence: int) -> dict[str, Any]:
                 "bytes": norms.bytes_received - received,
             }
         )
-    return {"start": start, "steps": steps, "norms": [layer.norm for layer in model.layers]}
+    kept = [layer.norm for layer in model.layers]
+    norms.record(norms.layers)
+    unmoved = all(torch.equal(layer.norm, before) for layer, before in zip(model.layers, kept, strict=True))
+    found = {"start": start, "steps": steps, "norms": kept, "unmoved": unmoved}
+    return found | recorded(config)
+
+
+def recorded(config: dict[str, Any]) -> dict[str, Any]:
+    """Train layers of every kind for two steps, record them, and compare with the definition on whole weights."""
+    import deepspeed
+    from safetensors.torch import save_file
+
+    from dora_dist.adapters.inject import inject
+    from dora_dist.adapters.layer import adapted_layers
+    from dora_dist.adapters.methods import DynamicRank, LowRank, NoUpdate, WeightDecomposed
+    from dora_dist.analysis.decomposition import moved
+    from dora_dist.weights.safetensors_io import TensorFolder
+    from dora_dist.zero3.norms import ShardedNormRefresher
+    from dora_dist.zero3.placement import ShardedPlacement
+    from dora_dist.zero3.trained_weights import TrainedWeight, row_changes
+    from tests.unit.test_analysis import defined
+
+    torch.manual_seed(1)
+    model = Chain()
+    with torch.no_grad():
+        model.layers[4].weight[2] = 0  # has no direction, until it is trained
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kinds = [WeightDecomposed(LowRank(R, ALPHA)), LowRank(R, ALPHA), WeightDecomposed(DynamicRank(R, ALPHA))]
+    methods = {f"layers.{i}": method for i, method in enumerate([*kinds, WeightDecomposed(NoUpdate())])}
+    inject(model, lambda model: methods, ["layers.4"])
+    place_everything(model, ShardedPlacement(config), weights)
+    norms = ShardedNormRefresher(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for _ in range(4):
+        engine.backward(engine(torch.ones(4, 6)).square().sum())
+        engine.step()
+    before, refreshes = norms.bytes_received, norms.refreshes
+    changes = norms.record(adapted_layers(model))
+    received = norms.bytes_received - before
+    engine(torch.ones(4, 6))
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(weights, f"{folder}/model.safetensors")
+        trained = {"layers.4": TrainedWeight(model.layers[4].weight, "layers.4.weight")}
+        changes |= row_changes(trained, TensorFolder.open(Path(folder)))
+    expected = {}
+    for name in changes:
+        layer, w0 = model.get_submodule(name), weights[f"{name}.weight"].double()
+        with deepspeed.zero.GatheredParameters(list(layer.parameters())):
+            own = {kind: p.detach().double() for kind, p in layer.named_parameters()}
+        kept = w0.norm(dim=1) > 0
+        v = own["weight"]
+        if "lora_A" in own:
+            v = w0 + ALPHA / R * (own["lora_B"] * own.get("lora_gates", 1)) @ own["lora_A"].T
+        magnitude = w0.norm(dim=1) + own["magnitude_offset"] if "magnitude_offset" in own else v.norm(dim=1)
+        expected[name] = (*defined(w0[kept], v[kept], magnitude[kept]), int(kept.sum()))
+    return {
+        "recorded": {name: tuple(found) for name, found in moved(changes).items()},
+        "expected": expected,
+        "recording_bytes": received,
+        "recording_refreshes": norms.refreshes - refreshes,
+    }
 
 
 def errors(model: Any) -> float:
@@ -145,6 +208,24 @@ def test_norms_are_never_stale(ranks: list[dict[str, Any]]) -> None:
 def test_norms_are_the_same_bits_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks[1:]:
         assert all(torch.equal(a, b) for a, b in zip(rank["norms"], ranks[0]["norms"], strict=True))
+
+
+def test_what_is_recorded_is_what_whole_weights_say(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["recorded"].keys() == rank["expected"].keys()
+        for name, expected in rank["expected"].items():
+            assert rank["recorded"][name] == pytest.approx(expected, rel=1e-6, abs=1e-12), name
+        assert rank["recorded"] == ranks[0]["recorded"]
+
+
+def test_recording_takes_the_place_of_a_refresh_and_moves_no_norm(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["unmoved"]
+        assert rank["recording_refreshes"] == 1  # none for the forward that came after it
+        with_norms = sum(o for i, (o, _) in enumerate(SHAPES[:4]) if i != 1)
+        sums = 4 * (with_norms + 2 * sum(o for o, _ in SHAPES[:4])) + 4 * SHAPES[1][0]  # LoRA's rowsum(W0²), once
+        factors = 4 * sum(R * (o + i) + R + o for o, i in SHAPES[:4])
+        assert sums <= rank["recording_bytes"] <= sums + factors
 
 
 def test_communication_is_one_number_per_row_plus_the_factors(ranks: list[dict[str, Any]]) -> None:

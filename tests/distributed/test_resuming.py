@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_dist.analysis.decomposition import read_recordings
 from tests import toy
 from tests.distributed.training_runs import config, run
 from tests.ranks import run_ranks
@@ -50,10 +51,10 @@ def runs(folder: Path) -> None:
     run_ranks(
         run,
         1,
-        described(folder, "first"),
+        described(folder, "first", analysis={"every": 2}),  # the runs that go on from it record nothing
         *(described(folder, name, "first/checkpoint-3", **changes) for name, changes in FOLLOWED.items()),
-        described(folder, "decaying", training={**LINEAR, "max_steps": 3}),
-        described(folder, "decaying", "auto", training=LINEAR),
+        described(folder, "decaying", training={**LINEAR, "max_steps": 3}, analysis={"every": 2}),
+        described(folder, "decaying", "auto", training=LINEAR, analysis={"every": 2, "modules": ["q_proj"]}),
         described(folder, "uninterrupted", training=LINEAR),
         described(folder, "often", "first/checkpoint-3", training={"eval_every": 1}, checkpoint={"save_every": 1}),
     )
@@ -99,6 +100,17 @@ def test_another_rate_is_the_rate_and_every_step_is_as_much_longer(folder: Path)
     for name in start:
         expected = start[name] + 2 * (once[name] - start[name])
         torch.testing.assert_close(double[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_recording_for_the_analysis_changes_no_bit_and_goes_on_after_a_resume(runs: None, folder: Path) -> None:
+    ours, theirs = log(folder, "unchanged", "loss"), log(folder, "first", "loss")
+    assert ours == {step: theirs[step] for step in (4, 5)}
+    assert [r.step for r in read_recordings(folder / "first" / "analysis.jsonl")] == [2, 4, 5]
+    before, _, *after = read_recordings(folder / "decaying" / "analysis.jsonl")
+    assert (before.step, before.method, len(before.matrices)) == (2, "DoRA", 8)
+    assert [(r.step, len(r.matrices)) for r in after] == [(4, 2), (6, 2)]
+    assert all(m.delta_m and m.delta_d and m.rows for m in before.matrices.values())
+    assert not (folder / "unchanged" / "analysis.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in FOLLOWED if name not in ("unchanged", "micro")])

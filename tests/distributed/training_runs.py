@@ -29,7 +29,7 @@ def config(base: Path, data: Path, run_dir: Path, /, **changes: dict[str, Any]) 
         "logging": {"every": 1, "progress_bar": False},
     }
     for section, fields in changes.items():
-        sections[section] = {**sections[section], **fields}
+        sections[section] = {**sections.get(section, {}), **fields}
     return sections
 
 

@@ -54,7 +54,9 @@ def test_magnitudes_alone_turn_nothing() -> None:
     layer = random_layer(WeightDecomposed(NoUpdate()))
     found = moved(NormRefresher(layer).record({"it": layer}))["it"]
     assert found.delta_d == 0
-    assert found.delta_m == pytest.approx(float(layer.get_parameter("magnitude_offset").detach().abs().mean()), rel=1e-6)
+    assert found.delta_m == pytest.approx(
+        float(layer.get_parameter("magnitude_offset").detach().abs().mean()), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("turn", [0.5, 2.0, 3.0])

@@ -43,6 +43,7 @@ CONFIG_OPTIONS = {
         "prefetch_bucket_size reduce_bucket_size max_live_parameters max_reuse_distance "
         "allgather_sequential start_timeout_s step_timeout_s deepspeed"
     ),
+    "analysis": "every modules",
     "logging": "every tensorboard progress_bar peak_flops",
 }
 OWN_OPTIONS: dict[str, list[str]] = {
@@ -84,6 +85,7 @@ OWN_OPTIONS: dict[str, list[str]] = {
         "--chat-template",
         "--plugins",
     ],
+    "analyze": ["--modules", "--recordings", "--steps", "--output"],
     "env": ["--json", "--timeout"],
 }
 
