@@ -24,7 +24,7 @@ CONFIG_OPTIONS = {
     "model": "path revision tokenizer dtype attn_implementation task num_labels storage trust_remote_code",
     "adapter": (
         "method settings weight_decomposed r lora_alpha dropout dropout_mode norm_gradient target_modules "
-        "magnitude_only_modules trained_modules init_from dynamic_rank start_rank_factor prune_start prune_stop "
+        "magnitude_only_modules trained_modules trained_parameters init_from dynamic_rank start_rank_factor prune_start prune_stop "
         "prune_every prune_schedule importance_beta dem_weight dem_form pruned_moments compact"
     ),
     "data": (
