@@ -21,11 +21,11 @@ COMMANDS = ["train", "validate", "schema", "consolidate", "import-gguf", "assemb
 
 # Users' scripts depend on these: whoever changes one changes the interface.
 CONFIG_OPTIONS = {
-    "model": "path revision tokenizer dtype attn_implementation task num_labels storage trust_remote_code",
+    "model": "path revision tokenizer dtype attn_implementation task num_labels feature_dim storage trust_remote_code",
     "adapter": (
         "method settings weight_decomposed r lora_alpha dropout dropout_mode norm_gradient target_modules "
-        "magnitude_only_modules trained_modules trained_parameters init_from dynamic_rank start_rank_factor prune_start prune_stop "
-        "prune_every prune_schedule importance_beta dem_weight dem_form pruned_moments compact"
+        "magnitude_only_modules trained_modules trained_parameters init_from dynamic_rank start_rank_factor "
+        "prune_start prune_stop prune_every prune_schedule importance_beta dem_weight dem_form pruned_moments compact"
     ),
     "data": (
         "train validation validation_samples format text_fields label_field loss_on cutoff_len target_len doc_stride "
