@@ -10,17 +10,17 @@ from dora_dist.runtime.errors import Stopped
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """SIGTERM raises Stopped inside, so that unfinished files are removed, as with Ctrl-C."""
+def ended_by_signals(left: str = "nothing was written") -> Iterator[None]:
+    """SIGTERM raises Stopped inside, so that unfinished files are removed, as with Ctrl-C; `left` says what remains."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(f"{signal.Signals(number).name}: {left}")
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped(f"{signal.Signals(number).name}: nothing was written")

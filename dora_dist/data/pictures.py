@@ -40,7 +40,7 @@ class PictureReader:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound is ours, below
                 with Image.open(file, formats=FORMATS) as image:
-                    self._check_size(file, *image.size)
+                    self.check_size(file, *image.size)
                     return self.pixels(image.convert("RGB"))
         except UserError:
             raise
@@ -56,7 +56,7 @@ class PictureReader:
         except (OSError, SyntaxError, ValueError, EOFError) as error:
             raise UserError(f"picture {file} cannot be read: {error}") from error
 
-    def _check_size(self, file: Path, width: int, height: int) -> None:
+    def check_size(self, file: Path, width: int, height: int) -> None:
         """Raise UserError for a picture that takes too much memory on its way to the model, not only in itself."""
         short, long = sorted((width, height))
         made = long * long if self.squares else width * height

@@ -19,17 +19,16 @@ from dora_dist.models.folder import (
     generation_config,
     not_a_folder,
     read_config,
-    reason,
     transformers_config,
 )
 from dora_dist.models.heads import Head, head_of_adapter, head_of_model
+from dora_dist.models.reading import read_model
 from dora_dist.models.tokenizer import load_tokenizer
 from dora_dist.models.unused import say_unused
 from dora_dist.models.vocabulary import refuse_tokens_without_rows
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.hub import fetch
 from dora_dist.tasks import problems
-from dora_dist.weights.loading import is_finite
 from dora_dist.weights.placement import WholePlacement
 from dora_dist.weights.safetensors_io import TensorFolder
 
@@ -63,25 +62,8 @@ def _plain(folder: Path, dtype: str) -> Any:
     head.model_class(transformers_config(folder))
     if (folder / GENERATION_CONFIG).exists():
         generation_config(folder)
-    try:
-        model, report = head.reading_class().from_pretrained(
-            folder,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-        )
-    except Exception as error:  # each family checks its fields in its own way
-        raise UserError(f"{folder}: transformers cannot load it: {reason(error)}") from error
-    doubt = "is this folder the model that its config.json describes?"
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{folder}: tensor {missing[0]!r} is missing ({len(missing)} in all); {doubt}")
-    for name, there, here in sorted(report["mismatched_keys"]):
-        raise UserError(f"{folder}: tensor {name!r} has shape {list(there)}, the model needs {list(here)}; {doubt}")
-    say_unused(opened, sorted(report["unexpected_keys"]), model)
-    if damaged := [name for name, values in model.named_parameters() if not is_finite(values)]:
-        raise UserError(f"{folder}: tensor {damaged[0]!r} holds NaN or infinity; download or copy the folder again")
+    model, unused = read_model(opened, head.reading_class(), dtype=DTYPES[dtype])
+    say_unused(opened, unused, model)
     return model
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from dora_dist.models.folder import ModelFolder, transformers_config
 from dora_dist.models.llava.family import LANGUAGE, PROJECTOR, TOWER
 from dora_dist.models.llava.placeholders import other_use, tokens_per_picture
+from dora_dist.models.vision_tower import preprocessing, square_processor, tower_config
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import check_model_output, new_folder
 from dora_dist.weights.names import Rename, rename_for
@@ -21,13 +22,6 @@ from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder, TensorWr
 
 BLOCK_ELEMENTS = 4 << 20
 EMBEDDING_MULTIPLE = 64  # new rows are added up to a multiple of it, as LLaVA-1.5 has them
-_MEANS_AND_STDS = {
-    "clip_vision_model": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
-    "siglip_vision_model": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
-    "dinov2": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    "dinov2_with_registers": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-}
-"""What towers were trained with; used where a folder lacks preprocessor_config.json."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +75,12 @@ def assemble_llava(
 
 
 def _configs(vision: Path, language: Path) -> tuple[Any, Any]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    text, tower = transformers_config(language), transformers_config(vision)
+    text, tower = transformers_config(language), tower_config(vision, "--vision")
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"--language {language}: {text.model_type!r} is not a causal language model")
-    if "vision_config" in tower.sub_configs:
-        tower = tower.vision_config
-    if not hasattr(tower, "patch_size") or type(tower) not in MODEL_MAPPING:
+    if not hasattr(tower, "patch_size"):
         raise UserError(f"--vision {vision}: {tower.model_type!r} is not a vision tower that LLaVA takes")
     if hasattr(tower, "vision_use_head"):
         tower.vision_use_head = False  # SigLIP pools into one vector for contrastive training only
@@ -151,10 +143,9 @@ def _llava_config(tower: Any, text: Any, token_id: int, *, feature_layer: int, t
 def _processor(vision: Path, config: Any, tokenizer: Any, *, image_token: str, image_size: int | None) -> Any:
     """The processor of `config`, which is completed by what the processor shows of it."""
     from transformers import LlavaProcessor
-    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     tower = config.vision_config
-    settings = _preprocessing(vision, tower.model_type)
+    settings = preprocessing(vision, tower.model_type, "--vision")
     side = image_size or settings.pop("side", None) or tower.image_size
     patches = (side // tower.patch_size) ** 2
     remedy = f"set --image-size {tower.image_size}"
@@ -162,14 +153,8 @@ def _processor(vision: Path, config: Any, tokenizer: Any, *, image_token: str, i
     if extra:
         config.vision_feature_select_strategy = "default"  # it drops the first
     config.image_seq_length = patches + max(extra - 1, 0)
-    images = LlavaImageProcessorPil(
-        do_pad=True,
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        **{key: settings[key] for key in ("image_mean", "image_std", "resample") if key in settings},
-    )
     return LlavaProcessor(
-        images,
+        square_processor(settings, side, pad=True),
         tokenizer,
         patch_size=tower.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -177,23 +162,6 @@ def _processor(vision: Path, config: Any, tokenizer: Any, *, image_token: str, i
         image_token=image_token,
         num_additional_image_tokens=extra,
     )
-
-
-def _preprocessing(vision: Path, model_type: str) -> dict[str, Any]:
-    """The mean, deviation, resampling and side length that the tower's pictures had."""
-    file = vision / "preprocessor_config.json"
-    if not file.is_file():
-        if model_type not in _MEANS_AND_STDS:
-            raise UserError(f"--vision {vision}: no {file.name} in it, which says how its pictures are normalised")
-        mean, std = _MEANS_AND_STDS[model_type]
-        return {"image_mean": mean, "image_std": std}
-    try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from error
-    crops = settings.get("do_center_crop", "crop_size" in settings)
-    size = settings.get("crop_size" if crops else "size") or {}
-    return {**settings, "side": size if isinstance(size, int) else size.get("height") or size.get("shortest_edge")}
 
 
 def _parts(folder: Path, config: Any, *, tower: TensorFolder, text: TensorFolder) -> list[list[Part]]:

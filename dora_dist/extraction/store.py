@@ -1,0 +1,203 @@
+"""Where features are kept: videos' in a folder with one .npz each, pictures' in an HDF5 file made of such a folder.
+
+HDF5 does not survive a process that is killed while it writes. So features are first written one .npz each, under a
+temporary name that is then changed, into a folder that is named after the file; when all are there, the file is made of
+them and appears whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from dora_dist.extraction.items import Kind
+from dora_dist.runtime import extras
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import DISK_IS_FULL, disk_errors
+
+SETTINGS = "extraction.json"
+"""In a folder of features: how they were made. An HDF5 file has the same as its attribute "extraction"."""
+HDF5_SUFFIXES = (".h5", ".hdf5")
+_ANOTHERS = "is there already and was not made by extract-features; choose another output"
+_SKIPPED = ".skipped"
+"""Ends the name of a file that says why an item has no features."""
+Features = Mapping[str, NDArray[np.floating]]
+"""What is kept of one item: "features" (L, d), and perhaps "boxes" (L, 4)."""
+
+
+class FeatureFolder:
+    """A folder of {name}.npz, each of which appears whole; several processes may fill one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self, settings: Mapping[str, Any]) -> None:
+        """Make the folder, or go on with it. Raises UserError if its features were made with other settings."""
+        file = self.folder / SETTINGS
+        if file.is_file():
+            check_settings(self.folder, json.loads(file.read_text(encoding="utf-8")), settings)
+            return
+        if self.folder.exists() and not (self.folder.is_dir() and all(map(_hidden, self.folder.iterdir()))):
+            raise UserError(f"{self.folder}: {_ANOTHERS}")
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with self._appearing(file) as partial:
+            partial.write_text(json.dumps(dict(settings), indent=2) + "\n", encoding="utf-8")
+
+    def names(self) -> set[str]:
+        """Those that have features."""
+        return self._ending(".npz")
+
+    def skipped(self) -> set[str]:
+        """Those that have none because their files cannot be read."""
+        return self._ending(_SKIPPED)
+
+    def _ending(self, ending: str) -> set[str]:
+        with os.scandir(self.folder) as files:
+            names = [file.name for file in files]
+        return {name.removesuffix(ending) for name in names if name.endswith(ending) and not name.startswith(".")}
+
+    def write(self, name: str, features: Features) -> None:
+        with self._appearing(self.folder / f"{name}.npz") as file, file.open("wb") as sink:
+            np.savez(sink, allow_pickle=False, **features)
+        (self.folder / f"{name}{_SKIPPED}").unlink(missing_ok=True)  # of an earlier try
+
+    def skip(self, name: str, why: str) -> None:
+        with self._appearing(self.folder / f"{name}{_SKIPPED}") as file:
+            file.write_text(f"{why}\n", encoding="utf-8")
+
+    def read(self, name: str) -> dict[str, NDArray[np.floating]]:
+        file = self.folder / f"{name}.npz"
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return {key: arrays[key] for key in arrays.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{file}: is damaged ({error}); delete it and start the command again") from error
+
+    @contextmanager
+    def _appearing(self, target: Path) -> Iterator[Path]:
+        """A file to write, which gets its own name when it is whole."""
+        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        try:
+            with disk_errors(target, only=DISK_IS_FULL):
+                yield partial
+                partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+class FeatureStore:
+    """The output of an extraction, which may be there in part."""
+
+    def __init__(self, output: Path, settings: Mapping[str, Any], kind: Kind) -> None:
+        """Raises UserError for an output that is something else, or was made with other settings."""
+        self.output, self.settings = output, dict(settings)
+        self.is_file = output.suffix.lower() in HDF5_SUFFIXES
+        if self.is_file != (kind == "image"):
+            wanted = {"image": f"an HDF5 file, named {HDF5_SUFFIXES[0]}", "video": "a folder, of .npz files"}
+            raise UserError(f"--output {output}: features of {kind}s are kept in {wanted[kind]}")
+        if self.is_file:
+            extras.need("h5py", purpose=f"--output {output}")
+            _check_file(output, settings)
+        self.parts = FeatureFolder(output.with_name(f"{output.name}.parts") if self.is_file else output)
+
+    def open(self) -> None:
+        """Make what is not there yet."""
+        self.parts.open(self.settings)
+
+    def names(self) -> set[str]:
+        """All that have features."""
+        return self.parts.names() | (_names_in(self.output) if self.is_file else set())
+
+    def complete(self, wanted: Collection[str]) -> bool:
+        """Make the HDF5 file if all of `wanted` are there or are skipped; whether that is so."""
+        if not self.is_file:
+            return not set(wanted) - self.names() - self.parts.skipped()
+        # Another process, of another part, may have just found the same.
+        with FileLock(self.output.with_name(f".{self.output.name}.lock")):
+            if not self.parts.folder.is_dir():
+                return not set(wanted) - self.names()
+            if set(wanted) - self.names() - self.parts.skipped():
+                return False
+            if new := self.parts.names():
+                self._pack(sorted(new))
+            shutil.rmtree(self.parts.folder)
+            return True
+
+    def _pack(self, new: list[str]) -> None:
+        """Make the file, or make it again with what is new; it replaces what was there only when it is on the disk."""
+        import h5py
+
+        partial = self.output.with_name(f".{self.output.name}.partial")
+        try:
+            with disk_errors(self.output, only=DISK_IS_FULL), h5py.File(partial, "w") as file:
+                file.attrs["extraction"] = json.dumps(self.settings)
+                if self.output.exists():
+                    with h5py.File(self.output, "r") as before:
+                        for name in before:
+                            if name not in new:
+                                before.copy(name, file)
+                for name in new:
+                    group = file.create_group(name)
+                    for key, values in self.parts.read(name).items():
+                        group.create_dataset(key, data=values)
+            _flush(partial)
+            partial.replace(self.output)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def check_settings(place: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise UserError, naming the first difference, where features of two kinds would get into one place."""
+    for key in {**there, **wanted}:
+        if there.get(key) != wanted.get(key):
+            raise UserError(
+                f"{place}: its features were made with {key} = {there.get(key)!r}, this command has "
+                f"{wanted.get(key)!r}; give the same settings, or choose another output"
+            )
+
+
+def _check_file(output: Path, settings: Mapping[str, Any]) -> None:
+    import h5py
+
+    if not output.exists():
+        return
+    if not output.is_file() or not h5py.is_hdf5(output):
+        raise UserError(f"{output}: is there already and is not an HDF5 file; choose another output")
+    with h5py.File(output, "r") as file:
+        made = file.attrs.get("extraction")
+    if not isinstance(made, str):
+        raise UserError(f"{output}: {_ANOTHERS}")
+    check_settings(output, json.loads(made), settings)
+
+
+def _hidden(path: Path) -> bool:
+    """Unfinished files of other processes."""
+    return path.name.startswith(".")
+
+
+def _names_in(output: Path) -> set[str]:
+    import h5py
+
+    if not output.exists():
+        return set()
+    with h5py.File(output, "r") as file:
+        return set(file)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,98 @@
+"""Features of videos: one vector for each frame that is looked at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_max_pool1d
+
+from dora_dist.data.pictures import PictureReader
+from dora_dist.extraction.items import Item
+from dora_dist.extraction.options import ExtractionOptions, Outcome
+from dora_dist.models.vision_tower import VisionTower
+from dora_dist.runtime.errors import UserError
+
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg"
+"""Kinds of files that FFmpeg opens for us: none that is a list of other files or addresses."""
+_EARLY = 1e-6
+"""Seconds that a frame may come before the time that is looked at: times in files are rounded."""
+
+
+@dataclass(frozen=True)
+class VideoExtractor:
+    """A video becomes one vector for each frame, at most `most_frames`: of a longer one, neighbours are pooled to
+    their maximum (as VL-Adapter's code makes the features that VL-BART is trained with)."""
+
+    tower: VisionTower
+    reader: PictureReader
+    options: ExtractionOptions
+
+    def settings(self) -> dict[str, Any]:
+        return {"frames_per_second": self.options.frames_per_second, "most_frames": self.options.most_frames}
+
+    def check(self) -> None:
+        self.tower.embedding(torch.zeros(1, 3, self.tower.side, self.tower.side))
+
+    def outcomes(self, items: Sequence[Item]) -> Iterator[Outcome]:
+        for item in items:
+            try:
+                yield item, {"features": self._features(self.reader.folder / item.path).cpu().numpy()}
+            except UserError as error:
+                yield item, error
+
+    def _features(self, file: Path) -> Tensor:
+        """(T, d) fp32; a batch of frames is in memory at a time."""
+        frames = read_frames(file, self.options.frames_per_second, self.reader)
+        vectors = []
+        while some := [self.reader.pixels(image) for image in islice(frames, self.options.batch_size)]:
+            vectors.append(self.tower.embedding(torch.stack(some)).float())
+        return pooled(torch.cat(vectors), self.options.most_frames)
+
+
+def pooled(vectors: Tensor, most: int) -> Tensor:
+    """(t, d) to (min(t, most), d)."""
+    return vectors if len(vectors) <= most else adaptive_max_pool1d(vectors.T[None], most)[0].T
+
+
+def read_frames(file: Path, per_second: float, reader: PictureReader) -> Iterator[Any]:
+    """Frames of a video's first picture stream as RGB pictures of Pillow: the first, then one each 1/per_second s.
+
+    Raises UserError for a file that is missing, not a video, damaged, without a frame, or larger than `reader` takes.
+    """
+    import av
+
+    # A file that is a play list would make FFmpeg open others, of this machine or of a network.
+    only = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+    count, due = 0, 0.0
+    try:
+        with av.open(str(file), options=only) as container:
+            if not container.streams.video:
+                raise UserError(f"video {file} has no pictures in it, only sound or text")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            reader.check_size(file, stream.width, stream.height)
+            for time, frame in _timed(container.decode(stream), float(stream.average_rate or 25)):
+                count += 1
+                if time >= due - _EARLY:
+                    due = (math.floor(time * per_second + _EARLY) + 1) / per_second
+                    yield frame.to_image()
+    except av.FFmpegError as error:
+        raise UserError(f"video {file} cannot be read: {error.strerror or error}") from error
+    if not count:
+        raise UserError(f"video {file} holds no frame")
+
+
+def _timed(frames: Iterator[Any], rate: float) -> Iterator[tuple[float, Any]]:
+    """Each frame with its seconds after the first; by `rate`, frames a second, where the file does not say."""
+    start = None
+    for number, frame in enumerate(frames):
+        time = number / rate if frame.time is None else frame.time
+        start = time if start is None else start
+        yield time - start, frame
