@@ -17,7 +17,17 @@ from dora_dist.runtime.exit_codes import DONE, USERS_MISTAKE
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = str(REPOSITORY / "configs/llama7b_dora.json")
-COMMANDS = ["train", "validate", "schema", "consolidate", "import-gguf", "assemble-llava", "evaluate", "env"]
+COMMANDS = [
+    "train",
+    "validate",
+    "schema",
+    "consolidate",
+    "import-gguf",
+    "assemble-llava",
+    "extract-features",
+    "evaluate",
+    "env",
+]
 
 # Users' scripts depend on these: whoever changes one changes the interface.
 CONFIG_OPTIONS = {
@@ -61,6 +71,25 @@ OWN_OPTIONS: dict[str, list[str]] = {
         "--feature-layer",
         "--image-size",
         "--seed",
+    ],
+    "extract-features": [
+        "--tower",
+        "--output",
+        "--layer",
+        "--grid",
+        "--boxes",
+        "--image-size",
+        "--image-aspect-ratio",
+        "--image-folder",
+        "--max-image-pixels",
+        "--bad-images",
+        "--frames-per-second",
+        "--most-frames",
+        "--batch-size",
+        "--num-workers",
+        "--dtype",
+        "--store",
+        "--part",
     ],
     "evaluate": [
         "--tasks",
