@@ -86,6 +86,12 @@ class AdaptedLinear(nn.Module):
         """grad (tokens, out) -> grad·W0 (tokens, in), in grad's dtype."""
         return self.storage.project_back(grad, self.held(), self.shape)
 
+    def weight_rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of W0, fp32 (rows, in), while the weight is whole; a view of it where it is held so."""
+        flat = [held.data.reshape(-1) for held in self.held()]
+        span = (start * self.in_features, stop * self.in_features)
+        return self.storage.to_fp32(flat, *span, device=flat[0].device).view(-1, self.in_features)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out), in x's dtype. Raises RuntimeError before norms were ever computed."""
         drops = self.method.dropout > 0.0 and self.training

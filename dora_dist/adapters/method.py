@@ -84,6 +84,10 @@ class Layer(Protocol):
 
     def base_product_back(self, grad: Tensor) -> Tensor: ...
 
+    def weight_rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of W0, fp32 (rows, in), not to be written to; as `base_product`, where W0 is whole."""
+        ...
+
     def adapter_parameters(self) -> dict[str, nn.Parameter]: ...
 
 
@@ -259,11 +263,14 @@ class Update(AdapterMethod):
     def gradients(
         self, layer: Layer, x_ti: Tensor, hidden: Tensor | None, *, grad_to: Tensor
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Gradients of the parameters, and of the product that `down` makes of x, given that of ΔW·x."""
+        """Gradients of the parameters, and what `input_gradient` needs, given the gradient of ΔW·x.
+
+        What it needs is the gradient of the product that `down` makes of x, or anything else with a row per token.
+        """
 
     @abstractmethod
     def input_gradient(self, layer: Layer, grad_hidden: Tensor, onto: Tensor | None) -> Tensor:
-        """The gradient of x (tokens, in), given that of `down`'s product; added in place to `onto` if given."""
+        """The gradient of x (tokens, in), given what `gradients` says; added in place to `onto` if given."""
 
     @abstractmethod
     def add_norm_gradient(self, layer: Layer, row_scale: Tensor, gradients: dict[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """What holds for every registered method: a new one is tested here by being registered."""
 
+import math
 import sys
 from typing import Any
 
@@ -11,24 +12,27 @@ from torch import Tensor, nn
 from dora_dist.adapters import methods
 from dora_dist.adapters.layer import AdaptedLinear
 from dora_dist.adapters.method import AdapterMethod, Update, register, registered
-from dora_dist.adapters.methods import LowRank, WeightDecomposed
+from dora_dist.adapters.methods import LowRank, Mora, WeightDecomposed
 from dora_dist.adapters.norms import NormRefresher, add_adapter_squares, add_base_squares
 from dora_dist.adapters.pieces import WeightPiece, rectangles
 from dora_dist.config import AdapterConfig
 from dora_dist.runtime import plugins
 from dora_dist.runtime.errors import UserError
 from tests.conftest import ROOT
+from tests.mora_by_formula import change
 from tests.toy import relative_error
 
 IN, OUT, R = 29, 41, 5
 sys.path.append(str(ROOT / "examples"))
 plugins.load(["add_a_method"])
-NAMES = sorted(name for name, kind in registered().items() if issubclass(kind, Update))
+REGISTERED = sorted(name for name, kind in registered().items() if issubclass(kind, Update))
+NAMES = [*REGISTERED, "mora/1"]  # MoRA of type 1; 6 is its default
 
 
 def update(name: str, **settings: Any) -> Update:
+    name, _, variant = name.partition("/")
     kind: Any = registered()[name]
-    made: Update = kind(r=R, **settings)
+    made: Update = kind(r=R, **settings, **({"type": int(variant)} if variant else {}))
     return made.for_model([(OUT, IN + 7), (OUT + 3, IN)])
 
 
@@ -44,16 +48,24 @@ def random_layer(method: AdapterMethod, bias: bool = True) -> AdaptedLinear:
 
 
 def merged(layer: AdaptedLinear, own: dict[str, Tensor], norm_gradient: str = "detached") -> Tensor:
-    """(m / n)·(W0 + s·B·A) of the parameters `own`, by PEFT's form, differentiable and in their dtype."""
-    dtype = next(iter(own.values())).dtype
-    weight = layer.weight.to(dtype)
-    theirs = layer.method.to_peft(layer.shape, own, weight.norm(dim=1))
-    assert theirs is not None and theirs.lora_A is not None and theirs.lora_B is not None
-    whole = weight + theirs.scaling * theirs.lora_B @ theirs.lora_A
-    if theirs.magnitude is None:
+    """(m / n)·(W0 + ΔW) of the parameters `own`, differentiable and in their dtype."""
+    weight = layer.weight.to(next(iter(own.values())).dtype)
+    whole = weight + delta(layer, own)
+    if "magnitude_offset" not in own:
         return whole
     norm = whole.norm(dim=1)
-    return (theirs.magnitude / (norm.detach() if norm_gradient == "detached" else norm))[:, None] * whole
+    magnitude = weight.norm(dim=1) + own["magnitude_offset"]
+    return (magnitude / (norm.detach() if norm_gradient == "detached" else norm))[:, None] * whole
+
+
+def delta(layer: AdaptedLinear, own: dict[str, Tensor]) -> Tensor:
+    """ΔW by PEFT's form, or by the formula where PEFT has none."""
+    method = layer.method.update if isinstance(layer.method, WeightDecomposed) else layer.method
+    if isinstance(method, Mora):
+        return change(layer.shape, own["mora_M"], method.type)
+    theirs = method.to_peft(layer.shape, {name: own[name] for name in method.parameters(layer.shape)}, None)
+    assert theirs is not None and theirs.lora_A is not None and theirs.lora_B is not None
+    return theirs.scaling * theirs.lora_B @ theirs.lora_A
 
 
 @pytest.mark.parametrize("norm_gradient", [None, "detached", "full"], ids=["plain", "detached", "full"])
@@ -109,12 +121,6 @@ def test_dropout_is_of_the_update_or_of_all_but_the_base_product(name: str, mode
     assert relative_error(x.grad, exact_x.grad) <= 1e-5
 
 
-def delta(layer: AdaptedLinear, own: dict[str, Tensor]) -> Tensor:
-    theirs = layer.method.to_peft(layer.shape, own, layer.weight.to(own["magnitude_offset"]).norm(dim=1))
-    assert theirs is not None and theirs.lora_A is not None and theirs.lora_B is not None
-    return theirs.scaling * theirs.lora_B @ theirs.lora_A
-
-
 @pytest.mark.parametrize("pieces", [1, 3, 7])
 @pytest.mark.parametrize("name", NAMES)
 def test_row_norms_add_up_over_pieces_of_the_weight(name: str, pieces: int) -> None:
@@ -165,7 +171,7 @@ def test_at_the_start_the_output_is_the_bases_and_gradients_are_of_the_parameter
     assert any(grad.any() for grad in found.values() if grad is not None)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", REGISTERED)
 def test_the_adapter_section_makes_the_method_with_and_without_a_magnitude(name: str) -> None:
     dynamic = update(name).components is not None
     section = AdapterConfig(method=name, r=6, dropout=0.1, dynamic_rank=dynamic, weight_decomposed=False)
@@ -191,6 +197,12 @@ def test_the_adapter_section_makes_the_method_with_and_without_a_magnitude(name:
             "adapter.settings: 'alpha' is not a setting of the method 'lora'; it has: none",
         ),
         ({"settings": {"r": 4}}, "adapter.settings: 'r' is not a setting of the method 'lora'"),
+        (
+            {"method": "mora", "settings": {"type": 3}},
+            "adapter.settings: type = 3 is none of MoRA's; it has 1 (sharing)",
+        ),
+        ({"method": "mora", "dynamic_rank": True}, "the method 'mora' has no components to prune; set it to false"),
+        ({"method": "vera", "dynamic_rank": True}, "the method 'vera' has no components to prune; set it to false"),
         ({"method": "full", "r": 8}, 'adapter.r = 8: has no meaning for adapter.method = "full"'),
         ({"method": "full", "dropout": 0.1}, "adapter.dropout = 0.1: has no meaning"),
         ({"method": "full", "settings": {"type": 6}}, 'adapter.settings = {"type": 6}: has no meaning'),
@@ -208,3 +220,29 @@ def test_a_name_stands_for_one_method() -> None:
     with pytest.raises(ValueError, match="there is a method 'lora' already"):
         register(type("Another", (LowRank,), {"name": "lora"}))
     assert registered()["lora"] is LowRank
+
+
+@pytest.mark.parametrize("kind", [1, 6])
+@pytest.mark.parametrize("shape", [(41, 29), (17, 71), (36, 36), (3, 2), (1, 40)])
+def test_mora_fills_any_shape_as_its_definition_says(shape: tuple[int, int], kind: int) -> None:
+    """More outputs than inputs and fewer, groups that fit, a matrix that is larger than the weight."""
+    torch.manual_seed(0)
+    method = Mora(r=2, type=kind)
+    layer = AdaptedLinear.from_linear(nn.Linear(shape[1], shape[0], bias=False), method)
+    size = len(layer.mora_M)
+    assert size == max(1, math.isqrt(2 * sum(shape))) if kind == 1 else size % 2 == 0 < size
+    with torch.no_grad():
+        layer.mora_M.normal_()
+    x = torch.randn(5, shape[1], requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    matrix, exact_x = layer.mora_M.detach().double().requires_grad_(), x.detach().double().requires_grad_()
+    expected = exact_x @ (layer.weight.double() + change(shape, matrix, kind)).T
+    expected.square().sum().backward()
+    assert relative_error(y, expected) <= 1e-5
+    assert relative_error(x.grad, exact_x.grad) <= 1e-5
+    assert relative_error(layer.mora_M.grad, matrix.grad) <= 1e-5
+    rows = torch.zeros(shape)
+    for start in range(0, shape[0], 5):  # as a merge reads the base
+        method.merge_rows(rows[start : start + 5], {"mora_M": layer.mora_M.detach()}, shape, start=start)
+    assert relative_error(rows, change(shape, matrix, kind)) <= 1e-6

@@ -9,6 +9,7 @@ from dora_dist.adapters.method import AdapterMethod, Method, Update, registered
 from dora_dist.adapters.methods.dynamic_rank import DynamicRank
 from dora_dist.adapters.methods.full import FullFineTuning
 from dora_dist.adapters.methods.lora import LowRank
+from dora_dist.adapters.methods.mora import Mora
 from dora_dist.adapters.methods.vera import Vera
 from dora_dist.adapters.methods.weight_decomposed import NoUpdate, WeightDecomposed
 from dora_dist.adapters.peft_layer import AdapterLayer
@@ -19,6 +20,7 @@ __all__ = [
     "DynamicRank",
     "FullFineTuning",
     "LowRank",
+    "Mora",
     "NoUpdate",
     "Vera",
     "WeightDecomposed",
