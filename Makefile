@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SMALL_TESTS := tests/unit
 RANKS_TESTS := $(filter-out $(SMALL_TESTS),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py)))))
 
-.PHONY: help demo demo-llava test test-cluster test-gpu lint docs hooks bench-step bench-rank clean
+.PHONY: help demo demo-llava test test-cluster test-gpu lint docs hooks bench-step bench-rank bench-analysis clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -58,6 +58,9 @@ bench-step: $(VENV)/.installed-bench  ## time one training step against PEFT's L
 
 bench-rank: $(VENV)/.installed-bench  ## train dynamic rank and LoRA on real text, several seeds; ARGS="--help" for its flags
 	$(BIN)/python benchmarks/dynamic_rank.py $(ARGS)
+
+bench-analysis: $(VENV)/.installed-bench  ## how magnitudes and directions move under three methods; ARGS="--help" for its flags
+	$(BIN)/python benchmarks/analysis.py $(ARGS)
 
 clean:  ## remove .venv and caches (runs/ stays)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info

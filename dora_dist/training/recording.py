@@ -25,7 +25,10 @@ class AnalysisCallback(TrainerCallback):
     """
 
     def __init__(self, run: AdaptedModel, options: AnalysisConfig, *, method: str, world: World, run_dir: Path) -> None:
-        """Raises UserError where there is nothing to record, or where a pattern of analysis.modules names nothing."""
+        """What is recorded is in `adapted` and `trained`, by the layers' names.
+
+        Raises UserError where there is nothing to record, or where a pattern of analysis.modules names nothing.
+        """
         self._norms, self._base, self._every = run.norms, run.source.folder, options.every
         self._method, self._world, self._file = method, world, run_dir / ANALYSIS
         adapted, trained = adapted_layers(run.model), _trained_weights(run)
@@ -35,14 +38,14 @@ class AnalysisCallback(TrainerCallback):
                 "has; set it to 0"
             )
         chosen = set(named(options.modules, [*adapted, *trained], "analysis.modules"))
-        self._adapted = {name: layer for name, layer in adapted.items() if name in chosen}
-        self._trained = {name: weight for name, weight in trained.items() if name in chosen}
+        self.adapted = {name: layer for name, layer in adapted.items() if name in chosen}
+        self.trained = {name: weight for name, weight in trained.items() if name in chosen}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self._every and state.global_step < state.max_steps:
             return
-        changes = self._norms.record(self._adapted) if self._adapted else {}
-        matrices = moved(changes | row_changes(self._trained, self._base))
+        changes = self._norms.record(self.adapted) if self.adapted else {}
+        matrices = moved(changes | row_changes(self.trained, self._base))
         if self._world.first:
             with disk_errors(self._file), self._file.open("a", encoding="utf-8") as file:
                 file.write(Recording(state.global_step, self._method, matrices).line())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dora_dist import build_model
 from dora_dist.adapters.methods import NoUpdate, WeightDecomposed
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.row_changes import RowChange
@@ -16,7 +17,11 @@ from dora_dist.analysis.decomposition import Moved, Recording, moved, read_recor
 from dora_dist.analysis.points import evenly
 from dora_dist.checkpoint import run_folder
 from dora_dist.cli import main
+from dora_dist.config import AdapterConfig, AnalysisConfig, ModelConfig
+from dora_dist.runtime.distributed import World
 from dora_dist.runtime.errors import UserError
+from dora_dist.training.recording import AnalysisCallback
+from tests import toy
 from tests.unit.test_methods import NAMES, OUT, delta, random_layer, update
 
 
@@ -72,6 +77,29 @@ def test_rows_of_zeros_are_left_out_and_any_angle_is_found(turn: float) -> None:
     assert found.delta_d == pytest.approx(float(1 - torch.cos(torch.tensor(turn))) / 2, rel=1e-6)
     assert found.delta_m == pytest.approx(0.5, rel=1e-6)
     assert moved({"it": RowChange(*torch.zeros(3, 4))})["it"] == Moved(None, None, 0)
+
+
+def test_what_is_recorded_are_the_layers_that_move_and_a_wrong_pattern_is_refused(tmp_path: Path) -> None:
+    base = toy.base_model(tmp_path / "base", tie_word_embeddings=True)
+    world = World(rank=0, world_size=1, local_rank=0, local_world_size=1, host="here", launcher="none")
+
+    def recorded(adapter: dict[str, Any], modules: list[str]) -> tuple[list[str], list[str]]:
+        section, options = AdapterConfig(**adapter), AnalysisConfig(every=1, modules=modules)
+        run = build_model(ModelConfig(path=str(base), dtype="fp32"), section)
+        callback = AnalysisCallback(run, options, method="", world=world, run_dir=tmp_path)
+        return list(callback.adapted), list(callback.trained)
+
+    layers = [f"model.layers.{n}" for n in range(2)]
+    both = {"target_modules": ["q_proj"], "trained_modules": ["up_proj", "input_layernorm"]}
+    queries, trained = ([f"{layer}.{end}" for layer in layers] for end in ("self_attn.q_proj", "mlp.up_proj"))
+    assert recorded(both, []) == (queries, trained)
+    assert recorded(both, ["0.self_attn.q_proj"]) == (queries[:1], [])
+    adapted, trained = recorded({"method": "full"}, [])
+    assert (adapted, len(trained)) == ([], 2 * 7)  # not lm_head, whose weight is the embedding's
+    with pytest.raises(UserError, match=r"analysis\.modules: 'k_proj' matches none .*: q_proj \(2\), up_proj \(2\)"):
+        recorded(both, ["k_proj"])
+    with pytest.raises(UserError, match=r"analysis\.every = 1: this run neither adapts nor trains a linear layer"):
+        recorded({"method": "full", "target_modules": ["norm"]}, [])
 
 
 def recording(step: int, slope: float, method: str = "DoRA", layers: int = 3) -> Recording:
