@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from dora_dist.checkpoint import run_folder
 from dora_dist.config.fields import values
-from dora_dist.config.names import data_set, is_local
+from dora_dist.config.names import Sources, data_set, is_local
+from dora_dist.data.sampler import batches_of
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.digest import sampled_digest
 
 if TYPE_CHECKING:
-    from dora_dist.config import RunConfig
+    from dora_dist.config import RunConfig, TrainingConfig
     from dora_dist.weights.safetensors_io import TensorFolder
 
 
@@ -39,7 +40,7 @@ RULES: dict[Rule, dict[str, str]] = {
         "": "plugins",
         "model": "dtype attn_implementation trust_remote_code",
         "adapter": "dropout dropout_mode norm_gradient importance_beta dem_weight dem_form pruned_moments compact",
-        "data": "target_len cache image_folder image_aspect_ratio max_image_pixels bad_images num_workers",
+        "data": "target_len cache features image_folder image_aspect_ratio max_image_pixels bad_images num_workers",
         "training": "learning_rate learning_rates schedule warmup_steps warmup_ratio epochs max_steps micro_batch_size "
         "weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon activation_checkpointing recompute_all "
         "eval_every metric num_beams",
@@ -56,7 +57,7 @@ RULES: dict[Rule, dict[str, str]] = {
         "adapter": "target_modules magnitude_only_modules trained_modules trained_parameters start_rank_factor "
         "prune_start prune_stop prune_every prune_schedule",
         "data": "train validation validation_samples format text_fields label_field loss_on cutoff_len doc_stride "
-        "chat_template group_by_modality_length",
+        "prompts chat_template group_by_modality_length",
     },
     Rule.SHAPE: {
         "model": "task num_labels storage",
@@ -70,6 +71,9 @@ RULES: dict[Rule, dict[str, str]] = {
 
 _BEST = ("training.metric", "validation data")
 """What the values are of that say which checkpoint is the best."""
+
+PARTS = "training samples of each task"
+"""Where a checkpoint says how many samples an epoch has of each kind, if there are several."""
 
 _UNREAD_IN_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -94,7 +98,7 @@ def located(config: RunConfig) -> RunConfig:
         "path": _absolute(model.path),
         "tokenizer": model.tokenizer and _absolute(model.tokenizer),
     }
-    sources = {split: _sources(getattr(data, split)) for split in ("train", "validation")}
+    sources = {field: _sources(getattr(data, field)) for field in ("train", "validation", "features")}
     pictures = {"image_folder": data.image_folder and os.path.abspath(data.image_folder)}
     start = {"init_from": adapter.init_from and os.path.abspath(adapter.init_from)}
     return config.model_copy(
@@ -110,7 +114,9 @@ def _absolute(name: str) -> str:
     return os.path.abspath(name) if is_local(name) else name
 
 
-def _sources(names: str | list[str] | None) -> Any:
+def _sources(names: Sources) -> Any:
+    if isinstance(names, Mapping):
+        return {task: _sources(of_task) for task, of_task in names.items()}
     if names is None or isinstance(names, list):
         return names and [_sources(name) for name in names]
     named = data_set(names)
@@ -209,17 +215,20 @@ def forgets_best(changed: Mapping[str, str]) -> bool:
     return any(name in changed for name in _BEST)
 
 
-def optimizer_steps(config: RunConfig, samples: int) -> int:
-    """Optimizer steps of a whole run on `samples` training samples, as the Trainer counts them."""
-    training = config.training
-    batches = -(-samples // training.global_batch_size)  # the last one of an epoch is filled up
+def optimizer_steps(training: TrainingConfig, parts: Mapping[str, int]) -> int:
+    """Optimizer steps of a whole run, as the Trainer counts them.
+
+    parts: the training samples of each kind, no two of which share a batch (`RaggedDataset.parts`).
+    """
+    batches = batches_of(parts.values(), training.global_batch_size)
     return training.max_steps or math.ceil(training.epochs * batches)
 
 
 def finished(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> str | None:
     """That a checkpoint is at the end of this run, or beyond, and how to train on; None if steps are left."""
-    step, samples = manifest["step"], manifest["trained_with"]["order"]["number of training samples"]
-    steps = optimizer_steps(config, samples)
+    step, order = manifest["step"], manifest["trained_with"]["order"]
+    parts = order.get(PARTS) or {"": order["number of training samples"]}
+    steps = optimizer_steps(config.training, parts)
     if step < steps:
         return None
     by_steps = config.training.max_steps is not None

@@ -1,6 +1,5 @@
 """Tokenized data for a person: figures, and two samples with what is learnt of them marked."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dora_dist.data import TokenizedData
-from dora_dist.data.preview import MOST_NAMED, Figures, Part, Preview, longest, percentiles, segments
+from dora_dist.data.preview import MOST_NAMED, Figures, Part, Preview, percentiles, segments
+from dora_dist.data.sampler import batches_of
 
 OPEN, CLOSE = "[[", "]]"
 """Around what is learnt, where colours cannot be shown."""
@@ -25,13 +25,10 @@ def show(data: TokenizedData, tokenizer: Any, *, title: str, steps: int, batch: 
     console = Console(highlight=False, markup=False, emoji=False)
     _print_figures(console, data, title)
     samples = data.train
-    an_epoch = math.ceil(len(samples) / batch)
+    an_epoch = batches_of(samples.parts.values(), batch)
     console.print(f"\n{steps:,} steps of {batch} records, {an_epoch:,} steps an epoch: {steps / an_epoch:,.1f} epochs")
-    _print_sample(console, tokenizer, samples.preview(0), title="first")
-    if second := longest(samples.token_counts()):
-        _print_sample(console, tokenizer, samples.preview(second), title="longest")
-    elif len(samples) > 1:
-        _print_sample(console, tokenizer, samples.preview(len(samples) - 1), title="last")
+    for title, position in samples.shown().items():
+        _print_sample(console, tokenizer, samples.preview(position), title=title)
     console.print()
     marked = "in green; special tokens are reversed" if _in_colour(console) else f"between {OPEN} and {CLOSE}"
     console.print(f"Learnt is what is {marked}. The rest is read only.")

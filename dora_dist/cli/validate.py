@@ -93,7 +93,7 @@ def _show_data(config: RunConfig) -> None:
     local = fetched_for_data(config)
     processor, data = read_data(local, Path(local.model.path), progress=True)
     tokenizer = task_named(config.model.task).tokenizer(processor)
-    steps = optimizer_steps(config, len(data.train))
+    steps = optimizer_steps(config.training, data.train.parts)
     pruning_budget(config.adapter, steps)
     preview.show(
         data, tokenizer, title=f"{config.data.format} records", steps=steps, batch=config.training.global_batch_size

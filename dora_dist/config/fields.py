@@ -42,9 +42,11 @@ class FieldSpec:
             return None
         if "array" in types and "string" not in types and not text.startswith("["):
             return [part.strip() for part in text.split(",")] if text else []
-        if "array" in types and "," in text and not text.startswith("["):
+        if "array" in types and "," in text and not text.startswith(("[", "{")):
             return [part.strip() for part in text.split(",")]
-        if types & {"integer", "number", "boolean", "object"} or ("array" in types and text.startswith("[")):
+        if types & {"integer", "number", "boolean"} or ("object" in types and "string" not in types):
+            return _json_or_text(self.name, text)
+        if ("array" in types and text.startswith("[")) or ("object" in types and text.startswith("{")):
             return _json_or_text(self.name, text)
         return text
 
@@ -92,6 +94,8 @@ def values(document: Mapping[str, Any], schema: type[BaseModel]) -> dict[str, An
 
 
 def _words(kind: dict[str, Any]) -> str:
+    if "anyOf" in kind:
+        return " or ".join(map(_words, kind["anyOf"]))
     if "enum" in kind:
         return "one of " + ", ".join(json.dumps(value) for value in kind["enum"])
     if kind.get("type") == "array":

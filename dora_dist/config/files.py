@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dora_dist.config.names import DATA_SUFFIXES, PACKED, TABLES, data_set, is_local
+from dora_dist.config.names import DATA_SUFFIXES, PACKED, TABLES, data_set, is_local, listed
 from dora_dist.config.pictures import how_to_get
 from dora_dist.config.schema import AdapterConfig, CheckpointConfig, DataConfig, ModelConfig
 from dora_dist.config.source import absence, nearby
@@ -26,6 +26,7 @@ def check(model: ModelConfig, adapter: AdapterConfig, data: DataConfig, *, check
         *_model(model),
         *_data(data),
         *_pictures(data),
+        *_features(data),
         *_init_from(adapter.init_from),
         *_resume(checkpoint.resume),
         *_run_dir(Path(checkpoint.run_dir)),
@@ -65,8 +66,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
 
 
 def _data(data: DataConfig) -> Iterator[str]:
-    named = [("data.train", name) for name in _listed(data.train)]
-    named += [("data.validation", name) for name in _listed(data.validation)]
+    named = [("data.train", name) for name in listed(data.train)]
+    named += [("data.validation", name) for name in listed(data.validation)]
     for field, name in named:
         path = Path(name)
         label = f'{field} = "{name}"'
@@ -103,11 +104,16 @@ def _pictures(data: DataConfig) -> Iterator[str]:
     folder = data.image_folder
     if folder is not None and not Path(folder).is_dir():
         missing = f'data.image_folder = "{folder}": no such folder in {Path.cwd()}{nearby(Path(folder))}'
-        yield missing + how_to_get(folder, _listed(data.train))
+        yield missing + how_to_get(folder, listed(data.train))
 
 
-def _listed(names: str | list[str] | None) -> list[str]:
-    return [names] if isinstance(names, str) else names or []
+def _features(data: DataConfig) -> Iterator[str]:
+    for name in dict.fromkeys(listed(data.features)):
+        if not Path(name).exists():
+            yield (
+                f'data.features = "{name}": no such file or folder{nearby(Path(name))}; give an HDF5 file or a folder '
+                "of .npz files (`dora-dist extract-features` makes them)"
+            )
 
 
 def _init_from(start: str | None) -> Iterator[str]:

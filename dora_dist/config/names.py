@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,22 @@ def is_local(name: str) -> bool:
         or name.endswith((*DATA_SUFFIXES, ".model", ".gguf", ".safetensors"))
         or os.path.lexists(name)  # also a broken link
     )
+
+
+Sources = str | list[str] | Mapping[str, str | list[str]] | None
+"""What a field of sources holds: a name, several, or either for each of several tasks."""
+
+
+def listed(sources: Sources) -> list[str]:
+    """All names in a field of sources."""
+    if isinstance(sources, Mapping):
+        return [name for names in sources.values() for name in listed(names)]
+    return [sources] if isinstance(sources, str) else sources or []
+
+
+def by_task(sources: Sources) -> dict[str, list[str]]:
+    """The names of each task; none where a field of sources does not say them by task."""
+    return {task: listed(names) for task, names in sources.items()} if isinstance(sources, Mapping) else {}
 
 
 class DataSet(NamedTuple):

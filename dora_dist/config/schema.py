@@ -11,6 +11,7 @@ from pydantic import Field
 
 from dora_dist.config.section import (
     Count,
+    PathsByTask,
     PathText,
     PathTexts,
     Patterns,
@@ -24,11 +25,29 @@ from dora_dist.config.section import (
 from dora_dist.runtime.errors import UserError
 
 Task = Annotated[
-    Text, known("causal_lm", "sequence_classification", "question_answering", "seq2seq_lm", "image_text_to_text")
+    Text,
+    known(
+        "causal_lm",
+        "sequence_classification",
+        "question_answering",
+        "seq2seq_lm",
+        "image_text_to_text",
+        "vision_seq2seq_lm",
+    ),
 ]
 Format = Annotated[
     Text,
-    known("instruction", "alpaca", "completion", "messages", "classification", "squad", "summarisation", "llava"),
+    known(
+        "instruction",
+        "alpaca",
+        "completion",
+        "messages",
+        "classification",
+        "squad",
+        "summarisation",
+        "llava",
+        "vision_text",
+    ),
 ]
 Metric = Annotated[
     Text,
@@ -57,7 +76,8 @@ class ModelConfig(Section):
         default="causal_lm",
         description="What the model is for: causal_lm predicts the next token; sequence_classification labels a text, "
         "or rates it; question_answering finds the answer in a text; seq2seq_lm reads a text and writes another; "
-        "image_text_to_text predicts the next token of texts with pictures (LLaVA)",
+        "image_text_to_text predicts the next token of texts with pictures (LLaVA); vision_seq2seq_lm reads a text and "
+        "visual features and writes a text, for several tasks at once (VL-BART)",
     )
     num_labels: Count = Field(
         default=2, description="Labels of sequence_classification: 0 up to this number; 1: a rating (regression)"
@@ -167,11 +187,13 @@ class AdapterConfig(Section):
 class DataConfig(Section):
     """What the model learns from."""
 
-    train: PathText | PathTexts = Field(
+    train: PathText | PathTexts | PathsByTask = Field(
         description="Training data: .json, .jsonl or .parquet file, or a data set on the hub or in a folder (name, "
-        "name:config, name:config:split or name:file), or a list of these"
+        "name:config, name:config:split or name:file), or a list of these; vision_text: such a value for each of its "
+        'tasks, {"vqa": ..., "gqa": ..., "nlvr2": ..., "caption": ..., "tvqa": ..., "how2qa": ..., '
+        '"tvc": ..., "yc2c": ...}'
     )
-    validation: PathText | PathTexts | None = Field(
+    validation: PathText | PathTexts | PathsByTask | None = Field(
         default=None, description="Validation data, as train (split validation); null: see validation_samples"
     )
     validation_samples: Annotated[int, Field(ge=0), at_most(10**12)] = Field(
@@ -182,7 +204,8 @@ class DataConfig(Section):
         default="instruction",
         description="Records: instruction (the paper's prompt), alpaca, completion (prompt and completion as they "
         "are), messages (the chat template), classification (one or two texts and a label), squad (question, "
-        "context, answers), summarisation (a document and its summary), or llava (conversations with pictures)",
+        "context, answers), summarisation (a document and its summary), llava (conversations with pictures), or "
+        "vision_text (VL-BART's tasks on pictures and videos)",
     )
     text_fields: Annotated[list[Text], Field(min_length=1, max_length=2)] = Field(
         default=["text"],
@@ -202,10 +225,13 @@ class DataConfig(Section):
     )
     cutoff_len: Annotated[int, Field(ge=8), at_most(2**30)] = Field(
         default=256,
-        description="Longest record in tokens, those of its pictures included; longer ones are cut and counted",
+        description="Longest record in tokens, those of its pictures included (vision_text: of its text alone); longer "
+        "ones are cut and counted",
     )
     target_len: Annotated[int, Field(ge=2), at_most(2**30)] = Field(
-        default=64, description="Longest summary in tokens, in training and when one is generated (summarisation)"
+        default=64,
+        description="Longest summary or answer in tokens, in training and when one is generated (summarisation, "
+        "vision_text)",
     )
     doc_stride: Annotated[int, Field(ge=0), at_most(2**30)] = Field(
         default=128,
@@ -215,6 +241,15 @@ class DataConfig(Section):
         default="~/.cache/dora_dist",
         description="Folder for tokenized data: one rank of a node makes it for the others and for later runs; null: "
         "every rank tokenizes for itself",
+    )
+    features: PathText | PathTexts | PathsByTask | None = Field(
+        default=None,
+        description="Visual features of vision_text records: an HDF5 file (pictures) or a folder of .npz files "
+        "(videos), a list of these, or such a value for each task",
+    )
+    prompts: dict[Text, str] = Field(
+        default={},
+        description='Prompts of vision_text tasks where they are others than the authors\' runs have: {"gqa": "gqa: "}',
     )
     image_folder: PathText | None = Field(default=None, description="Where the pictures of llava records are")
     image_aspect_ratio: Literal["pad", "processor"] = Field(
@@ -231,7 +266,8 @@ class DataConfig(Section):
     )
     bad_images: Literal["error", "skip"] = Field(
         default="error",
-        description="A picture that is missing or cannot be read: ends the run, or its record is left out and counted",
+        description="A picture, or its features, that is missing or cannot be read: ends the run, or its record is "
+        "left out and counted",
     )
     chat_template: Literal["vicuna_v1", "plain", "model"] = Field(
         default="vicuna_v1",
@@ -310,7 +346,7 @@ class TrainingConfig(Section):
         description="What makes a checkpoint the best in evaluation: the lowest loss, or the highest of the others",
     )
     num_beams: Annotated[int, Field(ge=1), at_most(1024)] = Field(
-        default=4, description="Beams that evaluation generates with (seq2seq_lm)"
+        default=4, description="Beams that evaluation generates with (seq2seq_lm, vision_seq2seq_lm)"
     )
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="Seed of initial values, data order and dropout")
 

@@ -44,3 +44,4 @@ PathText = Annotated[
     str, Field(min_length=1, max_length=4095, pattern=r"^[^\x00]+$"), AfterValidator(os.path.expanduser)
 ]
 PathTexts = Annotated[list[PathText], Field(min_length=1)]
+PathsByTask = Annotated[dict[Text, PathText | PathTexts], Field(min_length=1)]

@@ -1,6 +1,14 @@
 """From files of records to batches of token ids: formats, loading, tokenising, ordering, padding."""
 
-from dora_dist.data.collate import Collator, LabelledCollator, PictureCollator, WithFiller, labelled_filler, text_filler
+from dora_dist.data.collate import (
+    Collator,
+    LabelledCollator,
+    PictureCollator,
+    VisionCollator,
+    WithFiller,
+    labelled_filler,
+    text_filler,
+)
 from dora_dist.data.columns import IGNORED
 from dora_dist.data.formats import FORMATS
 from dora_dist.data.labelled import LabelledReader
@@ -13,6 +21,7 @@ from dora_dist.data.sampler import FILLER, EpochBatches, EpochDataLoader
 from dora_dist.data.spans import SpanReader
 from dora_dist.data.summaries import SummaryReader
 from dora_dist.data.texts import TextReader
+from dora_dist.data.vision import VisionReader
 from dora_dist.data.whole import warn_of_the_whole
 
 __all__ = [
@@ -32,6 +41,8 @@ __all__ = [
     "SummaryReader",
     "TextReader",
     "TokenizedData",
+    "VisionCollator",
+    "VisionReader",
     "WithFiller",
     "labelled_filler",
     "load_records",

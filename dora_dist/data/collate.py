@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,6 +84,43 @@ class PictureCollator(Collator):
         batch = super().__call__(samples)
         pictures = [picture for sample in samples for picture in sample.get("pictures", ())]
         batch["pixel_values"] = torch.stack(pictures) if pictures else torch.zeros(1, 3, *self.size)
+        if problems := [sample["problem"] for sample in samples if "problem" in sample]:
+            batch["problems"] = problems
+        return batch
+
+
+class VisionCollator:
+    """Batches of texts with visual features, padded on the right to the longest of the batch.
+
+    A batch in which nothing has features gets a single masked place for each sample, so that every rank runs the same
+    modules.
+    """
+
+    def __init__(self, texts: Callable[[list[Sample]], dict[str, Any]], width: int):
+        """texts: collates input_ids and labels. width: of the features."""
+        self.texts, self.width = texts, width
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """What `texts` makes, and for v visual places: visual_features (samples, v, width) and visual_boxes
+        (samples, v, 4) fp32; visual_images (which picture of the sample), visual_objects (which region of the picture)
+        and visual_mask (1 where there is something) (samples, v) int64. scores (samples,) fp32 of the targets, and the
+        samples' "problems" if any.
+        """
+        batch = dict(self.texts([{name: sample[name] for name in ("input_ids", "labels")} for sample in samples]))
+        batch["scores"] = torch.tensor([sample.get("score", 0.0) for sample in samples], dtype=torch.float32)
+        shown = [sample.get("visual", ()) for sample in samples]
+        places = max(1, *(sum(len(visual.features) for visual in visuals) for visuals in shown))
+        features, boxes = (torch.zeros(len(samples), places, width) for width in (self.width, 4))
+        images, objects, mask = (torch.zeros(len(samples), places, dtype=torch.int64) for _ in range(3))
+        for row, visuals in enumerate(shown):
+            start = 0
+            for image, visual in enumerate(visuals):
+                here = slice(start, start := start + len(visual.features))
+                features[row, here], boxes[row, here] = visual.features, visual.boxes
+                images[row, here], objects[row, here] = image, torch.arange(len(visual.features))
+                mask[row, here] = 1
+        batch |= {"visual_features": features, "visual_boxes": boxes}
+        batch |= {"visual_images": images, "visual_objects": objects, "visual_mask": mask}
         if problems := [sample["problem"] for sample in samples if "problem" in sample]:
             batch["problems"] = problems
         return batch

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dora_dist.config import DataConfig
+from dora_dist.config.names import listed
 from dora_dist.config.pictures import how_to_get
 from dora_dist.data.columns import IGNORED, Columns, Table, counts_between, row_of
 from dora_dist.data.conversations import MARK, Conversation, read_conversation, render
@@ -21,7 +22,7 @@ from dora_dist.data.formats import Rendered
 from dora_dist.data.pictures import PictureProcessor, PictureTokens, missing_pictures
 from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.reader import Reader
-from dora_dist.data.records import Record, check_characters, listed
+from dora_dist.data.records import Record, check_characters
 from dora_dist.data.sampler import EpochOrder, grouped_order
 from dora_dist.data.stats import ConversationStats
 from dora_dist.data.strings import unpack

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,10 @@ class RaggedDataset(Dataset[dict[str, Any]]):
         return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return self.reader.item(self.table, int(self.index[i]))
+        """Sample i; i + k·len(self), which only an epoch's order asks for, is its variant k."""
+        variant, i = divmod(i, len(self))
+        row = int(self.index[i])
+        return self.reader.variant(self.table, row, variant) if variant else self.reader.item(self.table, row)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
@@ -79,6 +82,15 @@ class RaggedDataset(Dataset[dict[str, Any]]):
         """The right answers that metrics compare a model's answers with, where labels alone do not hold them."""
         return self.reader.references(self.table, self.index)
 
+    def shown(self) -> Mapping[str, int]:
+        """The samples that a person should see, by title."""
+        return self.reader.shown(self.table, self.index)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """How many samples an epoch has of each kind, no two of which share a global batch."""
+        return self.reader.parts(self.table, self.index)
+
     @property
     def epoch_order(self) -> EpochOrder | None:
         """The order of an epoch, where it is more than a permutation."""
@@ -86,7 +98,7 @@ class RaggedDataset(Dataset[dict[str, Any]]):
 
     @property
     def order_facts(self) -> dict[str, Any]:
-        """What an epoch's order follows from, besides seed, batch size and number of samples."""
+        """What an epoch's order follows from, besides seed, batch size, number of samples and `parts`."""
         return self.reader.order_facts(self.table, self.index)
 
 

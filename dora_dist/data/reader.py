@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from dora_dist.config import DataConfig
+from dora_dist.config.names import Sources, listed
 from dora_dist.data.columns import Columns, Table, pieces
 from dora_dist.data.doubts import Doubts
-from dora_dist.data.preview import Preview
-from dora_dist.data.records import Record
+from dora_dist.data.preview import Preview, longest
+from dora_dist.data.records import Record, read_records
 from dora_dist.data.sampler import EpochOrder
 from dora_dist.data.stats import Stats
 from dora_dist.runtime.errors import UserError
@@ -65,6 +66,10 @@ class Reader(ABC):
         """Raise UserError for what no record can be blamed for."""
         return
 
+    def records(self, sources: Sources, split: str) -> Iterator[tuple[str, Record]]:
+        """All records that data.train or data.validation names, each with its place. Raises UserError."""
+        return read_records(listed(sources), self.fields, split, named_by=self.named_by)
+
     def place(self, place: str, record: Record) -> str:
         """Where a record is, for messages."""
         return place
@@ -97,9 +102,23 @@ class Reader(ABC):
     def item(self, table: Table, row: int) -> dict[str, Any]:
         """A sample, as a collator takes it."""
 
+    def variant(self, table: Table, row: int, number: int) -> dict[str, Any]:
+        """A sample in another of its variants, numbered from 1, where an epoch's `order` asks for it. IndexError: none.
+
+        `item` is variant 0.
+        """
+        raise IndexError(f"sample {row} has no variant {number}")
+
     @abstractmethod
     def preview(self, table: Table, row: int) -> Preview:
         """A sample, for a person."""
+
+    def shown(self, table: Table, index: Tensor) -> Mapping[str, int]:
+        """The samples of a set that a person should see, by title: positions in `index`."""
+        counts = {words: values[index] for words, values in self.token_counts(table).items()}
+        if second := longest(counts):
+            return {"first": 0, "longest": second}
+        return {"first": 0, "last": len(index) - 1} if len(index) > 1 else {"first": 0}
 
     def record_numbers(self, table: Table) -> Tensor:
         """(n,) int64, ascending: which record each sample is of, counted from 0."""
@@ -133,8 +152,12 @@ class Reader(ABC):
         """The order of an epoch, where it is more than a permutation."""
         return None
 
+    def parts(self, table: Table, index: Tensor) -> dict[str, int]:
+        """How many samples an epoch has of each kind, no two of which share a global batch; by default all are one."""
+        return {"": len(index)}
+
     def order_facts(self, table: Table, index: Tensor) -> dict[str, Any]:
-        """What `order` follows from, besides seed, batch size and number of samples."""
+        """What `order` follows from, besides seed, batch size, number of samples and `parts`."""
         return {}
 
 

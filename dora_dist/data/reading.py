@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor
 
 from dora_dist.config import DataConfig
+from dora_dist.config.names import Sources, by_task, listed
 from dora_dist.data.cache import cached
 from dora_dist.data.columns import Columns, Table
 from dora_dist.data.doubts import Doubts, pack_doubts, say
 from dora_dist.data.ragged import RaggedDataset, TokenizedData
 from dora_dist.data.reader import Reader
-from dora_dist.data.records import listed, read_records
 from dora_dist.data.stats import Stats
 from dora_dist.runtime import console
 from dora_dist.runtime.errors import UserError
@@ -64,16 +63,17 @@ def _selected(reader: Reader, table: Table, index: Tensor, where: str) -> tuple[
 
 def _table(reader: Reader, data: DataConfig, split: str, progress: bool) -> Table:
     """The records of a split, encoded; from the cache where they are in it."""
-    sources = listed(getattr(data, split))
+    named = getattr(data, split)
+    sources = listed(named)
     # What is odd about the records, and where they are, is said with the names of the sources.
-    settings = {"reader": type(reader).__qualname__, **reader.settings(), "sources": sources}
+    settings = {"reader": type(reader).__qualname__, **reader.settings(), "sources": by_task(named) or sources}
     table = cached(
         data.cache,
         sources,
         reader.tokenizer,
         settings,
         code=_code_of(reader) if data.cache is not None else (),
-        make=lambda: _encoded(reader, sources, split, progress),
+        make=lambda: _encoded(reader, named, split, progress),
     )
     say(f"data.{split}", table["doubts"])
     return reader.opened(table, f"data.{split}")
@@ -83,9 +83,9 @@ def _code_of(reader: Reader) -> set[Path]:
     return {Path(inspect.getfile(kind)) for kind in type(reader).__mro__ if issubclass(kind, Reader)}
 
 
-def _encoded(reader: Reader, sources: Sequence[str], split: str, progress: bool) -> dict[str, Tensor]:
+def _encoded(reader: Reader, sources: Sources, split: str, progress: bool) -> dict[str, Tensor]:
     field = f"data.{split}"
-    records = list(read_records(sources, reader.fields, split, named_by=reader.named_by))
+    records = list(reader.records(sources, split))
     into, doubts = Columns(), Doubts(reader.tokenizer, but=reader.allowed)
     bar: Any = console.progress(
         len(records), f"tokenizing {field}", f" {reader.counted}", delay=2.0, leave=False, shown=progress

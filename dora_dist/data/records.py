@@ -99,11 +99,6 @@ def check_characters(label: str, text: str) -> None:
         ) from error
 
 
-def listed(names: str | list[str] | None) -> list[str]:
-    """The sources that data.train or data.validation names."""
-    return [names] if isinstance(names, str) else names or []
-
-
 def local_file(source: str) -> Path | None:
     """The file that `source` names, None if it names a data set. Raises UserError for a file that is not there."""
     path = Path(source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,15 @@ from torch.utils.data import BatchSampler, DataLoader
 FILLER = -1
 """A place of a global batch beyond its last sample; `WithFiller` puts a sample without loss there."""
 EpochOrder = Callable[[int, int], list[int]]
-"""(seed of an epoch, global batch size) -> every sample once, one global batch after the other."""
+"""(seed of an epoch, global batch size) -> every sample once, one global batch after the other.
+
+A batch that is not full is filled up with FILLER. Sample i + k·n is variant k of sample i, where there are n.
+"""
+
+
+def batches_of(parts: Iterable[int], batch: int) -> int:
+    """Global batches of an epoch with so many samples of each kind, no two of which share a batch."""
+    return sum(-(-samples // batch) for samples in parts)
 
 
 class EpochBatches(BatchSampler):
@@ -34,8 +42,11 @@ class EpochBatches(BatchSampler):
         seed: int = 0,
         shuffle: bool = True,
         order: EpochOrder | None = None,
+        parts: Iterable[int] | None = None,
     ):
-        """order: an epoch's order, where it is more than a permutation."""
+        """order: an epoch's order, where it is more than a permutation. parts: samples of each kind, where no two kinds
+        share a global batch."""
+        self.parts = [num_samples] if parts is None else list(parts)
         self.num_samples, self.seed, self.shuffle, self.order = num_samples, seed, shuffle, order
         self.global_batch_size, self.batch_size = global_batch_size, micro_batch_size
         self.world_size, self.rank = world_size, rank
@@ -59,7 +70,7 @@ class EpochBatches(BatchSampler):
 
     def __len__(self) -> int:
         """Micro-batches per epoch on this rank."""
-        return -(-self.num_samples // self.global_batch_size) * self._places // self._across_ranks
+        return batches_of(self.parts, self.global_batch_size) * self._places // self._across_ranks
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
@@ -106,6 +117,48 @@ def grouped_order(lengths: Tensor, pictured: Tensor, seed: int, batch: int) -> l
     order += [part for part in rest.split(batch) if len(part)]
     long_first = lengths + (int(lengths.max()) + 1) * pictured
     return [i for part in order for i in part[long_first[part].argsort(descending=True, stable=True)].tolist()]
+
+
+def subtask_order(
+    kinds: Tensor, lengths: Tensor, scores: Tensor, starts: Tensor, drawn: Tensor, seed: int, batch: int
+) -> list[int]:
+    """All samples in a random order of batches of one kind each; the last batch of a kind is filled up with FILLER.
+
+    A sample has one variant or more. Of a `drawn` sample (samples,) bool the epoch has one, by `scores`; of any other
+    it has each. `scores` are those of all variants, flat, from starts[i] up to starts[i + 1] for sample i. Inside a
+    batch, samples go from long to short (`lengths`, in tokens), so that the micro-batches cut from it hold little
+    padding. All is from `seed` alone. kinds, lengths (samples,) int64; starts (samples + 1,) int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = len(kinds)
+    chosen = _drawn(scores.double(), starts, torch.rand(count, generator=generator, dtype=torch.float64))
+    each = torch.where(drawn, 1, starts.diff())
+    samples = torch.arange(count).repeat_interleave(each)
+    first = (each.cumsum(0) - each).repeat_interleave(each)
+    variants = torch.where(drawn[samples], chosen[samples], torch.arange(len(samples)) - first)
+    shuffled = torch.randperm(len(samples), generator=generator)
+    batches = []
+    for kind in kinds.unique().tolist():
+        for part in shuffled[kinds[samples[shuffled]] == kind].split(batch):
+            ordered = part[lengths[samples[part]].argsort(descending=True, stable=True)]
+            places = samples[ordered] + count * variants[ordered]
+            batches.append([*places.tolist(), *[FILLER] * (batch - len(part))])
+    order = torch.randperm(len(batches), generator=generator).tolist()
+    return [place for number in order for place in batches[number]]
+
+
+def _drawn(scores: Tensor, starts: Tensor, uniform: Tensor) -> Tensor:
+    """(n,) int64: a variant of each sample, with a probability that is its share of the sample's scores.
+
+    0 where all scores of a sample are 0. `uniform` (n,) fp64 in [0, 1).
+    """
+    after = scores.cumsum(0)
+    before = torch.cat([after.new_zeros(1), after])[starts[:-1]]
+    total = torch.cat([after.new_zeros(1), after])[starts[1:]] - before
+    found = torch.searchsorted(after, before + uniform * total, right=True) - starts[:-1]
+    # Rounding must not lead into the next sample, nor beyond the last variant that has a score.
+    within = torch.minimum(found.clamp(min=0), starts.diff() - 1)
+    return torch.where(total > 0, within, 0)
 
 
 class EpochDataLoader(DataLoader[Any]):

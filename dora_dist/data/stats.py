@@ -149,6 +149,43 @@ class SpanStats(Stats):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SubtaskStats(Stats):
+    """Counts of records of several tasks; `each`: how many of each task."""
+
+    label_tokens: int
+    each: Mapping[str, int]
+    targets: int
+    cut_targets: int
+    target_len: int
+    without_features: int  # left out: there are no features of its picture or video
+
+    @property
+    def left_out(self) -> int:
+        return self.without_features
+
+    def figures(self) -> Figures:
+        return {
+            "records": f"{self.records:,}",
+            "  left out: features are missing": f"{self.without_features:,}",
+            **{f"  {name}": f"{count:,}" for name, count in self.each.items()},
+            "tokens of texts": f"{self.tokens:,}",
+            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.truncated:,}",
+            "targets": f"{self.targets:,}",
+            "tokens of targets (learnt)": f"{self.label_tokens:,}",
+            f"  cut at target_len = {self.target_len}": f"{self.cut_targets:,}",
+        }
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{count:,} {name}" for name, count in self.each.items())
+        missing = f", {self.without_features:,} left out: features are missing" if self.without_features else ""
+        return (
+            f"{self.samples:,} samples ({each}), {self.tokens:,} tokens of texts ({self.truncated:,} cut at "
+            f"{self.cutoff_len}), {self.label_tokens:,} of {self.targets:,} targets ({self.cut_targets:,} cut at "
+            f"{self.target_len}){missing}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SummaryStats(Stats):
     """Counts of documents and their summaries; `truncated` counts summaries."""
 

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from dora_dist.config import DataConfig
+from dora_dist.config.names import listed
 from dora_dist.data.ragged import RaggedDataset, TokenizedData
-from dora_dist.data.records import listed
 from dora_dist.runtime.console import is_first, warn
 
 MANY = 0.1

@@ -56,7 +56,12 @@ class RecordsEvaluation(Evaluation):
                 "num_labels": head.num_labels,
             },
             # A run whose training data is what to evaluate on: all of it, and nothing else.
-            "data": {**self._data, "train": file, "validation": None, "validation_samples": 0},
+            "data": {
+                **self._data,
+                "train": self._task.sources(name, file),
+                "validation": None,
+                "validation_samples": 0,
+            },
             "training": self._training,
         }
         config = self._subject.configuration(raw)

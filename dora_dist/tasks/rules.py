@@ -39,6 +39,7 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield _unknown("data.format", config.data.format, formats, config)
     else:
         yield from of_data.problems_of_data(config.data)
+        yield from _by_task(of_data, config.data)
         yield from _fields_of_others(of_data, config.data)
     if task and of_data and task is not of_data:
         yield from _not_together(task, of_data, config.data.format)
@@ -60,6 +61,16 @@ def _not_together(task: Task, of_data: Task, format: str) -> Iterator[str]:
         yield f"{given}: {each.name} and the format {each.formats[0]} go together"
     if not strict:
         yield f"{given}: {task.name} takes {' and '.join(task.formats)}"
+
+
+def _by_task(task: Task, data: DataConfig) -> Iterator[str]:
+    """Sources that are said by task, where records are of one kind alone."""
+    for field in ("train", "validation"):
+        if not task.several and isinstance(getattr(data, field), dict):
+            yield (
+                f'data.{field} = {json.dumps(getattr(data, field))}: records of data.format = "{data.format}" are of '
+                "one kind; give a file, or a list of files"
+            )
 
 
 def _fields_of_others(task: Task, data: DataConfig) -> Iterator[str]:

@@ -28,7 +28,8 @@ class Task(ABC):
     name: as in model.task. formats: of its records, as in data.format. fields: of the data section,
     those that mean nothing to most other tasks. searching: settings of evaluation by which the model writes its answers
     (num_beams, max_new_tokens). packages: modules of pyproject's extras that it imports. trains_in_full: whether
-    something is trained in full besides the adapters even where adapter.trained_modules is null.
+    something is trained in full besides the adapters even where adapter.trained_modules is null. several: whether
+    data.train says by name of which of several tasks its sources are.
     """
 
     name: ClassVar[str]
@@ -37,6 +38,7 @@ class Task(ABC):
     searching: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[tuple[str, ...]] = ()
     trains_in_full: ClassVar[bool] = True
+    several: ClassVar[bool] = False
 
     # --- the configuration ------------------------------------------------------------------------------------------
 
@@ -68,6 +70,10 @@ class Task(ABC):
     def problems_of_data(self, data: DataConfig) -> Iterator[str]:
         """As `problems`, with a data section whose format is one of this task's."""
         yield from ()
+
+    def sources(self, name: str, file: str) -> Any:
+        """What data.train is where `evaluate` measures a model on a file that the user calls `name`."""
+        return file
 
     # --- a run ------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ OWN_TO_A_NODE = {
     "data.train",
     "data.validation",
     "data.cache",
+    "data.features",
     "data.image_folder",
     "adapter.init_from",
 }

@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from dora_dist.adapters.methods import chosen
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.resuming import optimizer_steps
 from dora_dist.config import AdapterConfig, CheckpointConfig, DataConfig, RunConfig, TrainingConfig
+from dora_dist.config.names import listed
 from dora_dist.data import TokenizedData
+from dora_dist.data.sampler import batches_of
 from dora_dist.models.build import AdaptedModel
 from dora_dist.runtime.agreement import package_version
 from dora_dist.runtime.console import say, width
@@ -49,14 +52,14 @@ def opening(run_dir: Path, world: World, resume: Path | None) -> None:
 
 def about_data(options: DataConfig, data: TokenizedData) -> None:
     """Once the data is read: how much there is to learn from, and what was left out."""
-    line("data", f"{_listed(options.train)}: {data.train_stats}")
+    line("data", f"{', '.join(listed(options.train))}: {data.train_stats}")
     if data.validation_stats is not None:
         held_out = f"{options.validation_samples} samples held out of it"
-        line("validation", f"{_listed(options.validation or held_out)}: {data.validation_stats}")
+        line("validation", f"{', '.join(listed(options.validation)) or held_out}: {data.validation_stats}")
 
 
-def about_model(config: RunConfig, run: AdaptedModel, world: World, *, samples: int) -> None:
-    """Once the model is built: model, adapter, batch, schedule, memory, files. `samples`: size of the training set."""
+def about_model(config: RunConfig, run: AdaptedModel, world: World, *, parts: Mapping[str, int]) -> None:
+    """Once the model is built: model, adapter, batch, schedule, memory, files. `parts`: of the training set."""
     model, adapter, training = config.model, config.adapter, config.training
     parameters = list(run.model.parameters())
     trained = sum(full_numel(p) for p in parameters if p.requires_grad)
@@ -77,7 +80,7 @@ def about_model(config: RunConfig, run: AdaptedModel, world: World, *, samples: 
         f"{training.global_batch_size} records a step: {_count(world.world_size, 'rank')} x {plan.micro_batch_size} x "
         f"{_count(plan.accumulation_steps, 'accumulation step')}{empty}",
     )
-    line("training", _schedule(config.training, config.checkpoint, optimizer_steps(config, samples), samples))
+    line("training", _schedule(training, config.checkpoint, parts))
     line("memory", f"{_memory(run.model, world)} a rank, before gathered layers and activations")
     files = f"{run_folder.LOG} (everything that ranks and libraries print), {run_folder.METRICS}, {run_folder.CONFIG}"
     line("files", f"{config.checkpoint.run_dir}/: {files}")
@@ -130,8 +133,9 @@ def _method(adapter: AdapterConfig) -> str:
     return f"{method.title}{rank}{alpha}{dropout}"
 
 
-def _schedule(training: TrainingConfig, checkpoint: CheckpointConfig, steps: int, samples: int) -> str:
-    epochs = steps / -(-samples // training.global_batch_size)
+def _schedule(training: TrainingConfig, checkpoint: CheckpointConfig, parts: Mapping[str, int]) -> str:
+    steps = optimizer_steps(training, parts)
+    epochs = steps / batches_of(parts.values(), training.global_batch_size)
     warmup = training.warmup_steps
     if warmup is None:
         warmup = math.ceil((training.warmup_ratio or 0) * steps)  # as the Trainer rounds it
@@ -166,10 +170,6 @@ def _notes(path: str, run: AdaptedModel) -> list[str]:
 def _kinds(names: list[str]) -> list[str]:
     """Last parts of the modules' names, the most frequent first."""
     return [kind for kind, _ in Counter(name.rpartition(".")[2] for name in names).most_common()]
-
-
-def _listed(sources: str | list[str]) -> str:
-    return sources if isinstance(sources, str) else ", ".join(sources)
 
 
 def _count(number: int, what: str) -> str:

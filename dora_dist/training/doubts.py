@@ -67,7 +67,7 @@ def _check_positions(model: Any, cutoff: int, samples: Any) -> None:
     if cutoff <= most:
         return
     remedy = f"lower it to {most}"
-    if learned and (longest := max(len(samples[i]["input_ids"]) for i in range(len(samples)))) > most:
+    if learned and (longest := int(samples.lengths.max())) > most:
         raise UserError(
             f"data.cutoff_len = {cutoff}: a record has {longest} tokens, and the model learned positions for {most} "
             f"only; {remedy}"

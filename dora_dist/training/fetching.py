@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from typing import Any
 
 from dora_dist.config import RunConfig, is_local
-from dora_dist.config.names import data_set
+from dora_dist.config.names import Sources, data_set, listed
 from dora_dist.data.repository import data_files
 from dora_dist.runtime.distributed import World, together
 from dora_dist.runtime.errors import UserError
@@ -29,7 +30,7 @@ def fetched(config: RunConfig, world: World) -> RunConfig:
     One rank of each node downloads into the hub's cache, which locks and verifies each file, so that nodes may share
     it; the other ranks wait, then find the same there without asking the hub. Raises UserError on every rank.
     """
-    sources = [source for split in _SPLITS for source in _listed(getattr(config.data, split))]
+    sources = [source for split in _SPLITS for source in listed(getattr(config.data, split))]
     if not any(map(data_set, sources)) and not any(_repositories(config)):
         return config
     with together("fetching what the run needs from the hub", patience=_LONGEST_DOWNLOAD):
@@ -49,7 +50,7 @@ def _placed(config: RunConfig, local_only: bool = False, weights: bool = True) -
             if repository.kind == "model"
         }
         sources = {
-            split: [file for name in _listed(getattr(data, split)) for file in _files(name, split, local_only)]
+            split: _found(getattr(data, split), split, local_only)
             for split in _SPLITS
             if getattr(data, split) is not None
         }
@@ -57,6 +58,13 @@ def _placed(config: RunConfig, local_only: bool = False, weights: bool = True) -
         there = " ".join(f"--{field} {shlex.quote(value)}" for field, value in _by_hand_options(config).items())
         raise UserError(f"{error}.\n{by_hand(list(_repositories(config)), there)}") from error
     return config.model_copy(update={"model": model.model_copy(update=places), "data": data.model_copy(update=sources)})
+
+
+def _found(sources: Sources, split: str, local_only: bool) -> Any:
+    """The files of a field of sources, by task where it is."""
+    if isinstance(sources, Mapping):
+        return {task: _found(names, split, local_only) for task, names in sources.items()}
+    return [file for name in listed(sources) for file in _files(name, split, local_only)]
 
 
 def _files(source: str, split: str, local_only: bool) -> list[str]:
@@ -76,7 +84,7 @@ def _repositories(config: RunConfig, weights: bool = True) -> Iterator[Repositor
     if model.tokenizer is not None and not is_local(model.tokenizer):
         yield Repository(model.tokenizer, patterns=texts, field="model.tokenizer")
     for split in _SPLITS:
-        for source in _listed(getattr(config.data, split)):
+        for source in listed(getattr(config.data, split)):
             if (named := data_set(source)) and not named.is_here:
                 patterns = (named.file,) if named.file else ()
                 yield Repository(named.repository, "dataset", patterns=patterns, field=f"data.{split}")
@@ -86,11 +94,18 @@ def _by_hand_options(config: RunConfig) -> dict[str, str]:
     """The options that name the folders of downloads by hand, in place of the hub names."""
     options = {r.field: r.folder for r in _repositories(config) if r.kind == "model"}
     for split in _SPLITS:
-        sources = _listed(getattr(config.data, split))
-        named = [_by_hand_source(source) for source in sources]
-        if named != sources:
-            options[f"data.{split}"] = named[0] if len(named) == 1 else json.dumps(named)
+        sources = getattr(config.data, split)
+        named = _by_hand_sources(sources)
+        if listed(named) != listed(sources):
+            options[f"data.{split}"] = named if isinstance(named, str) else json.dumps(named)
     return options
+
+
+def _by_hand_sources(sources: Sources) -> Any:
+    if isinstance(sources, Mapping):
+        return {task: _by_hand_sources(names) for task, names in sources.items()}
+    named = [_by_hand_source(source) for source in listed(sources)]
+    return named[0] if len(named) == 1 else named
 
 
 def _by_hand_source(source: str) -> str:
@@ -99,7 +114,3 @@ def _by_hand_source(source: str) -> str:
         return source
     folder, rest = Repository(named.repository, "dataset").folder, source.removeprefix(named.repository)
     return f"{folder}/{named.file}" if named.file else folder + rest
-
-
-def _listed(names: str | list[str] | None) -> list[str]:
-    return [names] if isinstance(names, str) else names or []

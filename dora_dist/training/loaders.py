@@ -40,6 +40,7 @@ class Loaders:
             rank=self._world.rank,
             seed=self._training.seed,
             order=self.data.train.epoch_order,
+            parts=self.data.train.parts.values(),
         )
         return self._loader(self.data.train, batches)
 

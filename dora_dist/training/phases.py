@@ -97,7 +97,7 @@ def run(config: RunConfig, ranks: Ranks, log: RunLog) -> Path:
 def first_phase(config: RunConfig, inputs: Inputs, world: World, *, resume: Path | None) -> Phase:
     """Where the run begins, or goes on (collective). Raises UserError, on every rank, where it cannot."""
     data, adapter = inputs.data, config.adapter
-    steps = optimizer_steps(config, len(data.train))
+    steps = optimizer_steps(config.training, data.train.parts)
     budget = pruning_budget(adapter, steps)
     doubts.of_settings(config.training, config.checkpoint, steps)
     phase = Phase(resume, budget, {})
@@ -162,7 +162,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, phase: Phase, ranks: Ranks)
     args = training_arguments(config, world.world_size, deepspeed)
     adapted = _build_model(config, inputs, phase, deepspeed=deepspeed)
     if world.first:
-        about_model(config, adapted, world, samples=len(data.train))
+        about_model(config, adapted, world, parts=data.train.parts)
     task = task_named(config.model.task)
     objective = task.objective(inputs.processor, adapted.model, data=config.data, training=training)
     loaders = Loaders(

@@ -88,6 +88,8 @@ def compare(
         if world.first:
             train, base = inputs.data.train, inputs.base
             order = {"number of training samples": len(train), **train.order_facts}
+            if list(train.parts) != [""]:
+                order[resuming.PARTS] = train.parts
             tensors = TensorFolder.open(base)
             trained_with = resuming.record(
                 config, world.world_size, data=inputs.contents, order=order, base=base, tensors=tensors

@@ -89,6 +89,10 @@ class DoraTrainer(Trainer):
 
     # --- a step -------------------------------------------------------------------------------------------------
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """The items of a step's batches over all ranks, as the objective counts them (collective)."""
+        return super()._get_num_items_in_batch([self._objective.counted(batch) for batch in batch_samples], device)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if num_items_in_batch is not None:  # 0 where none of a last, small batch could be read
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)

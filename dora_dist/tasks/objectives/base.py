@@ -39,6 +39,10 @@ class Objective(ABC):
         """What the model's forward takes."""
         return batch
 
+    def counted(self, batch: Batch) -> Batch:
+        """A batch whose labels that are not IGNORED are the items that `loss` is divided by the number of."""
+        return batch
+
     @abstractmethod
     def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
         """Metrics over all ranks' `batches` of a `dataset` (collective, if there are ranks); the same on every rank."""

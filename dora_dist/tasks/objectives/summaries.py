@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Batch, Objective
 
 class Summarising(Objective):
     """Cross entropy per token of the summary, after the document; ROUGE of the summaries that the model writes."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")  # of a batch, what generation reads
 
     def __init__(self, tokenizer: Any, model: Any, target_len: int, num_beams: int) -> None:
         super().__init__()
@@ -38,24 +40,38 @@ class Summarising(Objective):
         return _losses(outputs.logits, labels) / num_items_in_batch
 
     def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
+        def losses(outputs: Any, labels: Tensor) -> Tensor:
+            return torch.stack([_losses(outputs.logits, labels).double(), (labels != IGNORED).sum().double()])
+
+        summaries, total = self._written(model, batches, dataset, losses, device=device)
+        add_up(total)
+        return {"loss": float(total[0] / total[1]), **rouge_metrics(summaries, dataset.references)}
+
+    def _written(
+        self,
+        model: Any,
+        batches: Iterable[Batch],
+        dataset: Any,
+        losses: Callable[[Any, Tensor], Tensor],
+        *,
+        device: torch.device,
+    ) -> tuple[list[str], Tensor]:
+        """The texts of all samples (collective), and the sum (2,) fp64 of this rank's `losses` of outputs and labels."""
         written, total = [], torch.zeros(2, dtype=torch.float64, device=device)
         for batch in batches:
+            batch = self.prepared(batch)
             labels = batch.pop("labels")
-            total[0] += _losses(model(**batch).logits, labels)
-            total[1] += (labels != IGNORED).sum()
+            total += losses(model(**batch), labels)
             tokens = self._generate(model, batch)
             written.append(F.pad(tokens, (0, self.target_len + 1 - tokens.shape[1]), value=self.tokenizer.pad_token_id))
-        add_up(total)
         tokens = everyones(written)[: len(dataset)]
-        summaries = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return {"loss": float(total[0] / total[1]), **rouge_metrics(summaries, dataset.references)}
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True), total
 
     def _generate(self, model: Any, batch: Batch) -> Tensor:
         """(rows, 1 + generated) token ids: the decoder's start, then the summaries."""
         several = dist.is_initialized() and dist.get_world_size() > 1
         return model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+            **{name: batch[name] for name in self.inputs},
             generation_config=self.generation,
             synced_gpus=several,  # a rank that is done goes on for the others, which gather weights with it
         )

@@ -1,0 +1,88 @@
+"""An encoder-decoder model that reads a text and visual features (VL-BART), for several tasks at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from dora_dist.config.names import by_task
+from dora_dist.runtime import extras
+from dora_dist.tasks.task import Task
+
+if TYPE_CHECKING:
+    from dora_dist.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+    from dora_dist.data import Reader
+    from dora_dist.models.heads import Head
+    from dora_dist.tasks.objectives.base import Objective
+
+
+class VisionSeq2SeqLM(Task):
+    name = "vision_seq2seq_lm"
+    formats = ("vision_text",)
+    fields = ("features", "prompts", "target_len")
+    searching = ("num_beams", "max_new_tokens")
+    several = True
+
+    def metrics(self, model: ModelConfig) -> tuple[str, ...]:
+        from dora_dist.data.subtasks import SUBTASKS
+
+        own = (f"{name}_{metric}" for name, subtask in SUBTASKS.items() for metric in subtask.metrics)
+        return ("average", *own)
+
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        yield from super().problems(config)
+        from dora_dist.data.subtasks import SUBTASKS
+
+        data, metric = config.data, config.training.metric
+        named = by_task(data.validation) or (by_task(data.train) if data.validation_samples else {})
+        measured = [name for name in named if name in SUBTASKS]
+        packages = {package for name in measured for package in SUBTASKS[name].packages}
+        if (remedy := extras.missing(*sorted(packages))) is not None:
+            yield f"data.validation: scoring captions {remedy}"
+        known = [f"{name}_{each}" for name in measured for each in SUBTASKS[name].metrics]
+        if metric in self.metrics(config.model) and metric not in ("average", *known):
+            yield f'training.metric = "{metric}": the run is not validated on that task; use {", ".join(known)}'
+
+    def problems_of_data(self, data: DataConfig) -> Iterator[str]:
+        from dora_dist.data.subtasks import SUBTASKS
+
+        names = ", ".join(map(json.dumps, SUBTASKS))
+        for field in ("train", "validation"):
+            sources = getattr(data, field)
+            if sources is not None and not by_task(sources):
+                yield (
+                    f"data.{field} = {json.dumps(sources)}: say which task each file is of, such as "
+                    f'{{"vqa": {json.dumps(sources)}}} (tasks: {names})'
+                )
+        for field in ("train", "validation", "features", "prompts"):
+            value = getattr(data, field)
+            for name in set(value if isinstance(value, dict) else ()) - set(SUBTASKS):
+                yield f'data.{field}: "{name}" is no task of vision_text records; use {names}'
+        features = by_task(data.features)
+        needed = dict.fromkeys([*by_task(data.train), *by_task(data.validation)])
+        without = [name for name in needed if name not in features]
+        if data.features is None or (features and without):
+            missing = "is not set" if data.features is None else f"has none for {', '.join(without)}"
+            yield (
+                f"data.features {missing}; give an HDF5 file or a folder of .npz files, or one for each task "
+                "(`dora-dist extract-features` makes them)"
+            )
+
+    def sources(self, name: str, file: str) -> Any:
+        return {name: file}
+
+    def head(self, model: ModelConfig) -> Head:
+        from dora_dist.models.heads import VISION_SEQ2SEQ_LM
+
+        return VISION_SEQ2SEQ_LM.with_features(model.feature_dim)
+
+    def reader(self, processor: Any, *, model: ModelConfig, data: DataConfig) -> Reader:
+        from dora_dist.data import VisionReader
+
+        return VisionReader(data, processor)
+
+    def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
+        from dora_dist.tasks.objectives.vision import VisionWriting
+
+        return VisionWriting(processor, model, data.target_len, training.num_beams)
