@@ -56,8 +56,15 @@ class FeatureFile(ABC):
         return self._reduced(features, boxes, what)
 
     def width(self, id: str) -> int:
-        """d, of one id."""
-        return self(id).features.shape[1]
+        """d, of one id; the file is closed again, for a process that is forked must not have it open."""
+        try:
+            return self(id).features.shape[1]
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of what is open; it is opened again when it is needed."""
+        return
 
     @abstractmethod
     def _read(self, id: str, what: str) -> tuple[Tensor, Tensor | None]:
@@ -79,8 +86,13 @@ class PictureFeatures(FeatureFile):
         return {**self.__dict__, "_opened": None}
 
     def ids(self) -> set[str]:
-        with self._open() as file:  # closed again: a process that is forked must not have it open
+        with self._open() as file:
             return set(file)
+
+    def close(self) -> None:
+        if self._opened is not None and self._opened[0] == os.getpid():
+            self._opened[1].close()
+        self._opened = None
 
     def _open(self) -> Any:
         extras.need("h5py", purpose=f"{self.path}: reading HDF5")

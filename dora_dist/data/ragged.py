@@ -82,6 +82,10 @@ class RaggedDataset(Dataset[dict[str, Any]]):
         """The right answers that metrics compare a model's answers with, where labels alone do not hold them."""
         return self.reader.references(self.table, self.index)
 
+    def check_model(self, model: Any) -> None:
+        """Raise UserError where a model, whose weights need not be read yet, cannot take the samples."""
+        self.reader.check_model(self.table, model)
+
     def shown(self) -> Mapping[str, int]:
         """The samples that a person should see, by title."""
         return self.reader.shown(self.table, self.index)

@@ -96,6 +96,10 @@ class Reader(ABC):
         Raises UserError, which names the set as `where`, if none can.
         """
 
+    def check_model(self, table: Table, model: Any) -> None:
+        """Raise UserError where a model, whose weights need not be read yet, cannot take the samples."""
+        return
+
     # --- samples --------------------------------------------------------------------------------------------------
 
     @abstractmethod

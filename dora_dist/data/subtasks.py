@@ -135,7 +135,7 @@ def _time(record: Record) -> str:
 def _subtitles(record: Record) -> str:
     """Subtitles, if any: a text, or a list of texts or of {"text": ...}."""
     present = next((name for name in ("subtitles", "sub") if record.get(name)), None)
-    return " ".join(_texts(record, present, inside="text")) if present else ""
+    return _joined(*_texts(record, present, inside="text")) if present else ""
 
 
 def _joined(*parts: str) -> str:

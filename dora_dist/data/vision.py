@@ -1,4 +1,4 @@
-"""Texts and visual features of several tasks, for VL-BART: token ids, targets with scores, features read when needed."""
+"""Texts and visual features of several tasks, for VL-BART: token ids, targets with scores, features read on demand."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class VisionReader(Reader):
         for (place, record), a, encoding, first in zip(records, asked, read, before, strict=True):
             said = [*(text for text, _ in a.targets), a.before, a.text]
             doubts.look(place, said, empty=not any(text.strip() for text, _ in a.targets))
-            into.ragged("starts", tokens=_shortened(encoding, len(first), self.data.cutoff_len))
+            into.ragged("starts", tokens=_shortened(encoding, len(first.rstrip()), self.data.cutoff_len))
             into.values(lengths=len(encoding.ids), subtasks=_NAMES.index(record[_OF]))
             into.bounds("sample targets", len(a.targets))
             for _, score in a.targets:
@@ -114,8 +114,8 @@ class VisionReader(Reader):
             count = len({(int(of[i]), ids[i]) for i in (files < 0).nonzero()[:, 0].tolist()})
             raise UserError(
                 f"{self._place(table, int(absent.nonzero()[0]))}: there are no features of {ids[missing]!r} in "
-                f"{', '.join(features.paths)} ({count:,} are missing in all); give {features.field} the files that have "
-                'them, or set data.bad_images to "skip"'
+                f"{', '.join(features.paths)} ({count:,} are missing in all); give {features.field} the files that "
+                'have them, or set data.bad_images to "skip"'
             )
         found = {**table, "files": files, "absent": absent}
         self._check_widths(found)
@@ -123,26 +123,31 @@ class VisionReader(Reader):
 
     def _check_widths(self, table: Table) -> None:
         """Raise UserError unless the first features of each file are of one width."""
-        width, whose = None, ""
         of = table["subtasks"].repeat_interleave(table["sample visuals"].diff())
+        first: tuple[int, str] | None = None
         for kind in of.unique().tolist():
             features = self.features(_NAMES[kind])
             for number, file in enumerate(features.files):
-                rows = ((of == kind) & (table["files"] == number)).nonzero()[:1, 0].tolist()
-                for row in rows:
-                    [id] = unpack(table["visuals"], table["visual starts"], row, row + 1)
-                    found = file.width(id)
-                    if width is not None and found != width:
+                for place in ((of == kind) & (table["files"] == number)).nonzero()[:1, 0].tolist():
+                    width = file.width(*unpack(table["visuals"], table["visual starts"], place, place + 1))
+                    first = first or (width, file.path)
+                    if width != first[0]:
                         raise UserError(
-                            f"{features.field}: {file.path} has features of width {found}, and {whose} of {width}; one "
-                            "model reads features of one width"
+                            f"{features.field}: {file.path} has features of width {width}, and {first[1]} of "
+                            f"{first[0]}; one model reads features of one width"
                         )
-                    width, whose = found, file.path
 
-    def width(self, table: Table) -> int:
-        """d of the features of the first sample that has them all."""
-        row = int((~table["absent"]).nonzero()[0])
-        return self._visual(table, row)[0].features.shape[1]
+    def check_model(self, table: Table, model: Any) -> None:
+        place = int((table["files"] >= 0).nonzero()[0])
+        row = int(torch.searchsorted(table["sample visuals"], place, right=True)) - 1
+        file = self.features(_NAMES[int(table["subtasks"][row])]).files[int(table["files"][place])]
+        width = file.width(*unpack(table["visuals"], table["visual starts"], place, place + 1))
+        there = model.config.feature_dim
+        if width != there:
+            raise UserError(
+                f"data.features: the features are of width {width}, and the model reads {there} (model.feature_dim, or "
+                f"feature_dim in the base's config.json); set model.feature_dim to {width} where the base is a BART"
+            )
 
     def select(self, table: Table, index: Tensor, where: str) -> tuple[Tensor, SubtaskStats]:
         absent, cut = table["absent"], table["lengths"] > self.data.cutoff_len

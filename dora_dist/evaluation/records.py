@@ -81,6 +81,7 @@ class _Records(Asked):
         dataset = data.train
         if self._limit is not None:
             dataset = dataset.first(self._limit)
+        dataset.check_model(model)
         aim = task.objective(processor, model, data=config.data, training=config.training)
         size = config.training.micro_batch_size
         order = EpochBatches.in_order(len(dataset), micro_batch_size=size, world_size=1, rank=0)

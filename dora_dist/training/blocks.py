@@ -140,13 +140,13 @@ def _schedule(training: TrainingConfig, checkpoint: CheckpointConfig, parts: Map
     if warmup is None:
         warmup = math.ceil((training.warmup_ratio or 0) * steps)  # as the Trainer rounds it
     shape = "constant" if training.schedule == "constant" else f"{training.schedule} decay"
-    parts = [
+    words = [
         f"{_count(steps, 'step')} ({_epochs(epochs)})",
         f"learning rate {training.learning_rate:g}, {shape} after {_count(warmup, 'warm-up step')}",
         f"evaluated every {training.eval_every}" if training.eval_every else "",
         f"saved every {checkpoint.save_every}" if checkpoint.save_every else "saved at the end",
     ]
-    return ", ".join(part for part in parts if part)
+    return ", ".join(part for part in words if part)
 
 
 def _memory(model: nn.Module, world: World) -> str:

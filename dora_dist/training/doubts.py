@@ -38,10 +38,11 @@ def of_model(model: Any, training: TrainingConfig, cutoff: int, samples: Any) ->
 
     `samples` are the training samples, of at most `cutoff` tokens (data.cutoff_len).
 
-    Raises UserError for learning_rates of what is not trained, and for samples longer than a table of positions.
+    Raises UserError for learning_rates of what is not trained, and for samples that the model cannot take.
     """
     for pattern in training.learning_rates:
         rated(model, pattern)
+    samples.check_model(model)
     _check_positions(model, cutoff, samples)
     layers = adapted_layers(model)
     large = [name for name, layer in layers.items() if layer.method.r > min(layer.shape)]

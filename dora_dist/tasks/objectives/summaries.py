@@ -56,7 +56,7 @@ class Summarising(Objective):
         *,
         device: torch.device,
     ) -> tuple[list[str], Tensor]:
-        """The texts of all samples (collective), and the sum (2,) fp64 of this rank's `losses` of outputs and labels."""
+        """The texts of all samples (collective), and the sum (2,) fp64 of this rank's `losses` of outputs, labels."""
         written, total = [], torch.zeros(2, dtype=torch.float64, device=device)
         for batch in batches:
             batch = self.prepared(batch)

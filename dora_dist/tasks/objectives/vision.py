@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dora_dist.data import IGNORED, VisionCollator
 from dora_dist.data.subtasks import scores_of
-from dora_dist.runtime.errors import UserError
 from dora_dist.tasks.objectives.base import Batch, add_up
 from dora_dist.tasks.objectives.summaries import Summarising
 
@@ -33,8 +32,7 @@ class VisionWriting(Summarising):
 
     def __init__(self, tokenizer: Any, model: Any, target_len: int, num_beams: int) -> None:
         super().__init__(tokenizer, model, target_len, num_beams)
-        self.width = model.config.feature_dim
-        self.collator = VisionCollator(self.collator, self.width)
+        self.collator = VisionCollator(self.collator, model.config.feature_dim)
         self._scores: Tensor | None = None  # of the batch that the next loss is of
 
     def prepared(self, batch: Batch) -> Batch:

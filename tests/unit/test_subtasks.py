@@ -1,0 +1,161 @@
+"""VL-BART's tasks: what each makes of its records, its prompt, its scores; which records are refused, and how."""
+
+from typing import Any
+
+import pytest
+
+from dora_dist.data.subtasks import SUBTASKS, scores_of
+from dora_dist.runtime.errors import UserError
+
+QUESTION = {"img_id": "COCO_val2014_01", "sent": "what is it?", "label": {"cat": 0.3, "a cat": 1}}
+CHOICES = {"vid_name": "v1", "q": "who left?", "ts": [1.5, 12], "a0": "Ann", "a1": " Bob ", "answer_idx": 1}
+
+# task -> record, text with the prompt, text in front of it, targets, ids
+READ: dict[str, tuple[str, dict[str, Any], str, str, tuple[tuple[str, float], ...], tuple[str, ...]]] = {
+    "vqa": ("vqa", QUESTION, "vqa: what is it?", "", (("a cat", 1), ("cat", 0.3)), ("COCO_val2014_01",)),
+    "vqa of annotators": (
+        "vqa",
+        {"image_id": 7, "question": "who?", "answers": [{"answer": "Ann"}] * 2 + [{"answer": "Bob"}] * 8},
+        "vqa: who?",
+        "",
+        (("Bob", 1), ("Ann", 2 / 3)),
+        ("7",),
+    ),
+    "vqa that nobody agrees on": (
+        "vqa",
+        {**QUESTION, "label": {}},
+        "vqa: what is it?",
+        "",
+        (("", 0),),
+        ("COCO_val2014_01",),
+    ),
+    "gqa": ("gqa", {"imageId": "n1", "question": "why?", "answer": "rain"}, "gpa: why?", "", (("rain", 1),), ("n1",)),
+    "nlvr2": (
+        "nlvr2",
+        {"img0": "a", "img1": "b", "sent": "two dogs", "label": 1},
+        "nlvr: two dogs",
+        "",
+        (("true", 1),),
+        ("a", "b"),
+    ),
+    "nlvr2 as published": (
+        "nlvr2",
+        {"identifier": "dev-850-1-0", "sentence": "two dogs", "label": "False"},
+        "nlvr: two dogs",
+        "",
+        (("false", 1),),
+        ("dev-850-1-img0", "dev-850-1-img1"),
+    ),
+    "caption of Karpathy": (
+        "caption",
+        {"filename": "COCO_val2014_02.jpg", "sentences": [{"raw": "A cat. "}, {"raw": "A dog."}]},
+        "caption: ",
+        "",
+        (("A cat.", 1), ("A dog.", 1)),
+        ("COCO_val2014_02",),
+    ),
+    "caption": ("caption", {"img_id": "i.1", "sent": "a cat"}, "caption: ", "", (("a cat", 1),), ("i.1",)),
+    "tvqa": (
+        "tvqa",
+        {**CHOICES, "sub": [{"text": "Bye!"}, {"text": "Door."}]},
+        "who left? 1.5 - 12 (0) Ann (1) Bob tvqa:",
+        "Bye! Door.",
+        (("1", 1),),
+        ("v1",),
+    ),
+    "how2qa": (
+        "how2qa",
+        {**CHOICES, "answer_idx": "Ann", "ts": "0-3"},
+        "who left? 0-3 (0) Ann (1) Bob how2qa:",
+        "",
+        (("0", 1),),
+        ("v1",),
+    ),
+    "tvc": (
+        "tvc",
+        {
+            "vid_name": "v2",
+            "ts": [3, 4],
+            "descs": [{"desc": "Ann goes."}, {"desc": "She leaves."}],
+            "subtitles": "Bye!",
+        },
+        "3 - 4 tvc:",
+        "Bye!",
+        (("Ann goes.", 1), ("She leaves.", 1)),
+        ("v2",),
+    ),
+    "yc2c": ("yc2c", {"video_id": "v3", "captions": ["cut it"]}, "yc2c:", "", (("cut it", 1),), ("v3",)),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_each_task_reads_its_records(case: str) -> None:
+    name, record, text, before, targets, ids = READ[case]
+    asked = SUBTASKS[name].read(record)
+    assert SUBTASKS[name].worded(asked.text, None) == text
+    assert (asked.before, asked.visual) == (before, ids)
+    assert asked.targets == tuple((target, pytest.approx(score)) for target, score in targets)
+    assert {READ[each][0] for each in READ} == set(SUBTASKS)
+
+
+def test_a_prompt_can_be_another() -> None:
+    assert SUBTASKS["gqa"].worded("why?", "gqa: ") == "gqa: why?"
+    assert SUBTASKS["tvqa"].worded("why?", "which?") == "why? which?"
+
+
+BAD: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no picture": ("vqa", {"sent": "x", "label": {"a": 1}}, 'has no "img_id" (nor image_id, imageId, image)'),
+    "picture of a list": ("vqa", {**QUESTION, "img_id": ["a"]}, '"img_id" must be the id of a picture'),
+    "no question": ("vqa", {"img_id": "a", "label": {"a": 1}}, 'has no "sent" (nor question)'),
+    "question of a number": ("vqa", {**QUESTION, "sent": 3}, '"sent" must be a text, found 3'),
+    "score above 1": ("vqa", {**QUESTION, "label": {"a": 2}}, "answers with scores from 0 to 1"),
+    "label of a text": ("gqa", {**QUESTION, "label": "cat"}, 'found "cat"'),
+    "no answer": ("gqa", {"img_id": "a", "sent": "x"}, 'has no "answers" (nor answer)'),
+    "third truth": ("nlvr2", {"img0": "a", "img1": "b", "sent": "x", "label": 2}, '"label" must be true or false'),
+    "one picture": ("nlvr2", {"img0": "a", "sent": "x", "label": 1}, 'has no "img1"'),
+    "no caption": ("caption", {"img_id": "a", "sentences": []}, '"sentences" must be a text or a list of texts'),
+    "empty caption": ("caption", {"img_id": "a", "sent": " "}, "must be a text or a list of texts"),
+    "one choice": ("tvqa", {"vid_name": "v", "q": "x", "a0": "y", "answer_idx": 0}, 'the choices "a0", "a1"'),
+    "answer beyond": ("tvqa", {**CHOICES, "answer_idx": 2}, '"answer_idx" must be a number from 0 to 1, found 2'),
+    "half a stretch": ("how2qa", {**CHOICES, "ts": [1]}, '"ts" must be the two ends of a stretch'),
+    "no description": ("tvc", {"vid_name": "v"}, 'has no "descs"'),
+    "half a character": ("yc2c", {"vid_name": "v", "descs": ["\ud800"]}, "holds half a character"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_records_that_cannot_be_meant_are_refused(case: str) -> None:
+    name, record, message = BAD[case]
+    with pytest.raises(UserError) as caught:
+        SUBTASKS[name].read(record)
+    assert message in str(caught.value)
+
+
+def test_scores_by_hand() -> None:
+    label, ten = {"a cat": 1.0, "dog": 0.3}, ["cat"] * 3 + ["dog"] * 7
+    cases = [
+        ("vqa", "Cat.", {"label": label, "answers": []}, 1),  # the article and the period do not count
+        ("vqa", "dog", {"label": label, "answers": []}, 0.3),
+        ("vqa", "cat", {"label": label, "answers": ten}, (3 * 2 / 3 + 7 * 1) / 10),
+        ("gqa", "dog", {"label": label, "answers": []}, 0),
+        ("gqa", " a cat", {"label": label, "answers": []}, 1),
+        ("nlvr2", "True", "true", 1),
+        ("nlvr2", "no", "false", 0),
+        ("tvqa", "(1)", {"options": ["x", "y"], "answer": 1}, 1),
+        ("tvqa", "X.", {"options": ["x", "y"], "answer": 0}, 1),
+        ("tvqa", "7", {"options": ["x", "y"], "answer": 0}, 0),
+    ]
+    found = scores_of(*zip(*[case[:3] for case in cases], strict=True))
+    for task in ("vqa", "gqa", "nlvr2", "tvqa"):
+        own = [score for name, _, _, score in cases if name == task]
+        assert found[f"{task}_accuracy"] == pytest.approx(sum(own) / len(own))
+    assert found["average"] == pytest.approx(sum(found[f"{t}_accuracy"] for t in ("vqa", "gqa", "nlvr2", "tvqa")) / 4)
+
+
+def test_captions_are_scored_by_cider() -> None:
+    from dora_dist.metrics.captions import caption_metrics
+
+    said, right = ["a red cat", "two dogs run"], [["a red cat", "the cat"], ["dogs run", "two dogs"]]
+    found = scores_of(["tvc", "tvc"], said, right)
+    assert found == {f"tvc_{k}": v for k, v in caption_metrics(said, right).items()} | {"average": found["tvc_cider"]}
+    assert found["tvc_cider"] > 1

@@ -1,0 +1,307 @@
+"""Texts with visual features of several tasks: samples, epochs of batches of one task each, loss, what is refused."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dora_dist.config import DataConfig, RunConfig
+from dora_dist.data import FILLER, EpochBatches, TokenizedData, VisionCollator, VisionReader, read, text_filler
+from dora_dist.data.collate import Collator
+from dora_dist.data.features import FRAMES, REGIONS
+from dora_dist.data.sampler import batches_of, subtask_order
+from dora_dist.runtime.errors import UserError
+from dora_dist.tasks import problems
+from dora_dist.tasks.objectives.vision import VisionWriting
+from tests import subtasks, summaries
+
+TEXT = summaries.tokenizer(subtasks.texts(), size=500)
+ALL = (*subtasks.PICTURES, *subtasks.VIDEOS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return subtasks.features(tmp_path_factory.mktemp("vision"), 14)
+
+
+def load(folder: Path, tasks: tuple[str, ...] = ALL, count: int = 12, **fields: Any) -> TokenizedData:
+    data = DataConfig(**subtasks.section(folder, subtasks.write(folder, count, tasks), **fields))
+    return read(VisionReader(data, TEXT), data, seed=0, progress=False)
+
+
+def decoded(ids: list[int]) -> str:
+    return TEXT.decode(ids, skip_special_tokens=True)
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_texts_targets_and_features(folder: Path) -> None:
+    train = load(folder).train
+    assert len(train) == 12 * len(ALL)
+    first = {task: train[i * 12 + 1] for i, task in enumerate(ALL)}
+    assert decoded(first["vqa"]["input_ids"]) == "vqa: what colour is it?"
+    assert first["vqa"]["input_ids"] == TEXT("vqa: what colour is it?").input_ids
+    assert (decoded(first["vqa"]["labels"]), first["vqa"]["score"]) == ("green", 1.0)
+    assert decoded(first["gqa"]["input_ids"]) == "gpa: is it green?"
+    assert decoded(first["tvqa"]["input_ids"]).startswith("look here what was it? 1 - 3.5 (0) a red one")
+    assert decoded(first["tvqa"]["input_ids"]).endswith("tvqa:") and decoded(first["tvqa"]["labels"]) == "1"
+    assert [len(visual.features) for visual in first["nlvr2"]["visual"]] == [REGIONS, REGIONS]
+    [frames] = first["tvc"]["visual"]
+    assert frames.features.shape == (4, subtasks.WIDTH) and len(frames.features) < FRAMES
+    other = train[1 + len(train)]  # its second target
+    assert (decoded(other["labels"]), other["score"]) == ("blue", 0.3)
+    with pytest.raises(IndexError):
+        train[1 + 2 * len(train)]
+
+
+def test_a_long_text_loses_its_subtitles_first_and_its_prompt_never(folder: Path) -> None:
+    record = subtasks.record("tvqa", 1) | {"subtitles": "look here " * 30}
+    file = folder / "long.json"
+    file.write_text(json.dumps([record]))
+    whole = TEXT("look here " * 30 + "what was it?", verbose=False).input_ids
+    data = DataConfig(**subtasks.section(folder, {"tvqa": str(file)}, cutoff_len=60))
+    found = read(VisionReader(data, TEXT), data, seed=0, progress=False)
+    ids = found.train[0]["input_ids"]
+    assert len(ids) == 60 and ids[0] == TEXT.bos_token_id and ids[-1] == TEXT.eos_token_id
+    assert decoded(ids).startswith("look here look here") and ids[:8] == whole[:8]
+    assert decoded(ids).endswith(
+        " what was it? 1 - 3.5 (0) a red one (1) a green one (2) a blue one (3) a white one tvqa:"
+    )
+    assert found.train_stats.truncated == 1 and "cut" in found.train.preview(0).facts
+    cut = DataConfig(**subtasks.section(folder, {"tvqa": str(file)}, cutoff_len=12))
+    short = read(VisionReader(cut, TEXT), cut, seed=0, progress=False).train[0]["input_ids"]
+    assert len(short) == 12 and decoded(short).strip().startswith("what was it?") and short[-1] == TEXT.eos_token_id
+
+
+def test_records_are_held_out_cached_and_known_by_all_their_columns(folder: Path, tmp_path: Path) -> None:
+    data = load(folder, ("vqa", "tvc"), validation_samples=5)
+    assert (len(data.train), len(data.validation)) == (19, 5)
+    assert not {*data.train.index.tolist()} & {*data.validation.index.tolist()}
+    cached = [load(folder, ("vqa", "tvc"), cache=str(tmp_path)) for _ in range(2)]
+    assert (
+        cached[0].train.fingerprint()
+        == cached[1].train.fingerprint()
+        == load(folder, ("vqa", "tvc")).train.fingerprint()
+    )
+    assert load(folder, ("gqa", "tvc")).train.fingerprint() != cached[0].train.fingerprint()
+    assert load(folder, ("gqa",), prompts={"gqa": "gqa: "}).train[0]["input_ids"] == TEXT("gqa: is it red?").input_ids
+    # The same file as another task.
+    file = subtasks.write(folder, 12, ("vqa",))["vqa"]
+    other = DataConfig(**subtasks.section(folder, {"gqa": file}, cache=str(tmp_path)))
+    assert (
+        read(VisionReader(other, TEXT), other, seed=0, progress=False).train[0]["input_ids"][:3]
+        != cached[0].train[0]["input_ids"][:3]
+    )
+
+
+def test_previews_show_a_sample_of_each_task(folder: Path) -> None:
+    train = load(folder).train
+    assert list(train.shown()) == [f"first {task}" for task in ALL]
+    found = train.preview(train.shown()["first vqa"])
+    assert found.facts == {"task": "vqa", "features 1": "p0 (36, 7)"}
+    assert [part.name for part in found.parts] == ["text", "target, score 1", "target, score 0.3"]
+    stats = load(folder).train_stats
+    assert stats.each == dict.fromkeys(ALL, 12) and stats.targets == 12 * (2 + 1 + 1 + 2 + 1 + 1 + 2 + 1)
+    assert stats.figures()["  vqa"] == "12" and "96 samples (12 vqa, 12 gqa" in str(stats)
+
+
+def test_batches_are_padded_with_masks(folder: Path) -> None:
+    train = load(folder, ("nlvr2", "tvc")).train
+    collate = VisionCollator(Collator(1), subtasks.WIDTH)
+    batch = collate([train[4], train[13], text_filler(1)])
+    assert batch["visual_features"].shape == (3, 72, 7) and batch["visual_boxes"].shape == (3, 72, 4)
+    assert torch.equal(batch["visual_images"][0], torch.tensor([0] * 36 + [1] * 36))
+    assert torch.equal(batch["visual_objects"][0], torch.arange(36).repeat(2))
+    assert torch.equal(batch["visual_features"][0, 36:], train[4]["visual"][1].features)
+    assert batch["visual_mask"].sum(1).tolist() == [72, 4, 0] and not batch["visual_features"][1, 4:].any()
+    assert batch["scores"].tolist() == [1, 1, 0] and batch["labels"][2].unique().tolist() == [-100]
+    assert collate([text_filler(1)])["visual_mask"].tolist() == [[0]]
+
+
+def test_features_that_cannot_be_read_later_are_a_problem_of_their_sample(folder: Path, tmp_path: Path) -> None:
+    import h5py
+
+    place = subtasks.features(tmp_path / "features", 3)
+    data = DataConfig(**subtasks.section(place, subtasks.write(tmp_path, 3, ("vqa",))))
+    train = read(VisionReader(data, TEXT), data, seed=0, progress=False).train
+    with h5py.File(place / "pictures.h5", "a") as file:
+        file["p1/features"][:] = float("nan")
+    assert train[0]["score"] == 1.0
+    batch = VisionCollator(Collator(1), subtasks.WIDTH)([train[0], train[1]])
+    assert batch["labels"][1].unique().tolist() == [-100] and batch["scores"][1] == 0
+    [problem] = batch["problems"]
+    assert "vqa-0.json, record 2: " in problem and "the features of 'p1' hold NaN" in problem
+
+
+# --- an epoch ---------------------------------------------------------------------------------------------------------
+
+
+def epoch(train: Any, batch: int, seed: int = 7) -> list[list[int]]:
+    order = train.epoch_order(seed, batch)
+    return [order[i : i + batch] for i in range(0, len(order), batch)]
+
+
+def test_every_batch_is_of_one_task_and_an_epoch_has_every_sample(folder: Path) -> None:
+    train = load(folder).train
+    batches = epoch(train, 5)
+    kinds = train.table["subtasks"]
+    visited = Counter(place for part in batches for place in part if place != FILLER)
+    for part in batches:
+        assert len({int(kinds[place % len(train)]) for place in part if place != FILLER}) == 1
+    targets = train.table["sample targets"].diff()
+    for i in range(len(train)):
+        variants = sorted(place // len(train) for place in visited.elements() if place % len(train) == i)
+        task = ALL[int(kinds[i])]
+        assert len(variants) == 1 if task in ("vqa", "gqa") else variants == list(range(int(targets[i])))
+    assert train.parts == {
+        "vqa": 12,
+        "gqa": 12,
+        "nlvr2": 12,
+        "caption": 24,
+        "tvqa": 12,
+        "how2qa": 12,
+        "tvc": 24,
+        "yc2c": 12,
+    }
+    assert len(batches) == batches_of(train.parts.values(), 5) == 6 * 3 + 2 * 5
+    order = [int(kinds[part[0] % len(train)]) for part in batches]
+    assert order != sorted(order) and epoch(train, 5) == batches and epoch(train, 5, seed=8) != batches
+
+
+@pytest.mark.parametrize(("world", "micro"), [(2, 3), (3, 2), (4, 1)])
+def test_ranks_share_an_epoch_whatever_their_number(world: int, micro: int, folder: Path) -> None:
+    train = load(folder, ("vqa", "nlvr2", "tvc")).train
+    expected = [sorted(part) for part in epoch(train, 5, seed=3 * 1_000_003)]
+    steps: list[list[int]] = [[] for _ in expected]
+    for rank in range(world):
+        sampler = EpochBatches(
+            len(train),
+            global_batch_size=5,
+            micro_batch_size=micro,
+            world_size=world,
+            rank=rank,
+            seed=3,
+            order=train.epoch_order,
+            parts=train.parts.values(),
+        )
+        mine = list(sampler)
+        assert len(mine) == len(sampler)
+        each = len(mine) // len(expected)
+        for i, places in enumerate(mine):
+            steps[i // each] += places
+    found = [[place for place in sorted(step) if place != FILLER] for step in steps]
+    assert found == [[place for place in step if place != FILLER] for step in expected]
+
+
+def test_answers_are_drawn_by_their_scores() -> None:
+    count = 3
+    scores = torch.tensor([1.0, 0.3, 0.7, 0.0, 0.0, 0.5, 0.5])  # of samples with 3, 2 and 2 answers
+    starts = torch.tensor([0, 3, 5, 7])
+    drawn = torch.ones(count, dtype=torch.bool)
+    zeros = torch.zeros(count, dtype=torch.int64)
+    chosen = [Counter[int]() for _ in range(count)]
+    for seed in range(4000):
+        for place in subtask_order(zeros, zeros, scores, starts, drawn, seed, 3):
+            chosen[place % count][place // count] += 1
+    for answer, share in enumerate((0.5, 0.15, 0.35)):
+        assert chosen[0][answer] / 4000 == pytest.approx(share, abs=0.03)
+    assert chosen[1] == {0: 4000} and chosen[2][0] / 4000 == pytest.approx(0.5, abs=0.03)
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+class Written:
+    """What `VisionWriting` asks of a model before it runs one."""
+
+    def __init__(self) -> None:
+        from transformers import GenerationConfig
+
+        self.config = SimpleNamespace(feature_dim=subtasks.WIDTH)
+        self.generation_config = GenerationConfig()
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        return labels.clamp(min=0).roll(1, 1)
+
+
+def test_the_loss_is_the_mean_of_scores_times_mean_token_losses(folder: Path) -> None:
+    train = load(folder, ("vqa", "caption")).train
+    aim = VisionWriting(TEXT, Written(), 12, 1)
+    places = [0, 1 + len(train), 12, 13 + len(train)]
+    batch = aim.collator([*(train[place] for place in places), aim.filler])
+    labels = batch["labels"]
+    logits = torch.randn(*labels.shape, len(TEXT), generator=torch.Generator().manual_seed(0))
+    counted = aim.counted(batch)["labels"]
+    assert int((counted != -100).sum()) == 4
+    batch = aim.prepared(batch)
+    assert "scores" not in batch
+    expected = 0.0
+    for row, score in enumerate((1.0, 0.3, 1.0, 1.0)):
+        tokens = labels[row][labels[row] != -100]
+        rows = logits[row, : len(tokens)].double().log_softmax(-1)
+        expected += score * -sum(float(rows[i, token]) for i, token in enumerate(tokens)) / len(tokens)
+    found = aim.loss(SimpleNamespace(logits=logits), labels, torch.tensor(4))
+    assert float(found) == pytest.approx(expected / 4, rel=1e-6)
+    assert float(found) != pytest.approx(float(F.cross_entropy(logits.flatten(0, 1), labels.flatten())), rel=1e-3)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+RUN = {"model": {"path": "org/model", "task": "vision_seq2seq_lm"}}
+VQA = {"format": "vision_text", "features": "a.h5"}
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no task": (
+        {**VQA, "train": "a.json"},
+        {},
+        'data.train = "a.json": say which task each file is of, such as {"vqa": "a.json"}',
+    ),
+    "unknown task": (
+        {**VQA, "train": {"okvqa": "a.json"}},
+        {},
+        'data.train: "okvqa" is no task of vision_text records',
+    ),
+    "no features": ({"format": "vision_text", "train": {"vqa": "a.json"}}, {}, "data.features is not set"),
+    "features of others": (
+        {**VQA, "features": {"gqa": "a.h5"}, "train": {"vqa": "a.json"}},
+        {},
+        "data.features has none for vqa",
+    ),
+    "prompt of none": ({**VQA, "train": {"vqa": "a.json"}, "prompts": {"x": "y"}}, {}, 'data.prompts: "x" is no task'),
+    "metric of another": (
+        {**VQA, "train": {"vqa": "a.json"}, "validation_samples": 2},
+        {"metric": "gqa_accuracy"},
+        'training.metric = "gqa_accuracy": the run is not validated on that task; use vqa_accuracy',
+    ),
+    "unknown metric": ({**VQA, "train": {"vqa": "a.json"}}, {"metric": "rouge1"}, "use loss, average, vqa_accuracy"),
+    "tasks of others": ({"format": "summarisation", "train": {"vqa": "a.json"}}, {}, "are of one kind; give a file"),
+    "features of texts": ({"format": "alpaca", "train": "a.json", "features": "a.h5"}, {}, "only for vision_text"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_do_not_go_together_are_refused(case: str) -> None:
+    data, training, message = REFUSED[case]
+    with pytest.raises(UserError) as caught:
+        RunConfig.from_dict({**RUN, "data": data, "training": training}, rules=problems)
+    assert message in str(caught.value)
+
+
+def test_missing_features_and_widths_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"record 15: there are no features of 'p14' in .*pictures.h5 \(2 are missing"):
+        load(folder, ("vqa",), count=16)
+    left = load(folder, ("vqa",), count=16, bad_images="skip")
+    assert len(left.train) == 14 and left.train_stats.without_features == 2
+    wide = subtasks.features(tmp_path, 12, width=9)
+    places = {"vqa": str(folder / "pictures.h5"), "tvc": str(wide / "videos")}
+    with pytest.raises(UserError, match=r'data.features, "tvc": .*videos has features of width 9, and .*h5 of 7'):
+        load(folder, ("vqa", "tvc"), features=places)
+    train = load(folder, ("vqa",)).train
+    train.check_model(SimpleNamespace(config=SimpleNamespace(feature_dim=7)))
+    with pytest.raises(UserError, match=r"of width 7, and the model reads 2048 .*; set model.feature_dim to 7"):
+        train.check_model(SimpleNamespace(config=SimpleNamespace(feature_dim=2048)))
