@@ -60,7 +60,7 @@ RULES: dict[Rule, dict[str, str]] = {
         "prompts chat_template group_by_modality_length",
     },
     Rule.SHAPE: {
-        "model": "task num_labels storage",
+        "model": "task num_labels feature_dim storage",
         "adapter": "method settings weight_decomposed r lora_alpha dynamic_rank",
     },
     Rule.ORDER: {"training": "global_batch_size seed"},
