@@ -5,7 +5,7 @@ PEFT's format is in `peft_folder.py` and `peft_format.py`, our own in `native_fo
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
@@ -16,11 +16,20 @@ MODEL_CONFIG_NAME = "model_config.json"
 """Fields that a model's config.json has in addition to its base's (its head's labels); PEFT does not look at it."""
 
 
+StatedShape = tuple[int, int | None]
+"""(out, in), None for what a folder does not say."""
+
+
+def agrees(stated: StatedShape, found: tuple[int, ...]) -> bool:
+    """Whether a weight's shape is the one that an adapter's folder says, as far as it says it."""
+    return len(found) == 2 and all(said in (None, there) for said, there in zip(stated, found, strict=True))
+
+
 class SavedLayer(Protocol):
     """One adapted module as a folder has it, read."""
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> StatedShape:
         """(out, in) of the weight that it was trained on."""
         ...
 
@@ -76,8 +85,12 @@ class AdapterFolder(Protocol):
         """Those of the base's linear `modules` that should have tensors here and have none."""
         ...
 
-    def shape(self, module: str) -> Shape:
+    def shape(self, module: str) -> StatedShape:
         """(out, in) of the weight that `module` must have in the base."""
+        ...
+
+    def of_base(self, shapes: Mapping[str, Shape]) -> Self:
+        """The folder once the whole shapes of its modules are known, which `layer` may need. Raises UserError."""
         ...
 
     def layer(self, module: str) -> SavedLayer:

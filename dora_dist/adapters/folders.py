@@ -5,8 +5,7 @@ from pathlib import Path
 from dora_dist.adapters import native_format, peft_config
 from dora_dist.adapters.adapter_folder import AdapterFolder, SavedAdapter
 from dora_dist.adapters.native_format import NativeFolder
-from dora_dist.adapters.peft_folder import PeftFolder
-from dora_dist.adapters.peft_format import read_peft_folder
+from dora_dist.adapters.peft_format import open_peft_folder, read_peft_folder
 
 CONFIG_NAMES = (peft_config.CONFIG_NAME, native_format.CONFIG_NAME)
 
@@ -23,7 +22,7 @@ def is_native(path: Path) -> bool:
 
 def open_adapter(path: Path) -> AdapterFolder:
     """Check an adapter folder without reading it. Raises UserError, naming file and field, where it is not one."""
-    return NativeFolder.open(path) if is_native(Path(path)) else PeftFolder.open(path)
+    return NativeFolder.open(path) if is_native(Path(path)) else open_peft_folder(path)
 
 
 def read_adapter(path: Path) -> SavedAdapter:

@@ -9,7 +9,7 @@ from torch import nn
 
 from dora_dist.adapters.adapter_folder import SavedAdapter
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
-from dora_dist.adapters.method import AdapterMethod
+from dora_dist.adapters.method import AdapterMethod, for_one_model
 from dora_dist.adapters.patterns import inside, matches
 from dora_dist.adapters.storage import PLAIN, WeightStorage
 from dora_dist.runtime.errors import UserError
@@ -117,29 +117,14 @@ def inject(
         module = model.get_submodule(name).requires_grad_(True)
         weights = {f"{name}.{inner}": p for inner, p in module.named_parameters()}
         _refuse_shared(model, weights, "trained", "trained_modules", name)
-    for name, method in _of_one_model(methods, linears).items():
+    shapes = {name: (linears[name].out_features, linears[name].in_features) for name in methods}
+    for name, method in for_one_model(methods, shapes).items():
         parent, _, child = name.rpartition(".")
         linear = linears[name]
         setattr(model.get_submodule(parent), child, AdaptedLinear.from_linear(linear, method, storage))
     for name in trained_parameters:
         model.get_parameter(name).requires_grad_(True)
     return list(methods)
-
-
-def _of_one_model(methods: Mapping[str, AdapterMethod], linears: Mapping[str, nn.Linear]) -> dict[str, AdapterMethod]:
-    """Each module's method, as one object for all modules that have the same (`AdapterMethod.for_model`)."""
-    alike: list[tuple[AdapterMethod, list[str]]] = []
-    for name, method in methods.items():
-        names = next((names for known, names in alike if known == method), None)
-        if names is None:
-            alike.append((method, [name]))
-        else:
-            names.append(name)
-    found: dict[str, AdapterMethod] = {}
-    for method, names in alike:
-        shapes = [(linears[name].out_features, linears[name].in_features) for name in names]
-        found |= dict.fromkeys(names, method.for_model(shapes))
-    return {name: found[name] for name in methods}
 
 
 def initial_fills(model: nn.Module, seed: int) -> dict[str, Fill]:

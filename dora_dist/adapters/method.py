@@ -197,7 +197,7 @@ class AdapterMethod(Method):
     @property
     @abstractmethod
     def in_peft(self) -> bool:
-        """Whether PEFT has a format for it; else adapters are saved in our own (`native_format.py`)."""
+        """Whether its adapters are saved in PEFT's format; else in our own (`native_format.py`)."""
 
     @abstractmethod
     def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> AdapterLayer | None:
@@ -218,6 +218,21 @@ class AdapterMethod(Method):
     @abstractmethod
     def magnitude_only(self) -> "AdapterMethod":
         """This method without its update of the weight. Raises ValueError where nothing would be left to train."""
+
+
+def for_one_model(methods: Mapping[str, AdapterMethod], shapes: Mapping[str, Shape]) -> dict[str, AdapterMethod]:
+    """Each module's method, as one object for all modules that have the same (`AdapterMethod.for_model`)."""
+    alike: list[tuple[AdapterMethod, list[str]]] = []
+    for name, method in methods.items():
+        names = next((names for known, names in alike if known == method), None)
+        if names is None:
+            alike.append((method, [name]))
+        else:
+            names.append(name)
+    found: dict[str, AdapterMethod] = {}
+    for method, names in alike:
+        found |= dict.fromkeys(names, method.for_model([shapes[name] for name in names]))
+    return {name: found[name] for name in methods}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +306,10 @@ class Update(AdapterMethod):
     @property
     def in_peft(self) -> bool:
         return True
+
+    @property
+    def in_peft_with_magnitude(self) -> bool:
+        return self.in_peft
 
     def settings(self) -> dict[str, Any]:
         common = {"weight_decomposed": self.weight_decomposed, "gated": self.components is not None}

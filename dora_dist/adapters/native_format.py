@@ -11,13 +11,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME
-from dora_dist.adapters.method import AdapterMethod, Shape
+from dora_dist.adapters.method import AdapterMethod, Shape, for_one_model
 from dora_dist.adapters.methods import of_settings
 from dora_dist.adapters.peft_config import read_json_object
 from dora_dist.adapters.storage import PLAIN
@@ -113,7 +113,10 @@ class NativeFolder:
         path = Path(path)
         config = _read_config(path / CONFIG_NAME)
         folder = cls(path, config, TensorFolder.open(path, stem=WEIGHTS_STEM))
-        folder.modules = {name: _layer(path / CONFIG_NAME, name, said) for name, said in config["layers"].items()}
+        said = {name: _layer(path / CONFIG_NAME, name, layer) for name, layer in config["layers"].items()}
+        shapes = {name: shape for name, (_, shape) in said.items()}
+        methods = for_one_model({name: method for name, (method, _) in said.items()}, shapes)
+        folder.modules = {name: (method, shapes[name]) for name, method in methods.items()}
         folder.trained = {name: name for name in config["trained"]}
         if (path / MODEL_CONFIG_NAME).is_file():
             folder.model_config = read_json_object(path / MODEL_CONFIG_NAME, _REMEDY)
@@ -163,6 +166,9 @@ class NativeFolder:
 
     def shape(self, module: str) -> Shape:
         return self.modules[module][1]
+
+    def of_base(self, shapes: Mapping[str, Shape]) -> Self:
+        return self
 
     def layer(self, module: str) -> NativeLayer:
         method, shape = self.modules[module]

@@ -16,33 +16,38 @@ REMEDY = "save the adapter again"
 # Fields that are read here, or that change neither the function of the saved adapter nor its base. Any other field,
 # of today's PEFT or tomorrow's, must be empty: what is not understood is refused, not ignored.
 _UNDERSTOOD = {
-    "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
     "exclude_modules",
     "inference_mode",
-    "init_lora_weights",
     "layers_pattern",
     "layers_to_transform",
-    "loftq_config",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
     "modules_to_save",
     "peft_type",
     "peft_version",
-    "qalora_group_size",
     "r",
-    "rank_pattern",
     "revision",
-    "runtime_config",
     "target_modules",
     "task_type",
-    "use_dora",
-    "use_rslora",
+}
+_UNDERSTOOD_OF: dict[str, set[str]] = {
+    "LORA": {
+        "alpha_pattern",
+        "corda_config",
+        "eva_config",
+        "init_lora_weights",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "qalora_group_size",
+        "rank_pattern",
+        "runtime_config",
+        "use_dora",
+        "use_rslora",
+    },
+    "VERA": {"d_initial", "init_weights", "projection_prng_key", "save_projection", "vera_dropout"},
 }
 # The other initialisations (pissa, olora, loftq, ...) also change the base weight that the adapter sits on.
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -51,6 +56,7 @@ _KINDS: dict[str, tuple[str, ...]] = {  # null is right everywhere
     "base_model_name_or_path": (_TEXT,),
     "revision": (_TEXT,),
     "task_type": (_TEXT,),
+    "save_projection": (_FLAG,),
     "use_dora": (_FLAG,),
     "use_rslora": (_FLAG,),
     "target_modules": (_TEXT, _LIST),
@@ -65,31 +71,56 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path.parent}: not a PEFT adapter folder, it has no {path.name}")
     config = read_json_object(path, REMEDY)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type={config.get('peft_type')!r} is not supported; LORA and its DoRA are")
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in _UNDERSTOOD_OF:
+        raise UserError(f"{path}: peft_type={kind!r} is not supported; LORA, its DoRA, and VERA are")
     for name, value in config.items():
-        if name not in _UNDERSTOOD and value not in (None, False, "none", [], {}):
+        if name not in _UNDERSTOOD | _UNDERSTOOD_OF[kind] and value not in (None, False, "none", [], {}):
             raise UserError(f"{path}: {name}={value!r} is not supported; train the adapter without it")
         if value is not None and name in _KINDS and not any(_is(kind, value) for kind in _KINDS[name]):
             raise UserError(f"{path}: {name}={value!r} must be {' or '.join(_KINDS[name])}; correct it")
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), str):
+            _check_expression(path, name, config[name])
+    _check_number(path, "r", config.get("r"), whole=True)
+    for name in ("lora_dropout", "vera_dropout"):
+        dropout = config.get(name) or 0.0
+        if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+            raise UserError(f"{path}: {name}={dropout!r} must be a number from 0 to 1; correct it")
+    _CHECKS[kind](path, config)
+    return config
+
+
+def _check_lora(path: Path, config: dict[str, Any]) -> None:
     init = config.get("init_lora_weights")
     if init not in _INITS_THAT_KEEP_THE_BASE:
         remedy = "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         raise UserError(f"{path}: init_lora_weights={init!r} changes the base weights; {remedy}")
+    _check_number(path, "lora_alpha", config.get("lora_alpha"), whole=False)
     for name, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        _check_number(path, name, config.get(name), whole=name == "r")
         if not isinstance(config.get(patterns) or {}, dict):
             raise UserError(f"{path}: {patterns} must map module names to numbers; correct it")
         for pattern, value in (config.get(patterns) or {}).items():
             _check_number(path, f"{patterns}[{pattern!r}]", value, whole=name == "r")
             _check_expression(path, patterns, pattern)
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(name), str):
-            _check_expression(path, name, config[name])
-    dropout = config.get("lora_dropout") or 0.0
-    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
-        raise UserError(f"{path}: lora_dropout={dropout!r} must be a number from 0 to 1; correct it")
-    return config
+
+
+def _check_vera(path: Path, config: dict[str, Any]) -> None:
+    key = config.get("projection_prng_key")
+    if type(key) is not int or not -(2**63) <= key < 2**64:
+        raise UserError(
+            f"{path}: projection_prng_key={key!r} must be a whole number: what PEFT draws the matrices from that all "
+            "layers share; correct it"
+        )
+
+
+_CHECKS = {"LORA": _check_lora, "VERA": _check_vera}
+
+
+def peft_type(path: Path) -> str:
+    """Which kind of PEFT adapter an adapter_config.json says it is of; "LORA" where it says none that is known."""
+    kind = read_json_object(path, REMEDY).get("peft_type") if path.is_file() else None
+    return kind if isinstance(kind, str) and kind in _CHECKS else "LORA"
 
 
 def targets(config: dict[str, Any]) -> Callable[[str], bool]:

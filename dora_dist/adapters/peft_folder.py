@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import safe_open
@@ -34,12 +34,6 @@ PREFIX = "base_model.model."
 BASE_DIGEST, BASE_STORAGE = "dora_dist.base", "dora_dist.storage"
 """Where a file of ours says, in its metadata, of which base it is (`weights/digest.py`), and how that was held; others
 do not look at it."""
-_PARTS = {
-    "lora_A.weight": "lora_A",
-    "lora_B.weight": "lora_B",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-}
 # PEFT lists these for its task types whatever the model's head is called.
 _HEADS_PEFT_ADDS = {"classifier", "score", "qa_outputs"}
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +41,17 @@ _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class PeftFolder:
-    """A PEFT folder that was checked but not read: `layer` reads one module, so memory stays small."""
+    """A PEFT folder of LoRA or DoRA that was checked but not read: `layer` reads one module, so memory stays small."""
+
+    parts: ClassVar[dict[str, str]] = {
+        "lora_A.weight": "lora_A",
+        "lora_B.weight": "lora_B",
+        "lora_magnitude_vector": "magnitude",
+        "lora_magnitude_vector.weight": "magnitude",
+    }
+    """How the names of a module's tensors end in the file, and what they are here."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Names in the file of tensors that are of no single module."""
 
     path: Path
     config: dict[str, Any]
@@ -57,7 +61,7 @@ class PeftFolder:
     model_config: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path) -> PeftFolder:
+    def open(cls, path: Path) -> Self:
         """Check config and headers. UserError names the file and the field or tensor that does not fit."""
         path = Path(path)
         config = read_peft_config(path / CONFIG_NAME)
@@ -72,10 +76,12 @@ class PeftFolder:
             if entry.dtype not in _NUMBERS:
                 kind = str(entry.dtype).removeprefix("torch.")
                 raise UserError(f"{entry.path}: tensor {name!r} is {kind}, not floating point; save the adapter again")
+            if name in cls.shared:
+                continue
             if saved := _saved_name(name, config.get("modules_to_save") or []):
                 folder.trained[saved] = name
                 continue
-            module, part = _split_name(folder.path, name)
+            module, part = folder._split_name(name)
             if not targeted(module):
                 raise UserError(
                     f"{path / CONFIG_NAME}: target_modules={config['target_modules']!r} leave out {module!r}, which "
@@ -90,6 +96,14 @@ class PeftFolder:
         for module in folder.modules:
             folder._check(module)
         return folder
+
+    def _split_name(self, name: str) -> tuple[str, str]:
+        """ "base_model.model.<module>.lora_A.weight" -> (<module>, "lora_A")."""
+        for ending, part in self.parts.items():
+            if name.startswith(PREFIX) and name.endswith(f".{ending}"):
+                return name[len(PREFIX) : -len(ending) - 1], part
+        known = f"only adapters of linear layers can be read ({', '.join(dict.fromkeys(self.parts.values()))})"
+        raise UserError(f"{self.path}: tensor {name!r} is not supported; {known}")
 
     def _check(self, module: str) -> None:
         parts = self.modules[module]
@@ -151,8 +165,24 @@ class PeftFolder:
         listed = self.config.get("modules_to_save") or []
         return list(dict.fromkeys(module for name in self.trained if (module := _saved_module(name, listed))))
 
-    def shape(self, module: str) -> tuple[int, int]:
-        """(out, in) of the weight that `module` must have in the base."""
+    @property
+    def lora_alpha(self) -> float:
+        """PEFT's alpha of layers that have none of their own."""
+        return float(self.config["lora_alpha"])
+
+    @property
+    def dropout(self) -> float:
+        return float(self.config.get("lora_dropout") or 0.0)
+
+    def checked(self) -> Self:
+        """With what can be checked of the tensors' values before a base is known. Raises UserError."""
+        return self
+
+    def of_base(self, shapes: Mapping[str, tuple[int, int]]) -> Self:
+        return self
+
+    def shape(self, module: str) -> tuple[int, int | None]:
+        """(out, in) of the weight that `module` must have in the base; None for what the folder does not say."""
         parts, entries = self.modules[module], self.tensors.entries
         return entries[parts["lora_B"]].shape[0], entries[parts["lora_A"]].shape[1]
 
@@ -201,15 +231,6 @@ def _saved_module(parameter: str, modules_to_save: list[str]) -> str | None:
     parts = parameter.split(".")
     outwards = (".".join(parts[:count]) for count in range(1, len(parts)))
     return next((module for module in outwards if module.endswith(tuple(modules_to_save))), None)
-
-
-def _split_name(path: Path, name: str) -> tuple[str, str]:
-    """ "base_model.model.<module>.lora_A.weight" -> (<module>, "lora_A")."""
-    for ending, part in _PARTS.items():
-        if name.startswith(PREFIX) and name.endswith(f".{ending}"):
-            return name[len(PREFIX) : -len(ending) - 1], part
-    known = "only LoRA and DoRA of linear layers can be read (lora_A, lora_B, lora_magnitude_vector)"
-    raise UserError(f"{path}: tensor {name!r} is not supported; {known}")
 
 
 def _kind(module: str) -> str:

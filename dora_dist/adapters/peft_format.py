@@ -20,7 +20,7 @@ from torch import Tensor
 from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME
 from dora_dist.adapters.method import AdapterMethod
 from dora_dist.adapters.methods import of_peft
-from dora_dist.adapters.peft_config import CONFIG_NAME, NO_TARGETS
+from dora_dist.adapters.peft_config import CONFIG_NAME, NO_TARGETS, peft_type
 from dora_dist.adapters.peft_folder import (
     BASE_DIGEST,
     BASE_STORAGE,
@@ -29,7 +29,8 @@ from dora_dist.adapters.peft_folder import (
     PeftFolder,
     warn_of_magnitudes,
 )
-from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.adapters.peft_layer import AdapterLayer, VeraLayer
+from dora_dist.adapters.peft_vera import VeraFolder
 from dora_dist.adapters.storage import PLAIN
 from dora_dist.runtime.folders import new_folder
 from dora_dist.weights.safetensors_io import TensorWriter
@@ -80,20 +81,26 @@ class PeftAdapter:
         write_peft_folder(path, self)
 
 
+def open_peft_folder(path: Path) -> PeftFolder:
+    """Check a PEFT folder of either kind without reading it. Raises UserError, naming file and field."""
+    kind = VeraFolder if peft_type(Path(path) / CONFIG_NAME) == VeraLayer.peft_type else PeftFolder
+    return kind.open(path)
+
+
 def read_peft_folder(path: Path) -> PeftAdapter:
-    """Read a PEFT LoRA or DoRA folder, with its rank_pattern, alpha_pattern and use_rslora.
+    """Read a PEFT folder of LoRA or DoRA, with its rank_pattern, alpha_pattern and use_rslora, or of VeRA.
 
     Raises UserError, naming file and field, for anything that the adapters here cannot express.
     """
-    folder = PeftFolder.open(path)
+    folder = open_peft_folder(path).checked()
     config = folder.config
     layers = {module: folder.layer(module) for module in folder.modules}
     warn_of_magnitudes(folder.path, {module: layer.odd_magnitudes() for module, layer in layers.items()})
     return PeftAdapter(
         base_model=config.get("base_model_name_or_path") or "",
-        lora_alpha=config["lora_alpha"],
+        lora_alpha=folder.lora_alpha,
         r=config["r"],
-        dropout=config.get("lora_dropout") or 0.0,
+        dropout=folder.dropout,
         use_dora=bool(config.get("use_dora")),
         layers=layers,
         task_type=config.get("task_type"),
@@ -117,34 +124,15 @@ def write_peft_folder(
     must have a magnitude when `use_dora`, none otherwise (ValueError). UserError when `path` exists, unless
     `overwrite`.
     """
-    tensors: dict[str, Tensor] = {}
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
-    for module, layer in adapter.layers.items():
-        if (layer.magnitude is not None) != adapter.use_dora:
-            raise ValueError(f"{module}: use_dora={adapter.use_dora} holds for all layers of a PEFT adapter")
-        lora_A, lora_B = (factor.to(dtype) for factor in layer.stored_factors(module))
-        r, alpha = lora_A.shape[0], layer.scaling * lora_A.shape[0]
-        if r != adapter.r:
-            rank_pattern[f"^{module}"] = r  # anchored: PEFT would also match it as another name's ending
-        if not math.isclose(alpha, adapter.lora_alpha, rel_tol=1e-9) and layer.lora_A is not None:
-            alpha_pattern[f"^{module}"] = _whole(alpha)
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = lora_A
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = lora_B
-        if layer.magnitude is not None:
-            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = layer.magnitude.float()
+    kinds = {type(layer) for layer in adapter.layers.values()}
+    tensors, fields = _vera(adapter) if kinds == {VeraLayer} else _lora(adapter, dtype)
     tensors |= {f"{PREFIX}{name}": values.float() for name, values in adapter.trained.items()}
     config = {
-        "peft_type": "LORA",
+        **fields,
         "task_type": adapter.task_type,
         "base_model_name_or_path": adapter.base_model or None,
         "revision": adapter.revision,
         "r": adapter.r,
-        "lora_alpha": _whole(adapter.lora_alpha),
-        "lora_dropout": adapter.dropout,
-        "use_dora": adapter.use_dora,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
         "target_modules": sorted(adapter.layers) or NO_TARGETS,
         "modules_to_save": adapter.modules_to_save or None,
         "bias": "none",
@@ -163,6 +151,52 @@ def write_peft_folder(
         if adapter.model_config:
             text = json.dumps(adapter.model_config, indent=2) + "\n"
             (folder / MODEL_CONFIG_NAME).write_text(text, encoding="utf-8")
+
+
+def _lora(adapter: PeftAdapter, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of LoRA layers, and their fields of the configuration."""
+    tensors: dict[str, Tensor] = {}
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    for module, layer in adapter.layers.items():
+        if (layer.magnitude is not None) != adapter.use_dora:
+            raise ValueError(f"{module}: use_dora={adapter.use_dora} holds for all layers of a PEFT adapter")
+        lora_A, lora_B = (factor.to(dtype) for factor in layer.stored_factors(module))
+        r, alpha = lora_A.shape[0], layer.scaling * lora_A.shape[0]
+        if r != adapter.r:
+            rank_pattern[f"^{module}"] = r  # anchored: PEFT would also match it as another name's ending
+        if not math.isclose(alpha, adapter.lora_alpha, rel_tol=1e-9) and layer.lora_A is not None:
+            alpha_pattern[f"^{module}"] = _whole(alpha)
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = lora_A
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = lora_B
+        if layer.magnitude is not None:
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = layer.magnitude.float()
+    fields = {
+        "peft_type": AdapterLayer.peft_type,
+        "lora_alpha": _whole(adapter.lora_alpha),
+        "lora_dropout": adapter.dropout,
+        "use_dora": adapter.use_dora,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+    return tensors, fields
+
+
+def _vera(adapter: PeftAdapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The vectors of VeRA layers, fp32, and their fields of the configuration; PEFT draws the matrices from the key."""
+    layers = {module: layer for module, layer in adapter.layers.items() if isinstance(layer, VeraLayer)}
+    keys = {layer.prng_key for layer in layers.values()}
+    if len(keys) != 1:
+        raise ValueError(f"layers with several keys {sorted(keys)}: all of a PEFT adapter share one pair of matrices")
+    tensors = {f"{PREFIX}{module}.vera_lambda_d": layer.lambda_d.float() for module, layer in layers.items()}
+    tensors |= {f"{PREFIX}{module}.vera_lambda_b": layer.lambda_b.float() for module, layer in layers.items()}
+    fields = {
+        "peft_type": VeraLayer.peft_type,
+        "projection_prng_key": keys.pop(),
+        "save_projection": False,
+        "vera_dropout": adapter.dropout,
+    }
+    return tensors, fields
 
 
 def _whole(number: float) -> float:

@@ -5,10 +5,13 @@ PEFT keeps lora_A as (r, in), lora_B as (out, r) and the whole magnitude m, not 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from dora_dist.adapters.projection import Projection
 
 # A row whose weight and update are both zero has norm 0, and PEFT computes 0/0 there. Its magnitude is 0 as
 # well, so its output is 0 whatever B is: a small B (exact in fp16 and bf16) keeps PEFT finite.
@@ -28,6 +31,8 @@ class AdapterLayer:
     magnitude: Tensor | None
     scaling: float
     in_features: int | None = None
+    peft_type: ClassVar[str] = "LORA"
+    title: ClassVar[str] = "LoRA"
 
     @property
     def r(self) -> int | None:
@@ -35,12 +40,20 @@ class AdapterLayer:
         return None if self.lora_A is None else self.lora_A.shape[0]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight that the module was trained on."""
+    def shape(self) -> tuple[int, int | None]:
+        """(out, in) of the weight that the module was trained on; None for what the folder does not say."""
         rows = self.magnitude if self.lora_B is None else self.lora_B
         columns = self.in_features if self.lora_A is None else self.lora_A.shape[1]
         assert rows is not None and columns is not None
         return rows.shape[0], columns
+
+    def low_rank(self, in_features: int) -> AdapterLayer:
+        """The same update of a weight (out, in) as LoRA has it."""
+        return self
+
+    def with_magnitude(self, magnitude: Tensor) -> AdapterLayer:
+        """This update under a magnitude (out,), in the form that PEFT has for it."""
+        return replace(self, magnitude=magnitude)
 
     def odd_magnitudes(self) -> int:
         """How many magnitudes are below 0, which turns a row of the weight around, or 0, which silences one.
@@ -91,6 +104,47 @@ class AdapterLayer:
         if magnitude is not None and _are_placeholders(lora_A, lora_B, magnitude):
             return cls(None, None, magnitude, scaling, lora_A.shape[1])
         return cls(lora_A, lora_B, magnitude, scaling, lora_A.shape[1])
+
+
+@dataclass(kw_only=True)
+class VeraLayer(AdapterLayer):
+    """One module of a VeRA adapter: `lambda_d` (r,) and `lambda_b` (out,), fp32; ΔW = diag(b)·B·diag(d)·A.
+
+    `prng_key` is what A and B were drawn from. `projection` has them, where the sizes of all modules are known.
+    """
+
+    lora_A: None = None
+    lora_B: None = None
+    magnitude: None = None
+    scaling: float = 1.0
+    lambda_d: Tensor
+    lambda_b: Tensor
+    prng_key: int = 0
+    projection: Projection | None = None
+    peft_type = "VERA"
+    title = "VeRA"
+
+    @property
+    def r(self) -> int:
+        return len(self.lambda_d)
+
+    @property
+    def shape(self) -> tuple[int, int | None]:
+        return len(self.lambda_b), self.in_features
+
+    def merge_rows(self, weight: Tensor, start: int) -> None:
+        self.low_rank(weight.shape[1]).merge_rows(weight, start)
+
+    def low_rank(self, in_features: int) -> AdapterLayer:
+        """A scaled by d, B by b."""
+        assert self.projection is not None
+        A, B = self.projection.views((len(self.lambda_b), in_features), self.lambda_d)
+        return AdapterLayer(A * self.lambda_d[:, None], B * self.lambda_b[:, None], None, self.scaling, in_features)
+
+    def with_magnitude(self, magnitude: Tensor) -> AdapterLayer:
+        """As DoRA's: PEFT has no magnitude over VeRA."""
+        assert self.in_features is not None
+        return self.low_rank(self.in_features).with_magnitude(magnitude)
 
 
 def _are_placeholders(lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> bool:

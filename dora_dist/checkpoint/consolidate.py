@@ -91,6 +91,7 @@ def consolidate(
     _check_output(output, base.path, Path(adapter_folder))
     _warn_of_another(adapter, base.tensors)
     plan = plan_merge(adapter, base, dtype)
+    adapter = adapter.of_base(plan.adapted)
     shards = plan.shards(max_shard_bytes)
     if larger := sum(output.nbytes > max_shard_bytes for output in plan.outputs):
         note(f"{larger:,} of {len(plan.outputs):,} tensors are larger than --max-shard-size and get files of their own")

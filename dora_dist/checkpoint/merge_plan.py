@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dora_dist.adapters.adapter_folder import AdapterFolder
+from dora_dist.adapters.adapter_folder import AdapterFolder, agrees
 from dora_dist.models.build import skeleton
 from dora_dist.models.families import family_of
 from dora_dist.models.family import Family
@@ -53,6 +53,12 @@ class MergePlan:
 
     outputs: list[Output]
     untied: bool
+
+    @property
+    def adapted(self) -> dict[str, tuple[int, int]]:
+        """The adapted modules, and the shapes (out, in) of their weights."""
+        shapes = {output.module: output.entry.shape for output in self.outputs if output.module}
+        return {module: (shape[0], shape[1]) for module, shape in shapes.items()}
 
     def shards(self, max_bytes: float) -> list[Shard]:
         """Files of up to `max_bytes` each, in the same order: the base is read sequentially."""
@@ -152,7 +158,7 @@ def _targets(
         if entry is None:
             missing = f"but {base} has no tensor {weight!r}"
             raise UserError(f"{who}, {missing}; give the base that it was trained on")
-        if entry.shape != adapter.shape(module):
+        if not agrees(adapter.shape(module), entry.shape):
             mismatch = f"as {adapter.shape(module)}, but {base} has it as {entry.shape}"
             raise UserError(f"{who} {mismatch}; give the base that it was trained on")
         targets[own] = module

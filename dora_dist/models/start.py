@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dora_dist.adapters.adapter_folder import SavedAdapter
+from dora_dist.adapters.adapter_folder import SavedAdapter, agrees
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.peft_folder import warn_of_lacking
 from dora_dist.models.heads import Head
@@ -31,7 +31,7 @@ def check(
         theirs = adapter.layers[name]
         if differ := ", ".join(adapter.differences(name, layer.method)):
             raise UserError(f"adapter.init_from: {where} has other settings than this run at {name!r}: {differ}")
-        if theirs.shape != layer.shape:
+        if not agrees(theirs.shape, layer.shape):
             raise UserError(
                 f"{where}: it adapts {name!r} as {theirs.shape}, but {base} has it as {layer.shape}; give the base "
                 "that it was trained on"

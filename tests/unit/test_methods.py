@@ -64,7 +64,9 @@ def delta(layer: AdaptedLinear, own: dict[str, Tensor]) -> Tensor:
     if isinstance(method, Mora):
         return change(layer.shape, own["mora_M"], method.type)
     theirs = method.to_peft(layer.shape, {name: own[name] for name in method.parameters(layer.shape)}, None)
-    assert theirs is not None and theirs.lora_A is not None and theirs.lora_B is not None
+    assert theirs is not None
+    theirs = theirs.low_rank(IN)
+    assert theirs.lora_A is not None and theirs.lora_B is not None
     return theirs.scaling * theirs.lora_B @ theirs.lora_A
 
 

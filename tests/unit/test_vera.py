@@ -1,22 +1,33 @@
 """VeRA's shared matrices: PEFT's numbers, in memory once, gone with the model."""
 
 import gc
+import json
 import weakref
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft.tuners.vera.model import _kaiming_init
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dora_dist.adapters.folders import read_adapter
 from dora_dist.adapters.inject import by_pattern, inject
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.methods import Vera, WeightDecomposed
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.projection import Projection
+from dora_dist.checkpoint.consolidate import consolidate
+from dora_dist.config import AdapterConfig, ModelConfig
+from dora_dist.evaluation.inference import load_for_inference
+from dora_dist.runtime.errors import UserError
+from dora_dist.training.model import build_model
 from tests import toy
 
 R = 5
+TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def model() -> Any:
@@ -86,16 +97,15 @@ class Decomposed(nn.Module):
 def test_twenty_steps_follow_peft(decomposed: bool) -> None:
     from peft import VeraConfig, get_peft_model
 
-    targets = ["q_proj", "v_proj", "down_proj"]
     ours, theirs = toy_llama(), toy_llama()
     update = Vera(r=R, projection_prng_key=3)
-    inject(ours, by_pattern(WeightDecomposed(update) if decomposed else update, targets))
+    inject(ours, by_pattern(WeightDecomposed(update) if decomposed else update, TARGETS))
     for layer in adapted_layers(ours).values():
         own = layer.adapter_parameters()
         for name, initial in layer.method.parameters(layer.shape).items():
             nn.init.constant_(own[name], initial.value)
     NormRefresher(ours)
-    peft = get_peft_model(theirs, VeraConfig(r=R, target_modules=targets, projection_prng_key=3, save_projection=False))
+    peft = get_peft_model(theirs, VeraConfig(r=R, target_modules=TARGETS, projection_prng_key=3, save_projection=False))
     if decomposed:
         for name, module in list(peft.named_modules()):
             if hasattr(module, "get_delta_weight"):
@@ -114,3 +124,94 @@ def test_twenty_steps_follow_peft(decomposed: bool) -> None:
             losses.append(loss.item())
     assert losses[:20] == pytest.approx(losses[20:], abs=1e-5)
     assert abs(losses[0] - losses[18]) > 1e-3
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return toy.base_model(tmp_path / "base")
+
+
+def peft_folder(folder: Path, base: Path, **options: Any) -> Tensor:
+    """A VeRA of PEFT's, with random vectors; returns its logits."""
+    from peft import VeraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = VeraConfig(task_type="CAUSAL_LM", **{"r": R, "target_modules": TARGETS, **options})
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "vera_lambda" in name:
+                parameter.copy_(torch.randn_like(parameter))
+        adapted.save_pretrained(folder)
+        logits: Tensor = adapted(toy.tokens()).logits
+    return logits
+
+
+def logits_of(path: Path, base: Path | None = None) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = load_for_inference(str(path), "fp32", str(base) if base else None)[0](toy.tokens()).logits
+    return logits
+
+
+@pytest.mark.parametrize("save_projection", [False, True])
+def test_peft_folders_are_read_merged_and_written(tmp_path: Path, base: Path, save_projection: bool) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    expected = peft_folder(tmp_path / "theirs", base, save_projection=save_projection, projection_prng_key=5)
+    torch.testing.assert_close(logits_of(tmp_path / "theirs", base), expected, atol=1e-5, rtol=0)
+    consolidate(tmp_path / "theirs", base, tmp_path / "merged", progress=False)
+    torch.testing.assert_close(logits_of(tmp_path / "merged"), expected, atol=1e-4, rtol=0)
+
+    adapter = read_adapter(tmp_path / "theirs")
+    adapter.write(tmp_path / "ours")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "ours").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(toy.tokens()).logits, expected, atol=1e-6, rtol=0)
+    assert set(load_file(tmp_path / "ours/adapter_model.safetensors")) == {
+        f"base_model.model.{module}.vera_lambda_{part}" for module in adapter.layers for part in "db"
+    }
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        ({"projection_prng_key": 1}, "'base_model.vera_A' is not what PEFT draws for projection_prng_key=1"),
+        ({"projection_prng_key": "x"}, "projection_prng_key='x' must be a whole number"),
+        ({"r": R + 1}, r"has lambda_b \(36,\), lambda_d \(5,\); with r=6 it must have"),
+        ({"vera_dropout": 2}, "vera_dropout=2 must be a number from 0 to 1"),
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"lora_alpha": 8}, "lora_alpha=8 is not supported"),
+    ],
+)
+def test_what_a_folder_says_and_is_not_so_is_refused(tmp_path: Path, base: Path, spoil: Any, says: str) -> None:
+    peft_folder(tmp_path / "theirs", base, save_projection=True)
+    file = tmp_path / "theirs/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | spoil))
+    with pytest.raises(UserError, match=says):
+        read_adapter(tmp_path / "theirs")
+    with pytest.raises(UserError, match=says):
+        consolidate(tmp_path / "theirs", base, tmp_path / "merged", progress=False)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"method": "vera", "settings": {"projection_prng_key": 4}}, None),
+        ({"method": "vera"}, r"its projection_prng_key is 4, adapter.settings has 0 \(set it to 4\)"),
+        ({"method": "vera", "settings": {"projection_prng_key": 4}, "r": 8}, r"its r is 5, adapter.r = 8"),
+        ({"method": None}, r'it is VeRA \(set adapter.method to "vera"\)'),
+        ({"method": "vera", "weight_decomposed": True}, r"it is VeRA \(set adapter.weight_decomposed to false\)"),
+    ],
+)
+def test_a_run_starts_from_a_peft_folder_of_its_own_kind(tmp_path: Path, base: Path, section: Any, says: Any) -> None:
+    expected = peft_folder(tmp_path / "theirs", base, projection_prng_key=4)
+    own = {"r": R, "weight_decomposed": False, "target_modules": TARGETS, "init_from": str(tmp_path / "theirs")}
+    start = partial(build_model, ModelConfig(path=str(base), dtype="fp32"), AdapterConfig(**(own | section)))
+    if says is not None:
+        with pytest.raises(UserError, match=says):
+            start()
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(start().model(toy.tokens()).logits, expected, atol=1e-5, rtol=0)

@@ -12,7 +12,7 @@ from dora_dist.adapters.methods.lora import LowRank
 from dora_dist.adapters.methods.mora import Mora
 from dora_dist.adapters.methods.vera import Vera
 from dora_dist.adapters.methods.weight_decomposed import NoUpdate, WeightDecomposed
-from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.adapters.peft_layer import AdapterLayer, VeraLayer
 from dora_dist.config.schema import AdapterConfig
 from dora_dist.runtime.errors import UserError
 
@@ -51,7 +51,9 @@ def chosen(adapter: AdapterConfig) -> Method:
 def of_peft(theirs: AdapterLayer, dropout: float) -> AdapterMethod:
     """The method that a PEFT module was trained with, with its own rank and scaling."""
     update: Update = NoUpdate(dropout=dropout)
-    if theirs.r is not None:
+    if isinstance(theirs, VeraLayer):
+        update = Vera(theirs.r, theirs.prng_key, dropout=dropout)
+    elif theirs.r is not None:
         update = LowRank(theirs.r, theirs.scaling * theirs.r, dropout=dropout)
     return update if theirs.magnitude is None else WeightDecomposed(update)
 

@@ -51,6 +51,9 @@ class LowRank(Factored):
         return {"lora_A": theirs.lora_A.t(), "lora_B": theirs.lora_B}
 
     def differences(self, theirs: AdapterLayer) -> Iterator[str]:
+        if type(theirs) is not AdapterLayer:
+            yield f'it is {theirs.title} (set adapter.method to "{theirs.title.lower()}")'
+            return
         if theirs.r is None:
             yield "it trains magnitudes alone there (name it in adapter.magnitude_only_modules)"
             return

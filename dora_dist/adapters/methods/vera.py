@@ -7,7 +7,7 @@ Products of a layer, for t tokens: forward t·r·(in + out), backward t·r·(in 
 t·r·in, which a frozen A does not need. Beyond activations there are temporaries of (out, r) only.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dora_dist.adapters.method import Initial, Layer, RowProducts, Shape, Tensors, Update, register
 from dora_dist.adapters.methods.sums import column_dot
-from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.adapters.peft_layer import AdapterLayer, VeraLayer
 from dora_dist.adapters.projection import Projection
 
 D, B = "vera_lambda_d", "vera_lambda_b"
@@ -98,10 +98,38 @@ class Vera(Update):
 
         return products
 
-    def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> AdapterLayer | None:
-        """As low-rank factors: A scaled by d, B by b."""
-        A_ri, B_or = self._shared.views(shape, values[D])
-        return AdapterLayer(A_ri * values[D][:, None], B_or * values[B][:, None], None, self.scaling, shape[1])
+    @property
+    def in_peft_with_magnitude(self) -> bool:
+        """It has, as LoRA whose factors are each layer's own: A and B many times over, too much for each checkpoint."""
+        return False
+
+    def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> VeraLayer:
+        return VeraLayer(
+            lambda_d=values[D],
+            lambda_b=values[B],
+            prng_key=self.projection_prng_key,
+            in_features=shape[1],
+            projection=self._shared,
+        )
+
+    def from_peft(self, theirs: AdapterLayer, base_norm: Tensor | None) -> dict[str, Tensor]:
+        assert isinstance(theirs, VeraLayer)
+        return {D: theirs.lambda_d, B: theirs.lambda_b}
+
+    def differences(self, theirs: AdapterLayer) -> Iterator[str]:
+        if not isinstance(theirs, VeraLayer):
+            yield f"it is {theirs.title} (set adapter.method to null)"
+            return
+        if theirs.r != self.r:
+            yield f"its r is {theirs.r}, adapter.r = {self.r} (set it to {theirs.r})"
+        if theirs.prng_key != self.projection_prng_key:
+            given = f"adapter.settings has {self.projection_prng_key} (set it to {theirs.prng_key})"
+            yield f"its projection_prng_key is {theirs.prng_key}, {given}"
+        if theirs.projection is not None and theirs.projection.widest != self._shared.widest:
+            yield (
+                f"its shared matrices are for layers of up to {theirs.projection.widest}, those here for "
+                f"{self._shared.widest} (set adapter.target_modules to the adapter's)"
+            )
 
     @property
     def _shared(self) -> Projection:

@@ -213,7 +213,7 @@ class WeightDecomposed(AdapterMethod):
 
     @property
     def in_peft(self) -> bool:
-        return self.update.in_peft
+        return self.update.in_peft_with_magnitude
 
     def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> AdapterLayer:
         assert base_norm is not None
@@ -221,7 +221,7 @@ class WeightDecomposed(AdapterMethod):
         magnitude = base_norm + values["magnitude_offset"]
         if layer is None:
             return AdapterLayer(None, None, magnitude, self.scaling, shape[1])
-        return replace(layer, magnitude=magnitude)
+        return layer.with_magnitude(magnitude)
 
     def from_peft(self, theirs: AdapterLayer, base_norm: Tensor | None) -> dict[str, Tensor]:
         assert theirs.magnitude is not None and base_norm is not None
@@ -230,7 +230,7 @@ class WeightDecomposed(AdapterMethod):
 
     def differences(self, theirs: AdapterLayer) -> Iterator[str]:
         if theirs.magnitude is None:
-            yield "it is LoRA (set adapter.weight_decomposed to false)"
+            yield f"it is {theirs.title} (set adapter.weight_decomposed to false)"
         yield from self.update.differences(theirs)
 
     def resized(self, r: int) -> AdapterMethod:
