@@ -100,7 +100,10 @@ class AdapterConfig(Section):
         min_length=1,
         description="Adapter method by name; null: the one that weight_decomposed and dynamic_rank say",
     )
-    settings: dict[str, Any] = Field(default={}, description="Settings of a method that a plugin brings")
+    settings: dict[str, Any] = Field(
+        default={},
+        description="Settings of the method that it has besides these fields (mora: type, 1 or 6; or a plugin's)",
+    )
     weight_decomposed: bool = Field(
         default=True, description="true: DoRA; false: plain LoRA, the same layer with no magnitude"
     )

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dora_dist import cli
+from dora_dist.adapters.methods import chosen
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
 from dora_dist.runtime.exit_codes import DONE, USERS_MISTAKE
@@ -216,9 +217,7 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 def test_every_recipe_validates(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["validate", str(recipe), "--no-files"]) == 0
     adapter = RunConfig.load(recipe).adapter
-    method = "DoRA" if adapter.weight_decomposed else "LoRA"
-    dynamic = " with dynamic rank" if adapter.dynamic_rank else ""
-    assert f"{recipe} is valid: {method}{dynamic} r=" in capsys.readouterr().err
+    assert f"{recipe} is valid: {chosen(adapter).title} " in capsys.readouterr().err
 
 
 def test_validate_prints_the_deepspeed_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -380,6 +380,17 @@ PAPER = {  # base model, learning rate at r = 32
 }
 
 
+def test_the_mora_recipe_has_the_authors_numbers() -> None:
+    """Of their runs on MetaMath; MoRA has no alpha."""
+    config = RunConfig.load(REPOSITORY / "configs" / "llama2_7b_mora.json")
+    adapter, training = config.adapter, config.training
+    assert (adapter.method, adapter.settings, adapter.weight_decomposed) == ("mora", {"type": 6}, False)
+    assert (adapter.r, adapter.dropout, len(adapter.target_modules or ())) == (8, 0.05, 7)
+    assert (training.learning_rate, training.schedule, training.warmup_ratio) == (3e-4, "cosine", 0.03)
+    assert (training.epochs, training.global_batch_size, training.weight_decay) == (3, 128, 0)
+    assert (config.data.cutoff_len, config.data.loss_on, config.data.format) == (512, "answer", "alpaca")
+
+
 # Mao et al., RoBERTa-base on GLUE: learning rate, batch, epochs; labels, metric; penalty, steps between prunings.
 GLUE: dict[str, tuple[Any, ...]] = {
     "glue_rte": (2e-3, 16, 80, 2, "accuracy", 0.5, 10),
