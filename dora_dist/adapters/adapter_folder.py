@@ -111,7 +111,7 @@ class SavedAdapter(Protocol):
     revision: str | None
     task_type: str | None
     modules_to_save: list[str]
-    trained: dict[str, Tensor]
+    trained: Mapping[str, Tensor]
     model_config: dict[str, Any]
     base_digest: str
     base_storage: str

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME
+from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME, AdapterFolder
 from dora_dist.adapters.method import AdapterMethod, Shape, for_one_model
 from dora_dist.adapters.methods import of_settings
 from dora_dist.adapters.peft_config import read_json_object
@@ -57,11 +57,11 @@ class NativeAdapter:
     revision: str | None = None
     task_type: str | None = "CAUSAL_LM"
     modules_to_save: list[str] = field(default_factory=list)
-    trained: dict[str, Tensor] = field(default_factory=dict)
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
     model_config: dict[str, Any] = field(default_factory=dict)
     base_digest: str = ""
     base_storage: str = PLAIN.name
-    source: NativeFolder | None = None
+    source: AdapterFolder | None = None
 
     def methods(self) -> dict[str, AdapterMethod]:
         return {name: layer.method for name, layer in self.layers.items()}

@@ -18,6 +18,7 @@ REMEDY = "save the adapter again"
 _UNDERSTOOD = {
     "auto_mapping",
     "base_model_name_or_path",
+    "bias",
     "exclude_modules",
     "inference_mode",
     "layers_pattern",
@@ -79,6 +80,9 @@ def read_peft_config(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: {name}={value!r} is not supported; train the adapter without it")
         if value is not None and name in _KINDS and not any(_is(kind, value) for kind in _KINDS[name]):
             raise UserError(f"{path}: {name}={value!r} must be {' or '.join(_KINDS[name])}; correct it")
+    bias = config.get("bias") or "none"
+    if bias not in ("none", "all") and not str(bias).endswith("_only"):
+        raise UserError(f"{path}: bias={bias!r} is not supported; none, all and those of adapted layers are")
     for name in ("target_modules", "exclude_modules"):
         if isinstance(config.get(name), str):
             _check_expression(path, name, config[name])

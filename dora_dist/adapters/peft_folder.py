@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,12 @@ PREFIX = "base_model.model."
 BASE_DIGEST, BASE_STORAGE = "dora_dist.base", "dora_dist.storage"
 """Where a file of ours says, in its metadata, of which base it is (`weights/digest.py`), and how that was held; others
 do not look at it."""
+PARAMETERS = "dora_dist.parameters"
+"""Where such a file lists, in JSON, which of its tensors are single parameters of the base; PEFT reads these, too."""
+BASE_LAYER = "base_layer"
+"""What PEFT calls the layer in an adapted one."""
+# With bias="all", PEFT writes the biases of modules to save two more times, from inside its wrapper of the module.
+_REPEATED = (".original_module.", ".modules_to_save.")
 # PEFT lists these for its task types whatever the model's head is called.
 _HEADS_PEFT_ADDS = {"classifier", "score", "qa_outputs"}
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -71,15 +78,18 @@ class PeftFolder:
         folder = cls(path, config, TensorFolder.open(path, stem=WEIGHTS_STEM))
         if (path / MODEL_CONFIG_NAME).is_file():
             folder.model_config = read_json_object(path / MODEL_CONFIG_NAME, REMEDY)
-        targeted = targets(config)
+        targeted, listed = targets(config), folder._listed_parameters()
         for name, entry in folder.tensors.entries.items():
             if entry.dtype not in _NUMBERS:
                 kind = str(entry.dtype).removeprefix("torch.")
                 raise UserError(f"{entry.path}: tensor {name!r} is {kind}, not floating point; save the adapter again")
-            if name in cls.shared:
+            if name in cls.shared or any(part in name for part in _REPEATED):
                 continue
             if saved := _saved_name(name, config.get("modules_to_save") or []):
                 folder.trained[saved] = name
+                continue
+            if name in listed or _is_bias(name, config.get("bias")):
+                folder.trained[name.removeprefix(PREFIX).replace(f".{BASE_LAYER}.", ".")] = name
                 continue
             module, part = folder._split_name(name)
             if not targeted(module):
@@ -91,7 +101,7 @@ class PeftFolder:
         if not folder.modules and not folder.trained:
             raise UserError(f"{path}: the adapter has no tensors; save it again")
         endings = set(config.get("modules_to_save") or ()) - _HEADS_PEFT_ADDS
-        if absent := sorted(e for e in endings if not any(_saved_module(name, [e]) for name in folder.trained)):
+        if absent := sorted(e for e in endings if not any(saved_module(name, [e]) for name in folder.trained)):
             raise UserError(f"{path}: modules_to_save={absent} have no tensors in the adapter; save it again")
         for module in folder.modules:
             folder._check(module)
@@ -153,6 +163,16 @@ class PeftFolder:
         """The name of the storage that held the base in training: the adapter fits the weights as that has them."""
         return self._metadata(BASE_STORAGE, PLAIN.name)
 
+    def _listed_parameters(self) -> set[str]:
+        text = self._metadata(PARAMETERS, "[]")
+        try:
+            listed = json.loads(text)
+        except (ValueError, RecursionError):
+            listed = None
+        if not isinstance(listed, list):
+            raise UserError(f"{self.path}: the metadata's {PARAMETERS} is not a list of names; {REMEDY}")
+        return {name for name in listed if isinstance(name, str) and name.startswith(PREFIX)}
+
     def _metadata(self, key: str, absent: str) -> str:
         file = self.path / f"{WEIGHTS_STEM}.safetensors"
         if not file.is_file():
@@ -163,7 +183,7 @@ class PeftFolder:
     def modules_to_save(self) -> list[str]:
         """The modules whose parameters are in `trained`, by their whole names."""
         listed = self.config.get("modules_to_save") or []
-        return list(dict.fromkeys(module for name in self.trained if (module := _saved_module(name, listed))))
+        return list(dict.fromkeys(module for name in self.trained if (module := saved_module(name, listed))))
 
     @property
     def lora_alpha(self) -> float:
@@ -223,14 +243,19 @@ def warn_of_lacking(path: Path, lacking: Sequence[str]) -> None:
 def _saved_name(name: str, modules_to_save: list[str]) -> str | None:
     """ "base_model.model.<parameter>" -> <parameter>, if it is of a module that the configuration says was saved."""
     parameter = name.removeprefix(PREFIX)
-    return parameter if parameter != name and _saved_module(parameter, modules_to_save) else None
+    return parameter if parameter != name and saved_module(parameter, modules_to_save) else None
 
 
-def _saved_module(parameter: str, modules_to_save: list[str]) -> str | None:
+def saved_module(parameter: str, modules_to_save: Sequence[str]) -> str | None:
     """The outermost module of a parameter that is to be saved: PEFT saves every one whose name ENDS in one listed."""
     parts = parameter.split(".")
     outwards = (".".join(parts[:count]) for count in range(1, len(parts)))
     return next((module for module in outwards if module.endswith(tuple(modules_to_save))), None)
+
+
+def _is_bias(name: str, kind: str | None) -> bool:
+    """Whether a tensor is a bias of the base that was trained, as PEFT's `bias` says."""
+    return kind not in (None, "none") and name.startswith(PREFIX) and name.endswith(".bias")
 
 
 def _kind(module: str) -> str:

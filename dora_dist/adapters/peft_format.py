@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,13 @@ from dora_dist.adapters.methods import of_peft
 from dora_dist.adapters.peft_config import CONFIG_NAME, NO_TARGETS, peft_type
 from dora_dist.adapters.peft_folder import (
     BASE_DIGEST,
+    BASE_LAYER,
     BASE_STORAGE,
+    PARAMETERS,
     PREFIX,
     WEIGHTS_STEM,
     PeftFolder,
+    saved_module,
     warn_of_magnitudes,
 )
 from dora_dist.adapters.peft_layer import AdapterLayer, VeraLayer
@@ -41,9 +44,10 @@ class PeftAdapter:
     """An adapter in memory; `layers` maps module names of the base model to their parameters.
 
     `lora_alpha` and `r` are the defaults that single layers may depart from. `modules_to_save` are modules trained
-    in full, `trained` their parameters by name, fp32, and `model_config` what the model's configuration needs for
-    them. `base_digest` is the `sampled_digest` of the base, "" where it is not known, `base_storage` the storage
-    that held it in training, and `source` the folder that it was read from.
+    in full, `trained` their parameters and single ones by name, fp32; `all_biases` says that every bias of the model is
+    among these. `model_config` is what the model's configuration needs for them, `base_digest` the `sampled_digest` of
+    the base, "" where it is not known, `base_storage` the storage that held it in training, and `source` the folder
+    that it was read from.
     """
 
     base_model: str
@@ -55,7 +59,8 @@ class PeftAdapter:
     task_type: str | None = "CAUSAL_LM"
     revision: str | None = None
     modules_to_save: list[str] = field(default_factory=list)
-    trained: dict[str, Tensor] = field(default_factory=dict)
+    all_biases: bool = False
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
     model_config: dict[str, Any] = field(default_factory=dict)
     base_digest: str = ""
     base_storage: str = PLAIN.name
@@ -126,7 +131,8 @@ def write_peft_folder(
     """
     kinds = {type(layer) for layer in adapter.layers.values()}
     tensors, fields = _vera(adapter) if kinds == {VeraLayer} else _lora(adapter, dtype)
-    tensors |= {f"{PREFIX}{name}": values.float() for name, values in adapter.trained.items()}
+    trained = {name: _stored_name(name, adapter.layers) for name in adapter.trained}
+    tensors |= {stored: adapter.trained[name].float() for name, stored in trained.items()}
     config = {
         **fields,
         "task_type": adapter.task_type,
@@ -135,13 +141,15 @@ def write_peft_folder(
         "r": adapter.r,
         "target_modules": sorted(adapter.layers) or NO_TARGETS,
         "modules_to_save": adapter.modules_to_save or None,
-        "bias": "none",
+        "bias": "all" if adapter.all_biases else "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
     metadata = {"format": "pt", **({BASE_DIGEST: adapter.base_digest} if adapter.base_digest else {})}
     if adapter.base_storage != PLAIN.name:
         metadata[BASE_STORAGE] = adapter.base_storage
+    if single := [stored for name, stored in trained.items() if saved_module(name, adapter.modules_to_save) is None]:
+        metadata[PARAMETERS] = json.dumps(single)
     layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     with new_folder(path, overwrite) as folder:
         with TensorWriter(folder / f"{WEIGHTS_STEM}.safetensors", layout, metadata) as writer:
@@ -197,6 +205,12 @@ def _vera(adapter: PeftAdapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "vera_dropout": adapter.dropout,
     }
     return tensors, fields
+
+
+def _stored_name(parameter: str, adapted: Container[str]) -> str:
+    """What PEFT's wrapped model calls a parameter of the base: its adapted layers hold the base's one."""
+    module, _, own = parameter.rpartition(".")
+    return f"{PREFIX}{module}.{BASE_LAYER}.{own}" if module in adapted else f"{PREFIX}{parameter}"
 
 
 def _whole(number: float) -> float:

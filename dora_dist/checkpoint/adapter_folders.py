@@ -1,22 +1,35 @@
-"""Which adapter a path means, and where the base is that it was trained on."""
+"""Which adapter a path means, whatever its format, and where the base is that it was trained on."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from dora_dist.adapters import native_format, peft_config
+from dora_dist.adapters import folders, native_format, peft_config
+from dora_dist.adapters.adapter_folder import AdapterFolder, SavedAdapter
 from dora_dist.adapters.folders import holds_adapter
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.manifest import is_complete
+from dora_dist.checkpoint.trained_weights import TrainedWeights, is_trained_weights
 from dora_dist.config import is_local
 from dora_dist.models.folder import not_a_folder
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.hub import fetch
 
 
+def open_adapter(path: Path) -> AdapterFolder:
+    """As `folders.open_adapter`, and a checkpoint that has no adapter because the base's own weights were trained."""
+    return TrainedWeights.open(path) if is_trained_weights(path) else folders.open_adapter(path)
+
+
+def read_adapter(path: Path) -> SavedAdapter:
+    """As `folders.read_adapter`; of a checkpoint without an adapter each tensor is read when it is asked for."""
+    return TrainedWeights.open(path).unread() if is_trained_weights(path) else folders.read_adapter(path)
+
+
 def find_adapter(path: Path) -> tuple[Path, str | None]:
-    """The adapter folder that `path` means, and the base it was trained on where that is known.
+    """The adapter folder that `path` means, or the checkpoint that has none (`open_adapter`), and the base it was
+    trained on where that is known.
 
     `path` is an adapter folder, a checkpoint, or a run folder: then the checkpoint that `run_folder.chosen` takes.
     Raises UserError when it is none of these.
@@ -28,6 +41,8 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
         if path.name.startswith("checkpoint-") and not is_complete(path):
             raise UserError(f"{path}: incomplete checkpoint (saving was cut short); use another one")
         return path / run_folder.ADAPTER, _trained_on(path / run_folder.ADAPTER, path.parent)
+    if is_trained_weights(path):
+        return path, _trained_on(path, path.parent) or TrainedWeights.open(path).base_model
     choice = run_folder.chosen(path)
     if choice is None:
         what = "no such folder" if not path.is_dir() else "no adapter_config.json and no complete checkpoint-* in it"

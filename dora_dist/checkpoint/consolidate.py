@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from dora_dist.adapters.adapter_folder import AdapterFolder, SavedLayer
-from dora_dist.adapters.folders import open_adapter
 from dora_dist.adapters.peft_folder import warn_of_lacking, warn_of_magnitudes
 from dora_dist.adapters.storage import WeightStorage, as_held, storage_of
-from dora_dist.checkpoint.adapter_folders import base_path
+from dora_dist.checkpoint.adapter_folders import base_path, open_adapter
 from dora_dist.checkpoint.manifest import MANIFEST
 from dora_dist.checkpoint.merge_plan import Output, Shard, plan_merge
 from dora_dist.models.folder import DTYPES, ModelFolder
@@ -109,6 +108,7 @@ def consolidate(
         "output": str(output),
         "tensors": len(plan.outputs),
         "merged": len(adapter.modules),
+        "replaced": len(adapter.trained),
         "shards": len(shards),
         "bytes_read": base.tensors.bytes_read,
         "bytes_written": total,

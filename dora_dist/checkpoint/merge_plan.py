@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from dora_dist.adapters.adapter_folder import AdapterFolder, agrees
+from dora_dist.adapters.patterns import inside
 from dora_dist.models.build import skeleton
 from dora_dist.models.families import family_of
 from dora_dist.models.family import Family
 from dora_dist.models.folder import DTYPES, FLOATS, ModelFolder
 from dora_dist.models.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, head_of_adapter
-from dora_dist.models.tying import parted_names
+from dora_dist.models.tying import names_of, parted_names
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.names import Rename, locate, modern, prefix_between, stored_names
 from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder
@@ -82,50 +83,60 @@ def plan_merge(adapter: AdapterFolder, base: ModelFolder, dtype: str | None) -> 
     names = _names(adapter, base)
     entries = _entries(base.tensors, names)
     stored = stored_names(entries, names.rename)
-    prefix = prefix_between([f"{module}.weight" for module in adapter.modules], stored)
+    prefix = prefix_between([f"{module}.weight" for module in adapter.modules] or adapter.trained, stored)
     targets = _targets(adapter, base.path, entries, stored=stored, prefix=prefix)
-    replaced = {found: name for name in adapter.trained if (found := locate(name, stored, prefix))}
+    uses = [(name, use) for name in adapter.trained for use in names.tied.get(name, (name,))]
+    replaced = {found: (name, use) for name, use in uses if (found := locate(use, stored, prefix))}
     lacks_prefix = all(not name.startswith(f"{prefix}.") for name in stored)
     outputs = []
     for own, entry in sorted(entries.items(), key=lambda item: (item[1].path, item[1].offset)):
         written_as = DTYPES[dtype] if dtype and entry.dtype in FLOATS else entry.dtype
         if own in replaced:
-            trained = replaced[own]
+            trained, use = replaced[own]
             _check_replacement(adapter, trained, entry)
-            outputs.append(_trained(adapter, trained, own if names.rename else trained, dtype=written_as))
+            outputs.append(_trained(adapter, trained, own if names.rename else use, dtype=written_as))
         else:
             name = f"{prefix}.{modern(own)}" if prefix and lacks_prefix else modern(own)
             name = own if names.rename or own not in base.tensors.entries else name
             outputs.append(Output(name, written_as, base.tensors, entry, targets.get(own)))
     usual = next((output.dtype for output in outputs if output.module), outputs[0].dtype)
-    outputs += [_trained(adapter, name, name, dtype=usual) for name in adapter.trained if name not in replaced.values()]
+    new = [name for name in adapter.trained if name not in dict(replaced.values())]
+    outputs += [_trained(adapter, name, name, dtype=usual) for name in new]
     return MergePlan(outputs, bool(names.parted))
 
 
 @dataclass(frozen=True)
 class _Names:
     """What the base's model knows of its names: `rename` gives today's, for a model made of `parts`; its folder's own
-    are what is written all the same. `parted` are the names of each weight of which the adapter changes one use alone.
+    are what is written all the same. `parted` are the names of each weight of which the adapter changes one use alone;
+    `tied` those of each that it changes in all of its uses, by the adapter's own name for it.
     """
 
     rename: Rename | None = None
     parts: tuple[str, ...] = ()
     prefix: str = ""
     parted: tuple[list[str], ...] = ()
+    tied: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def _names(adapter: AdapterFolder, base: ModelFolder) -> _Names:
     # A weight that several modules share is an embedding or a head, never one of the numbered layers.
-    outer = [m for m in adapter.modules if not any(part.isdigit() for part in m.split("."))]
+    outer = [module for module in adapter.modules if _is_outer(module)]
     changed, family = [*adapter.modules_to_save(), *outer], family_of(base.config["model_type"])
-    if not changed and type(family).rename is Family.rename:
+    single = [name for name in adapter.trained if not any(inside(name, module) for module in changed)]
+    if not changed and not any(_is_outer(name) for name in single) and type(family).rename is Family.rename:
         return _Names()  # without building the model, which takes seconds
     head = head_of_adapter(adapter)
     if family.sees_pictures and head.task == CAUSAL_LM.task:  # which an adapter of nothing but lm_head looks like
         head = IMAGE_TEXT_TO_TEXT
     model = skeleton(base.path, head)
     parted = tuple(names for _, names in parted_names(model, changed))
-    return _Names(family.rename(model), family.parts, model.base_model_prefix, parted)
+    tied = {name: found for name in single if len(found := names_of(model, name)) > 1}
+    return _Names(family.rename(model), family.parts, model.base_model_prefix, parted, tied)
+
+
+def _is_outer(name: str) -> bool:
+    return not any(part.isdigit() for part in name.split("."))
 
 
 def _entries(tensors: TensorFolder, names: _Names) -> dict[str, TensorEntry]:

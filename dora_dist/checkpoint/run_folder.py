@@ -218,10 +218,13 @@ def chosen(run_dir: Path) -> Choice | None:
 
 
 def config_of(adapter: Path) -> dict[str, Any]:
-    """The configuration of the run that an adapter folder lies in, as it was written; {} if it lies in none."""
-    checkpoint = adapter.resolve().parent
+    """The configuration of the run that an adapter folder, or a checkpoint, lies in, as it was written; {} if it lies
+    in none.
+    """
+    place = adapter.resolve()
+    checkpoint = place.parent if place.name == ADAPTER else place
     file = checkpoint.parent / CONFIG
-    if adapter.resolve().name != ADAPTER or not (checkpoint / MANIFEST).is_file() or not file.is_file():
+    if not (checkpoint / MANIFEST).is_file() or not file.is_file():
         return {}
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

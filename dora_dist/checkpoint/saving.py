@@ -19,6 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from dora_dist.adapters.adapter_folder import SavedAdapter
+from dora_dist.adapters.besides import Besides
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.method import AdapterMethod, Method
 from dora_dist.adapters.native_format import NativeAdapter, NativeLayer
@@ -39,8 +40,9 @@ from dora_dist.checkpoint.state import KEYS, STATE
 from dora_dist.models.heads import CAUSAL_LM, Head
 from dora_dist.runtime.folders import new_folder
 from dora_dist.weights.safetensors_io import TensorWriter
-from dora_dist.zero3.optimizer_state import MASTER, optimizer_step_count, read_state
+from dora_dist.zero3.optimizer_state import optimizer_step_count, read_state
 from dora_dist.zero3.partition import full_numel, full_shape, shard_length
+from dora_dist.zero3.state_names import MASTER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class Origin:
     revision: str | None = None
     head: Head = CAUSAL_LM
     trained_modules: Sequence[str] = ()
+    besides: Besides = field(default_factory=Besides)
     base_digest: str = ""
     files: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -112,6 +115,7 @@ class Saver:
             "adapter": self._origin.method.settings(),
             "adapter_ranks": adapter_ranks(self._model, survivors),
             "trained_modules": list(self._origin.trained_modules),
+            "task_type": self._origin.head.peft_type,
             "model_config": self._origin.head.kept_config(self._model),
         }
         stall = time.perf_counter() - started
@@ -225,7 +229,7 @@ class Saver:
             "revision": origin.revision,
             "task_type": origin.head.peft_type,
             "model_config": origin.head.kept_config(self._model),
-            "modules_to_save": list(origin.trained_modules),
+            "modules_to_save": [*origin.trained_modules, *origin.besides.modules],
             "trained": {name: values for name, values in masters.items() if name not in adapters},
             "base_digest": origin.base_digest,
             "base_storage": next((layer.storage.name for layer in adapted.values()), PLAIN.name),
@@ -239,6 +243,7 @@ class Saver:
             r=method.r or 1,
             dropout=method.dropout,
             use_dora=method.weight_decomposed,
+            all_biases=origin.besides.all_biases,
             layers={name: layer for name, layer in layers.items() if layer is not None},
             **common,
         )

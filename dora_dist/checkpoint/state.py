@@ -14,7 +14,7 @@ from dora_dist.checkpoint.manifest import read_manifest
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.pieces import PiecedFolder
 from dora_dist.weights.safetensors_io import TensorFolder
-from dora_dist.zero3.optimizer_state import MASTER, MOMENTS
+from dora_dist.zero3.state_names import MASTER, MOMENTS
 
 KEYS = (MASTER, *MOMENTS)
 STATE = "state.safetensors"

@@ -53,8 +53,9 @@ def _consolidate(options: argparse.Namespace) -> None:
             max_shard_bytes=options.max_shard_size,
             overwrite=options.overwrite,
         )
+    replaced = f"{result['replaced']} replaced, " if result["replaced"] else ""
     say(
-        f"{options.output}: {result['merged']} of {result['tensors']} tensors merged, "
+        f"{options.output}: {result['merged']} of {result['tensors']} tensors merged, {replaced}"
         f"{result['bytes_written'] / 1e9:.3f} GB written in {result['seconds']:.1f} s"
     )
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
-from dora_dist.adapters.folders import holds_adapter, open_adapter, read_adapter
+from dora_dist.adapters.folders import holds_adapter
 from dora_dist.adapters.inject import like
+from dora_dist.adapters.patterns import inside
 from dora_dist.adapters.storage import storage_of
 from dora_dist.checkpoint import run_folder
-from dora_dist.checkpoint.adapter_folders import base_path, find_adapter
+from dora_dist.checkpoint.adapter_folders import base_path, find_adapter, open_adapter, read_adapter
+from dora_dist.checkpoint.trained_weights import is_trained_weights
 from dora_dist.config import RunConfig
 from dora_dist.models.build import DTYPES, build_model
 from dora_dist.models.folder import (
@@ -100,7 +102,7 @@ def base_folder(path: str, base: str | None = None) -> Path:
 def adapter_at(path: str) -> Path | None:
     """The adapter folder that `path` means; None if it is a plain model. Raises UserError if it is neither."""
     folder = _folder(path)
-    is_adapters = any(map(holds_adapter, (folder, folder / run_folder.ADAPTER)))
+    is_adapters = any(map(holds_adapter, (folder, folder / run_folder.ADAPTER))) or is_trained_weights(folder)
     if any(folder.glob("*.safetensors")) and not is_adapters:  # a checkpoint has its state in such a file, too
         return None
     if any(folder.glob("*.bin")) and not is_adapters:
@@ -184,6 +186,7 @@ def _folder(path: str) -> Path:
 def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) -> Any:
     adapter, head = read_adapter(folder), head_of_adapter(open_adapter(folder))
     placement = WholePlacement(device or "cpu")
+    single = [name for name in adapter.trained if not any(inside(name, m) for m in adapter.modules_to_save)]
     run = build_model(
         base,
         like(adapter),
@@ -191,6 +194,7 @@ def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) 
         dtype=dtype,
         head=head,
         trained_modules=adapter.modules_to_save,
+        trained_parameters=lambda model: single,
         start_from=adapter,
         storage=storage_of(adapter.base_storage, f"{folder}: the base's storage"),
     )

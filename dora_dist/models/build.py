@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dora_dist.adapters.adapter_folder import SavedAdapter
+from dora_dist.adapters.besides import Besides
 from dora_dist.adapters.inject import AdapterPlan, held_weights, initial_fills, inject, weight_count
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.patterns import TrainedParameters, trained_in_full
@@ -41,7 +42,7 @@ class AdaptedModel:
     """A model ready to train: `norms` is attached to it, `base` is the folder that its weights came
     from, `source` its tensors.
 
-    `trained` are the modules trained in full, `trained_parameters` what is trained as it is besides these, `fresh` the
+    `trained` are the modules trained in full, `besides` what is trained as it is besides these, `fresh` the
     modules' parameters that the folder did not have, and `resized` those among these that it had in another shape, as
     {name: (shape there, shape here)}. `untied` are weights
     that other modules of the base share, and that have copies of their own here because they are trained or adapted.
@@ -59,7 +60,7 @@ class AdaptedModel:
     family: Family
     head: Head
     trained: list[str]
-    trained_parameters: list[str]
+    besides: Besides
     fresh: list[str]
     resized: dict[str, tuple[list[int], list[int]]]
     untied: list[str]
@@ -126,7 +127,7 @@ def build_model(
         family=made.family,
         head=head,
         trained=made.trained,
-        trained_parameters=made.trained_parameters,
+        besides=made.besides,
         fresh=fresh,
         resized=made.resized(fresh),
         untied=made.untied,
@@ -143,7 +144,7 @@ class _Injected:
     family: Family
     adapted: list[str]
     trained: list[str]
-    trained_parameters: list[str]
+    besides: Besides
     untied: list[str]
     source: Source
     shapes: dict[str, torch.Size]
@@ -174,8 +175,8 @@ def _inject(
     else:
         trained = trained_in_full(model, trained_modules, apart=family.apart)
     untied, stored = untie(model, [*trained, *plan(model)], stored)
-    single = trained_parameters(model)
-    adapted = inject(model, plan, trained, trained_parameters=single, storage=storage)
+    besides = Besides.of(model, trained_parameters(model), trained)
+    adapted = inject(model, plan, trained, trained_parameters=besides.parameters, storage=storage)
     if not adapted and storage is not PLAIN:
         raise UserError(
             f'model.storage = "{storage.name}": adapted layers alone are held so, and no layer is adapted; set it to '
@@ -185,7 +186,7 @@ def _inject(
         family=family,
         adapted=adapted,
         trained=trained,
-        trained_parameters=single,
+        besides=besides,
         untied=untied,
         source=Source(tensors, stored, model.base_model_prefix),
         shapes={name: p.shape for name, p in model.named_parameters() if p.requires_grad},

@@ -88,14 +88,16 @@ def _check_names(
 
 
 def _check_trained(where: str, shapes: Mapping[str, torch.Size], adapter: SavedAdapter) -> None:
-    for name, values in adapter.trained.items():
+    source = adapter.source
+    for name in adapter.trained:
         if name not in shapes:
             raise UserError(
                 f"adapter.init_from: {name!r} was trained in full in {where} and is not here; name its module in "
-                "adapter.trained_modules"
+                "adapter.trained_modules, or itself in adapter.trained_parameters"
             )
-        if shapes[name] != values.shape:
+        theirs = source.tensors.entries[source.trained[name]].shape if source else adapter.trained[name].shape
+        if shapes[name] != theirs:
             raise UserError(
-                f"adapter.init_from: {name!r} has shape {list(values.shape)} in {where} and {list(shapes[name])} here; "
+                f"adapter.init_from: {name!r} has shape {list(theirs)} in {where} and {list(shapes[name])} here; "
                 "set model.num_labels to the adapter's, or give the base that it was trained on"
             )

@@ -26,6 +26,12 @@ def parted_names(model: nn.Module, modules: Iterable[str]) -> list[tuple[list[st
     return [(here, names) for here, names in inside if here and len(here) < len(names)]
 
 
+def names_of(model: nn.Module, name: str) -> list[str]:
+    """All names of the parameter `name`; none where the model does not have it."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    return [other for other, parameter in every.items() if name in every and parameter is every[name]]
+
+
 def untie(model: Any, modules: Iterable[str], stored: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
     """Give `modules` of a model on the meta device weights of their own where they share them, in place.
 

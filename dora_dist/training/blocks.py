@@ -67,9 +67,9 @@ def about_model(config: RunConfig, run: AdaptedModel, world: World, *, parts: Ma
     where = f" on {len(run.adapted)} modules ({', '.join(_kinds(run.adapted))})" if run.adapted else ""
     share = f"{_number(trained)} parameters are trained ({trained / run.weights:.2%})"
     line("adapter" if run.adapted else "method", f"{_method(adapter)}{where}; {share}")
-    if run.adapted and run.trained_parameters:
-        single = Counter(name.rpartition(".")[2] for name in run.trained_parameters).most_common()
-        line("besides", ", ".join(f"{_count(count, 'parameter')} called {kind}" for kind, count in single))
+    if run.adapted and run.besides.parameters:
+        single = Counter(".".join(name.split(".")[-2:]) for name in run.besides.parameters)
+        line("besides", ", ".join(f"{kind} ({count})" for kind, count in single.most_common()))
     if run.trained:
         new = f"; new, not in the base: {', '.join(run.fresh)}" if run.fresh else ""
         line("in full", f"{', '.join(run.trained)}{new}")

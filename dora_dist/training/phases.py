@@ -237,6 +237,7 @@ def _open_checkpoints(
         revision=model.revision,
         head=adapted.head,
         trained_modules=adapted.trained,
+        besides=adapted.besides,
         base_digest=adapted.base_digest,
         files=files,
     )

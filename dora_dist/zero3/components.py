@@ -13,8 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from dora_dist.adapters.components import ComponentPruner, FactorSums, LayerSums, component_parameters
-from dora_dist.zero3.optimizer_state import MASTER, MOMENTS, read_state, zero_elements
+from dora_dist.zero3.optimizer_state import read_state, zero_elements
 from dora_dist.zero3.partition import boundaries, full_numel, full_shape, local_range
+from dora_dist.zero3.state_names import MASTER, MOMENTS
 
 
 class ShardedComponentPruner(ComponentPruner):

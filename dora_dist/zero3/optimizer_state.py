@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from dora_dist.zero3.gather import forget_copies
 from dora_dist.zero3.partition import local_range, shard_length
-
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from dora_dist.zero3.state_names import MASTER, MOMENTS
 
 
 def read_state(parameter: nn.Parameter, key: str) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from dora_dist.adapters.pieces import rectangles
 from dora_dist.adapters.row_changes import RowChange
 from dora_dist.weights.safetensors_io import TensorFolder
-from dora_dist.zero3.optimizer_state import MASTER, read_state
+from dora_dist.zero3.optimizer_state import read_state
 from dora_dist.zero3.partition import full_shape, local_range
+from dora_dist.zero3.state_names import MASTER
 
 
 class TrainedWeight(NamedTuple):

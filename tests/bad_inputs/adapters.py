@@ -194,7 +194,7 @@ start("targets_are_a_number", "target_modules=5 must be text or a list of module
 start("saved_modules_are_text", "modules_to_save='lm_head' must be a list", modules_to_save="lm_head")
 start("saved_modules_without_tensors", "modules_to_save=['lm_head'] have no tensors", modules_to_save=["lm_head"])
 start("another_method", "peft_type='ADALORA' is not supported; LORA", peft_type="ADALORA")
-start("biases", "bias='lora_only' is not supported", bias="lora_only")
+start("biases", "bias='some' is not supported", bias="some")
 start("lora_bias", "lora_bias=True is not supported", lora_bias=True)
 start("transposed_weights", "fan_in_fan_out=True is not supported", fan_in_fan_out=True)
 start("changes_the_base", "init_lora_weights='pissa' changes the base weights", init_lora_weights="pissa")

@@ -34,9 +34,10 @@ def score_and_prune(persistence: int) -> dict[str, Any]:
     from dora_dist.adapters.methods import DynamicRank, WeightDecomposed
     from dora_dist.zero3.components import ShardedComponentPruner
     from dora_dist.zero3.norms import ShardedNormRefresher
-    from dora_dist.zero3.optimizer_state import MASTER, inner_optimizer, read_state
+    from dora_dist.zero3.optimizer_state import inner_optimizer, read_state
     from dora_dist.zero3.partition import local_range, local_values
     from dora_dist.zero3.placement import ShardedPlacement
+    from dora_dist.zero3.state_names import MASTER
     from tests.distributed.test_norms import Chain, engine_json, place_everything
     from tests.unit.test_components import brute_force, variance
 
@@ -185,8 +186,9 @@ def sizes_around_compaction(raw: dict[str, Any]) -> list[dict[str, Any]]:
     """What a run trains and its optimizer holds on this rank, at the mask's step and at the end; and what is alive."""
     from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
     from dora_dist.training.trainer import DoraTrainer
-    from dora_dist.zero3.optimizer_state import MOMENTS, inner_optimizer
+    from dora_dist.zero3.optimizer_state import inner_optimizer
     from dora_dist.zero3.partition import full_numel
+    from dora_dist.zero3.state_names import MOMENTS
 
     found: list[dict[str, Any]] = []
     train = DoraTrainer.train

@@ -19,8 +19,9 @@ def run() -> dict[str, Any]:
     from dora_dist.adapters.methods import LowRank, WeightDecomposed
     from dora_dist.zero3.gather import gathered
     from dora_dist.zero3.norms import ShardedNormRefresher
-    from dora_dist.zero3.optimizer_state import MOMENTS, read_state
+    from dora_dist.zero3.optimizer_state import read_state
     from dora_dist.zero3.placement import ShardedPlacement
+    from dora_dist.zero3.state_names import MOMENTS
 
     deepspeed.init_distributed("gloo", verbose=False)
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dora_dist.config import AdapterConfig
 from tests import encoders, llava, summaries, toy
 from tests.distributed.training_runs import config
 
@@ -171,6 +172,16 @@ def with_method(name: str) -> Callable[[Path], Case]:
     return case
 
 
+def in_full(folder: Path) -> Case:
+    """The whole model, embeddings tied; then single parameters besides adapters."""
+    case = _decoder(folder, "llama", tie_word_embeddings=True, attention_bias=True)
+    last = case.run("run", BF16, STATIC, {"adapter": AdapterConfig(method="full").model_dump()})
+    case.score(last, task="boolq", mode="likelihood", limit=3, dtype="bf16")
+    last = case.run("besides", BF16, STATIC, {"adapter": {"trained_parameters": ["bias", "norm.weight"]}})
+    case.score(last, task="boolq", mode="likelihood", limit=3, dtype="bf16")
+    return case
+
+
 # --- encoders -----------------------------------------------------------------------------------------------------
 
 PAIRS: Sections = {"data": {"format": "classification", "text_fields": ["sentence1", "sentence2"], "cutoff_len": 32}}
@@ -250,6 +261,7 @@ CASES: dict[str, Callable[[Path], Case]] = {
     **{family: encoder(family) for family in encoders.FAMILIES},
     "from outside": from_outside,
     "vera": with_method("vera"),
+    "in full": in_full,
     "bart": bart,
     **{f"llava with {tower}": llava_with(tower) for tower in llava.TOWERS},
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dora_dist.config import RunConfig, is_local
+from dora_dist.config import AdapterConfig, RunConfig, is_local
 from dora_dist.config.fields import field_specs
 from dora_dist.config.problems import OTHER_NAMES
 from dora_dist.runtime.errors import UserError
@@ -427,6 +427,15 @@ def test_paper_recipe_validates_and_has_the_papers_numbers(name: str, workplace:
     assert (training.global_batch_size, training.weight_decay, training.eval_every) == (16, 0, 80)
     assert (config.checkpoint.save_every, config.checkpoint.keep_best) == (80, True)
     assert [config.training.batch_plan(ranks).accumulation_steps for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+
+
+def test_the_recipe_of_full_fine_tuning_differs_from_the_papers_in_method_and_rate_alone() -> None:
+    full, paper = (RunConfig.load(REPOSITORY / "configs" / f"llama7b_{name}.json") for name in ("full", "dora"))
+    assert full.adapter == AdapterConfig(method="full")
+    rate = {"learning_rate": paper.training.learning_rate}
+    assert full.training.model_copy(update=rate) == paper.training and full.training.learning_rate == 2e-5
+    same = ("model", "data", "engine", "logging")
+    assert all(getattr(full, name) == getattr(paper, name) for name in same)
 
 
 @pytest.mark.parametrize("name", GLUE)

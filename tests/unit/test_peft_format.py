@@ -207,7 +207,7 @@ def test_write_refuses_an_existing_folder_and_mixed_layers(tmp_path: Path) -> No
     ("change", "message"),
     [
         ({"peft_type": "ADALORA"}, "peft_type='ADALORA'"),
-        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"bias": "some"}, "bias='some' is not supported"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
@@ -253,3 +253,47 @@ def test_unreadable_folders_are_user_errors(tmp_path: Path, saved: Path) -> None
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match="adapter_config.json: not readable as JSON"):
         read_peft_folder(tmp_path)
+
+
+def test_single_parameters_are_in_the_folder_and_peft_loads_them(tmp_path: Path) -> None:
+    """All biases and norms of a BART, as VL-BART trains them; a tied embedding, and a norm's weight alone."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    from dora_dist.adapters.besides import Besides
+    from dora_dist.adapters.patterns import parameters_matching
+
+    def bart() -> Any:
+        torch.manual_seed(0)
+        sizes = {"d_model": 32, "vocab_size": 61, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40}
+        layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        return BartForConditionalGeneration(BartConfig(**sizes, **layers)).eval()
+
+    def with_values(patterns: list[str]) -> tuple[Any, dict[str, torch.Tensor]]:
+        model = bart()
+        names = parameters_matching(model, patterns)
+        with torch.no_grad():
+            for name in names:
+                model.get_parameter(name).add_(torch.randn_like(model.get_parameter(name)) * 0.1)
+        return model, {name: model.get_parameter(name).detach() for name in names}
+
+    q_proj = "model.encoder.layers.0.self_attn.q_proj"
+    layer = AdapterLayer(torch.zeros(2, 32), torch.zeros(32, 2), None, 1.0)
+    for number, patterns in enumerate((["bias", r".*norm.*\.weight"], ["lm_head.weight", "final_layer_norm.weight"])):
+        expected, trained = with_values(patterns)
+        besides = Besides.of(expected, list(trained), [])
+        adapter = PeftAdapter("", 2.0, 2, 0.0, False, {q_proj: layer}, task_type="SEQ_2_SEQ_LM", trained=trained)
+        adapter.modules_to_save, adapter.all_biases = list(besides.modules), besides.all_biases
+        assert besides.all_biases == (number == 0) == bool(besides.modules)
+        write_peft_folder(tmp_path / str(number), adapter)
+        with torch.no_grad():
+            logits = expected(TOKENS).logits
+            loaded: Any = PeftModel.from_pretrained(bart(), str(tmp_path / str(number))).eval()
+            assert torch.equal(loaded(TOKENS).logits, logits)
+            loaded.save_pretrained(str(tmp_path / f"again-{number}"))
+            if number == 0:
+                again = PeftModel.from_pretrained(bart(), str(tmp_path / "again-0")).eval()
+                assert torch.equal(again(TOKENS).logits, logits)
+        ours = read_peft_folder(tmp_path / str(number))
+        assert set(ours.trained) == set(trained) and all(same(ours.trained[name], trained[name]) for name in trained)
+    theirs = read_peft_folder(tmp_path / "again-0")
+    assert set(theirs.trained) == set(with_values(["bias", r".*norm.*\.weight"])[1])

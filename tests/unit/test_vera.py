@@ -180,7 +180,7 @@ def test_peft_folders_are_read_merged_and_written(tmp_path: Path, base: Path, sa
         ({"projection_prng_key": "x"}, "projection_prng_key='x' must be a whole number"),
         ({"r": R + 1}, r"has lambda_b \(36,\), lambda_d \(5,\); with r=6 it must have"),
         ({"vera_dropout": 2}, "vera_dropout=2 must be a number from 0 to 1"),
-        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"bias": "some"}, "bias='some' is not supported"),
         ({"lora_alpha": 8}, "lora_alpha=8 is not supported"),
     ],
 )

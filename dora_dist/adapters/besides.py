@@ -1,0 +1,43 @@
+"""What is trained of a model's own parameters besides adapters, in the words in which PEFT can say it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from dora_dist.adapters.patterns import inside
+
+
+@dataclass(frozen=True)
+class Besides:
+    """Single parameters that are trained as they are, by name.
+
+    `modules` are made up of such parameters alone, and share none with others: PEFT knows them as modules_to_save.
+    `all_biases` says that every bias of the model is trained, which is PEFT's `bias: "all"`.
+    """
+
+    parameters: Sequence[str] = ()
+    modules: Sequence[str] = ()
+    all_biases: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, parameters: Sequence[str], trained_modules: Sequence[str]) -> Besides:
+        """For a `model` that has no adapters yet, of which `trained_modules` (names) are trained, too."""
+        single = [n for n in parameters if not any(inside(n, module) for module in trained_modules)]
+        every = dict(model.named_parameters(remove_duplicate=False))
+        uses = Counter(map(id, every.values()))
+        whole = {name for name in single if uses[id(every[name])] == 1}
+        modules = [
+            name
+            for name, module in model.named_modules()
+            if (own := {f"{name}.{inner}" for inner, _ in module.named_parameters()}) and own <= whole
+        ]
+        # The innermost alone; and PEFT takes every module whose name ends in a listed one.
+        names = [name for name, _ in model.named_modules()]
+        modules = [m for m in modules if not any(n != m and (inside(n, m) or n.endswith(m)) for n in names)]
+        biases = {name for name in every if name.rpartition(".")[2] == "bias"}
+        untrained = [n for n in biases.difference(single) if not any(inside(n, module) for module in trained_modules)]
+        return cls(single, modules, bool(biases) and not untrained)

@@ -1,0 +1,121 @@
+"""A checkpoint of a method without adapters, as a saved adapter is: the base's own parameters, with other values.
+
+Such a checkpoint has no adapter folder, which would hold everything that was trained a second time. What was trained is
+read from its state, tensor by tensor, and what it is of from its manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from dora_dist.adapters.adapter_folder import AdapterFolder, SavedAdapter, SavedLayer
+from dora_dist.adapters.method import Shape
+from dora_dist.adapters.native_format import NativeAdapter
+from dora_dist.adapters.storage import PLAIN
+from dora_dist.checkpoint.manifest import ADAPTER, is_complete, read_manifest
+from dora_dist.checkpoint.state import Masters, open_state
+from dora_dist.weights.safetensors_io import TensorFolder
+
+
+def is_trained_weights(path: Path) -> bool:
+    """Whether `path` is a complete checkpoint without an adapter."""
+    return is_complete(path) and not (path / ADAPTER).is_dir()
+
+
+@dataclass
+class TrainedWeights:
+    """As `adapter_folder.AdapterFolder` has it, with no adapted module."""
+
+    path: Path
+    tensors: TensorFolder
+    trained: dict[str, str]
+    model_config: dict[str, Any]
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> TrainedWeights:
+        """Read a checkpoint's manifest and headers. Raises UserError where files are missing or damaged."""
+        manifest, masters = read_manifest(path, verify=False), Masters(open_state(path))
+        trained = {name: masters.stored(name) for name in masters}
+        return cls(Path(path), masters.state, trained, manifest["model_config"], manifest)
+
+    @property
+    def modules(self) -> Collection[str]:
+        return ()
+
+    @property
+    def base_model(self) -> str:
+        return str(self._model["path"])
+
+    @property
+    def revision(self) -> str | None:
+        return self._model["revision"]
+
+    @property
+    def task_type(self) -> str | None:
+        return self.manifest["task_type"]
+
+    def base_digest(self) -> str:
+        return str(self.manifest["trained_with"]["base"]["weights"])
+
+    def base_storage(self) -> str:
+        return PLAIN.name
+
+    def modules_to_save(self) -> list[str]:
+        return list(self.manifest["trained_modules"])
+
+    def lacking(self, modules: Iterable[str]) -> list[str]:
+        return []
+
+    def of_base(self, shapes: Mapping[str, Shape]) -> Self:
+        return self
+
+    def shape(self, module: str) -> Shape:
+        raise KeyError(module)
+
+    def layer(self, module: str) -> SavedLayer:
+        raise KeyError(module)
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors.read_finite(name)
+
+    def unread(self) -> SavedAdapter:
+        """The same for a model to start from; a tensor is read when its turn comes, and not kept."""
+        return NativeAdapter(
+            base_model=self.base_model,
+            layers={},
+            revision=self.revision,
+            task_type=self.task_type,
+            modules_to_save=self.modules_to_save(),
+            trained=_Unread(self),
+            model_config=self.model_config,
+            base_digest=self.base_digest(),
+            base_storage=self.base_storage(),
+            source=self,
+        )
+
+    @property
+    def _model(self) -> Mapping[str, Any]:
+        model: Mapping[str, Any] = self.manifest["trained_with"]["configuration"]["model"]
+        return model
+
+
+class _Unread(Mapping[str, Tensor]):
+    """The trained parameters of a folder by name."""
+
+    def __init__(self, folder: AdapterFolder) -> None:
+        self._folder = folder
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._folder.read(self._folder.trained[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._folder.trained)
+
+    def __len__(self) -> int:
+        return len(self._folder.trained)
