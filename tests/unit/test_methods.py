@@ -225,7 +225,7 @@ def test_a_name_stands_for_one_method() -> None:
 
 
 @pytest.mark.parametrize("kind", [1, 6])
-@pytest.mark.parametrize("shape", [(41, 29), (17, 71), (36, 36), (3, 2), (1, 40)])
+@pytest.mark.parametrize("shape", [(41, 29), (17, 71), (36, 36), (60, 5), (3, 2), (1, 40)])
 def test_mora_fills_any_shape_as_its_definition_says(shape: tuple[int, int], kind: int) -> None:
     """More outputs than inputs and fewer, groups that fit, a matrix that is larger than the weight."""
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ temporaries are (t, r̂), and for type 6 the rotated tiles, (in, r̂).
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -141,22 +141,25 @@ class Rotation(Pattern):
         return x_ti
 
     def add_up(self, hidden: Tensor, m: Tensor, y_to: Tensor) -> None:
-        tiles = self._tiles(m)
-        for group, outputs, inputs in self._pairs():
-            tile = tiles[group, : _length(outputs), : _length(inputs)]
-            y_to[:, outputs].addmm_(hidden[:, inputs], tile.t())
+        for tile, inputs, first, repeats in self._tiles(m):
+            seen = hidden[:, inputs]
+            if not repeats:
+                y_to[:, first].addmm_(seen, tile.t())
+                continue
+            product = seen @ tile.t()
+            for outputs in (first, *repeats):
+                y_to[:, outputs] += product[:, : _length(outputs)]
 
     def gradients(self, hidden: Tensor, m: Tensor, grad_to: Tensor) -> tuple[Tensor, Tensor]:
         grads = m.new_zeros((self._used, *m.shape), dtype=torch.float32)
-        for group, outputs, inputs in self._pairs():
-            grads[group, : _length(outputs), : _length(inputs)] += grad_to[:, outputs].t() @ hidden[:, inputs]
+        for group, (inputs, first, repeats) in enumerate(self._seen()):
+            folded = _folded(grad_to, first, repeats)
+            grads[group, : _length(first), : _length(inputs)] = folded.t() @ hidden[:, inputs]
         return self._turned(grads, range(self._used)).sum(0), grad_to
 
     def add_input_gradient(self, grad_hidden: Tensor, m: Tensor, onto: Tensor) -> None:
-        tiles = self._tiles(m)
-        for group, outputs, inputs in self._pairs():
-            tile = tiles[group, : _length(outputs), : _length(inputs)]
-            onto[:, inputs].addmm_(grad_hidden[:, outputs], tile)
+        for tile, inputs, first, repeats in self._tiles(m):
+            onto[:, inputs].addmm_(_folded(grad_hidden, first, repeats), tile)
 
     def compress(self, rows: Tensor, group: int, col: int) -> Tensor:
         inputs = self._inputs(group)
@@ -193,16 +196,22 @@ class Rotation(Pattern):
         first = group % self._groups * self.size
         return slice(first, min(first + self.size, self.shape[1]))
 
-    def _pairs(self) -> Iterator[tuple[int, slice, slice]]:
-        """Each group of outputs with its inputs: the inputs' group, both as columns."""
-        for group, first in enumerate(range(0, self.shape[0], self.size)):
-            outputs = slice(first, min(first + self.size, self.shape[0]))
-            yield group % self._groups, outputs, self._inputs(group)
+    def _seen(self) -> Iterator[tuple[slice, slice, list[slice]]]:
+        """Of each group of inputs that is used: its columns, those of the first outputs that see it, and of the others.
 
-    def _tiles(self, m: Tensor) -> Tensor:
-        """M·R_b for each group of inputs that is used (groups, r̂, r̂), in M's dtype; rotated in fp32 at least."""
+        The first ones are r̂, unless they are the layer's last.
+        """
+        columns = [slice(first, min(first + self.size, self.shape[0])) for first in range(0, self.shape[0], self.size)]
+        for group in range(self._used):
+            first, *repeats = columns[group :: self._groups]
+            yield self._inputs(group), first, repeats
+
+    def _tiles(self, m: Tensor) -> Iterator[tuple[Tensor, slice, slice, list[slice]]]:
+        """M·R_b, as far as inputs and outputs go, in M's dtype, with what `_seen` says; rotated in fp32 at least."""
         exact = m if m.dtype == torch.float64 else m.float()
-        return self._turned(exact[None], range(self._used), back=True).to(m.dtype)
+        tiles = self._turned(exact[None], range(self._used), back=True).to(m.dtype)
+        for tile, (inputs, first, repeats) in zip(tiles, self._seen(), strict=True):
+            yield tile[: _length(first), : _length(inputs)], inputs, first, repeats
 
     def _turned(self, m: Tensor, groups: int | range, back: bool = False) -> Tensor:
         """R_b of the last dimension, or R_bᵀ (`back`): for one group, or for a range of them along the first."""
@@ -331,6 +340,16 @@ def _add_repeated(values: Tensor, row: Tensor) -> None:
     groups, rest = divmod(values.shape[1], row.shape[1])
     values[:, : values.shape[1] - rest].unflatten(1, (groups, row.shape[1])).add_(row[:, None])
     values[:, values.shape[1] - rest :].add_(row[:, :rest])
+
+
+def _folded(values: Tensor, first: slice, repeats: Sequence[slice]) -> Tensor:
+    """Columns `first` of values (rows, columns) plus the `repeats`, of which the last may be short."""
+    if not repeats:
+        return values[:, first]
+    total = values[:, first].clone()
+    for columns in repeats:
+        total[:, : _length(columns)] += values[:, columns]
+    return total
 
 
 def _length(columns: slice) -> int:
