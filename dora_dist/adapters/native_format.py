@@ -21,6 +21,7 @@ from dora_dist.adapters.method import AdapterMethod, Shape, for_one_model
 from dora_dist.adapters.methods import of_settings
 from dora_dist.adapters.peft_config import read_json_object
 from dora_dist.adapters.storage import PLAIN
+from dora_dist.config.schema import AdapterConfig
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import new_folder
 from dora_dist.weights.safetensors_io import TensorFolder, TensorWriter
@@ -68,9 +69,14 @@ class NativeAdapter:
 
     def differences(self, module: str, method: AdapterMethod) -> Iterator[str]:
         theirs, ours = self.layers[module].method.settings(), method.settings()
-        for name in sorted(set(theirs) | set(ours), key=lambda name: (name != "method", name)):
-            if name not in _NOT_OF_THE_FUNCTION and theirs.get(name) != ours.get(name):
-                yield f"its {name} is {theirs.get(name)!r}, this run's is {ours.get(name)!r}"
+        if theirs["method"] != ours["method"]:
+            yield f"its method is {theirs['method']!r}, this run's {ours['method']!r} (adapter.method, null for lora)"
+            return
+        for name in sorted(set(theirs) - _NOT_OF_THE_FUNCTION):
+            if theirs[name] != ours[name]:
+                field = f"adapter.{name}" if name in AdapterConfig.model_fields else f"adapter.settings: {name}"
+                says = json.dumps(theirs[name])
+                yield f"its {name} is {says}, {field} = {json.dumps(ours[name])} (set it to {says})"
 
     def values(self, module: str, method: AdapterMethod, base_norm: Tensor | None) -> Mapping[str, Tensor]:
         return self.layers[module].values

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_dist.adapters.folders import open_adapter, read_adapter
 from dora_dist.adapters.method import AdapterMethod
-from dora_dist.adapters.methods import LowRank, NoUpdate, WeightDecomposed
+from dora_dist.adapters.methods import LowRank, Mora, NoUpdate, WeightDecomposed
 from dora_dist.adapters.native_format import CONFIG_NAME, NativeAdapter, NativeLayer
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.evaluation.inference import load_for_inference
@@ -78,7 +78,9 @@ def test_a_written_folder_is_read_back_bit_for_bit_and_is_no_peft_folder(base: P
         values = read.values(name, METHODS[name], None)
         assert all(torch.equal(values[kind], own) for kind, own in layer.values.items())
         assert list(read.differences(name, METHODS[name])) == []
-    assert list(read.differences(DOWN, LowRank(4, 6.0))) == ["its r is 2, this run's is 4"]
+    assert list(read.differences(DOWN, LowRank(4, 6.0))) == ["its r is 2, adapter.r = 4 (set it to 2)"]
+    [other] = read.differences(DOWN, Mora(r=2))
+    assert other.startswith("its method is 'lora', this run's 'mora'")
     assert torch.equal(read.trained["model.norm.weight"], written.trained["model.norm.weight"])
 
 
