@@ -199,6 +199,11 @@ class AdapterMethod(Method):
     def in_peft(self) -> bool:
         """Whether its adapters are saved in PEFT's format; else in our own (`native_format.py`)."""
 
+    @property
+    def expressible_in_peft(self) -> bool:
+        """Whether PEFT can compute the same function, at whatever size (`to_peft`)."""
+        return self.in_peft
+
     @abstractmethod
     def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> AdapterLayer | None:
         """PEFT's form of whole fp32 `values` on the CPU; None where there is nothing to write."""

@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     validate.declare_validate(commands)
     train.declare_schema(commands)
     models.declare_consolidate(commands)
+    models.declare_export_peft(commands)
     models.declare_import_gguf(commands)
     models.declare_assemble_llava(commands)
     extract.declare_extract_features(commands)

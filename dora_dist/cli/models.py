@@ -1,4 +1,4 @@
-"""Commands that make model folders: `consolidate`, `import-gguf`, `assemble-llava`."""
+"""Commands that make folders of models and adapters: `consolidate`, `export-peft`, `import-gguf`, `assemble-llava`."""
 
 import argparse
 from pathlib import Path
@@ -58,6 +58,36 @@ def _consolidate(options: argparse.Namespace) -> None:
         f"{options.output}: {result['merged']} of {result['tensors']} tensors merged, {replaced}"
         f"{result['bytes_written'] / 1e9:.3f} GB written in {result['seconds']:.1f} s"
     )
+
+
+def declare_export_peft(commands: Commands) -> None:
+    command = declare(
+        commands,
+        "export-peft",
+        _export_peft,
+        summary="write an adapter of our own format (DVoRA's) as a PEFT folder",
+        example="dora-dist export-peft runs/dvora --output adapter/",
+    )
+    command.add_argument("path", type=Path, metavar="PATH", help="run folder, checkpoint, or adapter folder")
+    add_output(command, "PEFT's adapter")
+    command.add_argument("--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)")
+    add_plugins(command)
+
+
+def _export_peft(options: argparse.Namespace) -> None:
+    from dora_dist.checkpoint.adapter_folders import find_adapter
+    from dora_dist.checkpoint.export import export_peft
+
+    plugins.load(options.plugins, "--plugins")
+    adapter, found = find_adapter(options.path)
+    if (choice := run_folder.chosen(options.path)) is not None:
+        print(f"exporting {choice.told(f'export-peft {{}} --output {options.output}')}")
+    base = options.base or found
+    if base is None:
+        raise UserError(f"{options.path}: does not say what its base model is; give it with --base MODEL")
+    with ended_by_signals():
+        modules = export_peft(adapter, base, options.output, overwrite=options.overwrite)
+    say(f"{options.output}: {modules} modules")
 
 
 def declare_import_gguf(commands: Commands) -> None:

@@ -23,6 +23,7 @@ COMMANDS = [
     "validate",
     "schema",
     "consolidate",
+    "export-peft",
     "import-gguf",
     "assemble-llava",
     "extract-features",
@@ -62,6 +63,7 @@ OWN_OPTIONS: dict[str, list[str]] = {
     "validate": ["--data", "--world-size", "--no-files"],
     "schema": [],
     "consolidate": ["--output", "--overwrite", "--base", "--dtype", "--max-shard-size", "--plugins"],
+    "export-peft": ["--output", "--overwrite", "--base", "--plugins"],
     "import-gguf": ["--output", "--overwrite", "--dtype"],
     "assemble-llava": [
         "--vision",

@@ -13,13 +13,16 @@ from peft.tuners.vera.model import _kaiming_init
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dora_dist import cli
 from dora_dist.adapters.folders import read_adapter
 from dora_dist.adapters.inject import by_pattern, inject
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.methods import Vera, WeightDecomposed
+from dora_dist.adapters.native_format import NativeAdapter, NativeLayer
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.projection import Projection
 from dora_dist.checkpoint.consolidate import consolidate
+from dora_dist.checkpoint.export import export_peft
 from dora_dist.config import AdapterConfig, ModelConfig
 from dora_dist.evaluation.inference import load_for_inference
 from dora_dist.runtime.errors import UserError
@@ -215,3 +218,31 @@ def test_a_run_starts_from_a_peft_folder_of_its_own_kind(tmp_path: Path, base: P
         return
     with torch.no_grad():
         torch.testing.assert_close(start().model(toy.tokens()).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_a_dvora_is_small_on_disk_and_exported_exactly(tmp_path: Path, base: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    section = AdapterConfig(method="vera", r=64, target_modules=TARGETS, settings={"projection_prng_key": 2})
+    ours = build_model(ModelConfig(path=str(base), dtype="fp32"), section)
+    layers = adapted_layers(ours.model)
+    with torch.no_grad():
+        for parameter in (p for layer in layers.values() for p in layer.adapter_parameters().values()):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        ours.norms.mark_stale()
+        expected = ours.model(toy.tokens()).logits
+    values = {name: {k: p.detach() for k, p in layer.adapter_parameters().items()} for name, layer in layers.items()}
+    native = {name: NativeLayer(layer.method, layer.shape, values[name]) for name, layer in layers.items()}
+    NativeAdapter(base_model=str(base), layers=native).write(tmp_path / "adapter")
+    assert (tmp_path / "adapter/adapter.safetensors").stat().st_size < 4 * 64 * 36  # of one shared matrix
+    torch.testing.assert_close(logits_of(tmp_path / "adapter"), expected, atol=1e-5, rtol=0)
+    consolidate(tmp_path / "adapter", base, tmp_path / "merged", progress=False)
+    torch.testing.assert_close(logits_of(tmp_path / "merged"), expected, atol=1e-4, rtol=0)
+
+    assert cli.main(["export-peft", str(tmp_path / "adapter"), "--output", str(tmp_path / "peft")]) == 0
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(peft(toy.tokens()).logits, expected, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="it is in PEFT's format already"):
+        export_peft(tmp_path / "peft", base, tmp_path / "again")

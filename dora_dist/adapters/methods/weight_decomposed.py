@@ -215,6 +215,10 @@ class WeightDecomposed(AdapterMethod):
     def in_peft(self) -> bool:
         return self.update.in_peft_with_magnitude
 
+    @property
+    def expressible_in_peft(self) -> bool:
+        return self.update.expressible_in_peft
+
     def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> AdapterLayer:
         assert base_norm is not None
         layer = self.update.to_peft(shape, _without_magnitude(values), base_norm)

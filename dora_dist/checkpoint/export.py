@@ -1,0 +1,93 @@
+"""An adapter in our own format -> a PEFT folder, where PEFT can express its function as LoRA or DoRA.
+
+That is so of DVoRA: with each layer's A scaled by d and its B by b it is a plain `use_dora` adapter, exactly. Such a folder
+holds the matrices that all layers share once for each layer, so runs do not write it with every checkpoint.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_dist.adapters.folders import open_adapter
+from dora_dist.adapters.native_format import NativeFolder
+from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
+from dora_dist.adapters.storage import WeightStorage, as_held, storage_of
+from dora_dist.checkpoint.adapter_folders import base_path
+from dora_dist.checkpoint.merge_plan import Output, plan_merge
+from dora_dist.models.folder import ModelFolder
+from dora_dist.runtime.errors import UserError
+from dora_dist.weights.digest import sampled_digest, warn_of_another_base
+
+_BLOCK_ELEMENTS = 4 << 20
+
+
+def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, overwrite: bool = False) -> int:
+    """Write an adapter that is in our own format as PEFT's; returns how many modules it has.
+
+    Args:
+        adapter_folder: of a run `RUN_DIR/checkpoint-STEP/adapter`.
+        base_folder: a folder, or a hub name: PEFT has whole magnitudes, which are the base's row norms and an offset.
+        output: the folder to write; it appears under its name once it is complete.
+
+    Raises UserError, with nothing left behind, for an adapter that is PEFT's already, or that PEFT cannot express, a base
+    that does not fit it, and an `output` that exists unless `overwrite`.
+    """
+    adapter = open_adapter(adapter_folder)
+    if not isinstance(adapter, NativeFolder):
+        raise UserError(f"{adapter.path}: it is in PEFT's format already; use it as it is")
+    for module, (method, _) in adapter.modules.items():
+        if not method.expressible_in_peft:
+            raise UserError(
+                f"{adapter.path}: PEFT has nothing that computes what {method.title} does at {module!r}; merge it "
+                "(dora-dist consolidate)"
+            )
+    name = str(base_folder)
+    base = ModelFolder.open(
+        base_path(name, adapter.revision if name == adapter.base_model else None, str(adapter.path))
+    )
+    digest = sampled_digest(base.tensors)
+    warn_of_another_base(adapter.path, adapter.base_model, adapter.base_digest(), base.path, digest)
+    storage = storage_of(adapter.base_storage(), f"{adapter.path}: the base's storage")
+    layers = {}
+    for weight in plan_merge(adapter, base, None).outputs:
+        if weight.module:
+            (method, shape), values = adapter.modules[weight.module], adapter.layer(weight.module).values
+            norm = _row_norms(weight, storage) if method.weight_decomposed else None
+            if layer := method.to_peft(shape, values, norm):
+                layers[weight.module] = layer
+    method = max((method for method, _ in adapter.modules.values()), key=lambda method: method.r)
+    exported = PeftAdapter(
+        base_model=adapter.base_model,
+        lora_alpha=method.lora_alpha,
+        r=method.r or 1,
+        dropout=method.dropout,
+        use_dora=method.weight_decomposed,
+        layers=layers,
+        task_type=adapter.task_type,
+        revision=adapter.revision,
+        modules_to_save=adapter.modules_to_save(),
+        trained={name: adapter.read(stored) for name, stored in adapter.trained.items()},
+        model_config=adapter.model_config,
+        base_digest=adapter.base_digest(),
+        base_storage=adapter.base_storage(),
+    )
+    write_peft_folder(output, exported, overwrite=overwrite)
+    return len(layers)
+
+
+def _row_norms(weight: Output, storage: WeightStorage) -> Tensor:
+    """Of a weight (out, in) as training saw it: (out,) fp32."""
+    entry = weight.entry
+    rows, columns = entry.shape
+    step = max(1, _BLOCK_ELEMENTS // columns)
+    read = partial(weight.source.read_flat, entry.name, dtype=torch.float32)
+    norms = []
+    for start in range(0, rows, step):
+        span = (start * columns, min(start + step, rows) * columns)
+        block = as_held(storage, read, entry.numel, span=span).view(-1, columns)
+        norms.append(torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).float())
+    return torch.cat(norms)
