@@ -1,7 +1,7 @@
 """An adapter in our own format -> a PEFT folder, where PEFT can express its function as LoRA or DoRA.
 
-That is so of DVoRA: with each layer's A scaled by d and its B by b it is a plain `use_dora` adapter, exactly. Such a folder
-holds the matrices that all layers share once for each layer, so runs do not write it with every checkpoint.
+That is so of DVoRA: with each layer's A scaled by d and its B by b it is a plain `use_dora` adapter, exactly. Such a
+folder holds the matrices that all layers share once for each layer, so runs do not write it with every checkpoint.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
         base_folder: a folder, or a hub name: PEFT has whole magnitudes, which are the base's row norms and an offset.
         output: the folder to write; it appears under its name once it is complete.
 
-    Raises UserError, with nothing left behind, for an adapter that is PEFT's already, or that PEFT cannot express, a base
-    that does not fit it, and an `output` that exists unless `overwrite`.
+    Raises UserError, with nothing left behind, for an adapter that is PEFT's already, or that PEFT cannot express, a
+    base that does not fit it, and an `output` that exists unless `overwrite`.
     """
     adapter = open_adapter(adapter_folder)
     if not isinstance(adapter, NativeFolder):
