@@ -98,11 +98,13 @@ class AdapterConfig(Section):
     method: str | None = Field(
         default=None,
         min_length=1,
-        description="Adapter method by name; null: the one that weight_decomposed and dynamic_rank say",
+        description="Adapter method by name: vera (with weight_decomposed DVoRA), mora, full, or a plugin's; null: "
+        "LoRA, DoRA or dynamic rank, as weight_decomposed and dynamic_rank say",
     )
     settings: dict[str, Any] = Field(
         default={},
-        description="Settings of the method that it has besides these fields (mora: type, 1 or 6; or a plugin's)",
+        description="Settings of the method that it has besides these fields (mora: type; vera: projection_prng_key, "
+        "d_initial; or a plugin's)",
     )
     weight_decomposed: bool = Field(
         default=True, description="true: DoRA; false: plain LoRA, the same layer with no magnitude"
@@ -144,7 +146,8 @@ class AdapterConfig(Section):
         "weight may not; a tied parameter stays tied",
     )
     init_from: PathText | None = Field(
-        default=None, description="Adapter folder to start from (PEFT's LoRA or DoRA, or our own); null: a new adapter"
+        default=None,
+        description="Adapter folder to start from (PEFT's LoRA, DoRA or VeRA, or our own); null: a new adapter",
     )
     dynamic_rank: bool = Field(
         default=False,

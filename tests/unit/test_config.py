@@ -1,6 +1,7 @@
 """The configuration: what it accepts, what it refuses and how it says so, and what is derived from it."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dora_dist.adapters.method import AdapterMethod
+from dora_dist.adapters.methods import chosen
 from dora_dist.config import AdapterConfig, RunConfig, is_local
 from dora_dist.config.fields import field_specs
 from dora_dist.config.problems import OTHER_NAMES
@@ -389,6 +392,17 @@ def test_the_mora_recipe_has_the_authors_numbers() -> None:
     assert (training.learning_rate, training.schedule, training.warmup_ratio) == (3e-4, "cosine", 0.03)
     assert (training.epochs, training.global_batch_size, training.weight_decay) == (3, 128, 0)
     assert (config.data.cutoff_len, config.data.loss_on, config.data.format) == (512, "answer", "alpaca")
+
+
+def test_the_dvora_recipe_trains_the_papers_share_of_the_parameters() -> None:
+    """0.04 % of LLaMA-7B's (Liu et al., section 5.5)."""
+    adapter = RunConfig.load(REPOSITORY / "configs" / "llama7b_dvora.json").adapter
+    method = chosen(adapter)
+    assert isinstance(method, AdapterMethod) and method.title == "DVoRA"
+    shapes = {"gate_proj": (11008, 4096), "up_proj": (11008, 4096), "down_proj": (4096, 11008)}
+    layer = [method.parameters(shapes.get(name, (4096, 4096))) for name in adapter.target_modules or ()]
+    trained = 32 * sum(math.prod(initial.shape) for parameters in layer for initial in parameters.values())
+    assert round(100 * trained / 6_738_415_616, 2) == 0.04
 
 
 # Mao et al., RoBERTa-base on GLUE: learning rate, batch, epochs; labels, metric; penalty, steps between prunings.
