@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.folders import open_adapter
 from dora_dist.adapters.native_format import NativeFolder
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.storage import WeightStorage, as_held, storage_of
-from dora_dist.checkpoint.adapter_folders import base_path
+from dora_dist.checkpoint.adapter_folders import base_path, open_adapter
 from dora_dist.checkpoint.merge_plan import Output, plan_merge
 from dora_dist.models.folder import ModelFolder
 from dora_dist.runtime.errors import UserError
@@ -33,12 +32,12 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
         base_folder: a folder, or a hub name: PEFT has whole magnitudes, which are the base's row norms and an offset.
         output: the folder to write; it appears under its name once it is complete.
 
-    Raises UserError, with nothing left behind, for an adapter that is PEFT's already, or that PEFT cannot express, a
+    Raises UserError, with nothing left behind, for an adapter in PEFT's own format, one that PEFT cannot express, a
     base that does not fit it, and an `output` that exists unless `overwrite`.
     """
     adapter = open_adapter(adapter_folder)
     if not isinstance(adapter, NativeFolder):
-        raise UserError(f"{adapter.path}: it is in PEFT's format already; use it as it is")
+        raise UserError(f"{adapter.path}: not an adapter in our own format, and no other is exported; use it as it is")
     for module, (method, _) in adapter.modules.items():
         if not method.expressible_in_peft:
             raise UserError(

@@ -108,7 +108,7 @@ def closing(checkpoint: Path, seconds: float) -> None:
     if adapter.is_dir():
         written = "in PEFT's format"
         if is_native(adapter):
-            written = "in our own format, since PEFT has none for this method (merge it for other tools)"
+            written = "in our own format, which other tools do not read (merge it for them)"
         line("adapter", f"{adapter}, {written}, with the tokenizer")
     if choice is not None and choice.newest is not None:
         line("newest", f"{choice.newest}; merge that one: dora-dist consolidate {choice.newest} --output merged/")
