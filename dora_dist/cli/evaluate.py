@@ -15,6 +15,7 @@ from dora_dist.runtime.errors import UserError
 _LABELLED = "a classifier, answer finder or summariser"
 _DATA_FIELDS = {
     **dict.fromkeys(("text_fields", "label_field", "cutoff_len", "doc_stride"), _LABELLED),
+    "features": "a VL-BART",
     **dict.fromkeys(("image_folder", "image_aspect_ratio", "max_image_pixels", "chat_template"), "a LLaVA"),
 }
 
@@ -51,8 +52,8 @@ def declare_evaluate(commands: Commands) -> None:
         type=_task,
         required=True,
         metavar="NAME=FILE",
-        help="records in the format that --format names; for a classifier, answer finder or summariser those of its "
-        "training",
+        help="records in the format that --format names; for a classifier, answer finder, summariser or VL-BART those "
+        "of its training (VL-BART: NAME is the task, such as vqa)",
     )
     command.add_argument(
         "--format",

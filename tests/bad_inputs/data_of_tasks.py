@@ -1,9 +1,13 @@
 """Records for other tasks than plain texts that cannot be meant, or probably are not."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import h5py
+
 from dora_dist.runtime.exit_codes import DONE, USERS_MISTAKE
-from tests import encoders, llava, summaries
+from tests import encoders, llava, subtasks, summaries
 from tests.bad_inputs.case import Folder, Table, Words
 from tests.bad_inputs.records import Fields, Says, add, lines, validated
 
@@ -381,3 +385,51 @@ pictured(
     ("gpt", "a </s>"),
     code=DONE,
 )
+
+
+# ----------------------------------------------------------------------------------------------- visual features
+
+
+def visual(
+    name: str,
+    says: Says,
+    *,
+    change: Fields | None = None,
+    pictures: int = 4,
+    spoil: Callable[[Path], Any] = lambda file: None,
+    model: Fields | None = None,
+    **data: Any,
+) -> None:
+    """Four questions about pictures, the third changed, with features of some pictures whose file is spoilt."""
+
+    def make(folder: Folder) -> Words:
+        base = folder.made("bart", summaries.base_model)
+        subtasks.features(folder.path, pictures)
+        spoil(folder / "pictures.h5")
+        rows = [subtasks.record("vqa", i) for i in range(4)]
+        rows[2] |= change or {}
+        folder.text("a.jsonl", lines(*rows))
+        fields = {"train": {"vqa": "a.jsonl"}, "format": "vision_text", "features": "pictures.h5"}
+        return folder.run(
+            model={"path": base.name, "task": "vision_seq2seq_lm", "feature_dim": subtasks.WIDTH, **(model or {})},
+            adapter={"target_modules": None},
+            data={**fields, "validation_samples": 0, "cutoff_len": 40, "target_len": 12, **data},
+            training={"global_batch_size": 2},
+        )
+
+    add(CASES, name, make, says, USERS_MISTAKE)
+
+
+def _with_nan(file: Path) -> None:
+    with h5py.File(file, "a") as opened:
+        for picture in opened.values():
+            picture["features"][:] = float("nan")
+
+
+visual("features_missing", ("a.jsonl, line 4: there are no features of 'p3' in", "1 are missing in all"), pictures=3)
+visual("features_of_another_width", "the features are of width 7, and the model reads 9", model={"feature_dim": 9})
+visual("features_damaged", "pictures.h5 cannot be read as HDF5", spoil=lambda file: file.write_bytes(b"nothing"))
+visual("features_nan", "pictures.h5: the features of 'p0' hold NaN or infinity; extract them again", spoil=_with_nan)
+visual("features_nowhere", 'data.features = "other.h5": no such file or folder', features="other.h5")
+visual("question_without_picture", 'a.jsonl, line 3: as a record of vqa, has no "img_id"', change={"img_id": None})
+visual("task_unknown", 'data.train: "okvqa" is no task of vision_text records', train={"okvqa": "a.jsonl"})

@@ -496,6 +496,38 @@ def test_xsum_recipe_validates_and_has_the_papers_numbers() -> None:
     assert (data.text_fields, data.label_field) == (["document"], "summary")
 
 
+VL_BART = {
+    "image": (("vqa", "gqa", "nlvr2", "caption"), 2048, 20, 20, 20, 300),
+    "video": (("tvqa", "how2qa", "tvc", "yc2c"), 512, 600, 64, 7, 40),
+}
+VL_BART_RATES = {
+    "image": {"dora": 1e-3, "lora": 1e-3, "full": 1e-4},
+    "video": {"dora": 2.4e-4, "lora": 2.4e-4, "full": 1e-4},
+}
+
+
+@pytest.mark.parametrize("kind", VL_BART)
+@pytest.mark.parametrize("method", ["dora", "lora", "full"])
+def test_vl_bart_recipe_has_the_papers_numbers(kind: str, method: str) -> None:
+    config = RunConfig.load(REPOSITORY / "configs" / f"vlbart_{kind}_{method}.json", rules=problems)
+    model, adapter, data, training = config.model, config.adapter, config.data, config.training
+    tasks, width, longest, answer, epochs, batch = VL_BART[kind]
+    assert (model.path, model.task, model.feature_dim) == ("facebook/bart-base", "vision_seq2seq_lm", width)
+    assert isinstance(data.train, dict) and isinstance(data.validation, dict)
+    assert tuple(data.train) == tuple(data.validation) == tasks and data.prompts == {}
+    assert (data.cutoff_len, data.target_len) == (longest, answer)
+    assert (training.learning_rate, training.epochs) == (VL_BART_RATES[kind][method], epochs)
+    assert (training.global_batch_size, training.weight_decay, training.max_grad_norm) == (batch, 0.01, 5)
+    assert (training.schedule, training.warmup_ratio, training.num_beams) == ("linear", 0.1, 5)
+    if method == "full":
+        assert adapter.method == "full"
+        return
+    assert (adapter.r, adapter.lora_alpha, adapter.dropout) == (128, 128, 0)
+    assert adapter.weight_decomposed == (method == "dora") == (adapter.norm_gradient == "full")
+    assert adapter.target_modules == ["q_proj", "v_proj"] and adapter.trained_modules is None
+    assert len(adapter.trained_parameters) == (2 if kind == "image" else 1)
+
+
 LLAVA: dict[str, tuple[Any, ...]] = {
     "llava7b_pretrain": (1e-3, {}, "plain", []),
     "llava7b_dora": (2e-4, {"multi_modal_projector": 2e-5}, "vicuna_v1", None),

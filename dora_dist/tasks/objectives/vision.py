@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_dist.data import IGNORED, VisionCollator
+from dora_dist.data import IGNORED, Collator, VisionCollator
 from dora_dist.data.subtasks import scores_of
-from dora_dist.tasks.objectives.base import Batch, add_up
+from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Batch, add_up
 from dora_dist.tasks.objectives.summaries import Summarising
 
 
@@ -32,13 +32,17 @@ class VisionWriting(Summarising):
 
     def __init__(self, tokenizer: Any, model: Any, target_len: int, num_beams: int) -> None:
         super().__init__(tokenizer, model, target_len, num_beams)
-        self.collator = VisionCollator(self.collator, model.config.feature_dim)
+        # Loader processes get the collator, and a model's hooks cannot be handed to all kinds of processes.
+        self.collator = VisionCollator(
+            Collator(tokenizer.pad_token_id, pad_to_multiple_of=PAD_TO_MULTIPLE_OF), model.config.feature_dim
+        )
+        self._decoder_input = model.prepare_decoder_input_ids_from_labels
         self._scores: Tensor | None = None  # of the batch that the next loss is of
 
     def prepared(self, batch: Batch) -> Batch:
         self.problems += batch.pop("problems", [])
         self._scores = batch.pop("scores")
-        return batch
+        return {**batch, "decoder_input_ids": self._decoder_input(labels=batch["labels"])}
 
     def counted(self, batch: Batch) -> Batch:
         """Samples: each has a first label."""
