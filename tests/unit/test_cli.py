@@ -41,8 +41,8 @@ CONFIG_OPTIONS = {
     ),
     "data": (
         "train validation validation_samples format text_fields label_field loss_on cutoff_len target_len doc_stride "
-        "cache image_folder image_aspect_ratio max_image_pixels bad_images chat_template group_by_modality_length "
-        "num_workers"
+        "cache features prompts image_folder image_aspect_ratio max_image_pixels bad_images chat_template "
+        "group_by_modality_length num_workers"
     ),
     "training": (
         "learning_rate learning_rates schedule warmup_steps warmup_ratio epochs max_steps global_batch_size "
@@ -111,6 +111,7 @@ OWN_OPTIONS: dict[str, list[str]] = {
         "--label-field",
         "--cutoff-len",
         "--doc-stride",
+        "--features",
         "--image-folder",
         "--image-aspect-ratio",
         "--max-image-pixels",
