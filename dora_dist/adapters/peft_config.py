@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dora_dist.adapters.projection import KEYS
 from dora_dist.runtime.errors import UserError
 
 CONFIG_NAME = "adapter_config.json"
@@ -111,7 +112,7 @@ def _check_lora(path: Path, config: dict[str, Any]) -> None:
 
 def _check_vera(path: Path, config: dict[str, Any]) -> None:
     key = config.get("projection_prng_key")
-    if type(key) is not int or not -(2**63) <= key < 2**64:
+    if type(key) is not int or key not in KEYS:
         raise UserError(
             f"{path}: projection_prng_key={key!r} must be a whole number: what PEFT draws the matrices from that all "
             "layers share; correct it"

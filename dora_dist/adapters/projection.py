@@ -10,6 +10,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+KEYS = range(-(2**63), 2**63)
+"""Seeds that torch's generators take."""
+
 
 class Projection:
     """A (r, widest in) and B (widest out, r) for all layers of a model; one of (out, in) uses A[:, :in] and B[:out].

@@ -247,7 +247,7 @@ def cut_off(folder: Folder) -> Words:
     return words
 
 
-@CASES.bad(says="lora_embedding_A' is not supported; only LoRA and DoRA of linear layers", ranks=RANKS)
+@CASES.bad(says="lora_embedding_A' is not supported; only adapters of linear layers", ranks=RANKS)
 def adapted_embeddings(folder: Folder) -> Words:
     name = "base_model.model.model.embed_tokens.lora_embedding_A"
     return folder.run("--adapter.init_from", adapter(folder, lambda tensors: tensors.update({name: torch.ones(4, 9)})))

@@ -17,7 +17,7 @@ from dora_dist import cli
 from dora_dist.adapters.folders import read_adapter
 from dora_dist.adapters.inject import by_pattern, inject
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
-from dora_dist.adapters.methods import Vera, WeightDecomposed
+from dora_dist.adapters.methods import Vera, WeightDecomposed, chosen
 from dora_dist.adapters.native_format import NativeAdapter, NativeLayer
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.projection import Projection
@@ -127,6 +127,21 @@ def test_twenty_steps_follow_peft(decomposed: bool) -> None:
             losses.append(loss.item())
     assert losses[:20] == pytest.approx(losses[20:], abs=1e-5)
     assert abs(losses[0] - losses[18]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"projection_prng_key": "x"}, "projection_prng_key = 'x' must be a whole number from"),
+        ({"projection_prng_key": 2**63}, "projection_prng_key = 9223372036854775808 must be a whole number from"),
+        ({"d_initial": 0.0}, "d_initial = 0.0 must be a number other than 0"),
+        ({"d_initial": "x"}, "d_initial = 'x' must be a number"),
+        ({"projection": None}, "'projection' is not a setting of the method 'vera'"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        chosen(AdapterConfig(method="vera", settings=settings))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ Products of a layer, for t tokens: forward t·r·(in + out), backward t·r·(in 
 t·r·in, which a frozen A does not need. Beyond activations there are temporaries of (out, r) only.
 """
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -16,7 +17,8 @@ from torch import Tensor
 from dora_dist.adapters.method import Initial, Layer, RowProducts, Shape, Tensors, Update, register
 from dora_dist.adapters.methods.sums import column_dot
 from dora_dist.adapters.peft_layer import AdapterLayer, VeraLayer
-from dora_dist.adapters.projection import Projection
+from dora_dist.adapters.projection import KEYS, Projection
+from dora_dist.runtime.errors import UserError
 
 D, B = "vera_lambda_d", "vera_lambda_b"
 
@@ -36,6 +38,18 @@ class Vera(Update):
     projection_prng_key: int = 0
     d_initial: float = 0.1
     projection: Projection | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if type(self.projection_prng_key) is not int or self.projection_prng_key not in KEYS:
+            raise UserError(
+                f"adapter.settings: projection_prng_key = {self.projection_prng_key!r} must be a whole number from "
+                f"{KEYS.start} to {KEYS.stop - 1}"
+            )
+        if not isinstance(self.d_initial, int | float) or not math.isfinite(self.d_initial) or self.d_initial == 0:
+            raise UserError(
+                f"adapter.settings: d_initial = {self.d_initial!r} must be a number other than 0 (with which nothing "
+                "would ever train); the paper has 0.1"
+            )
 
     @property
     def lora_alpha(self) -> float:
