@@ -124,7 +124,8 @@ class FeatureStore:
         if not self.is_file:
             return not set(wanted) - self.names() - self.parts.skipped()
         # Another process, of another part, may have just found the same.
-        with FileLock(self.output.with_name(f".{self.output.name}.lock")):
+        lock = self.output.with_name(f".{self.output.name}.lock")
+        with FileLock(lock):
             if not self.parts.folder.is_dir():
                 return not set(wanted) - self.names()
             if set(wanted) - self.names() - self.parts.skipped():
@@ -132,6 +133,7 @@ class FeatureStore:
             if new := self.parts.names():
                 self._pack(sorted(new))
             shutil.rmtree(self.parts.folder)
+            lock.unlink(missing_ok=True)
             return True
 
     def _pack(self, new: list[str]) -> None:

@@ -11,15 +11,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance
+from sklearn.datasets import load_sample_image
 
+from dora_dist.adapters.methods import LowRank, WeightDecomposed
 from dora_dist.cli import main
+from dora_dist.config import DataConfig
+from dora_dist.data import VisionReader
+from dora_dist.data import read as read_data
 from dora_dist.extraction import store
 from dora_dist.extraction.items import find_items
 from dora_dist.extraction.options import ExtractionOptions
 from dora_dist.extraction.run import extract_features
+from dora_dist.models.build import build_model
+from dora_dist.models.families import adapter_plan
+from dora_dist.models.heads import VISION_SEQ2SEQ_LM
+from dora_dist.models.tokenizer import load_tokenizer
 from dora_dist.models.vision_tower import VisionTower
 from dora_dist.runtime.errors import UserError
-from tests import llava
+from dora_dist.tasks.objectives.vision import VisionWriting
+from dora_dist.weights.placement import WholePlacement
+from tests import llava, summaries
 
 OPTIONS = ExtractionOptions(grid=(2, 2), batch_size=3)
 Arrays = dict[str, dict[str, np.ndarray]]
@@ -259,23 +270,24 @@ def test_a_convolutional_tower_gives_its_map(towers: Path, pictures: Path, tmp_p
 # --- videos -----------------------------------------------------------------------------------------------------------
 
 
-def video(path: Path, picture: Path, *, frames: int = 20, rate: int = 10) -> Path:
-    """A film of a picture that moves to the right and fades, as an encoder writes it."""
-    with Image.open(picture) as image, av.open(str(path), "w") as container:
+def video(path: Path, shown: str, *, frames: int = 20, rate: int = 10) -> Path:
+    """A film over one of scikit-learn's photographs: the window moves to the right while the light fades."""
+    photograph = Image.fromarray(load_sample_image(shown))
+    with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
         for number in range(frames):
-            shown = Image.new("RGB", (48, 48), "white")
-            shown.paste(ImageEnhance.Brightness(image.convert("RGB")).enhance(1 - number / frames), (number, 0))
-            container.mux(stream.encode(av.VideoFrame.from_image(shown)))
+            window = photograph.crop((8 * number, 0, 8 * number + 400, 400)).resize((48, 48))
+            faded = ImageEnhance.Brightness(window).enhance(1 - 0.5 * number / frames)
+            container.mux(stream.encode(av.VideoFrame.from_image(faded)))
         container.mux(stream.encode(None))
     return path
 
 
-def test_a_video_is_the_embeddings_of_its_frames(towers: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_video_is_the_embeddings_of_its_frames(towers: Path, tmp_path: Path) -> None:
     from transformers import CLIPModel
 
-    film = video(tmp_path / "film.mp4", pictures / "0" / "p0.png")
+    film = video(tmp_path / "film.mp4", "china.jpg")
     two = replace(OPTIONS, frames_per_second=2.0)
     done = extract_features(film, str(towers / "whole-clip"), tmp_path / "out", two)
     assert (done.new, done.complete) == (1, True)
@@ -298,10 +310,10 @@ def test_a_video_is_the_embeddings_of_its_frames(towers: Path, pictures: Path, t
     np.testing.assert_array_equal(pooled, np.stack([every[:7].max(0), every[6:14].max(0), every[13:].max(0)]))
 
 
-def test_videos_are_refused_by_name(towers: Path, pictures: Path, tmp_path: Path) -> None:
+def test_videos_are_refused_by_name(towers: Path, tmp_path: Path) -> None:
     tower, folder = str(towers / "clip"), tmp_path / "films"
     folder.mkdir()
-    film = video(folder / "a.mp4", pictures / "0" / "p0.png")
+    film = video(folder / "a.mp4", "flower.jpg")
     (folder / "cut.mp4").write_bytes(film.read_bytes()[:200])
     (folder / "list.mp4").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{film}\n#EXT-X-ENDLIST\n")
     with av.open(str(folder / "sound.mkv"), "w") as container:
@@ -324,3 +336,45 @@ def test_videos_are_refused_by_name(towers: Path, pictures: Path, tmp_path: Path
     assert {file.name for file in (tmp_path / "out").glob("*.npz")} == {"a.npz"}
     with pytest.raises(UserError, match="features of videos are kept in a folder"):
         extract_features(folder, tower, tmp_path / "out.h5", OPTIONS)
+
+
+def test_a_vl_bart_learns_from_films(towers: Path, tmp_path: Path) -> None:
+    """From files of films to a step of DoRA: extraction, records, features, batch, loss, gradients."""
+    films = {"temple": "china.jpg", "bloom": "flower.jpg"}
+    (tmp_path / "films").mkdir()
+    for name, photograph in films.items():
+        video(tmp_path / "films" / f"{name}.mp4", photograph)
+    extract_features(tmp_path / "films", str(towers / "whole-clip"), tmp_path / "features", OPTIONS)
+    records = [
+        {"vid_name": name, "q": "what is shown?", "a0": "a roof", "a1": "a flower", "answer_idx": number}
+        for number, name in enumerate(films)
+    ]
+    listed(tmp_path, *records)
+    base = summaries.base_model(tmp_path / "base", [json.dumps(records), "tvqa: (0) (1) 0 1"])
+    data = DataConfig(
+        train={"tvqa": str(tmp_path / "list.json")},
+        features=str(tmp_path / "features"),
+        format="vision_text",
+        cutoff_len=60,
+        target_len=8,
+        validation_samples=0,
+        cache=None,
+    )
+    tokenizer = load_tokenizer(base)
+    samples = read_data(VisionReader(data, tokenizer), data, seed=0, progress=False).train
+    plan = adapter_plan(WeightDecomposed(LowRank(4, 8.0)))
+    model = build_model(base, plan, WholePlacement(), dtype="fp32", head=VISION_SEQ2SEQ_LM.with_features(12)).model
+    aim = VisionWriting(tokenizer, model, data.target_len, 1)
+    batch = aim.prepared(aim.collator([samples[0], samples[1]]))
+    assert batch["visual_features"].shape == (2, 2, 12)  # two seconds, a frame of each
+    labels = batch.pop("labels")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    losses = []
+    for _ in range(2):
+        loss = aim.loss(model(**batch), labels, 2)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    assert trained["model.encoder.visual_embedding.features.weight"].grad.any()
