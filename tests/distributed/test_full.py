@@ -16,12 +16,14 @@ from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.checkpoint.state import Masters, open_state
 from dora_dist.config import RunConfig
 from dora_dist.evaluation.inference import load_for_inference
-from tests import toy
+from dora_dist.weights.safetensors_io import TensorFolder
+from tests import encoders, llava, toy
 from tests.distributed.training_runs import config, metrics, run
 from tests.ranks import run_ranks
 
 STEPS, RATE, WARMUP, DECAY = 6, 3e-3, 2, 0.1
 DATA: dict[str, Any] = {"cutoff_len": 40}
+SHORT: dict[str, Any] = {"max_steps": 2, "warmup_steps": 0, "global_batch_size": 4, "micro_batch_size": 2}
 FULL: dict[str, Any] = {"method": "full"}
 CHOSEN: dict[str, Any] = {"method": "full", "target_modules": ["layers.1.mlp", r"model\.norm"]}
 SINGLE: dict[str, Any] = {
@@ -39,13 +41,42 @@ def sections(folder: Path, name: str, adapter: dict[str, Any], **changes: dict[s
     return made | {"adapter": adapter}
 
 
+def classifier(folder: Path) -> dict[str, Any]:
+    data = {"format": "classification", "text_fields": ["sentence1", "sentence2"], "cutoff_len": 32}
+    model = {"task": "sequence_classification", "num_labels": 2}
+    made = config(folder / "bert", folder / "labels.json", folder / "labels", model=model, data=data, training=SHORT)
+    return made | {"adapter": FULL}
+
+
+def pictured(folder: Path) -> dict[str, Any]:
+    pictures = str(folder / "chats" / "pictures")
+    data = {
+        "format": "llava",
+        "image_folder": pictures,
+        "loss_on": "answer",
+        "cutoff_len": 256,
+        "validation_samples": 0,
+    }
+    task = {"task": "image_text_to_text"}
+    made = config(
+        folder / "llava", folder / "chats" / "data.json", folder / "pictured", model=task, data=data, training=SHORT
+    )
+    return made | {"adapter": FULL}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("full")
     toy.base_model(folder / "base", tie_word_embeddings=True)
     toy.base_model(folder / "biased", attention_bias=True)
     toy.write_records(folder / "data.json", 25)
-    run_ranks(run, 1, sections(folder, "one", FULL), sections(folder, "chosen", CHOSEN))
+    encoders.plain_encoder(folder / "bert")
+    encoders.write_labelled(folder / "labels.json", 9)
+    llava.model(folder / "llava")
+    llava.write(folder / "chats", 4, 2)
+    run_ranks(
+        run, 1, sections(folder, "one", FULL), sections(folder, "chosen", CHOSEN), classifier(folder), pictured(folder)
+    )
     run_ranks(
         run,
         2,
@@ -193,3 +224,31 @@ def test_biases_and_norms_besides_an_adapter_are_the_same_in_peft_merged_and_eva
     assert torch.equal(logits(PeftModel.from_pretrained(base, str(tmp_path / "again"))), logits(peft))
     losses = metrics(folder / name)["losses"]
     assert losses[6] < losses[1] - 0.1
+
+
+def test_a_whole_classifier_has_its_new_head_and_labels_once_merged(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    found, base = find_adapter(folder / "labels")
+    assert base is not None
+    masters = Masters(open_state(found))
+    consolidate(found, base, tmp_path / "merged", progress=False)
+    merged: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert {name for name, _ in merged.named_parameters()} == set(masters)
+    assert all(torch.equal(merged.get_parameter(name), masters[name]) for name in masters)
+    evaluated, _ = load_for_inference(str(folder / "labels"), "fp32")
+    with torch.no_grad():
+        assert torch.equal(evaluated(encoders.tokens()).logits, merged.eval()(encoders.tokens()).logits)
+
+
+def test_a_llavas_tower_stays_as_it_was(folder: Path, tmp_path: Path) -> None:
+    found, base = find_adapter(folder / "pictured")
+    assert base is not None
+    consolidate(found, base, tmp_path / "merged", progress=False)
+    before, after = (TensorFolder.open(place) for place in (folder / "llava", tmp_path / "merged"))
+    assert before.entries.keys() == after.entries.keys()
+    same = {name for name in before.entries if torch.equal(before.read(name), after.read(name))}
+    assert same == {name for name in before.entries if "vision_tower" in name}
+    evaluated, _ = load_for_inference(str(folder / "pictured"), "fp32")
+    norm = next(name for name in after.entries if name.endswith("model.norm.weight"))
+    assert torch.equal(evaluated.model.language_model.norm.weight, after.read(norm))
