@@ -44,8 +44,10 @@ class VisionReader(Reader):
     learnt = "the target"
     learns_without = True
 
-    def __init__(self, data: DataConfig, tokenizer: Any) -> None:
+    def __init__(self, data: DataConfig, tokenizer: Any, width: int | None = None) -> None:
+        """width: of the features, where the configuration says it."""
         super().__init__(data, tokenizer)
+        self._width = width
         self._features: dict[str, Features] = {}
 
     def features(self, subtask: str) -> Features:
@@ -122,19 +124,19 @@ class VisionReader(Reader):
         return found
 
     def _check_widths(self, table: Table) -> None:
-        """Raise UserError unless the first features of each file are of one width."""
+        """Raise UserError unless the first features of each file are of one width, the configured one if there is."""
         of = table["subtasks"].repeat_interleave(table["sample visuals"].diff())
-        first: tuple[int, str] | None = None
+        known = None if self._width is None else (self._width, "model.feature_dim is")
         for kind in of.unique().tolist():
             features = self.features(_NAMES[kind])
             for number, file in enumerate(features.files):
                 for place in ((of == kind) & (table["files"] == number)).nonzero()[:1, 0].tolist():
                     width = file.width(*unpack(table["visuals"], table["visual starts"], place, place + 1))
-                    first = first or (width, file.path)
-                    if width != first[0]:
+                    known = known or (width, f"those of {file.path} are of")
+                    if width != known[0]:
                         raise UserError(
-                            f"{features.field}: {file.path} has features of width {width}, and {first[1]} of "
-                            f"{first[0]}; one model reads features of one width"
+                            f"{features.field}: {file.path} has features of width {width}, and {known[1]} {known[0]}; "
+                            "one model reads features of one width"
                         )
 
     def check_model(self, table: Table, model: Any) -> None:

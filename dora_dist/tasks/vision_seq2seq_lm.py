@@ -80,7 +80,7 @@ class VisionSeq2SeqLM(Task):
     def reader(self, processor: Any, *, model: ModelConfig, data: DataConfig) -> Reader:
         from dora_dist.data import VisionReader
 
-        return VisionReader(data, processor)
+        return VisionReader(data, processor, model.feature_dim)
 
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.tasks.objectives.vision import VisionWriting

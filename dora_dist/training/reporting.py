@@ -156,7 +156,9 @@ def event_text(record: dict[str, Any]) -> str:
         return f"saved checkpoint-{record['saved_step']:.0f} in {record['save_seconds']:.1f} s{stall}"
     if "records_skipped" in record:
         return f"{record['records_skipped']:,.0f} records left out so far, because they cannot be read"
-    found = [f"{name} {record[key]:.4f}" for key, name in _EVALUATED.items() if key in record]
+    others = {key for key in record if key.startswith("eval_")} - {*_EVALUATED}
+    names = _EVALUATED | {key: key.removeprefix("eval_").replace("_", " ") for key in record if key in others}
+    found = [f"{name} {record[key]:.4f}" for key, name in names.items() if key in record]
     return f"evaluation: {', '.join(found)}" if found else ""
 
 

@@ -427,7 +427,11 @@ def _with_nan(file: Path) -> None:
 
 
 visual("features_missing", ("a.jsonl, line 4: there are no features of 'p3' in", "1 are missing in all"), pictures=3)
-visual("features_of_another_width", "the features are of width 7, and the model reads 9", model={"feature_dim": 9})
+visual(
+    "features_of_another_width",
+    "pictures.h5 has features of width 7, and model.feature_dim is 9",
+    model={"feature_dim": 9},
+)
 visual("features_damaged", "pictures.h5 cannot be read as HDF5", spoil=lambda file: file.write_bytes(b"nothing"))
 visual("features_nan", "pictures.h5: the features of 'p0' hold NaN or infinity; extract them again", spoil=_with_nan)
 visual("features_nowhere", 'data.features = "other.h5": no such file or folder', features="other.h5")

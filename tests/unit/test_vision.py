@@ -299,7 +299,9 @@ def test_missing_features_and_widths_are_refused_by_name(folder: Path, tmp_path:
     assert len(left.train) == 14 and left.train_stats.without_features == 2
     wide = subtasks.features(tmp_path, 12, width=9)
     places = {"vqa": str(folder / "pictures.h5"), "tvc": str(wide / "videos")}
-    with pytest.raises(UserError, match=r'data.features, "tvc": .*videos has features of width 9, and .*h5 of 7'):
+    with pytest.raises(
+        UserError, match=r'data.features, "tvc": .*videos has features of width 9, and those of .*h5 are of 7'
+    ):
         load(folder, ("vqa", "tvc"), features=places)
     train = load(folder, ("vqa",)).train
     train.check_model(SimpleNamespace(config=SimpleNamespace(feature_dim=7)))
