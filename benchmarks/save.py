@@ -1,7 +1,7 @@
-"""How long training stands still for a checkpoint, and how long writing it takes. `--help` lists the flags.
+"""How long training stands still for a checkpoint, how long writing it takes, and the memory. `--help` lists the flags.
 
-Ranks save an adapter of 50 million trained numbers by default (600 MB of master weights and moments): every time
-once while nothing else happens, and once while training steps go on.
+Ranks save an adapter of 50 million trained numbers by default (600 MB of master weights and moments), or with --full a
+whole model: every time once while nothing else happens, and once while training steps go on.
 """
 
 import argparse
@@ -10,29 +10,35 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from stepbench.measure import peak_rss, reset_peak_rss
 from stepbench.models import TARGETS, write_base
 from stepbench.settings import Settings, default_ranks
+
+SMALL_STEPS = {"zero_optimization": {"sub_group_size": 50_000_000}}
+"""AdamW's temporary tensors are those of so many numbers, and not of all."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--millions", type=float, default=50.0, help="trained numbers, in millions (%(default)s)")
+    parser.add_argument("--full", action="store_true", help="train the whole model, of as many layers as that takes")
     parser.add_argument("--ranks", type=int, default=default_ranks(), help="%(default)s")
     parser.add_argument("--saves", type=int, default=5, help="of each kind (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="folder for JSON (%(default)s)")
     options = parser.parse_args()
-    settings = Settings(hidden=1024, ffn=2816, heads=16, layers=4, vocab=500, tokens=64, ranks=options.ranks)
-    components = settings.layers * (4 * 2 * settings.hidden + 3 * (settings.hidden + settings.ffn))
-    r = max(1, round(options.millions * 1e6 / components))
+    settings, adapter = full(options) if options.full else adapted(options)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as temporary:
         base = Path(temporary) / "base"
         base.mkdir()
         write_base(base, settings)
-        torch.multiprocessing.spawn(rank_main, (settings, r, options.saves, Path(temporary)), nprocs=settings.ranks)
+        torch.multiprocessing.spawn(
+            rank_main, (settings, adapter, options.saves, Path(temporary)), nprocs=settings.ranks
+        )
         result = json.loads((Path(temporary) / "result.json").read_text())
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "save.json").write_text(json.dumps(result, indent=1))
@@ -44,10 +50,28 @@ def main() -> None:
     print(f"  training stands still for   {statistics.median(still):8.3f} s  = {result['share']:.1%} of it")
     print(f"  the first save's stall      {result['first_stall_s']:8.3f} s")
     print(f"  a step alone, and meanwhile {result['step_s']:8.3f} s, {statistics.median(slower):.3f} s")
+    print(f"  state of a rank             {result['state_bytes'] / 1e6:8,.0f} MB")
+    print(f"  memory added by a save      {result['save_peak_bytes'] / 1e6:8,.0f} MB, by a resume ", end="")
+    print(f"{result['load_peak_bytes'] / 1e6:,.0f} MB (the worst rank)")
     print(f"written: {options.output / 'save.json'}")
 
 
-def rank_main(rank: int, settings: Settings, r: int, saves: int, folder: Path) -> None:
+def adapted(options: argparse.Namespace) -> tuple[Settings, dict[str, Any]]:
+    """Four small layers with large DoRA adapters."""
+    settings = Settings(hidden=1024, ffn=2816, heads=16, layers=4, vocab=500, tokens=64, ranks=options.ranks)
+    components = settings.layers * (4 * 2 * settings.hidden + 3 * (settings.hidden + settings.ffn))
+    r = max(1, round(options.millions * 1e6 / components))
+    return settings, {"r": r, "lora_alpha": 2.0 * r, "target_modules": [TARGETS]}
+
+
+def full(options: argparse.Namespace) -> tuple[Settings, dict[str, Any]]:
+    """Layers of a model of a billion numbers, all of which are trained."""
+    settings = Settings(hidden=2048, ffn=5632, heads=16, vocab=1000, tokens=64, ranks=options.ranks, engine=SMALL_STEPS)
+    layer = 4 * settings.hidden**2 + 3 * settings.hidden * settings.ffn
+    return replace(settings, layers=max(1, round(options.millions * 1e6 / layer))), {"method": "full"}
+
+
+def rank_main(rank: int, settings: Settings, adapter: dict[str, Any], saves: int, folder: Path) -> None:
     size = str(settings.ranks)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
@@ -58,15 +82,15 @@ def rank_main(rank: int, settings: Settings, r: int, saves: int, folder: Path) -
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    from dora_dist.adapters.inject import by_pattern
-    from dora_dist.adapters.methods import LowRank, WeightDecomposed
+    from dora_dist import build_model
+    from dora_dist.adapters.methods import chosen
+    from dora_dist.checkpoint.format import load_checkpoint
     from dora_dist.checkpoint.saving import Origin, Saver
-    from dora_dist.models.build import build_model
-    from dora_dist.zero3.placement import ShardedPlacement
+    from dora_dist.config import AdapterConfig
 
     world = distributed.start()
-    method, config = WeightDecomposed(LowRank(r, 2.0 * r)), settings.deepspeed_config()
-    model = build_model(folder / "base", by_pattern(method, [TARGETS]), ShardedPlacement(config)).model
+    section, config = AdapterConfig(**adapter), settings.deepspeed_config()
+    model = build_model(str(folder / "base"), section, deepspeed=config).model
     trained = [p for p in model.parameters() if p.requires_grad]
     numbers = sum(p.ds_numel for p in trained)
     engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained), config=config)[0]
@@ -83,36 +107,58 @@ def rank_main(rank: int, settings: Settings, r: int, saves: int, folder: Path) -
         engine.step()
         return now() - started
 
-    saver = Saver(engine, model, Origin(method=method, base_model="base"), timeout_s=600.0)
+    saver = Saver(engine, model, Origin(method=chosen(section), base_model="base"), timeout_s=600.0)
     found: dict[str, list[float]] = {"synchronous_s": [], "stall_s": [], "step_during_save_s": []}
     alone = statistics.median([step() for _ in range(4)][1:])
-    saver.save(folder / "checkpoint-0", {"step": 0}, {})
-    saver.wait()
+    with Memory() as first_save:
+        saver.save(folder / "checkpoint-0", {"step": 0}, {})
+        saver.wait()
     first = saver.ended()
-    for number in range(1, saves + 1):
+    saving = [first_save]
+    for _ in range(saves):
         torch.distributed.barrier()
         started = now()
-        saver.save(folder / "checkpoint-1", {"step": number}, {})
-        saver.wait()
+        with Memory() as another_save:
+            saver.save(folder / "checkpoint-1", {"step": 1}, {})
+            saver.wait()
+        saving.append(another_save)
         found["synchronous_s"].append(now() - started)
         saver.ended()
         step()
         torch.distributed.barrier()
-        saver.save(folder / "checkpoint-1", {"step": number}, {})
+        saver.save(folder / "checkpoint-1", {"step": 1}, {})
         found["step_during_save_s"].append(step())
         saver.wait()
         ended = saver.ended()
         assert ended is not None and ended.failure is None, ended
         found["stall_s"].append(ended.stall_s)
+    with Memory() as load:
+        load_checkpoint(folder / "checkpoint-1", engine, model)
+    added = torch.tensor([max(save.added for save in saving), load.added])
+    torch.distributed.all_reduce(added, op=torch.distributed.ReduceOp.MAX)
     if world.first:
         assert first is not None
         written = sum(p.stat().st_size for p in (folder / "checkpoint-1").rglob("*") if p.is_file())
         result: dict[str, Any] = {"trained": numbers, "bytes": written, "step_s": alone, **found}
+        result["save_peak_bytes"], result["load_peak_bytes"] = added.tolist()
+        result["state_bytes"] = 12 * sum(p.ds_tensor.ds_numel for p in trained)
         result["first_stall_s"] = first.stall_s
         result["share"] = statistics.median(found["stall_s"]) / statistics.median(found["synchronous_s"])
         (folder / "result.json").write_text(json.dumps(result))
     saver.close()
     distributed.stop()
+
+
+class Memory:
+    """The most resident memory of this process inside the context, beyond what there was before: `added`, in bytes."""
+
+    def __enter__(self) -> "Memory":
+        reset_peak_rss()
+        self.before, self.added = peak_rss(), 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.added = peak_rss() - self.before
 
 
 if __name__ == "__main__":

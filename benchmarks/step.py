@@ -1,4 +1,4 @@
-"""Seconds, memory and bytes of one training step: this project beside PEFT, in one run. `--help` lists the flags.
+"""Seconds, memory and bytes of one training step: this project, PEFT and plain DeepSpeed, in one run; see `--help`.
 
 Every round starts fresh ranks for each variant in turn, so that what else the machine does falls on all of them.
 """
@@ -72,10 +72,10 @@ def check_first_losses(report: dict[str, Any]) -> None:
 
 
 def check_sizes(report: dict[str, Any]) -> None:
-    """The same adapter has as many numbers to train here as in PEFT."""
+    """The same adapter has as many numbers to train here as in PEFT, and a whole model as many as in DeepSpeed."""
     trainable = {variant: entry["trainable"] for variant, entry in report["variants"].items()}
-    for variant in trainable.keys() & {"dora", "lora"}:
-        if trainable[variant] != trainable.get(f"peft-{variant}", trainable[variant]):
+    for ours, theirs in {"dora": "peft-dora", "lora": "peft-lora", "full": "deepspeed-full"}.items():
+        if {ours, theirs} <= trainable.keys() and trainable[ours] != trainable[theirs]:
             raise SystemExit(f"the variants do not train the same parameters: {trainable}")
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dora_dist import build_model
+from dora_dist.config import AdapterConfig
 from dora_dist.models.build import checkpoint_activations
 from dora_dist.models.families import family_of_model
 from dora_dist.models.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, Head
@@ -76,12 +78,15 @@ def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
     """
     if variant in ("dora", "lora", *GATED):
         model, norms = _ours(variant, base, settings)
+    elif variant == "full":
+        run = build_model(str(base), AdapterConfig(method="full"), deepspeed=settings.deepspeed_config())
+        model, norms = run.model, run.norms
     else:
         model, norms = _hugging_face(base, settings), None
         if variant == "none":
             model.requires_grad_(False)  # but an engine needs something to train: 4096 numbers
             (model.model.multi_modal_projector if settings.pictures else model.model.norm).requires_grad_(True)
-        else:
+        elif variant != "deepspeed-full":
             model = _peft(model, variant == "peft-dora", settings)
     model.enable_input_require_grads()
     if settings.checkpointing and norms is not None:
@@ -95,7 +100,7 @@ def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
 def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]:
     from dora_dist.adapters.inject import by_pattern
     from dora_dist.adapters.methods import DynamicRank, LowRank, WeightDecomposed
-    from dora_dist.models.build import build_model
+    from dora_dist.models import build
     from dora_dist.zero3.placement import ShardedPlacement
 
     r, alpha = settings.start_rank if variant in GATED else settings.r, settings.alpha
@@ -104,7 +109,7 @@ def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
     update = (DynamicRank if variant in GATED else LowRank)(r, alpha, dropout=settings.dropout)
     method = update if variant == "lora" else WeightDecomposed(update)
     placement = ShardedPlacement(settings.deepspeed_config())
-    adapted = build_model(base, by_pattern(method, [TARGETS]), placement, head=_head(settings))
+    adapted = build.build_model(base, by_pattern(method, [TARGETS]), placement, head=_head(settings))
     if settings.pictures:
         adapted.family.prepare_for_training(adapted.model)
     return adapted.model, adapted.norms

@@ -8,7 +8,7 @@ from typing import Any
 
 from stepbench.settings import VARIANTS, Settings
 
-REFERENCES = ("peft-lora", "peft-dora")
+REFERENCES = ("peft-lora", "peft-dora", "deepspeed-full")
 
 
 def summary(results: dict[str, list[list[dict[str, Any]]]], settings: Settings) -> dict[str, Any]:
@@ -68,7 +68,8 @@ def _variant(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """Plain text, one line a variant."""
     head = (
-        f"{'variant':25s}{'median s':>9s}{'min':>8s}{'IQR':>7s}{'CPU s':>8s}{'/ PEFT LoRA':>12s}{'/ PEFT DoRA':>12s}"
+        f"{'variant':25s}{'median s':>9s}{'min':>8s}{'IQR':>7s}{'CPU s':>8s}"
+        f"{'/ PEFT LoRA':>12s}{'/ PEFT DoRA':>12s}{'/ DeepSpeed':>12s}"
         f"{'peak MB':>9s}{'received MB':>12s}{'norm MB':>9s}{'norm %':>8s}{'score %':>8s}"
         f"{'trained M':>11s}{'optimizer MB':>13s}"
     )

@@ -21,6 +21,8 @@ VARIANTS = {
     "dynamic": "  with scoring, DEM",
     "closed": "this project, gates closed",
     "compacted": "this project, compacted",
+    "full": "this project, full",
+    "deepspeed-full": "plain DeepSpeed, full",
 }
 DEFAULT_VARIANTS = ["dora", "lora", "none", "peft-lora", "peft-dora"]
 TARGETS = r"(?!.*vision_tower).*\.(q|k|v|o|gate|up|down)_proj"

@@ -51,7 +51,10 @@ class NativeLayer:
 
 @dataclass(kw_only=True)
 class NativeAdapter:
-    """An adapter in memory, as `adapter_folder.SavedAdapter` has it; `layers` by module name of the base model."""
+    """An adapter in memory, as `adapter_folder.SavedAdapter` has it; `layers` by module name of the base model.
+
+    `stored`, of what was trained in full, is not in memory but in a folder, under another name there.
+    """
 
     base_model: str
     layers: dict[str, NativeLayer]
@@ -59,6 +62,7 @@ class NativeAdapter:
     task_type: str | None = "CAUSAL_LM"
     modules_to_save: list[str] = field(default_factory=list)
     trained: Mapping[str, Tensor] = field(default_factory=dict)
+    stored: dict[str, tuple[TensorFolder, str]] = field(default_factory=dict)
     model_config: dict[str, Any] = field(default_factory=dict)
     base_digest: str = ""
     base_storage: str = PLAIN.name
@@ -86,16 +90,20 @@ class NativeAdapter:
         config = {
             "format": FORMAT,
             **{name: getattr(self, name) for name in (*_TEXTS, "revision", "task_type", "modules_to_save")},
-            "trained": list(self.trained),
+            "trained": [*self.trained, *self.stored],
             "layers": {n: {"shape": list(m.shape), "method": m.method.settings()} for n, m in self.layers.items()},
         }
         tensors = {f"{n}.{kind}": values for n, layer in self.layers.items() for kind, values in layer.values.items()}
         tensors |= self.trained
         layout = [(name, torch.float32, tuple(values.shape)) for name, values in tensors.items()]
+        layout += [(n, torch.float32, source.entry(theirs).shape) for n, (source, theirs) in self.stored.items()]
         with new_folder(path, overwrite) as folder:
             with TensorWriter(folder / f"{WEIGHTS_STEM}.safetensors", layout, {"format": "pt"}) as writer:
                 for name, values in tensors.items():
                     writer.write(name, values.float())
+                for name, (source, theirs) in self.stored.items():
+                    for piece in source.in_pieces(theirs, dtype=torch.float32):
+                        writer.write(name, piece)
             (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if self.model_config:
                 text = json.dumps(self.model_config, indent=2) + "\n"

@@ -36,7 +36,7 @@ from dora_dist.adapters.peft_layer import AdapterLayer, VeraLayer
 from dora_dist.adapters.peft_vera import VeraFolder
 from dora_dist.adapters.storage import PLAIN
 from dora_dist.runtime.folders import new_folder
-from dora_dist.weights.safetensors_io import TensorWriter
+from dora_dist.weights.safetensors_io import TensorFolder, TensorWriter
 
 
 @dataclass
@@ -44,10 +44,10 @@ class PeftAdapter:
     """An adapter in memory; `layers` maps module names of the base model to their parameters.
 
     `lora_alpha` and `r` are the defaults that single layers may depart from. `modules_to_save` are modules trained
-    in full, `trained` their parameters and single ones by name, fp32; `all_biases` says that every bias of the model is
-    among these. `model_config` is what the model's configuration needs for them, `base_digest` the `sampled_digest` of
-    the base, "" where it is not known, `base_storage` the storage that held it in training, and `source` the folder
-    that it was read from.
+    in full, `trained` their parameters and single ones by name, fp32, `stored` those of them that are not in memory but
+    in a folder, under another name there; `all_biases` says that every bias of the model is among these. `model_config`
+    is what the model's configuration needs for them, `base_digest` the `sampled_digest` of the base, "" where it is not
+    known, `base_storage` the storage that held it in training, and `source` the folder that it was read from.
     """
 
     base_model: str
@@ -61,6 +61,7 @@ class PeftAdapter:
     modules_to_save: list[str] = field(default_factory=list)
     all_biases: bool = False
     trained: Mapping[str, Tensor] = field(default_factory=dict)
+    stored: dict[str, tuple[TensorFolder, str]] = field(default_factory=dict)
     model_config: dict[str, Any] = field(default_factory=dict)
     base_digest: str = ""
     base_storage: str = PLAIN.name
@@ -131,8 +132,8 @@ def write_peft_folder(
     """
     kinds = {type(layer) for layer in adapter.layers.values()}
     tensors, fields = _vera(adapter) if kinds == {VeraLayer} else _lora(adapter, dtype)
-    trained = {name: _stored_name(name, adapter.layers) for name in adapter.trained}
-    tensors |= {stored: adapter.trained[name].float() for name, stored in trained.items()}
+    trained = {name: _stored_name(name, adapter.layers) for name in (*adapter.trained, *adapter.stored)}
+    tensors |= {trained[name]: values.float() for name, values in adapter.trained.items()}
     config = {
         **fields,
         "task_type": adapter.task_type,
@@ -151,10 +152,15 @@ def write_peft_folder(
     if single := [stored for name, stored in trained.items() if saved_module(name, adapter.modules_to_save) is None]:
         metadata[PARAMETERS] = json.dumps(single)
     layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    for name, (source, theirs) in adapter.stored.items():
+        layout.append((trained[name], torch.float32, source.entry(theirs).shape))
     with new_folder(path, overwrite) as folder:
         with TensorWriter(folder / f"{WEIGHTS_STEM}.safetensors", layout, metadata) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
+            for name, (source, theirs) in adapter.stored.items():
+                for piece in source.in_pieces(theirs, dtype=torch.float32):
+                    writer.write(trained[name], piece)
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if adapter.model_config:
             text = json.dumps(adapter.model_config, indent=2) + "\n"

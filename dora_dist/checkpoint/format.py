@@ -24,6 +24,8 @@ from dora_dist.zero3.partition import full_shape, local_range
 Survivors = Mapping[str, Tensor]
 """Gated layers' names with the indices of the components that are left."""
 
+PIECE = 1 << 22
+"""Elements that are read or written at a time: memory is that of one piece, 16 MB, however large a shard is."""
 _BUDGET_FIELDS = {
     "r": "adapter.r",
     "start_r": "adapter.start_rank_factor",
@@ -49,7 +51,9 @@ def load_checkpoint(folder: Path, engine: Any, model: nn.Module) -> dict[str, An
         for name, parameter in trainable(model):
             start, stop = local_range(parameter)
             for key in KEYS:
-                write_state(parameter, key, source.read_flat(f"{name}.{key}", start, stop))
+                for first in range(start, stop, PIECE) or [start]:  # a rank that holds nothing takes part as well
+                    values = source.read_flat(f"{name}.{key}", first, min(first + PIECE, stop))
+                    write_state(parameter, key, values, offset=first - start)
     return manifest
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,35 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
             f"checkpoint.resume: {folder} is not a complete checkpoint (no readable {MANIFEST}: {error})"
         ) from error
     _check_manifest(folder, manifest)
-    for name, entry in files.items():
-        path = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise UserError(f"checkpoint.resume: {folder / MANIFEST} lists {name!r}, which leaves the folder")
-        if not path.is_file():
-            raise Damaged(f"checkpoint.resume: {path} is missing; resume from another checkpoint")
-        if path.stat().st_size != entry["bytes"] or (verify and sha256(path) != entry["sha256"]):
-            raise Damaged(f"checkpoint.resume: {path} is damaged (size or checksum); resume from another checkpoint")
+    _check_files(folder, files, verify)
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
         if not path.is_dir() and name not in files and name != MANIFEST:
             raise Damaged(f"checkpoint.resume: {path} does not belong to the checkpoint; move it elsewhere")
     return manifest
+
+
+def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], verify: bool) -> None:
+    """Raise Damaged unless every file that is listed is there, of its size, and if `verify` with its checksum."""
+    for name, listed in files.items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise UserError(f"checkpoint.resume: {folder / MANIFEST} lists {name!r}, which leaves the folder")
+        if not path.is_file():
+            raise Damaged(f"checkpoint.resume: {path} is missing; resume from another checkpoint")
+        if path.stat().st_size != listed["bytes"]:
+            raise _damaged(path)
+    if not verify:
+        return
+    with ThreadPoolExecutor() as pool:  # a large state is many files of gigabytes
+        sums = pool.map(sha256, [folder / name for name in files])
+        for (name, listed), found in zip(files.items(), sums, strict=True):
+            if found != listed["sha256"]:
+                raise _damaged(folder / name)
+
+
+def _damaged(path: Path) -> Damaged:
+    return Damaged(f"checkpoint.resume: {path} is damaged (size or checksum); resume from another checkpoint")
 
 
 def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:

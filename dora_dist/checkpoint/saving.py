@@ -1,21 +1,21 @@
 """Saving what trains, while it goes on training.
 
-Training stands still only while each rank copies its own shards to host memory. A thread of every rank then sends
-the copies to rank 0, tensor by tensor over a process group of its own, and rank 0's thread writes the folder.
+Training stands still only while each rank takes its state (`state_writers.py`): a small one is copied to host memory,
+a large one goes into the rank's own file. A thread of every rank does the rest, over a process group of its own; rank
+0's adds what there is once, and the manifest last.
 """
 
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from dora_dist.adapters.adapter_folder import SavedAdapter
@@ -27,22 +27,14 @@ from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.adapters.storage import PLAIN
 from dora_dist.checkpoint import run_folder
-from dora_dist.checkpoint.format import (
-    Survivors,
-    adapter_ranks,
-    component_owners,
-    identity,
-    stored_shapes,
-    trainable,
-)
+from dora_dist.checkpoint.format import Survivors, adapter_ranks, identity
 from dora_dist.checkpoint.manifest import write_manifest
-from dora_dist.checkpoint.state import KEYS, STATE
+from dora_dist.checkpoint.state import Masters, open_files
+from dora_dist.checkpoint.state_writers import state_writer
 from dora_dist.models.heads import CAUSAL_LM, Head
+from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import new_folder
-from dora_dist.weights.safetensors_io import TensorWriter
-from dora_dist.zero3.optimizer_state import optimizer_step_count, read_state
-from dora_dist.zero3.partition import full_numel, full_shape, shard_length
-from dora_dist.zero3.state_names import MASTER
+from dora_dist.zero3.optimizer_state import optimizer_step_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +73,7 @@ class Saver:
         self._engine, self._model, self._origin = engine, model, origin
         # Always gloo: the copies are in host memory, and the device's own group belongs to training.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s), group_desc="saving")
-        self._trainable = trainable(model)
-        self._lengths = [shard_length(p) for _, p in self._trainable]
-        # Made and touched now, and kept: fresh memory costs more than copying into it.
-        copies = torch.empty(len(KEYS) * sum(self._lengths), dtype=torch.float32).zero_()
-        self._copies: Tensor = get_accelerator().pin_memory(copies)
+        self._state = state_writer(model, self._group)
         self._thread: threading.Thread | None = None
         self._ended: Saved | None = None
 
@@ -107,7 +95,6 @@ class Saver:
         started = time.perf_counter()
         self.wait()
         survivors = survivors or {}
-        self._take_copies()
         manifest = {
             **fields,
             "optimizer_steps": optimizer_step_count(self._engine),
@@ -118,18 +105,29 @@ class Saver:
             "task_type": self._origin.head.peft_type,
             "model_config": self._origin.head.kept_config(self._model),
         }
+        try:
+            with ExitStack() as opened:
+                partial = self._open(folder, opened)
+                self._state.take(partial, survivors)
+                unfinished = opened.pop_all()
+        except UserError as error:  # on every rank
+            self._ended = Saved(folder, time.perf_counter() - started, 0.0, str(error))
+            return
         stall = time.perf_counter() - started
 
-        def write(state: Iterator[tuple[str, str, Tensor]]) -> None:
-            with new_folder(folder, overwrite=True) as partial:
-                masters = self._write_state(partial / STATE, state, survivors)
-                if isinstance(self._origin.method, AdapterMethod):
-                    self._adapter(self._origin.method, masters).write(partial / run_folder.ADAPTER)
-                    for name, content in self._origin.files.items():
-                        (partial / run_folder.ADAPTER / name).write_bytes(content)
-                (partial / run_folder.TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
-                write_manifest(partial, manifest)
-            afterwards()
+        def write() -> None:
+            with unfinished:  # the folder appears when this is left, and not if an error does it
+                known = self._state.write(partial)
+                if dist.get_rank() == 0:
+                    if isinstance(self._origin.method, AdapterMethod):
+                        masters = Masters(open_files(partial, manifest["model"]["trainable"]))
+                        self._adapter(self._origin.method, masters).write(partial / run_folder.ADAPTER)
+                        for name, content in self._origin.files.items():
+                            (partial / run_folder.ADAPTER / name).write_bytes(content)
+                    (partial / run_folder.TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
+                    write_manifest(partial, manifest, form=self._state.format, known=known)
+            if dist.get_rank() == 0:
+                afterwards()
 
         self._thread = threading.Thread(target=self._run, args=(folder, write, stall), name="saver", daemon=True)
         self._thread.start()
@@ -154,34 +152,27 @@ class Saver:
         self.wait()
         dist.destroy_process_group(self._group)
 
-    # --- while training stands still -------------------------------------------------------------------------------
+    def _open(self, folder: Path, opened: ExitStack) -> Path:
+        """The folder to fill, which rank 0 makes: it takes its name when `opened` is left. UserError on every rank."""
+        found: list[tuple[Path | None, str]] = [(None, "")]
+        if dist.get_rank() == 0:
+            try:
+                found = [(opened.enter_context(new_folder(folder, overwrite=True)), "")]
+            except UserError as error:
+                found = [(None, str(error))]
+        dist.broadcast_object_list(found, src=0, group=self._group)
+        partial, failure = found[0]
+        if partial is None:
+            raise UserError(failure)
+        return partial
 
-    def _take_copies(self) -> None:
-        for (parameter, key), copy in zip(self._tensors(), self._pieces(), strict=True):
-            local = read_state(parameter, key)
-            copy[: local.numel()].copy_(local, non_blocking=True)
-        get_accelerator().synchronize()
-
-    def _tensors(self) -> Iterator[tuple[nn.Parameter, str]]:
-        return ((parameter, key) for _, parameter in self._trainable for key in KEYS)
-
-    def _pieces(self) -> tuple[Tensor, ...]:
-        """Of each tensor this rank's elements, padded to the same length on every rank: views of the copies."""
-        return self._copies.split([length for length in self._lengths for _ in KEYS])
-
-    # --- in the thread ---------------------------------------------------------------------------------------------
-
-    def _run(self, folder: Path, write: Callable[[Iterator[tuple[str, str, Tensor]]], None], stall: float) -> None:
+    def _run(self, folder: Path, write: Callable[[], None], stall: float) -> None:
         started, failure = time.perf_counter(), None
-        state = self._gathered()
         try:
-            if dist.get_rank() == 0:
-                try:
-                    write(state)
-                except Exception as error:  # told to every rank below
-                    failure = str(error)
-            for _ in state:  # the other ranks, and rank 0 after a failure, take part in the remaining gathers
-                pass
+            try:
+                write()
+            except Exception as error:  # told to every rank below
+                failure = str(error)
             outcome = [failure]
             dist.broadcast_object_list(outcome, src=0, group=self._group)
             failure = outcome[0]
@@ -189,37 +180,7 @@ class Saver:
             failure = f"the ranks lost each other: {error}"
         self._ended = Saved(folder, stall, time.perf_counter() - started, failure)
 
-    def _gathered(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Each tensor's parameter name and key, and the whole of it on rank 0; a collective each."""
-        names = [(name, key) for name, _ in self._trainable for key in KEYS]
-        for (name, key), (parameter, _), piece in zip(names, self._tensors(), self._pieces(), strict=True):
-            whole = torch.empty(len(piece) * dist.get_world_size() if dist.get_rank() == 0 else 0)
-            parts = list(whole.split(len(piece))) if dist.get_rank() == 0 else None
-            dist.gather(piece, parts, dst=0, group=self._group)
-            if parts is not None:
-                whole = whole[: full_numel(parameter)].view(full_shape(parameter))
-            yield name, key, whole
-
-    def _write_state(
-        self, path: Path, state: Iterator[tuple[str, str, Tensor]], survivors: Survivors
-    ) -> dict[str, Tensor]:
-        """Stream the state to a safetensors file; returns the masters by parameter name."""
-        shapes, owners = stored_shapes(self._model, survivors), component_owners(self._model)
-        layout = [(f"{name}.{key}", torch.float32, shape) for name, shape in shapes.items() for key in KEYS]
-        masters = {}
-        with TensorWriter(path, layout, metadata={"format": "pt"}) as writer:
-            for name, key, whole in state:
-                if name not in shapes:
-                    continue
-                kept = survivors.get(owners.get(name, ""))
-                if kept is not None:
-                    whole = whole[..., kept.cpu()].contiguous()
-                writer.write(f"{name}.{key}", whole)
-                if key == MASTER:
-                    masters[name] = whole
-        return masters
-
-    def _adapter(self, method: AdapterMethod, masters: dict[str, Tensor]) -> SavedAdapter:
+    def _adapter(self, method: AdapterMethod, masters: Masters) -> SavedAdapter:
         """What trained, in PEFT's format, or in our own where PEFT has none for the method."""
         origin, adapted = self._origin, adapted_layers(self._model)
         own = {name: _own(name, layer, masters) for name, layer in adapted.items()}
@@ -230,7 +191,7 @@ class Saver:
             "task_type": origin.head.peft_type,
             "model_config": origin.head.kept_config(self._model),
             "modules_to_save": [*origin.trained_modules, *origin.besides.modules],
-            "trained": {name: values for name, values in masters.items() if name not in adapters},
+            "stored": {n: (masters.state, masters.stored(n)) for n in masters if n not in adapters},
             "base_digest": origin.base_digest,
             "base_storage": next((layer.storage.name for layer in adapted.values()), PLAIN.name),
         }
@@ -249,7 +210,7 @@ class Saver:
         )
 
 
-def _own(name: str, layer: AdaptedLinear, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+def _own(name: str, layer: AdaptedLinear, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A layer's parameters, as far as they are left."""
     # This is a thread, so it asks the method for names and not the layer for its parameters: during a forward pass
     # DeepSpeed's lookup of a parameter that is away gathers it, which is collective.

@@ -13,7 +13,6 @@ from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
@@ -42,15 +41,33 @@ def _has_moment(parameter: nn.Parameter, key: str) -> bool:
     return key in zero3.optimizer.state.get(zero3.fp32_partitioned_groups_flat[sub_group], {})
 
 
-def write_state(parameter: nn.Parameter, key: str, values: Tensor) -> None:
-    """Write this rank's valid elements of the master or of a moment. The master reaches every copy of the parameter."""
-    padded = _padded(parameter, values)
+def held_state(parameter: nn.Parameter, key: str) -> Tensor | None:
+    """As `read_state`, where the engine holds it, on the device or offloaded to the host: a view, nothing is copied.
+
+    None for a moment before the first step.
+    """
+    if key != MASTER and not _has_moment(parameter, key):
+        return None
+    start, stop = local_range(parameter)
+    zero3 = parameter._z3_optimizer
+    sub_group, first, _ = zero3.grad_position[zero3.get_param_id(parameter)]
+    flat = zero3.fp32_partitioned_groups_flat[sub_group]
+    held: Tensor = flat if key == MASTER else zero3.optimizer.state[flat][key]
+    return held.detach()[first : first + stop - start]
+
+
+def write_state(parameter: nn.Parameter, key: str, values: Tensor, offset: int = 0) -> None:
+    """Write this rank's valid elements of the master or of a moment, from its own element `offset` on.
+
+    The master reaches every copy of the parameter, so every rank writes one, be it of no elements.
+    """
+    place = slice(offset, offset + len(values))
+    held = held_state(parameter, key)
+    assert held is not None  # `create_optimizer_state` has made the moments
+    held[place].copy_(values)
     if key == MASTER:
-        safe_set_local_fp32_param(parameter, padded)
-        parameter.ds_tensor.data.copy_(padded)
+        parameter.ds_tensor.data[place].copy_(values)
         forget_copies(parameter)
-    else:
-        safe_set_local_optimizer_state(parameter, padded, key)
 
 
 def _padded(parameter: nn.Parameter, values: Tensor) -> Tensor:

@@ -95,10 +95,15 @@ def test_of_a_llava_projector_and_language_model_train_and_the_tower_is_read_onc
 
 
 def test_scoring_and_pruning_are_measured_beside_the_same_layer_without_them(tmp_path: Path) -> None:
+    # In the same run: full fine-tuning, here and as plain DeepSpeed does it.
     flags = ("--rounds", "1", "--warmup", "1", "--steps", "1", "--variants", "gated", "dynamic")
-    done = run(*flags, "--output", str(tmp_path))
+    done = run(*flags, "full", "deepspeed-full", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     variants = json.loads((tmp_path / "step.json").read_text())["variants"]
+    whole = [variants[name]["trainable"] for name in ("full", "deepspeed-full")]
+    norms, vocabulary = (2 * LAYERS + 1) * HIDDEN, 2 * 50 * HIDDEN
+    assert whole == [LAYERS * sum(out * into for out, into in SHAPES) + norms + vocabulary] * 2
+    assert variants["full"]["losses"] == pytest.approx(variants["deepspeed-full"]["losses"], rel=2**-8)
     assert variants["gated"]["scoring_share"] == 0 < variants["dynamic"]["scoring_share"]
     assert variants["gated"]["trainable"] == variants["dynamic"]["trainable"]
 
@@ -131,6 +136,7 @@ def test_the_benchmark_of_saves_measures_both_kinds_of_saves(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "save.json").read_text())
     assert len(found["synchronous_s"]) == len(found["stall_s"]) == 1
+    assert found["save_peak_bytes"] >= 0 and found["load_peak_bytes"] >= 0
     assert found["bytes"] > 12 * found["trained"] > 12 * 200_000  # fp32 master and two moments, and the adapter itself
 
 
