@@ -182,7 +182,7 @@ def test_the_merged_model_and_the_evaluated_run_are_the_trained_model(folder: Pa
     assert (logits(merged) - logits(trained)).abs().max() < 1e-4
     evaluated, _ = load_for_inference(str(folder / name), "fp32")
     assert (logits(evaluated) - logits(trained)).abs().max() < 1e-4
-    assert (logits(trained) - logits(AutoModelForCausalLM.from_pretrained(folder / "base"))).abs().max() > 0.1
+    assert (logits(trained) - logits(AutoModelForCausalLM.from_pretrained(folder / "base"))).abs().max() > 0.02
 
 
 def test_a_base_that_stores_a_tied_weight_twice_gets_both_replaced(folder: Path, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_biases_and_norms_besides_an_adapter_are_the_same_in_peft_merged_and_eva
     base = AutoModelForCausalLM.from_pretrained(folder / "biased", dtype=torch.float32)
     assert torch.equal(logits(PeftModel.from_pretrained(base, str(tmp_path / "again"))), logits(peft))
     losses = metrics(folder / name)["losses"]
-    assert losses[6] < losses[1] - 0.1
+    assert losses[6] < losses[1] - 0.05
 
 
 def test_a_whole_classifier_has_its_new_head_and_labels_once_merged(folder: Path, tmp_path: Path) -> None:
