@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,14 +98,15 @@ def located(config: RunConfig) -> RunConfig:
         "path": _absolute(model.path),
         "tokenizer": model.tokenizer and _absolute(model.tokenizer),
     }
-    sources = {field: _sources(getattr(data, field)) for field in ("train", "validation", "features")}
+    sources = {split: _sources(getattr(data, split), _source) for split in ("train", "validation")}
+    features = {"features": _sources(data.features, os.path.abspath)}
     pictures = {"image_folder": data.image_folder and os.path.abspath(data.image_folder)}
     start = {"init_from": adapter.init_from and os.path.abspath(adapter.init_from)}
     return config.model_copy(
         update={
             "model": model.model_copy(update=places),
             "adapter": adapter.model_copy(update=start),
-            "data": data.model_copy(update=sources | pictures),
+            "data": data.model_copy(update=sources | features | pictures),
         }
     )
 
@@ -114,13 +115,18 @@ def _absolute(name: str) -> str:
     return os.path.abspath(name) if is_local(name) else name
 
 
-def _sources(names: Sources) -> Any:
+def _sources(names: Sources, place: Callable[[str], str]) -> Any:
+    """A field of sources with the `place` of each name."""
     if isinstance(names, Mapping):
-        return {task: _sources(of_task) for task, of_task in names.items()}
+        return {task: _sources(of_task, place) for task, of_task in names.items()}
     if names is None or isinstance(names, list):
-        return names and [_sources(name) for name in names]
-    named = data_set(names)
-    return names if named is not None and not named.is_here else os.path.abspath(names)
+        return names and [place(name) for name in names]
+    return place(names)
+
+
+def _source(name: str) -> str:
+    named = data_set(name)
+    return name if named is not None and not named.is_here else os.path.abspath(name)
 
 
 def record(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dora_dist.checkpoint.resuming import located
 from dora_dist.config import DataConfig, RunConfig
 from dora_dist.data import FILLER, EpochBatches, TokenizedData, VisionCollator, VisionReader, read, text_filler
 from dora_dist.data.collate import Collator
@@ -19,6 +20,7 @@ from dora_dist.runtime.errors import UserError
 from dora_dist.tasks import problems
 from dora_dist.tasks.objectives.vision import VisionWriting
 from tests import subtasks, summaries
+from tests.conftest import ROOT
 
 TEXT = summaries.tokenizer(subtasks.texts(), size=500)
 ALL = (*subtasks.PICTURES, *subtasks.VIDEOS)
@@ -307,3 +309,20 @@ def test_missing_features_and_widths_are_refused_by_name(folder: Path, tmp_path:
     train.check_model(SimpleNamespace(config=SimpleNamespace(feature_dim=7)))
     with pytest.raises(UserError, match=r"of width 7, and the model reads 2048 .*; set model.feature_dim to 7"):
         train.check_model(SimpleNamespace(config=SimpleNamespace(feature_dim=2048)))
+
+
+def test_sources_by_task_come_from_the_command_line_and_are_written_down_with_their_places() -> None:
+    recipe = ROOT / "configs/vlbart_image_lora.json"
+    words = ["--data.train", '{"vqa": ["a.json", "b.json"], "nlvr2": "c.json"}', "--data.features=d.h5"]
+    config = RunConfig.load(recipe, words, rules=problems)
+    assert config.data.train == {"vqa": ["a.json", "b.json"], "nlvr2": "c.json"} and config.data.features == "d.h5"
+    written = located(config).data
+    assert written.train == {
+        "vqa": [str(Path.cwd() / f"{name}.json") for name in "ab"],
+        "nlvr2": str(Path.cwd() / "c.json"),
+    }
+    assert written.features == str(Path.cwd() / "d.h5")
+    with pytest.raises(UserError) as caught:
+        config.check_files()
+    for field, name in (("train", "b.json"), ("features", "d.h5")):
+        assert f'data.{field} = "{name}": no such file' in str(caught.value)
