@@ -98,8 +98,8 @@ class AdapterConfig(Section):
     method: str | None = Field(
         default=None,
         min_length=1,
-        description="Adapter method by name: vera (with weight_decomposed DVoRA), mora, full, or a plugin's; null: "
-        "LoRA, DoRA or dynamic rank, as weight_decomposed and dynamic_rank say",
+        description="Adapter method by name: vera (with weight_decomposed DVoRA), mora, full (no adapter: the model "
+        "itself is trained), or a plugin's; null: LoRA, DoRA or dynamic rank, by weight_decomposed and dynamic_rank",
     )
     settings: dict[str, Any] = Field(
         default={},
@@ -127,7 +127,7 @@ class AdapterConfig(Section):
     target_modules: Patterns | None = Field(
         default=None,
         description="Linear layers to adapt: endings of module names, or expressions for whole names; "
-        "null: the model family's default",
+        "null: the model family's default. With full: any modules to train, null: the whole model",
     )
     magnitude_only_modules: Patterns = Field(
         default=[],
