@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.checkpoint.state import open_state, state_file
 from tests import toy
 from tests.distributed.test_training import limit_file_size
@@ -153,6 +154,13 @@ def test_several_files_hold_what_one_would(folder: Path, step: int) -> None:
         json.loads((folder / n / checkpoint.name / "manifest.json").read_text())["format"] for n in ("whole", "two")
     ]
     assert formats == [2, 3]
+
+
+def test_a_merge_reads_several_files_as_one(folder: Path, tmp_path: Path) -> None:
+    for name in ("two", "whole"):
+        consolidate(folder / name / "checkpoint-6", folder / "base", tmp_path / name, progress=False)
+    merged = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("two", "whole")]
+    assert merged[0] == merged[1] != (folder / "base" / "model.safetensors").read_bytes()
 
 
 def test_a_resumed_run_goes_on_bit_for_bit_also_after_one_that_was_killed_in_a_save(folder: Path) -> None:
