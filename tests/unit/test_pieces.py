@@ -1,11 +1,14 @@
 """Tensors in pieces: whatever way they are cut, any range reads as from the whole."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from dora_dist.adapters.native_format import NativeAdapter
+from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.checkpoint.manifest import FORMAT_OF_SHARDS, Damaged, read_manifest, write_manifest
 from dora_dist.checkpoint.state import KEYS, STATE, Masters, open_files, open_state, state_file
 from dora_dist.runtime.errors import UserError
@@ -87,3 +90,20 @@ def test_a_state_file_that_is_missing_or_damaged_is_named(tmp_path: Path) -> Non
         read_manifest(folder)
     with pytest.raises(UserError, match="holds 2 of 3 state files"):
         open_files(folder, SHAPES)
+
+
+@pytest.mark.parametrize("kind", [PeftAdapter, NativeAdapter])
+def test_what_was_trained_in_full_is_copied_out_of_a_state_as_it_would_be_written_from_memory(
+    tmp_path: Path, kind: Any
+) -> None:
+    state = {f"head.{name}.{key}": tensor.clone() for name, tensor in WHOLE.items() for key in KEYS}
+    for rank in range(2):
+        cuts = {name: tensor.flatten().tensor_split(2)[rank].contiguous() for name, tensor in state.items()}
+        save_file(cuts, tmp_path / state_file(rank, 2))
+    masters = Masters(open_files(tmp_path, {f"head.{name}": shape for name, shape in SHAPES.items()}))
+    own = {"lora_alpha": 2.0, "r": 2, "dropout": 0.0, "use_dora": False} if kind is PeftAdapter else {}
+    common = {"base_model": "base", "layers": {}, "modules_to_save": ["head"], **own}
+    kind(**common, trained=dict(masters)).write(tmp_path / "memory")
+    kind(**common, stored={name: (masters.state, masters.stored(name)) for name in masters}).write(tmp_path / "state")
+    written, copied = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("memory", "state"))
+    assert written == copied and len(written) == 2
