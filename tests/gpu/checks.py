@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from dora_dist.analysis.decomposition import read_recordings
 from dora_dist.runtime.exit_codes import LOST_RANK
 from tests import toy
 from tests.conftest import ROOT
@@ -173,10 +174,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def toy_run(here: Machine, models: Path, folder: Path, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
-    """An action: six steps in fp32, with checkpoints after the third and the last."""
+    """An action: six steps in fp32, with checkpoints and recordings after the third and the last."""
     changes["training"] = {"global_batch_size": max(8, here.ranks), **changes.get("training", {})}
     changes["engine"] = {"reduce_bucket_size": 100_000, **changes.get("engine", {})}
-    raw = config(models / "llama", folder / "data.json", folder / name, **changes)
+    raw = config(models / "llama", folder / "data.json", folder / name, analysis={"every": 3}, **changes)
     raw["model"]["attn_implementation"] = "eager"  # flash attention's backward adds up in no fixed order
     return {"do": "train", "config": raw}
 
@@ -209,6 +210,23 @@ def test_engine_option(runs: dict[str, Any], name: str, record_property: Note) -
     difference = apart(result(runs, name)["losses"], result(runs, "plain")["losses"])
     record_property("", f"losses within {difference:.1e} of the plain run's")
     assert difference <= FP32
+
+
+def test_what_is_recorded_does_not_depend_on_where_weights_are(
+    runs: dict[str, Any], folder: Path, record_property: Note
+) -> None:
+    assert result(runs, "plain") and result(runs, "both offloaded")
+    plain, offloaded = (
+        [
+            (moved.delta_m or 0.0, moved.delta_d or 0.0)
+            for recording in read_recordings(folder / name / "analysis.jsonl")
+            for moved in recording.matrices.values()
+        ]
+        for name in ("plain", "both offloaded")
+    )
+    record_property("", f"{len(plain)} matrices, ΔM up to {max(m for m, _ in plain):.2g}")
+    for found, expected in zip(offloaded, plain, strict=True):
+        assert min(expected) > 0 and found == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["pruned", "pruned and offloaded"])

@@ -30,6 +30,7 @@ EVERYTHING: Sections = {
     },
     "training": {"max_steps": 3, "warmup_steps": 0, "global_batch_size": 4, "eval_every": 3},
     "checkpoint": {"save_every": None},
+    "analysis": {"every": 2},
 }
 STATIC: Sections = {"adapter": {"dynamic_rank": False}, "training": {"max_steps": 1, "eval_every": 1}}
 
