@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dora_dist.analysis.decomposition import read_recordings
+from dora_dist.cli import main
 from tests import toy
 from tests.distributed.training_runs import config, run
 from tests.ranks import run_ranks
@@ -111,6 +112,13 @@ def test_recording_for_the_analysis_changes_no_bit_and_goes_on_after_a_resume(ru
     assert [(r.step, len(r.matrices)) for r in after] == [(4, 2), (6, 2)]
     assert all(m.delta_m and m.delta_d and m.rows for m in before.matrices.values())
     assert not (folder / "unchanged" / "analysis.jsonl").exists()
+    figure = folder / "analysis.png"
+    assert main(["analyze", str(folder / "first"), str(folder / "decaying"), "--output", str(figure)]) == 0
+    panels = json.loads(figure.with_suffix(".json").read_text())["panels"]
+    assert [(p["title"], p["steps"], p["points"]) for p in panels] == [
+        ("DoRA (first)", [2, 4, 5], 3 * 4),
+        ("DoRA (decaying)", [2, 3, 4, 6], 2 * 4 + 2 * 2),
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in FOLLOWED if name not in ("unchanged", "micro")])
