@@ -66,15 +66,15 @@ def parameters_matching(
     return [name for name in dict.fromkeys(names.values()) if name in chosen]
 
 
-def named(patterns: Sequence[str], names: Sequence[str], field: str) -> list[str]:
+def named(patterns: Sequence[str], names: Sequence[str], field: str, *, every: bool = True) -> list[str]:
     """Those of `names` that any of the patterns matches, in their order; all of them without patterns.
 
-    Raises UserError, naming the `field` of the patterns, if one matches none.
+    Raises UserError, naming the `field` of the patterns, if one matches none and `every` one should.
     """
     chosen: set[str] = set()
     for pattern in patterns:
         found = {name for name in names if matches(pattern, name, field)}
-        if not found:
+        if not found and every:
             kinds = Counter(name.rpartition(".")[2] for name in names)
             there = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
             raise UserError(f"{field}: {pattern!r} matches none of the layers that can be recorded: {there}")

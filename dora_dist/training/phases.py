@@ -180,8 +180,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, phase: Phase, ranks: Ranks)
     # Deadlines end before the report draws what only rank 0 draws.
     callbacks: list[TrainerCallback] = [Randomness(training.seed, world.rank), Deadlines(ranks.watch, config.engine)]
     if config.analysis.every:
-        title = chosen(config.adapter).title
-        callbacks.append(AnalysisCallback(adapted, config.analysis, method=title, world=world, run_dir=run_dir))
+        callbacks.append(_recorder(config, adapted, phase, world))
     callbacks.append(report)
     if config.logging.tensorboard:
         callbacks.append(_tensorboard(run_dir))
@@ -200,6 +199,17 @@ def build_trainer(config: RunConfig, inputs: Inputs, phase: Phase, ranks: Ranks)
         callbacks=callbacks,
         open_checkpoints=partial(_open_checkpoints, config, inputs, phase, world=world, adapted=adapted),
         forget_best=forgets_best(phase.changed) or elsewhere,
+    )
+
+
+def _recorder(config: RunConfig, adapted: AdaptedModel, phase: Phase, world: World) -> AnalysisCallback:
+    return AnalysisCallback(
+        adapted,
+        config.analysis,
+        method=chosen(config.adapter).title,
+        world=world,
+        run_dir=Path(config.checkpoint.run_dir),
+        pruned=phase.ranks is not None,
     )
 
 

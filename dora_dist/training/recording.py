@@ -24,20 +24,23 @@ class AnalysisCallback(TrainerCallback):
     It refreshes the norms that the next forward would have refreshed. Collective; rank 0 writes.
     """
 
-    def __init__(self, run: AdaptedModel, options: AnalysisConfig, *, method: str, world: World, run_dir: Path) -> None:
+    def __init__(
+        self, run: AdaptedModel, options: AnalysisConfig, *, method: str, world: World, run_dir: Path, pruned: bool
+    ) -> None:
         """What is recorded is in `adapted` and `trained`, by the layers' names.
 
-        Raises UserError where there is nothing to record, or where a pattern of analysis.modules names nothing.
+        Raises UserError where there is nothing to record, or where a pattern of analysis.modules names nothing, unless
+        layers that were there before are `pruned` away.
         """
         self._norms, self._base, self._every = run.norms, run.source.folder, options.every
         self._method, self._world, self._file = method, world, run_dir / ANALYSIS
         adapted, trained = adapted_layers(run.model), _trained_weights(run)
-        if not adapted and not trained:
+        if not adapted and not trained and not pruned:
             raise UserError(
                 f"analysis.every = {options.every}: this run neither adapts nor trains a linear layer that the base "
                 "has; set it to 0"
             )
-        chosen = set(named(options.modules, [*adapted, *trained], "analysis.modules"))
+        chosen = set(named(options.modules, [*adapted, *trained], "analysis.modules", every=not pruned))
         self.adapted = {name: layer for name, layer in adapted.items() if name in chosen}
         self.trained = {name: weight for name, weight in trained.items() if name in chosen}
 

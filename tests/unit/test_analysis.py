@@ -83,10 +83,10 @@ def test_what_is_recorded_are_the_layers_that_move_and_a_wrong_pattern_is_refuse
     base = toy.base_model(tmp_path / "base", tie_word_embeddings=True)
     world = World(rank=0, world_size=1, local_rank=0, local_world_size=1, host="here", launcher="none")
 
-    def recorded(adapter: dict[str, Any], modules: list[str]) -> tuple[list[str], list[str]]:
+    def recorded(adapter: dict[str, Any], modules: list[str], pruned: bool = False) -> tuple[list[str], list[str]]:
         section, options = AdapterConfig(**adapter), AnalysisConfig(every=1, modules=modules)
         run = build_model(ModelConfig(path=str(base), dtype="fp32"), section)
-        callback = AnalysisCallback(run, options, method="", world=world, run_dir=tmp_path)
+        callback = AnalysisCallback(run, options, method="", world=world, run_dir=tmp_path, pruned=pruned)
         return list(callback.adapted), list(callback.trained)
 
     layers = [f"model.layers.{n}" for n in range(2)]
@@ -98,6 +98,7 @@ def test_what_is_recorded_are_the_layers_that_move_and_a_wrong_pattern_is_refuse
     assert (adapted, len(trained)) == ([], 2 * 7)  # not lm_head, whose weight is the embedding's
     with pytest.raises(UserError, match=r"analysis\.modules: 'k_proj' matches none .*: q_proj \(2\), up_proj \(2\)"):
         recorded(both, ["k_proj"])
+    assert recorded(both, ["k_proj"], pruned=True) == ([], [])
     with pytest.raises(UserError, match=r"analysis\.every = 1: this run neither adapts nor trains a linear layer"):
         recorded({"method": "full", "target_modules": ["norm"]}, [])
 
