@@ -70,7 +70,7 @@ def about_model(config: RunConfig, run: AdaptedModel, world: World, *, parts: Ma
     if run.adapted and run.besides.parameters:
         single = Counter(".".join(name.split(".")[-2:]) for name in run.besides.parameters)
         line("besides", ", ".join(f"{kind} ({count})" for kind, count in single.most_common()))
-    if run.trained and (run.adapted or run.fresh):
+    if run.trained and (run.adapted or run.fresh or not run.besides.parameters):
         new = f"; new, not in the base: {', '.join(run.fresh)}" if run.fresh else ""
         line("in full", f"{', '.join(run.trained)}{new}")
     plan = config.training.batch_plan(world.world_size)
