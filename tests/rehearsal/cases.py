@@ -183,6 +183,19 @@ def in_full(folder: Path) -> Case:
     return case
 
 
+def mora(folder: Path) -> Case:
+    """Each type, on weights that are packed; norms whose gradient reads the weight itself."""
+    case = _decoder(folder, "llama")
+    case.plugins += ["add_a_storage"]
+    for kind, decomposed in ((1, False), (1, True), (6, True)):
+        section: dict[str, Any] = {"method": "mora", "settings": {"type": kind}, "weight_decomposed": decomposed}
+        section["norm_gradient"] = "full" if decomposed else "detached"
+        changes: Sections = {"model": {"storage": "eight_bits"}, "adapter": section}
+        last = case.run(f"mora-{kind}-{decomposed}", BF16, STATIC, changes)
+        case.score(last, task="boolq", mode="likelihood", limit=3, dtype="bf16")
+    return case
+
+
 # --- encoders -----------------------------------------------------------------------------------------------------
 
 PAIRS: Sections = {"data": {"format": "classification", "text_fields": ["sentence1", "sentence2"], "cutoff_len": 32}}
@@ -263,6 +276,7 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "from outside": from_outside,
     "vera": with_method("vera"),
     "in full": in_full,
+    "mora": mora,
     "bart": bart,
     **{f"llava with {tower}": llava_with(tower) for tower in llava.TOWERS},
 }
