@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dora_dist.config import AdapterConfig
-from tests import encoders, llava, summaries, toy
+from tests import encoders, llava, subtasks, summaries, toy
 from tests.distributed.training_runs import config
 
 Sections = dict[str, dict[str, Any]]
@@ -245,6 +245,24 @@ def bart(folder: Path) -> Case:
     return case
 
 
+def vl_bart(folder: Path) -> Case:
+    """Texts with pictures in pairs or videos; answers and captions that the model writes; biases are trained, too."""
+    summaries.base_model(folder / "base", subtasks.texts(), end_bias=4.0)
+    train = subtasks.write(folder, 6, ("nlvr2", "tvc"))
+    (folder / "data.json").write_text(json.dumps(train))
+    case = Case(folder)
+    seeing: Sections = {
+        "model": {"task": "vision_seq2seq_lm", "feature_dim": subtasks.WIDTH},
+        "adapter": {"trained_parameters": ["bias"]},
+        "data": subtasks.section(subtasks.features(folder, 9), train, cutoff_len=40, target_len=6),
+        "training": {"num_beams": 2},
+    }
+    last = case.run("run", seeing)
+    case.score(last, "tvc-0.json", task="tvc", limit=3)
+    case.run("bf16", seeing, BF16, STATIC)
+    return case
+
+
 def llava_with(tower: str) -> Callable[[Path], Case]:
     """Pictures and plain texts in one batch, adapters in the tower too; answers to questions about pictures."""
 
@@ -278,5 +296,6 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "in full": in_full,
     "mora": mora,
     "bart": bart,
+    "vl-bart": vl_bart,
     **{f"llava with {tower}": llava_with(tower) for tower in llava.TOWERS},
 }
