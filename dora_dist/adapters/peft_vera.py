@@ -1,8 +1,8 @@
 """PEFT folders of VeRA: two vectors a module, and the key of the matrices that all modules share.
 
 PEFT writes the matrices into the folder, unless told not to; here they follow from the key, and those of a folder must
-be the same. The folder says of no module how wide its input is, and the matrices are as wide as the widest: that comes
-from the base.
+be the same. The folder says of no module how wide its input is, and the matrices are as wide as the widest: the base
+says that.
 """
 
 from __future__ import annotations
