@@ -36,6 +36,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[..., Tensor]]]
     "vera": ({"projection_prng_key": 7}, {"learning_rate": 0.03}, vera_delta),
 }
 """By name in configurations: settings, what else training needs, and ΔW in fp64 of a layer's parameters."""
+RECIPES = ["llama7b_dvora"]
 RUNS = [f"{over}{name}" for name in METHODS for over in ("", "d-")]
 
 
@@ -68,7 +69,7 @@ def norm_errors(name: str) -> float:
     return max(errors)
 
 
-def norms_and_runs(*configurations: dict[str, Any]) -> dict[str, float]:
+def norms_and_runs(recipes: dict[str, list[str]], *configurations: dict[str, Any]) -> dict[str, float]:
     """On a rank: errors of norms by method, and whole runs."""
     import deepspeed
 
@@ -76,12 +77,20 @@ def norms_and_runs(*configurations: dict[str, Any]) -> dict[str, float]:
     torch.manual_seed(0)
     found = {name: norm_errors(name) for name in METHODS}
     training_runs.run(*configurations)
+    training_runs.train_recipes(recipes)
     return found
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy.training_folder(tmp_path_factory.mktemp("methods"))
+
+
+def scaled_down(folder: Path, name: str) -> list[str]:
+    """Overrides with which a recipe is two steps of a toy."""
+    places = {"model.path": folder / "base", "data.train": folder / "data.json", "checkpoint.run_dir": folder / name}
+    small = {"adapter.r": 8, "data.validation_samples": 2, "training.global_batch_size": 4, "training.eval_every": 2}
+    return training_runs.options({**places, **small, "training.max_steps": 2, "logging.every": 1})
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +107,11 @@ def errors(folder: Path) -> list[dict[str, float]]:
 
     found = []
     for ranks in (1, 2, 3):
-        runs = [described(run, str(ranks)) for run in RUNS]
+        runs, recipes = [described(run, str(ranks)) for run in RUNS], {}
         if ranks == 2:
+            recipes = {name: scaled_down(folder, name) for name in RECIPES}
             runs += [described(run, "on", str(folder / f"{run}-2" / "checkpoint-3")) for run in RUNS]
-        found += run_ranks(norms_and_runs, ranks, *runs)
+        found += run_ranks(norms_and_runs, ranks, recipes, *runs)
     return found
 
 
@@ -140,3 +150,10 @@ def test_the_merged_model_computes_what_the_adapted_one_does(errors: Any, folder
         plain = load_for_inference(str(folder / "base"), "fp32")[0](tokens).logits
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
     assert (logits[0] - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_train(errors: Any, folder: Path, name: str) -> None:
+    found = metrics(folder / name)
+    assert list(found["losses"]) == [1, 2]
+    assert list(found["eval"]) == [2]
