@@ -120,6 +120,7 @@ def create_optimizer_state(engine: Any, step: int) -> None:
     """Make Adam's state exist before the first step (zeros), so that it can be written, with `step` steps counted."""
     zero3 = engine.optimizer
     for flat in zero3.fp32_partitioned_groups_flat:
+        zero3.optimizer.state.pop(flat, None)  # before the new moments ask for as much memory again
         zero3.optimizer.state[flat] = {
             "step": torch.tensor(float(step), dtype=torch.float32),
             **{key: torch.zeros_like(flat.data) for key in MOMENTS},

@@ -131,8 +131,8 @@ def not_finite(folder: Path) -> None:
             "must have a shape [out, in]",
         ),
         (
-            lambda folder: changed_layer(folder, method="loha"),
-            "= 'loha': there is no such method here; name the module",
+            lambda folder: changed_layer(folder, method="absent"),
+            "= 'absent': there is no such method here; name the module",
         ),
         (lambda folder: changed_layer(folder, r="2"), "not settings of the method 'lora'"),
         (lambda folder: changed_layer(folder, beta=1), "not settings of the method 'lora'"),
