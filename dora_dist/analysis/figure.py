@@ -4,13 +4,13 @@ A panel per run or per group of runs that share a title; in it a point for each 
 in the recording's colour, with the marker and the regression line of its kind (query, value).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dora_dist.analysis.points import Panel
+from dora_dist.analysis.points import Panel, Point
 
 _MARKERS, _LINES, _GREY = "osD^vPX*", ("-", "--", "-.", ":"), "0.35"
 
@@ -24,8 +24,10 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
     from matplotlib.lines import Line2D
 
     kinds = list(dict.fromkeys(kind for panel in panels for kind in panel.kinds))
-    places = 1 + max(p.place for panel in panels for p in panel.points)
-    colours = pyplot.get_cmap("viridis")(np.linspace(0.08, 0.88, places))
+    every = [point for panel in panels for point in panel.points]
+    when = what_colours_say(every)
+    times = sorted({when(point) for point in every})
+    colours = dict(zip(times, pyplot.get_cmap("viridis")(np.linspace(0.08, 0.88, len(times))), strict=True))
     columns = min(len(panels), 4)
     shape = -(-len(panels) // columns), columns
     size = (3.7 * columns, 3.4 * shape[0] + 0.7)
@@ -33,13 +35,12 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, panel in zip(axes.flat, panels, strict=False):
-        _draw_panel(axis, panel, kinds, colours)
+        _draw_panel(axis, panel, kinds, [colours[when(point)] for point in panel.points])
     shown = [
         Line2D([], [], marker=marker, linestyle=line, label=kind, markersize=5, color=_GREY, linewidth=1.2)
         for kind, (marker, line) in zip(kinds, _styles(kinds), strict=True)
     ]
-    names = _names_of_places(panels, places)
-    shown += [Line2D([], [], marker="o", linestyle="", color=c, label=n) for c, n in zip(colours, names, strict=True)]
+    shown += [Line2D([], [], marker="o", linestyle="", color=c, label=name) for (_, name), c in colours.items()]
     figure.legend(handles=shown, loc="outside lower center", ncols=min(len(shown), 2 * columns + 1), frameon=False)
     figure.savefig(path, dpi=200)
     pyplot.close(figure)
@@ -50,22 +51,22 @@ def _styles(kinds: Sequence[str]) -> list[tuple[str, Any]]:
     return [(_MARKERS[i % len(_MARKERS)], _LINES[i % len(_LINES)]) for i in range(len(kinds))]
 
 
-def _names_of_places(panels: Sequence[Panel], places: int) -> list[str]:
-    """What the colours mean: steps, where all runs have the same."""
-    steps = [{p.step for panel in panels for p in panel.points if p.place == place} for place in range(places)]
-    if all(len(found) == 1 for found in steps):
-        return [f"step {found.pop():,}" for found in steps]
-    return [f"recording {place + 1} of {places}" for place in range(places)]
+def what_colours_say(points: Sequence[Point]) -> Callable[[Point], tuple[float, str]]:
+    """Of a point, what to sort by and what to read: its step, where runs share steps, else how far its run had come."""
+    if len({point.step for point in points}) <= max(point.places for point in points):
+        return lambda point: (point.step, f"step {point.step:,}")
+    return lambda point: (point.share, f"{point.share:.0%} of a run's recordings")
 
 
-def _draw_panel(axis: Any, panel: Panel, kinds: Sequence[str], colours: Any) -> None:
+def _draw_panel(axis: Any, panel: Panel, kinds: Sequence[str], colours: Sequence[Any]) -> None:
+    """`colours` are the points'."""
     found = panel.correlations
     told, styles = [], dict(zip(kinds, _styles(kinds), strict=True))
     for kind in panel.kinds:
         marker, line = styles[kind]
         own = [p for p in panel.points if p.kind == kind]
         d, m = np.array([[p.delta_d, p.delta_m] for p in own]).T
-        shade = colours[[p.place for p in own]]
+        shade = [colour for p, colour in zip(panel.points, colours, strict=True) if p.kind == kind]
         axis.scatter(d, m, c=shade, marker=marker, s=18, alpha=0.85, linewidths=0)
         if (r := found[kind]) is not None:
             slope, start = np.polyfit(d, m, 1)

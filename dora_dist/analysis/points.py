@@ -24,15 +24,21 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Point:
-    """A matrix at a recording. `place` counts the recordings of its run that are shown."""
+    """A matrix at a recording, which is number `place` (from 0) of the `places` of its run that are shown."""
 
     run: str
     kind: str
     matrix: str
     step: int
     place: int
+    places: int
     delta_d: float
     delta_m: float
+
+    @property
+    def share(self) -> float:
+        """Of the run's recordings that are shown, up to this one."""
+        return (self.place + 1) / self.places
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def points(
     if not of_name:
         raise UserError(f"--modules: {file} has no query or value matrix; name others, it has: {_endings(names)}")
     found = [
-        Point(run, of_name[name], name, recording.step, place, moved.delta_d, moved.delta_m)
+        Point(run, of_name[name], name, recording.step, place, len(recordings), moved.delta_d, moved.delta_m)
         for place, recording in enumerate(recordings)
         for name, moved in recording.matrices.items()
         if name in of_name and moved.delta_d is not None and moved.delta_m is not None

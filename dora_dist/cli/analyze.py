@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,11 +55,12 @@ def declare_analyze(commands: Commands) -> None:
         help="figure to write, .png, .svg or .pdf; numbers go into .csv (points) and .json (correlations) of the same "
         "name (%(default)s)",
     )
+    command.add_argument("--overwrite", action="store_true", help="replace these files if one is there already")
 
 
 def _analyze(options: argparse.Namespace) -> None:
     output: Path = options.output
-    _check_output(output)
+    _check_output(output, options.overwrite)
     extras.need("matplotlib", purpose="analyze")
     if options.modules and len(set(options.modules)) < len(options.modules):
         raise UserError(f"--modules: a pattern is given twice in {' '.join(options.modules)}")
@@ -85,29 +87,40 @@ def _panels(options: argparse.Namespace) -> "list[Panel]":
     from dora_dist.analysis.points import QUERY_AND_VALUE, Panel, Point, at_steps, evenly, points
 
     chosen = {pattern: pattern for pattern in options.modules or ()}
-    panels: dict[tuple[str, str], list[Point]] = {}
+    panels: dict[tuple[str, Path | None], list[Point]] = {}
     for title, run in options.runs:
         file = run / ANALYSIS
         recordings = read_recordings(file)
         if not recordings:
             raise UserError(f"{file}: holds no recording yet")
         shown = at_steps(recordings, options.steps, file) if options.steps else evenly(recordings, options.recordings)
-        key = (title, "") if title else (recordings[-1].method, run.resolve().name)
+        key = (title, None) if title else (recordings[-1].method, run.resolve())
         found = points(str(run), shown, file, kinds=chosen or QUERY_AND_VALUE, every=bool(chosen))
         panels.setdefault(key, []).extend(found)
-    titles = [title for title, _ in panels]
-    several = {title for title in titles if titles.count(title) > 1}
-    return [
-        Panel(f"{title} ({run})" if run and title in several else title, found)
-        for (title, run), found in panels.items()
-    ]
+    return [Panel(_title(key, list(panels)), found) for key, found in panels.items()]
 
 
-def _check_output(output: Path) -> None:
+def _title(panel: tuple[str, Path | None], every: Sequence[tuple[str, Path | None]]) -> str:
+    """A title, with as much of the run's path as tells it from the others of that title."""
+    title, run = panel
+    others = [other for name, other in every if name == title and other != run]
+    if run is None or not others:
+        return title
+    known = [other.parts for other in others if other is not None]
+    count = next(n for n in range(1, len(run.parts) + 1) if all(parts[-n:] != run.parts[-n:] for parts in known))
+    return f"{title} ({Path(*run.parts[-count:])})"
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
     if output.suffix not in FORMATS:
         raise UserError(f"--output {output}: give a name that ends in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     if os.path.isdir(output):
         raise UserError(f"--output {output}: is a folder; give the name of a file in it")
+    for file in (output, output.with_suffix(".csv"), output.with_suffix(".json")):
+        if os.path.lexists(file) and not overwrite:
+            raise UserError(
+                f"--output {output}: {file} already exists; choose another name, or replace it with --overwrite"
+            )
 
 
 def _titled(text: str) -> tuple[str | None, Path]:
