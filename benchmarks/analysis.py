@@ -34,7 +34,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 def main(options: argparse.Namespace) -> None:
     set_environment()
     output: Path = options.output
-    base, data = output / "base", output / "data"
+    base, data = output / "base", output / "data" / options.task
     if not (data / "train.jsonl").exists():
         model, texts = (fetch_package(*package, options.packages) for package in (LANGUAGE_MODEL, TEXTS))
         import_language_model(model, base)
@@ -45,8 +45,8 @@ def main(options: argparse.Namespace) -> None:
         for method in options.methods
     ]
     words = [f"{title}={folder}" for title, folder in titled]
-    run("dora-dist", "analyze", *words, "--output", output / "analysis.png")
-    run("dora-dist", "analyze", *words, "--modules", EVERY, "--output", output / "every.png")
+    run("dora-dist", "analyze", *words, "--overwrite", "--output", output / "analysis.png")
+    run("dora-dist", "analyze", *words, "--modules", EVERY, "--overwrite", "--output", output / "every.png")
     panels, every = (json.loads((output / f"{name}.json").read_text())["panels"] for name in ("analysis", "every"))
     table = summary(panels, every)
     (output / "analysis.md").write_text(table)
@@ -96,10 +96,13 @@ def summary(panels: list[dict[str, Any]], every: list[dict[str, Any]]) -> str:
 
 def _by_seed(panel: dict[str, Any], kind: str) -> list[float]:
     runs = panel.get("by_run", {"": panel["correlations"]})
-    return [correlations[kind] for correlations in runs.values()]
+    found = (correlations[kind] for correlations in runs.values())
+    return [value for value in found if value is not None]
 
 
 def _cell(values: list[float]) -> str:
+    if not values:  # nothing varies where nothing has trained
+        return "undefined"
     return f"{statistics.mean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
 
 
