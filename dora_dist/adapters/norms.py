@@ -29,25 +29,25 @@ def add_base_squares(layer: AdaptedLinear, piece: WeightPiece, sums: Tensor) -> 
         sums[block.row : block.row + block.rows] += w.square().sum(1)
 
 
-def add_adapter_squares(layer: AdaptedLinear, piece: WeightPiece, sums: Tensor) -> None:
-    """Add the piece's share of n² − rowsum(W0²) to `sums` (out,), fp32, in place; what n depends on must be whole."""
-    share = layer.method.row_squares(layer.shape, layer.adapter_parameters())
-    if share is None:
-        return
-    for block, w in blocks(layer, piece, sums.device):
-        sums[block.row : block.row + block.rows] += share(w, block.row, block.col)
-
-
-def add_row_products(layer: AdaptedLinear, piece: WeightPiece, sums: Tensor) -> None:
-    """Add the piece's share of rowsum(W0⊙ΔW) and of rowsum(ΔW²) to `sums` (2, out), fp32, in place; what ΔW depends on
-    must be whole.
+def add_update_sums(
+    layer: AdaptedLinear, piece: WeightPiece, *, change: Tensor | None = None, products: Tensor | None = None
+) -> None:
+    """Add the piece's share of n² − rowsum(W0²) to `change` (out,), and of rowsum(W0⊙ΔW) and rowsum(ΔW²) to `products`
+    (2, out), where they are given, fp32, in place; what ΔW depends on must be whole. Each block is decoded once.
     """
-    products = layer.method.row_products(layer.shape, layer.adapter_parameters())
-    if products is None:
+    of_layer, method = (layer.shape, layer.adapter_parameters()), layer.method
+    squares_of = None if change is None else method.row_squares(*of_layer)
+    products_of = None if products is None else method.row_products(*of_layer)
+    if squares_of is None and products_of is None:
         return
-    for block, w in blocks(layer, piece, sums.device):
-        for own, found in zip(sums, products(w, block.row, block.col), strict=True):
-            own[block.row : block.row + block.rows] += found
+    device = next(sums.device for sums in (change, products) if sums is not None)
+    for block, w in blocks(layer, piece, device):
+        rows = slice(block.row, block.row + block.rows)
+        if squares_of is not None and change is not None:
+            change[rows] += squares_of(w, block.row, block.col)
+        if products_of is not None and products is not None:
+            for own, found in zip(products, products_of(w, block.row, block.col), strict=True):
+                own[rows] += found
 
 
 def magnitude_offset(layer: AdaptedLinear) -> Tensor | None:
@@ -140,15 +140,11 @@ class NormRefresher:
         """What changes the norms of `layers`, 0 for magnitude-only modules, and the products of those `recorded`."""
         for name, layer in {**self.layers, **recorded}.items():
             piece = whole_piece(layer)
-            change = products = offset = None
-            if name in self.layers:
-                change = _zeros(layer, piece.tensors[0].device)
-                add_adapter_squares(layer, piece, change)
-            if name in recorded:
-                products = torch.stack([_zeros(layer, piece.tensors[0].device)] * 2)
-                add_row_products(layer, piece, products)
-                offset = magnitude_offset(layer)
-            yield name, RowSums(change, products, offset)
+            device = piece.tensors[0].device
+            change = _zeros(layer, device) if name in self.layers else None
+            products = torch.stack([_zeros(layer, device)] * 2) if name in recorded else None
+            add_update_sums(layer, piece, change=change, products=products)
+            yield name, RowSums(change, products, magnitude_offset(layer) if name in recorded else None)
 
     def _refresh_if_stale(self) -> None:
         if self._stale:

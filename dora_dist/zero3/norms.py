@@ -17,9 +17,8 @@ from dora_dist.adapters.layer import AdaptedLinear
 from dora_dist.adapters.norms import (
     NormRefresher,
     RowSums,
-    add_adapter_squares,
     add_base_squares,
-    add_row_products,
+    add_update_sums,
     magnitude_offset,
 )
 from dora_dist.zero3.gather import gathered
@@ -55,11 +54,10 @@ class ShardedNormRefresher(NormRefresher):
             with gathered([p for name in bucket for p in _needed(every[name], name in recorded)]) as received:
                 self.bytes_received += received
                 for name in bucket:
-                    layer, piece = every[name], local_piece(every[name])
-                    if name in changes:
-                        add_adapter_squares(layer, piece, changes[name])
-                    if name in products:
-                        add_row_products(layer, piece, products[name].view(2, -1))
+                    layer, own = every[name], products.get(name)
+                    both = None if own is None else own.view(2, -1)
+                    add_update_sums(layer, local_piece(layer), change=changes.get(name), products=both)
+                    if both is not None:
                         offsets[name] = magnitude_offset(layer)
         self._all_reduce(flat_changes)
         self._all_reduce(flat_products)

@@ -11,8 +11,8 @@ from dora_dist.adapters.layer import AdaptedLinear
 from dora_dist.adapters.methods import LowRank, WeightDecomposed
 from dora_dist.adapters.norms import (
     NormRefresher,
-    add_adapter_squares,
     add_base_squares,
+    add_update_sums,
 )
 from dora_dist.adapters.pieces import WeightPiece, rectangles
 
@@ -58,7 +58,7 @@ def test_partial_sums_of_any_pieces_add_up_to_the_norm(shape: tuple[int, int], w
     for start in range(0, flat.numel(), -(-flat.numel() // world_size)):
         piece = WeightPiece([flat[start : start + -(-flat.numel() // world_size)]], start)
         add_base_squares(layer, piece, sums)
-        add_adapter_squares(layer, piece, sums)
+        add_update_sums(layer, piece, change=sums)
     assert torch.allclose(sums.sqrt().double(), exact_norm(layer), rtol=1e-6, atol=0)
 
 
