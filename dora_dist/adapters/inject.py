@@ -165,9 +165,11 @@ def _refuse_absurd_rank(method: AdapterMethod, model: nn.Module, names: Iterable
     for name in sorted(names):
         out_features, in_features = model.get_parameter(f"{name}.weight").shape
         if method.r > ABSURD_RANK * max(out_features, in_features):
+            most = method.largest_useful_r((out_features, in_features))
+            why = "that is larger than the layer by far" if most is None else f"more than {most} add nothing"
             raise UserError(
-                f"adapter.r: {method.r:,} components for {name!r}, which is ({out_features}, {in_features}); more than "
-                f"{min(out_features, in_features)} add nothing: lower it"
+                f"adapter.r: {method.r:,} components for {name!r}, which is ({out_features}, {in_features}); {why}: "
+                "lower it"
             )
 
 

@@ -30,7 +30,8 @@ RowSquares = Callable[[Tensor, int, int], Tensor]
 RowProducts = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
 """(w, row, col) -> (cross, squares), each (rows,) fp32: what the block w of W0 at (row, col) adds to its rows'
 rowsum(W0⊙ΔW) and rowsum(ΔW²)."""
-
+MergeRows = Callable[[Tensor, int], None]
+"""(weight, start): make rows [start, start + len(weight)) of W0, fp32 (rows, in), the adapted weight's, in place."""
 
 Own = TypeVar("Own", bound="Update")
 Kind = TypeVar("Kind", bound="type[Registered]")
@@ -152,6 +153,18 @@ class AdapterMethod(Method):
         """
         return self
 
+    def shared_digest(self) -> str:
+        """A short text that differs where what its layers share does; "" where they share nothing."""
+        return ""
+
+    def largest_useful_r(self, shape: Shape) -> int | None:
+        """The r above which a layer of `shape` has no more functions to choose from; None where there is none."""
+        return None
+
+    @abstractmethod
+    def function_settings(self) -> dict[str, Any]:
+        """Those of `settings` that, with the parameters' values, say what a layer computes once it is trained."""
+
     @abstractmethod
     def parameters(self, shape: Shape) -> dict[str, Initial]:
         """The trained parameters of a layer of `shape`, in the order of registration; they change no output yet."""
@@ -188,11 +201,8 @@ class AdapterMethod(Method):
         return share
 
     @abstractmethod
-    def merge_rows(self, weight: Tensor, values: Tensors, shape: Shape, *, start: int) -> None:
-        """Make rows [start, start + len(weight)) of W0, fp32 (rows, in), those of the adapted weight, in place.
-
-        `values` are whole fp32 parameters of a layer of `shape`.
-        """
+    def merger(self, shape: Shape, values: Tensors) -> MergeRows:
+        """What merges any rows of a layer of `shape`, given its whole fp32 parameters."""
 
     @property
     @abstractmethod
@@ -251,6 +261,8 @@ class Update(AdapterMethod):
     name: ClassVar[str]
     titles: ClassVar[tuple[str, str]]
     """What people call it, plain and with a magnitude over it."""
+    of_training: ClassVar[frozenset[str]] = frozenset({"dropout"})
+    """Settings that say how it is trained, and not what it computes with given parameters."""
     weight_decomposed = False
     dropout: float = 0.0
 
@@ -258,7 +270,8 @@ class Update(AdapterMethod):
     def from_config(cls: type[Own], adapter: AdapterConfig) -> Own:
         """Fields of the adapter section that are fields here too, and all of its `settings`.
 
-        `r` is the rank that training starts from, which is above adapter.r with dynamic rank.
+        `r` is the rank that training starts from, which is above adapter.r with dynamic rank; where the section has
+        none, it is the default here.
         """
         every = {field.name for field in cls._settings()}
         shared = every & set(AdapterConfig.model_fields)
@@ -268,7 +281,14 @@ class Update(AdapterMethod):
                 f"adapter.settings: {strangers[0]!r} is not a setting of the method {cls.name!r}; it has: "
                 f"{', '.join(sorted(own)) or 'none'}"
             )
-        taken = {name: adapter.start_rank if name == "r" else getattr(adapter, name) for name in shared}
+        alpha, usual = adapter.lora_alpha, AdapterConfig.model_fields["lora_alpha"].default
+        if "lora_alpha" not in shared and alpha != usual:
+            raise UserError(
+                f"adapter.lora_alpha = {alpha:g}: the method {cls.name!r} does not scale its update; take it out"
+            )
+        taken = {name: getattr(adapter, name) for name in shared - {"r"}}
+        if "r" in shared and adapter.start_rank is not None:
+            taken["r"] = adapter.start_rank
         return cls(**taken | adapter.settings)
 
     @abstractmethod
@@ -296,9 +316,9 @@ class Update(AdapterMethod):
     def add_norm_gradient(self, layer: Layer, row_scale: Tensor, gradients: dict[str, Tensor]) -> None:
         """Add in place what follows from a gradient row_scale_o·V'_o of every row of V' = W0 + ΔW (out, in)."""
 
-    def merge_rows(self, weight: Tensor, values: Tensors, shape: Shape, *, start: int) -> None:
-        if factors := self.to_peft(shape, values, None):
-            factors.merge_rows(weight, start)
+    def merger(self, shape: Shape, values: Tensors) -> MergeRows:
+        factors = self.to_peft(shape, values, None)
+        return (lambda weight, start: None) if factors is None else factors.merge_rows
 
     def add_penalty(self, layer: Layer, gradients: dict[str, Tensor]) -> None:
         """Add the gradient of a penalty on the parameters, where the method has one, in place."""
@@ -319,6 +339,9 @@ class Update(AdapterMethod):
     def settings(self) -> dict[str, Any]:
         common = {"weight_decomposed": self.weight_decomposed, "gated": self.components is not None}
         return {"method": self.name, **{field.name: getattr(self, field.name) for field in self._settings()}, **common}
+
+    def function_settings(self) -> dict[str, Any]:
+        return {name: value for name, value in self.settings().items() if name not in {*self.of_training, "gated"}}
 
     @classmethod
     def _settings(cls) -> list[Field[Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME, AdapterFolder
-from dora_dist.adapters.method import AdapterMethod, Shape, for_one_model
+from dora_dist.adapters.method import AdapterMethod, MergeRows, Shape, for_one_model
 from dora_dist.adapters.methods import of_settings
 from dora_dist.adapters.peft_config import read_json_object
 from dora_dist.adapters.storage import PLAIN
@@ -31,7 +32,6 @@ WEIGHTS_STEM = "adapter"
 FORMAT = 1
 _REMEDY = "copy the adapter folder again, or save it again"
 _TEXTS = ("base_model", "base_digest", "base_storage")
-_NOT_OF_THE_FUNCTION = {"dropout", "dropout_mode", "norm_gradient", "gated"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,17 @@ class NativeLayer:
     values: Mapping[str, Tensor]
 
     def merge_rows(self, weight: Tensor, start: int) -> None:
-        self.method.merge_rows(weight, self.values, self.shape, start=start)
+        self._merge(weight, start)
+
+    @cached_property
+    def _merge(self) -> MergeRows:
+        return self.method.merger(self.shape, self.values)
+
+    def described(self) -> dict[str, Any]:
+        """What the configuration says of it: `shared` is a digest of what the method's layers share, if anything."""
+        shared = self.method.shared_digest()
+        described = {"shape": list(self.shape), "method": self.method.settings()}
+        return described | ({"shared": shared} if shared else {})
 
     def odd_magnitudes(self) -> int:
         return 0  # magnitudes are offsets here, which say nothing without the base's norms
@@ -72,11 +82,16 @@ class NativeAdapter:
         return {name: layer.method for name, layer in self.layers.items()}
 
     def differences(self, module: str, method: AdapterMethod) -> Iterator[str]:
-        theirs, ours = self.layers[module].method.settings(), method.settings()
+        there = self.layers[module].method
+        if (there.r == 0) != (method.r == 0):
+            alone, remedy = ("a magnitude alone", "name it in") if there.r == 0 else ("an update", "take it out of")
+            yield f"it trains {alone} there ({remedy} adapter.magnitude_only_modules)"
+            return
+        theirs, ours = there.function_settings(), method.function_settings()
         if theirs["method"] != ours["method"]:
             yield f"its method is {theirs['method']!r}, this run's {ours['method']!r} (adapter.method, null for lora)"
             return
-        for name in sorted(set(theirs) - _NOT_OF_THE_FUNCTION):
+        for name in sorted(theirs):
             if theirs[name] != ours[name]:
                 field = f"adapter.{name}" if name in AdapterConfig.model_fields else f"adapter.settings: {name}"
                 says = json.dumps(theirs[name])
@@ -91,7 +106,7 @@ class NativeAdapter:
             "format": FORMAT,
             **{name: getattr(self, name) for name in (*_TEXTS, "revision", "task_type", "modules_to_save")},
             "trained": [*self.trained, *self.stored],
-            "layers": {n: {"shape": list(m.shape), "method": m.method.settings()} for n, m in self.layers.items()},
+            "layers": {name: layer.described() for name, layer in self.layers.items()},
         }
         tensors = {f"{n}.{kind}": values for n, layer in self.layers.items() for kind, values in layer.values.items()}
         tensors |= self.trained
@@ -186,6 +201,12 @@ class NativeFolder:
 
     def layer(self, module: str) -> NativeLayer:
         method, shape = self.modules[module]
+        shared = self.config["layers"][module].get("shared", "")  # of folders that say it: matrices are drawn for this
+        if shared and shared != method.shared_digest():
+            raise UserError(
+                f"{self.path}: what the layers of {method.title} share is not, number for number, what it was trained "
+                f"with (at {module!r}); use the version of torch that it was trained with"
+            )
         return NativeLayer(method, shape, {kind: self.read(f"{module}.{kind}") for kind in method.parameters(shape)})
 
     def read(self, name: str) -> Tensor:
@@ -212,7 +233,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if config.get("format") != FORMAT:
         raise UserError(f"{path}: format = {config.get('format')!r}, this version reads {FORMAT}; {_REMEDY}")
     fine = {name: isinstance(config.get(name), str) for name in _TEXTS}
-    fine |= {name: config.get(name, 0) is None or isinstance(config[name], str) for name in ("revision", "task_type")}
+    fine |= {name: isinstance(config.get(name, 0), str | None) for name in ("revision", "task_type")}
     fine |= {name: _are_texts(config.get(name)) for name in ("modules_to_save", "trained")}
     fine["layers"] = isinstance(config.get("layers"), dict)
     if odd := [name for name, right in fine.items() if not right]:

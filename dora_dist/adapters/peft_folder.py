@@ -39,8 +39,8 @@ PARAMETERS = "dora_dist.parameters"
 """Where such a file lists, in JSON, which of its tensors are single parameters of the base; PEFT reads these, too."""
 BASE_LAYER = "base_layer"
 """What PEFT calls the layer in an adapted one."""
-# With bias="all", PEFT writes the biases of modules to save two more times, from inside its wrapper of the module.
-_REPEATED = (".original_module.", ".modules_to_save.")
+# What PEFT calls the two copies of a module to save inside its wrapper; a folder has the module under its own name.
+_WRAPPED = (".original_module.", ".modules_to_save.")
 # PEFT lists these for its task types whatever the model's head is called.
 _HEADS_PEFT_ADDS = {"classifier", "score", "qa_outputs"}
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -83,7 +83,7 @@ class PeftFolder:
             if entry.dtype not in _NUMBERS:
                 kind = str(entry.dtype).removeprefix("torch.")
                 raise UserError(f"{entry.path}: tensor {name!r} is {kind}, not floating point; save the adapter again")
-            if name in cls.shared or any(part in name for part in _REPEATED):
+            if name in cls.shared or folder._is_repeated(name):
                 continue
             if saved := _saved_name(name, config.get("modules_to_save") or []):
                 folder.trained[saved] = name
@@ -106,6 +106,22 @@ class PeftFolder:
         for module in folder.modules:
             folder._check(module)
         return folder
+
+    def _is_repeated(self, name: str) -> bool:
+        """Whether it is one of the biases of modules to save that PEFT, with bias="all", writes two more times.
+
+        Raises UserError for anything else from inside PEFT's wrapper of such a module.
+        """
+        wrapped = next((part for part in _WRAPPED if part in name), None)
+        if wrapped is None:
+            return False
+        own = name.replace(wrapped, ".")
+        if self.config.get("bias") == "all" and name.endswith(".bias") and own in self.tensors.entries:
+            return True
+        raise UserError(
+            f"{self.tensors.entries[name].path}: tensor {name!r} is from inside PEFT's wrapper of a trained module, "
+            "which PEFT itself saves under the module's own name; save the adapter again with PEFT's save_pretrained"
+        )
 
     def _split_name(self, name: str) -> tuple[str, str]:
         """ "base_model.model.<module>.lora_A.weight" -> (<module>, "lora_A")."""

@@ -33,7 +33,7 @@ from dora_dist.adapters.peft_folder import (
     warn_of_magnitudes,
 )
 from dora_dist.adapters.peft_layer import AdapterLayer, VeraLayer
-from dora_dist.adapters.peft_vera import VeraFolder
+from dora_dist.adapters.peft_vera import PROJECTION_DIGEST, VeraFolder
 from dora_dist.adapters.storage import PLAIN
 from dora_dist.runtime.folders import new_folder
 from dora_dist.weights.safetensors_io import TensorFolder, TensorWriter
@@ -41,7 +41,7 @@ from dora_dist.weights.safetensors_io import TensorFolder, TensorWriter
 
 @dataclass
 class PeftAdapter:
-    """An adapter in memory; `layers` maps module names of the base model to their parameters.
+    """An adapter; `layers` maps module names of the base model to their parameters, in memory or made when asked for.
 
     `lora_alpha` and `r` are the defaults that single layers may depart from. `modules_to_save` are modules trained
     in full, `trained` their parameters and single ones by name, fp32, `stored` those of them that are not in memory but
@@ -55,7 +55,7 @@ class PeftAdapter:
     r: int
     dropout: float
     use_dora: bool
-    layers: dict[str, AdapterLayer]
+    layers: Mapping[str, AdapterLayer]
     task_type: str | None = "CAUSAL_LM"
     revision: str | None = None
     modules_to_save: list[str] = field(default_factory=list)
@@ -128,11 +128,13 @@ def write_peft_folder(
     `dtype` is that of lora_A and lora_B; magnitudes stay fp32, as rounding them would move every weight. A
     magnitude-only module becomes a rank-one LoRA whose B is zero, which is how PEFT can express it. All layers
     must have a magnitude when `use_dora`, none otherwise (ValueError). UserError when `path` exists, unless
-    `overwrite`.
+    `overwrite`. Layers are asked for twice, one at a time.
     """
-    kinds = {type(layer) for layer in adapter.layers.values()}
-    tensors, fields = _vera(adapter) if kinds == {VeraLayer} else _lora(adapter, dtype)
-    trained = {name: _stored_name(name, adapter.layers) for name in (*adapter.trained, *adapter.stored)}
+    outlines = {module: layer.outline() for module, layer in adapter.layers.items()}
+    vera = {module: layer for module, layer in outlines.items() if isinstance(layer, VeraLayer)}
+    fields = _vera_fields(adapter, vera) if vera else _lora_fields(adapter, outlines)
+    tensors = {n: t for module, layer in outlines.items() for n, t in _tensors(module, layer, dtype).items()}
+    trained = {name: _stored_name(name, outlines) for name in (*adapter.trained, *adapter.stored)}
     tensors |= {trained[name]: values.float() for name, values in adapter.trained.items()}
     config = {
         **fields,
@@ -140,7 +142,7 @@ def write_peft_folder(
         "base_model_name_or_path": adapter.base_model or None,
         "revision": adapter.revision,
         "r": adapter.r,
-        "target_modules": sorted(adapter.layers) or NO_TARGETS,
+        "target_modules": sorted(outlines) or NO_TARGETS,
         "modules_to_save": adapter.modules_to_save or None,
         "bias": "all" if adapter.all_biases else "none",
         "fan_in_fan_out": False,
@@ -149,6 +151,8 @@ def write_peft_folder(
     metadata = {"format": "pt", **({BASE_DIGEST: adapter.base_digest} if adapter.base_digest else {})}
     if adapter.base_storage != PLAIN.name:
         metadata[BASE_STORAGE] = adapter.base_storage
+    if digest := next((layer.projection_digest for layer in vera.values()), ""):
+        metadata[PROJECTION_DIGEST] = digest
     if single := [stored for name, stored in trained.items() if saved_module(name, adapter.modules_to_save) is None]:
         metadata[PARAMETERS] = json.dumps(single)
     layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
@@ -156,8 +160,11 @@ def write_peft_folder(
         layout.append((trained[name], torch.float32, source.entry(theirs).shape))
     with new_folder(path, overwrite) as folder:
         with TensorWriter(folder / f"{WEIGHTS_STEM}.safetensors", layout, metadata) as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
+            for module, layer in adapter.layers.items():
+                for name, tensor in _tensors(module, layer, dtype).items():
+                    writer.write(name, tensor)
+            for name in adapter.trained:
+                writer.write(trained[name], tensors[trained[name]])
             for name, (source, theirs) in adapter.stored.items():
                 for piece in source.in_pieces(theirs, dtype=torch.float32):
                     writer.write(trained[name], piece)
@@ -167,25 +174,32 @@ def write_peft_folder(
             (folder / MODEL_CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
-def _lora(adapter: PeftAdapter, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of LoRA layers, and their fields of the configuration."""
-    tensors: dict[str, Tensor] = {}
+def _tensors(module: str, layer: AdapterLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A layer's tensors by their names in the file: LoRA's factors in `dtype`, all else fp32."""
+    if isinstance(layer, VeraLayer):
+        vectors = {"vera_lambda_d": layer.lambda_d, "vera_lambda_b": layer.lambda_b}
+        return {f"{PREFIX}{module}.{kind}": vector.float() for kind, vector in vectors.items()}
+    lora_A, lora_B = (factor.to(dtype) for factor in layer.stored_factors(module))
+    found = {f"{PREFIX}{module}.lora_A.weight": lora_A, f"{PREFIX}{module}.lora_B.weight": lora_B}
+    if layer.magnitude is not None:
+        found[f"{PREFIX}{module}.lora_magnitude_vector"] = layer.magnitude.float()
+    return found
+
+
+def _lora_fields(adapter: PeftAdapter, outlines: Mapping[str, AdapterLayer]) -> dict[str, Any]:
+    """Fields of the configuration that LoRA has."""
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
-    for module, layer in adapter.layers.items():
+    for module, layer in outlines.items():
         if (layer.magnitude is not None) != adapter.use_dora:
             raise ValueError(f"{module}: use_dora={adapter.use_dora} holds for all layers of a PEFT adapter")
-        lora_A, lora_B = (factor.to(dtype) for factor in layer.stored_factors(module))
-        r, alpha = lora_A.shape[0], layer.scaling * lora_A.shape[0]
+        r = layer.stored_factors(module)[0].shape[0]
+        alpha = layer.scaling * r
         if r != adapter.r:
             rank_pattern[f"^{module}"] = r  # anchored: PEFT would also match it as another name's ending
         if not math.isclose(alpha, adapter.lora_alpha, rel_tol=1e-9) and layer.lora_A is not None:
             alpha_pattern[f"^{module}"] = _whole(alpha)
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = lora_A
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = lora_B
-        if layer.magnitude is not None:
-            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = layer.magnitude.float()
-    fields = {
+    return {
         "peft_type": AdapterLayer.peft_type,
         "lora_alpha": _whole(adapter.lora_alpha),
         "lora_dropout": adapter.dropout,
@@ -193,24 +207,19 @@ def _lora(adapter: PeftAdapter, dtype: torch.dtype) -> tuple[dict[str, Tensor], 
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }
-    return tensors, fields
 
 
-def _vera(adapter: PeftAdapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The vectors of VeRA layers, fp32, and their fields of the configuration; PEFT draws the matrices from the key."""
-    layers = {module: layer for module, layer in adapter.layers.items() if isinstance(layer, VeraLayer)}
-    keys = {layer.prng_key for layer in layers.values()}
-    if len(keys) != 1:
+def _vera_fields(adapter: PeftAdapter, outlines: Mapping[str, VeraLayer]) -> dict[str, Any]:
+    """Fields of the configuration that VeRA has; PEFT draws the matrices from the key."""
+    keys = {layer.prng_key for layer in outlines.values()}
+    if len(keys) != 1 or len(outlines) < len(adapter.layers):
         raise ValueError(f"layers with several keys {sorted(keys)}: all of a PEFT adapter share one pair of matrices")
-    tensors = {f"{PREFIX}{module}.vera_lambda_d": layer.lambda_d.float() for module, layer in layers.items()}
-    tensors |= {f"{PREFIX}{module}.vera_lambda_b": layer.lambda_b.float() for module, layer in layers.items()}
-    fields = {
+    return {
         "peft_type": VeraLayer.peft_type,
         "projection_prng_key": keys.pop(),
         "save_projection": False,
         "vera_dropout": adapter.dropout,
     }
-    return tensors, fields
 
 
 def _stored_name(parameter: str, adapted: Container[str]) -> str:

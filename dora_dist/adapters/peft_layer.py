@@ -5,13 +5,14 @@ PEFT keeps lora_A as (r, in), lora_B as (out, r) and the whole magnitude m, not 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dora_dist.adapters.projection import Projection
+from dora_dist.adapters.row_norms import give_norms
 
 # A row whose weight and update are both zero has norm 0, and PEFT computes 0/0 there. Its magnitude is 0 as
 # well, so its output is 0 whatever B is: a small B (exact in fp16 and bf16) keeps PEFT finite.
@@ -33,6 +34,8 @@ class AdapterLayer:
     in_features: int | None = None
     peft_type: ClassVar[str] = "LORA"
     title: ClassVar[str] = "LoRA"
+    method: ClassVar[str] = "lora"
+    """What adapter.method calls it."""
 
     @property
     def r(self) -> int | None:
@@ -46,10 +49,6 @@ class AdapterLayer:
         columns = self.in_features if self.lora_A is None else self.lora_A.shape[1]
         assert rows is not None and columns is not None
         return rows.shape[0], columns
-
-    def low_rank(self, in_features: int) -> AdapterLayer:
-        """The same update of a weight (out, in) as LoRA has it."""
-        return self
 
     def with_magnitude(self, magnitude: Tensor) -> AdapterLayer:
         """This update under a magnitude (out,), in the form that PEFT has for it."""
@@ -72,15 +71,13 @@ class AdapterLayer:
         """Merge it into rows [start, start + len(weight)) of the base weight, fp32 (rows, in), in place.
 
         W = (m / n)[:, None]·(W0 + s·B·A), n = row norms of the bracket (Liu et al., section 4.1): a row needs only its
-        own base row. A row of norm 0 is kept (factor 1), as in the adapted layer.
+        own base row.
         """
         rows = slice(start, start + len(weight))
         if self.lora_A is not None and self.lora_B is not None:
             weight.addmm_(self.lora_B[rows] * self.scaling, self.lora_A)
         if self.magnitude is not None:
-            norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)  # squares could overflow in fp32
-            factor = torch.where(norm == 0, 1.0, self.magnitude[rows] / norm)
-            weight.mul_(factor[:, None].float())
+            give_norms(weight, self.magnitude[rows])
 
     def stored_factors(self, module: str) -> tuple[Tensor, Tensor]:
         """lora_A and lora_B for PEFT, which knows neither magnitude-only modules nor rows of norm zero.
@@ -92,11 +89,16 @@ class AdapterLayer:
         if lora_A is None or lora_B is None:
             if magnitude is None or self.in_features is None:
                 raise ValueError(f"{module}: a layer without lora_A and lora_B needs magnitude and in_features")
-            lora_A, lora_B = torch.ones(1, self.in_features), torch.zeros(len(magnitude), 1)
+            lora_A, lora_B = magnitude.new_ones(1, self.in_features), magnitude.new_zeros(len(magnitude), 1)
         if magnitude is not None:
             zero_rows = (magnitude == 0) & (lora_B == 0).all(dim=1)
             lora_B = lora_B.masked_fill(zero_rows[:, None], _ZERO_ROW_B)
         return lora_A, lora_B
+
+    def outline(self) -> AdapterLayer:
+        """The same without numbers, on the meta device: what a file's layout needs to know."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to("meta") for name, value in own.items() if isinstance(value, Tensor)})
 
     @classmethod
     def of_stored(cls, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, scaling: float) -> AdapterLayer:
@@ -110,7 +112,8 @@ class AdapterLayer:
 class VeraLayer(AdapterLayer):
     """One module of a VeRA adapter: `lambda_d` (r,) and `lambda_b` (out,), fp32; ΔW = diag(b)·B·diag(d)·A.
 
-    `prng_key` is what A and B were drawn from. `projection` has them, where the sizes of all modules are known.
+    `prng_key` is what A and B were drawn from, `projection_digest` of what came of it, "" where that is not known.
+    `projection` has them, where the sizes of all modules are known.
     """
 
     lora_A: None = None
@@ -120,9 +123,11 @@ class VeraLayer(AdapterLayer):
     lambda_d: Tensor
     lambda_b: Tensor
     prng_key: int = 0
+    projection_digest: str = ""
     projection: Projection | None = None
     peft_type = "VERA"
     title = "VeRA"
+    method = "vera"
 
     @property
     def r(self) -> int:
@@ -133,18 +138,23 @@ class VeraLayer(AdapterLayer):
         return len(self.lambda_b), self.in_features
 
     def merge_rows(self, weight: Tensor, start: int) -> None:
-        self.low_rank(weight.shape[1]).merge_rows(weight, start)
+        A, B = self._views(weight.shape[1])
+        rows = slice(start, start + len(weight))
+        weight.addmm_(B[rows] * self.lambda_b[rows, None] * self.lambda_d, A)
 
     def low_rank(self, in_features: int) -> AdapterLayer:
-        """A scaled by d, B by b."""
-        assert self.projection is not None
-        A, B = self.projection.views((len(self.lambda_b), in_features), self.lambda_d)
+        """As LoRA has it: A scaled by d, B by b."""
+        A, B = self._views(in_features)
         return AdapterLayer(A * self.lambda_d[:, None], B * self.lambda_b[:, None], None, self.scaling, in_features)
 
     def with_magnitude(self, magnitude: Tensor) -> AdapterLayer:
         """As DoRA's: PEFT has no magnitude over VeRA."""
         assert self.in_features is not None
         return self.low_rank(self.in_features).with_magnitude(magnitude)
+
+    def _views(self, in_features: int) -> tuple[Tensor, Tensor]:
+        assert self.projection is not None
+        return self.projection.views((len(self.lambda_b), in_features), self.lambda_d)
 
 
 def _are_placeholders(lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> bool:

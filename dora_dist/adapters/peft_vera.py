@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
@@ -18,6 +19,8 @@ from dora_dist.adapters.peft_layer import VeraLayer
 from dora_dist.adapters.projection import Projection
 from dora_dist.runtime.errors import UserError
 
+PROJECTION_DIGEST = "dora_dist.projection"
+"""Where a file of ours says, in its metadata, which matrices its vectors were trained with (`Projection.digest`)."""
 _A, _B = "base_model.vera_A", "base_model.vera_B"
 
 
@@ -51,6 +54,7 @@ class VeraFolder(PeftFolder):
                 f"{self.path}: its vera_A and vera_B are for layers of up to {known.widest}, and those that "
                 f"it adapts in this base are up to {projection.widest}; give the base that it was trained on"
             )
+        projection.check(self._projection_digest, str(self.path))
         return replace(self, projection=projection)
 
     def layer(self, module: str) -> VeraLayer:
@@ -59,6 +63,7 @@ class VeraFolder(PeftFolder):
             lambda_d=self.read(names["lambda_d"]),
             lambda_b=self.read(names["lambda_b"]),
             prng_key=self.config["projection_prng_key"],
+            projection_digest=self._projection_digest,
             projection=self.projection,
         )
 
@@ -82,6 +87,10 @@ class VeraFolder(PeftFolder):
                     f"projection_prng_key={key}, which is all that can be read here; merge it with PEFT"
                 )
         return replace(self, projection=projection)
+
+    @cached_property
+    def _projection_digest(self) -> str:
+        return self._metadata(PROJECTION_DIGEST, "")
 
     def _check(self, module: str) -> None:
         shapes = {part: self.tensors.entries[name].shape for part, name in self.modules[module].items()}

@@ -4,11 +4,15 @@ Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", ICLR 2024 (arXiv
 those that PEFT draws, bit for bit, so an adapter folder needs none of them.
 """
 
+import hashlib
 import math
 from collections.abc import Collection
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from dora_dist.runtime.errors import UserError
 
 KEYS = range(-(2**63), 2**63)
 """Seeds that torch's generators take."""
@@ -40,6 +44,23 @@ class Projection:
         A = torch.empty(self.r, in_features, dtype=torch.float32).uniform_(*_bounds(in_features), generator=generator)
         B = torch.empty(out_features, self.r, dtype=torch.float32).uniform_(*_bounds(self.r), generator=generator)
         return A, B
+
+    @cached_property
+    def digest(self) -> str:
+        """A short text that differs where the numbers do: with other sizes, and should torch draw others one day."""
+        content = hashlib.sha256()
+        for matrix in self.drawn():
+            content.update(matrix.view(-1).numpy().data)
+        return content.hexdigest()[:16]
+
+    def check(self, digest: str, whose: str) -> None:
+        """Raise UserError unless `digest`, of what `whose` vectors were trained with, is of these; "" is not known."""
+        if digest and digest != self.digest:
+            raise UserError(
+                f"{whose}: its vectors were trained with other shared matrices ({digest}) than those that torch "
+                f"{torch.__version__} draws for projection_prng_key={self.key} and layers of up to {self.widest} "
+                f"({self.digest}); use the torch, base and adapter.target_modules that it was trained with"
+            )
 
     def views(self, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of a layer of `shape` (out, in), in the dtype and on the device of `like`.

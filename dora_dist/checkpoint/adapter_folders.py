@@ -45,11 +45,12 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
         return path, _trained_on(path, path.parent) or TrainedWeights.open(path).base_model
     choice = run_folder.chosen(path)
     if choice is None:
-        what = "no such folder" if not path.is_dir() else "no adapter_config.json and no complete checkpoint-* in it"
+        names = " or ".join(folders.CONFIG_NAMES)
+        what = "no such folder" if not path.is_dir() else f"no {names} and no complete checkpoint-* in it"
         if (path / "deepspeed.json").is_file():
             what = "a run that has no complete checkpoint yet; wait for its first (checkpoint.save_every), or"
             raise UserError(f"{path}: {what} give another run's folder")
-        raise UserError(f"{path}: {what}; give a PEFT folder, a checkpoint or a run folder")
+        raise UserError(f"{path}: {what}; give an adapter folder, a checkpoint or a run folder")
     return find_adapter(choice.folder)
 
 

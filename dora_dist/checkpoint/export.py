@@ -6,6 +6,7 @@ folder holds the matrices that all layers share once for each layer, so runs do 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from dora_dist.adapters.native_format import NativeFolder
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
+from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.adapters.row_norms import row_norms
 from dora_dist.adapters.storage import WeightStorage, as_held, storage_of
 from dora_dist.checkpoint.adapter_folders import base_path, open_adapter
 from dora_dist.checkpoint.merge_plan import Output, plan_merge
@@ -34,8 +37,14 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
 
     Raises UserError, with nothing left behind, for an adapter in PEFT's own format, one that PEFT cannot express, a
     base that does not fit it, and an `output` that exists unless `overwrite`.
+
+    Memory: one layer in PEFT's form at a time.
     """
     adapter = open_adapter(adapter_folder)
+    if not adapter.modules:
+        raise UserError(
+            f"{adapter.path}: adapts no layer, so there is nothing for PEFT; merge it (dora-dist consolidate)"
+        )
     if not isinstance(adapter, NativeFolder):
         raise UserError(f"{adapter.path}: not an adapter in our own format, and no other is exported; use it as it is")
     for module, (method, _) in adapter.modules.items():
@@ -51,13 +60,11 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
     digest = sampled_digest(base.tensors)
     warn_of_another_base(adapter.path, adapter.base_model, adapter.base_digest(), base.path, digest)
     storage = storage_of(adapter.base_storage(), f"{adapter.path}: the base's storage")
-    layers = {}
-    for weight in plan_merge(adapter, base, None).outputs:
-        if weight.module:
-            (method, shape), values = adapter.modules[weight.module], adapter.layer(weight.module).values
-            norm = _row_norms(weight, storage) if method.weight_decomposed else None
-            if layer := method.to_peft(shape, values, norm):
-                layers[weight.module] = layer
+    norms = {
+        weight.module: _row_norms(weight, storage) if adapter.modules[weight.module][0].weight_decomposed else None
+        for weight in plan_merge(adapter, base, None).outputs
+        if weight.module
+    }
     method = max((method for method, _ in adapter.modules.values()), key=lambda method: method.r)
     exported = PeftAdapter(
         base_model=adapter.base_model,
@@ -65,7 +72,7 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
         r=method.r or 1,
         dropout=method.dropout,
         use_dora=method.weight_decomposed,
-        layers=layers,
+        layers=_Exported(adapter, norms),
         task_type=adapter.task_type,
         revision=adapter.revision,
         modules_to_save=adapter.modules_to_save(),
@@ -75,7 +82,29 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
         base_storage=adapter.base_storage(),
     )
     write_peft_folder(output, exported, overwrite=overwrite)
-    return len(layers)
+    return len(norms)
+
+
+class _Exported(Mapping[str, AdapterLayer]):
+    """The layers of an adapter in PEFT's form, each made when it is asked for and not kept.
+
+    `norms` are the row norms (out,) fp32 of the base's weights; None where a method needs none.
+    """
+
+    def __init__(self, adapter: NativeFolder, norms: Mapping[str, Tensor | None]) -> None:
+        self._adapter, self._norms = adapter, norms
+
+    def __getitem__(self, module: str) -> AdapterLayer:
+        own = self._adapter.layer(module)
+        layer = own.method.to_peft(own.shape, own.values, self._norms[module])
+        assert layer is not None  # a native folder has no layer without parameters
+        return layer
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._norms)
+
+    def __len__(self) -> int:
+        return len(self._norms)
 
 
 def _row_norms(weight: Output, storage: WeightStorage) -> Tensor:
@@ -88,5 +117,5 @@ def _row_norms(weight: Output, storage: WeightStorage) -> Tensor:
     for start in range(0, rows, step):
         span = (start * columns, min(start + step, rows) * columns)
         block = as_held(storage, read, entry.numel, span=span).view(-1, columns)
-        norms.append(torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).float())
+        norms.append(row_norms(block).float())
     return torch.cat(norms)

@@ -127,6 +127,7 @@ def identity(model: nn.Module, survivors: Survivors) -> dict[str, Any]:
         "trainable": {n: list(shape) for n, shape in stored_shapes(model, survivors).items()},
         "base_norms": norms,
         "scalings": scalings,
+        "shared": sorted({layer.method.shared_digest() for layer in adapted_layers(model).values()} - {""}),
     }
 
 
@@ -148,6 +149,11 @@ def _check_identity(folder: Path, manifest: dict[str, Any], model: nn.Module) ->
                 f"checkpoint.resume: {folder} scales the update of {name!r} by {theirs['scalings'][name]:g}, here it "
                 f"is {scaling:g}; set adapter.lora_alpha and adapter.r back, or start a new run with adapter.init_from"
             )
+    if theirs.get("shared", ours["shared"]) != ours["shared"]:
+        raise UserError(
+            f"checkpoint.resume: {folder} was trained with other shared matrices than this version of torch draws "
+            f"({', '.join(theirs['shared'])} there, {', '.join(ours['shared'])} here); resume with the torch of then"
+        )
     for name, norm in ours["base_norms"].items():
         if abs(theirs["base_norms"][name] - norm) > 1e-3 * abs(norm):
             raise UserError(

@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_dist.adapters.methods import chosen
 from dora_dist.checkpoint import run_folder
 from dora_dist.config.fields import values
 from dora_dist.config.names import Sources, data_set, is_local
@@ -89,7 +90,8 @@ def rules() -> dict[str, Rule]:
 
 
 def located(config: RunConfig) -> RunConfig:
-    """The run with absolute paths for what it reads on this machine; hub names stay names.
+    """The run with absolute paths for what it reads on this machine, and the method's own r where none is given; hub
+    names stay names.
 
     That is what is written down, so that a run can be found, merged and evaluated from another working directory.
     """
@@ -102,10 +104,11 @@ def located(config: RunConfig) -> RunConfig:
     features = {"features": _sources(data.features, os.path.abspath)}
     pictures = {"image_folder": data.image_folder and os.path.abspath(data.image_folder)}
     start = {"init_from": adapter.init_from and os.path.abspath(adapter.init_from)}
+    rank = {"r": chosen(adapter).settings().get("r") if adapter.r is None else adapter.r}
     return config.model_copy(
         update={
             "model": model.model_copy(update=places),
-            "adapter": adapter.model_copy(update=start),
+            "adapter": adapter.model_copy(update=start | rank),
             "data": data.model_copy(update=sources | features | pictures),
         }
     )

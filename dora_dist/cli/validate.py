@@ -79,7 +79,8 @@ def _method(adapter: AdapterConfig) -> str:
     from dora_dist.adapters.methods import chosen
 
     method = chosen(adapter)
-    return f"{method.title} r={adapter.r}" if "r" in method.settings() else method.title
+    settings = method.settings()
+    return f"{method.title} r={settings['r']}" if "r" in settings else method.title
 
 
 def _show_data(config: RunConfig) -> None:

@@ -82,7 +82,12 @@ def _dynamic_rank(adapter: AdapterConfig) -> Iterator[str]:
             f"adapter.prune_start = {adapter.prune_start}: must be before adapter.prune_stop = {adapter.prune_stop}, "
             "both as shares of all optimizer steps"
         )
-    if adapter.start_rank <= adapter.r:
+    if adapter.r is None or adapter.start_rank is None:
+        yield (
+            "adapter.dynamic_rank = true: components are pruned until adapter.r are left on average, and adapter.r is "
+            "null; give it (16 is usual), or set adapter.dynamic_rank to false"
+        )
+    elif adapter.start_rank <= adapter.r:
         yield (
             f"adapter.start_rank_factor = {adapter.start_rank_factor}: layers start with {adapter.start_rank} "
             f"components and adapter.r = {adapter.r} is to be left, so there is nothing to prune; raise the factor "

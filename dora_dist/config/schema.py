@@ -7,7 +7,7 @@ JSON schema for editors, error messages and the reference in the documents are a
 import math
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dora_dist.config.section import (
     Count,
@@ -53,6 +53,10 @@ Metric = Annotated[
     Text,
     known("loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "rouge1", "rouge2", "rougeL"),
 ]
+
+
+USUAL_R = 16
+"""Of LoRA, DoRA and dynamic rank."""
 
 
 class ModelConfig(Section):
@@ -109,8 +113,10 @@ class AdapterConfig(Section):
     weight_decomposed: bool = Field(
         default=True, description="true: DoRA; false: plain LoRA, the same layer with no magnitude"
     )
-    r: Annotated[int, Field(ge=1), at_most(2**16)] = Field(
-        default=16, description="Adapter rank: components of the low-rank update of one layer"
+    r: Annotated[int, Field(ge=1), at_most(2**16)] | None = Field(
+        default=None,
+        description="Adapter rank: components of the update of one layer; null: 16, or what the method named in "
+        "adapter.method usually has (vera 256, mora 8)",
     )
     lora_alpha: Annotated[float, Field(gt=0), at_most(10**6)] = Field(
         default=32.0, description="The update is scaled by lora_alpha / r"
@@ -184,10 +190,17 @@ class AdapterConfig(Section):
         default=True, description="Dynamic rank: once the mask is final, train on without the pruned components"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_rank(cls, given: Any) -> Any:
+        """r where no method is named; one that is named knows its own."""
+        unsaid = isinstance(given, dict) and given.get("r") is None and given.get("method") is None
+        return {**given, "r": USUAL_R} if unsaid else given
+
     @property
-    def start_rank(self) -> int:
+    def start_rank(self) -> int | None:
         """Components of a layer when training starts: r, or ceil(start_rank_factor · r) with dynamic rank."""
-        return math.ceil(self.start_rank_factor * self.r) if self.dynamic_rank else self.r
+        return self.r and (math.ceil(self.start_rank_factor * self.r) if self.dynamic_rank else self.r)
 
 
 class DataConfig(Section):

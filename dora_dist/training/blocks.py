@@ -127,7 +127,7 @@ def _method(adapter: AdapterConfig) -> str:
     method = chosen(adapter)
     settings, rank = method.settings(), ""
     if "r" in settings:
-        rank = f", r {settings['r']} pruned to {adapter.r} on average" if adapter.dynamic_rank else f", r {adapter.r}"
+        rank = f", r {settings['r']}" + (f" pruned to {adapter.r} on average" if adapter.dynamic_rank else "")
     dropout = f", dropout {adapter.dropout:g}" if adapter.dropout else ""
     alpha = f", alpha {adapter.lora_alpha:g}" if "lora_alpha" in settings else ""
     return f"{method.title}{rank}{alpha}{dropout}"

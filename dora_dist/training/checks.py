@@ -36,6 +36,7 @@ def pruning_budget(adapter: AdapterConfig, steps: int) -> Budget | None:
     """
     if not adapter.dynamic_rank:
         return None
+    assert adapter.r is not None and adapter.start_rank is not None  # config/conflicts.py refuses it
     try:
         return Budget.of_run(
             adapter.r,

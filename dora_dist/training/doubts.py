@@ -45,13 +45,14 @@ def of_model(model: Any, training: TrainingConfig, cutoff: int, samples: Any) ->
     samples.check_model(model)
     _check_positions(model, cutoff, samples)
     layers = adapted_layers(model)
-    large = [name for name, layer in layers.items() if layer.method.r > min(layer.shape)]
+    useful = {name: layer.method.largest_useful_r(layer.shape) for name, layer in layers.items()}
+    large = [name for name, most in useful.items() if most is not None and layers[name].method.r > most]
     if large:
         first = layers[large[0]]
         warn(
             f"adapter.r: {first.method.r} components for {large[0]!r}, which is ({first.out_features}, "
-            f"{first.in_features}), and {len(large) - 1:,} other layers as narrow: more than their narrower side add "
-            "nothing; lower it"
+            f"{first.in_features}), and {len(large) - 1:,} other layers as narrow: more than {useful[large[0]]} add "
+            "nothing there; lower it"
         )
 
 

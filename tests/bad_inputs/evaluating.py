@@ -276,7 +276,7 @@ def run_without_a_checkpoint(folder: Folder) -> Words:
     return evaluate(folder, model="run")
 
 
-@CASES.bad(says=("empty:", "give a PEFT folder, a checkpoint or a run folder"))
+@CASES.bad(says=("empty:", "give an adapter folder, a checkpoint or a run folder"))
 def folder_of_nothing(folder: Folder) -> Words:
     (folder / "empty").mkdir()
     return evaluate(folder, model="empty")
@@ -472,7 +472,7 @@ def merged_without_its_base(folder: Folder) -> Words:
     return consolidate(folder)
 
 
-@CASES.bad(says="base: no adapter_config.json and no complete checkpoint-* in it")
+@CASES.bad(says="base: no adapter_config.json or dora_dist_adapter.json and no complete checkpoint-* in it")
 def whole_model_as_adapter(folder: Folder) -> Words:
     return consolidate(folder, path="base")
 

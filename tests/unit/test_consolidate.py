@@ -392,7 +392,7 @@ def test_find_adapter_in_peft_folders_checkpoints_and_runs(tmp_path: Path) -> No
         find_adapter(run / "checkpoint-120")
     set_best(run, run / "checkpoint-8", 1.5)
     assert find_adapter(run)[0] == run / "checkpoint-8/adapter"
-    with pytest.raises(UserError, match="no adapter_config.json and no complete checkpoint"):
+    with pytest.raises(UserError, match="no adapter_config.json or dora_dist_adapter.json and no complete checkpoint"):
         find_adapter(tmp_path)
 
 

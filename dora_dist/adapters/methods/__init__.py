@@ -60,15 +60,18 @@ def of_peft(theirs: AdapterLayer, dropout: float) -> AdapterMethod:
 
 def of_settings(settings: Mapping[str, Any], where: str) -> AdapterMethod:
     """The method whose `settings` these are. Raises UserError, which begins with `where`, if there is none."""
-    kind: Any = {**registered(), NoUpdate.name: NoUpdate}.get(settings.get("method", ""))
+    name = settings.get("method")
+    kind: Any = {**registered(), NoUpdate.name: NoUpdate}.get(name) if isinstance(name, str) else None
     if kind is None or not issubclass(kind, Update):
         remedy = "name the module that registers it in plugins"
-        raise UserError(f"{where} = {settings.get('method')!r}: there is no such method here; {remedy}")
+        raise UserError(f"{where} = {name!r}: there is no such method here; {remedy}")
     try:
+        section = AdapterConfig.model_fields.keys() & settings.keys() - {"method"}
+        AdapterConfig(**{field: settings[field] for field in section})  # has their types and ranges
         update = kind(**{field.name: settings[field.name] for field in fields(kind) if field.compare})
         over = (settings["dropout_mode"], settings["norm_gradient"]) if settings["weight_decomposed"] else None
         method = update if over is None else WeightDecomposed(update, *over)
-        if method.settings() == settings and type(method.r) is int and math.isfinite(method.scaling):
+        if method.settings() == settings and math.isfinite(method.scaling):
             return method
     except (KeyError, TypeError, ValueError, ArithmeticError):
         pass  # what a method does with values that no run of it has written

@@ -34,6 +34,9 @@ class LowRank(Factored):
         A = Initial((in_features, self.r), bound=1 / math.sqrt(in_features))
         return {"lora_A": A, "lora_B": Initial((out_features, self.r))}
 
+    def largest_useful_r(self, shape: Shape) -> int:
+        return min(shape)
+
     def factors(self, shape: Shape, parameters: Tensors) -> tuple[Tensor, Tensor]:
         return parameters["lora_A"], parameters["lora_B"]
 
@@ -52,7 +55,7 @@ class LowRank(Factored):
 
     def differences(self, theirs: AdapterLayer) -> Iterator[str]:
         if type(theirs) is not AdapterLayer:
-            yield f'it is {theirs.title} (set adapter.method to "{theirs.title.lower()}")'
+            yield f'it is {theirs.title} (set adapter.method to "{theirs.method}")'
             return
         if theirs.r is None:
             yield "it trains magnitudes alone there (name it in adapter.magnitude_only_modules)"

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.method import Initial, Layer, RowProducts, Shape, Tensors, Update, register
+from dora_dist.adapters.method import Initial, Layer, MergeRows, RowProducts, Shape, Tensors, Update, register
 from dora_dist.adapters.pieces import CHUNK_ELEMENTS
 from dora_dist.runtime.errors import UserError
 
@@ -247,7 +247,7 @@ class Mora(Update):
     type: int = 6
 
     def __post_init__(self) -> None:
-        if self.type not in PATTERNS:
+        if type(self.type) is not int or self.type not in PATTERNS:
             raise UserError(
                 f"adapter.settings: type = {self.type!r} is none of MoRA's; it has 1 (sharing) and 6 (rotation)"
             )
@@ -259,6 +259,10 @@ class Mora(Update):
     @property
     def in_peft(self) -> bool:
         return False
+
+    def largest_useful_r(self, shape: Shape) -> int:
+        """From there on M covers the whole weight, and what goes beyond it is never used."""
+        return -(-(max(shape) ** 2) // sum(shape))
 
     def parameters(self, shape: Shape) -> dict[str, Initial]:
         size = self._pattern(shape).size
@@ -310,10 +314,14 @@ class Mora(Update):
 
         return products
 
-    def merge_rows(self, weight: Tensor, values: Tensors, shape: Shape, *, start: int) -> None:
-        pattern = self._pattern(shape)
-        for first, last, group, own in pattern.stripes(start, len(weight)):
-            pattern.add_expanded(values[MATRIX][own], group, weight[first:last])
+    def merger(self, shape: Shape, values: Tensors) -> MergeRows:
+        pattern, m = self._pattern(shape), values[MATRIX]
+
+        def merge(weight: Tensor, start: int) -> None:
+            for first, last, group, own in pattern.stripes(start, len(weight)):
+                pattern.add_expanded(m[own], group, weight[first:last])
+
+        return merge
 
     def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> None:
         raise TypeError("PEFT has no format for MoRA")

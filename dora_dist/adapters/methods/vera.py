@@ -33,6 +33,7 @@ class Vera(Update):
 
     name = "vera"
     titles = ("VeRA", "DVoRA")
+    of_training = frozenset({"dropout", "d_initial"})
     scaling = 1.0
     r: int = 256
     projection_prng_key: int = 0
@@ -57,6 +58,9 @@ class Vera(Update):
 
     def for_model(self, shapes: Collection[Shape]) -> Self:
         return replace(self, projection=Projection.over(shapes, key=self.projection_prng_key, r=self.r))
+
+    def shared_digest(self) -> str:
+        return self._shared.digest
 
     def parameters(self, shape: Shape) -> dict[str, Initial]:
         """b is 0, so ΔW is (section 3.1 of the paper)."""
@@ -122,12 +126,15 @@ class Vera(Update):
             lambda_d=values[D],
             lambda_b=values[B],
             prng_key=self.projection_prng_key,
+            projection_digest=self._shared.digest,
             in_features=shape[1],
             projection=self._shared,
         )
 
     def from_peft(self, theirs: AdapterLayer, base_norm: Tensor | None) -> dict[str, Tensor]:
+        """Raises UserError where `theirs` was trained with other matrices than those drawn here."""
         assert isinstance(theirs, VeraLayer)
+        self._shared.check(theirs.projection_digest, "the adapter")
         return {D: theirs.lambda_d, B: theirs.lambda_b}
 
     def differences(self, theirs: AdapterLayer) -> Iterator[str]:

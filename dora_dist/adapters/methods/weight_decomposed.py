@@ -24,6 +24,7 @@ from dora_dist.adapters.method import (
     Gradients,
     Initial,
     Layer,
+    MergeRows,
     Needs,
     RowProducts,
     RowSquares,
@@ -35,6 +36,7 @@ from dora_dist.adapters.method import (
 from dora_dist.adapters.methods.sums import column_dot
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.adapters.recompute import kept_output
+from dora_dist.adapters.row_norms import give_norms, row_norms
 
 NormGradient = Literal["detached", "full"]
 DropoutMode = Literal["exact", "adapter"]
@@ -136,8 +138,17 @@ class WeightDecomposed(AdapterMethod):
         own = {"weight_decomposed": True, "dropout_mode": self.dropout_mode, "norm_gradient": self.norm_gradient}
         return self.update.settings() | own
 
+    def function_settings(self) -> dict[str, Any]:
+        return self.update.function_settings() | {"weight_decomposed": True}
+
     def for_model(self, shapes: Collection[Shape]) -> Self:
         return replace(self, update=self.update.for_model(shapes))
+
+    def shared_digest(self) -> str:
+        return self.update.shared_digest()
+
+    def largest_useful_r(self, shape: Shape) -> int | None:
+        return self.update.largest_useful_r(shape)
 
     def parameters(self, shape: Shape) -> dict[str, Initial]:
         return self.update.parameters(shape) | {"magnitude_offset": Initial((shape[0],))}
@@ -205,11 +216,15 @@ class WeightDecomposed(AdapterMethod):
     def row_squares(self, shape: Shape, parameters: Tensors) -> RowSquares | None:
         return self.update.row_squares(shape, _without_magnitude(parameters))
 
-    def merge_rows(self, weight: Tensor, values: Tensors, shape: Shape, *, start: int) -> None:
-        magnitude = _row_norms(weight) + values["magnitude_offset"][start : start + len(weight)]
-        self.update.merge_rows(weight, _without_magnitude(values), shape, start=start)
-        norm = _row_norms(weight)
-        weight.mul_(torch.where(norm == 0, 1.0, magnitude / norm)[:, None].float())
+    def merger(self, shape: Shape, values: Tensors) -> MergeRows:
+        merge_update, offset = self.update.merger(shape, _without_magnitude(values)), values["magnitude_offset"]
+
+        def merge(weight: Tensor, start: int) -> None:
+            magnitude = row_norms(weight) + offset[start : start + len(weight)]
+            merge_update(weight, start)
+            give_norms(weight, magnitude)
+
+        return merge
 
     @property
     def in_peft(self) -> bool:
@@ -247,10 +262,6 @@ class WeightDecomposed(AdapterMethod):
 
 def _without_magnitude(values: Tensors) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if name != "magnitude_offset"}
-
-
-def _row_norms(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)  # squares could overflow in fp32
 
 
 def _safe_divide(a: Tensor, b: Tensor) -> Tensor:
