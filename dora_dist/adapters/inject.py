@@ -9,7 +9,8 @@ from torch import nn
 
 from dora_dist.adapters.adapter_folder import SavedAdapter
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
-from dora_dist.adapters.method import AdapterMethod, for_one_model
+from dora_dist.adapters.method import AdapterMethod
+from dora_dist.adapters.methods import for_one_model
 from dora_dist.adapters.patterns import inside, matches
 from dora_dist.adapters.storage import PLAIN, WeightStorage
 from dora_dist.runtime.errors import UserError

@@ -235,21 +235,6 @@ class AdapterMethod(Method):
         """This method without its update of the weight. Raises ValueError where nothing would be left to train."""
 
 
-def for_one_model(methods: Mapping[str, AdapterMethod], shapes: Mapping[str, Shape]) -> dict[str, AdapterMethod]:
-    """Each module's method, as one object for all modules that have the same (`AdapterMethod.for_model`)."""
-    alike: list[tuple[AdapterMethod, list[str]]] = []
-    for name, method in methods.items():
-        names = next((names for known, names in alike if known == method), None)
-        if names is None:
-            alike.append((method, [name]))
-        else:
-            names.append(name)
-    found: dict[str, AdapterMethod] = {}
-    for method, names in alike:
-        found |= dict.fromkeys(names, method.for_model([shapes[name] for name in names]))
-    return {name: found[name] for name in methods}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Update(AdapterMethod):
     """A method without magnitude: y = W0·x + ΔW·x + bias, where ΔW·x = up(down(x)).

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME, AdapterFolder
-from dora_dist.adapters.method import AdapterMethod, MergeRows, Shape, for_one_model
-from dora_dist.adapters.methods import of_settings
+from dora_dist.adapters.method import AdapterMethod, MergeRows, Shape
+from dora_dist.adapters.methods import for_one_model, of_settings
 from dora_dist.adapters.peft_config import read_json_object
 from dora_dist.adapters.storage import PLAIN
 from dora_dist.config.schema import AdapterConfig

@@ -11,10 +11,14 @@ CONFIGS = ROOT / "configs"
 
 
 def config(base: Path, data: Path, run_dir: Path, /, **changes: dict[str, Any]) -> dict[str, Any]:
-    """A toy run's configuration as a dict; `changes` are merged section by section."""
+    """A toy run's configuration as a dict; `changes` are merged section by section.
+
+    A method that is named may not scale its update, so lora_alpha is not set for it.
+    """
+    scaled = {} if "method" in changes.get("adapter", {}) else {"lora_alpha": 8.0}
     sections: dict[str, dict[str, Any]] = {
         "model": {"path": str(base), "dtype": "fp32"},
-        "adapter": {"r": 4, "lora_alpha": 8.0, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]},
+        "adapter": {"r": 4, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"], **scaled},
         "data": {"train": str(data), "validation_samples": 5, "cutoff_len": 192},
         "training": {
             "learning_rate": 0.01,

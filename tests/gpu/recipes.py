@@ -42,8 +42,6 @@ def scaled(name: str, models: Path, run_dir: Path, ranks: int, **fields: Any) ->
         "model.path": models / family(recipe),
         "data.train": data,
         "data.cutoff_len": _CUTOFF.get(format, 192),
-        "adapter.r": 4,
-        "adapter.lora_alpha": 8,
         "training.max_steps": STEPS,
         "training.global_batch_size": max(BATCH, ranks),
         "training.micro_batch_size": 2,
@@ -52,6 +50,7 @@ def scaled(name: str, models: Path, run_dir: Path, ranks: int, **fields: Any) ->
         "logging.every": 1,
         "logging.progress_bar": "false",
     }
+    small |= {f"adapter.{name}": 4 for name in ("r", "lora_alpha") if name in recipe["adapter"]}
     if recipe["adapter"].get("dynamic_rank"):
         small["adapter.prune_every"] = 1
     if "warmup_steps" in recipe["training"]:

@@ -118,7 +118,7 @@ OWN_OPTIONS: dict[str, list[str]] = {
         "--chat-template",
         "--plugins",
     ],
-    "analyze": ["--modules", "--recordings", "--steps", "--output"],
+    "analyze": ["--modules", "--recordings", "--steps", "--output", "--overwrite"],
     "env": ["--json", "--timeout"],
 }
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from dora_dist.adapters.method import AdapterMethod, Method, Update, registered
+from dora_dist.adapters.method import AdapterMethod, Method, Shape, Update, registered
 from dora_dist.adapters.methods.dynamic_rank import DynamicRank
 from dora_dist.adapters.methods.full import FullFineTuning
 from dora_dist.adapters.methods.lora import LowRank
@@ -25,6 +25,7 @@ __all__ = [
     "Vera",
     "WeightDecomposed",
     "chosen",
+    "for_one_model",
     "of_peft",
     "of_settings",
 ]
@@ -46,6 +47,21 @@ def chosen(adapter: AdapterConfig) -> Method:
     if isinstance(method, Update) and adapter.weight_decomposed:
         return WeightDecomposed(method, adapter.dropout_mode, adapter.norm_gradient)
     return method
+
+
+def for_one_model(methods: Mapping[str, AdapterMethod], shapes: Mapping[str, Shape]) -> dict[str, AdapterMethod]:
+    """Each module's method, as one object for all modules that have the same (`AdapterMethod.for_model`)."""
+    alike: list[tuple[AdapterMethod, list[str]]] = []
+    for name, method in methods.items():
+        names = next((names for known, names in alike if known == method), None)
+        if names is None:
+            alike.append((method, [name]))
+        else:
+            names.append(name)
+    found: dict[str, AdapterMethod] = {}
+    for method, names in alike:
+        found |= dict.fromkeys(names, method.for_model([shapes[name] for name in names]))
+    return {name: found[name] for name in methods}
 
 
 def of_peft(theirs: AdapterLayer, dropout: float) -> AdapterMethod:

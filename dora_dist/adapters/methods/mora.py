@@ -14,17 +14,19 @@ the nearest integer, and fills up the last group with the first inputs in place 
 Products of a layer for t tokens, forward, and twice as many backward: type 1 t·r̂², which is LoRA's t·r·(in + out), and
 the least where each trained number meets each token; type 6 t·r̂·(inputs that are seen), n times as many. Row norms read
 W0 once: an addition for each of its numbers (type 1), or a product for r̂ of each row (type 6). ΔW is never built:
-temporaries are (t, r̂), and for type 6 the rotated tiles, (in, r̂).
+temporaries are (t, r̂), and for type 6 (t, in), (t, out) and the rotated tiles, (in, r̂): all of them are multiplied at
+once, so that a layer starts as few kernels as LoRA's, and its last group costs as much as a whole one.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dora_dist.adapters.method import Initial, Layer, MergeRows, RowProducts, Shape, Tensors, Update, register
@@ -45,7 +47,7 @@ class Stripe(NamedTuple):
 
 @dataclass(frozen=True)
 class Pattern(ABC):
-    """How M fills a ΔW of `shape` (out, in); `size` is r̂. Arguments `m` are M's rows, or those of a stripe."""
+    """How M fills a ΔW of `shape` (out, in); `size` is r̂. Arguments `m` are M (r̂, r̂)."""
 
     shape: Shape
     size: int
@@ -65,23 +67,26 @@ class Pattern(ABC):
 
     @abstractmethod
     def gradients(self, hidden: Tensor, m: Tensor, grad_to: Tensor) -> tuple[Tensor, Tensor]:
-        """M's gradient, fp32, and what `add_input_gradient` needs."""
+        """M's gradient, fp32, and what `add_input_gradient` needs (t, ...)."""
 
     @abstractmethod
     def add_input_gradient(self, grad_hidden: Tensor, m: Tensor, onto: Tensor) -> None:
         """onto (t, in) += the inputs' gradient, in place."""
 
     @abstractmethod
-    def compress(self, rows: Tensor, group: int, col: int) -> Tensor:
-        """Columns from `col` on of rows of one group of outputs -> (rows, r̂): C with ⟨row, ΔW's row⟩ = ⟨C, M's row⟩."""
+    def row_products(self, m: Tensor) -> RowProducts:
+        """As a method's, of M in fp32."""
 
     @abstractmethod
-    def add_expanded(self, m: Tensor, group: int, rows: Tensor) -> None:
-        """Add ΔW's rows of one group of outputs to `rows` (rows, in), in place: the transpose of `compress`."""
+    def norm_gradient(self, m: Tensor, row_scale: Tensor, base: Iterator[tuple[int, Tensor]]) -> Tensor:
+        """M's gradient, given one of row_scale_o·V'_o for each row of V' = W0 + ΔW; all fp32.
+
+        `base` has W0's rows, a block at a time, with the number of its first one.
+        """
 
     @abstractmethod
-    def gram(self, m: Tensor, group: int) -> Tensor:
-        """`compress` of ΔW's rows of one group of outputs (rows, r̂)."""
+    def merger(self, m: Tensor) -> MergeRows:
+        """What adds rows of ΔW to those of W0; M is fp32."""
 
     def stripes(self, row: int, rows: int) -> Iterator[Stripe]:
         """Cut rows [row, row + rows) where groups of outputs begin."""
@@ -113,17 +118,42 @@ class Sharing(Pattern):
     def add_input_gradient(self, grad_hidden: Tensor, m: Tensor, onto: Tensor) -> None:
         _add_repeated(onto, grad_hidden)
 
-    def compress(self, rows: Tensor, group: int, col: int) -> Tensor:
+    def row_products(self, m: Tensor) -> RowProducts:
+        """⟨C, M's row⟩ with C a row of W0, and of ΔW, compressed as an input is."""
+        squares = (self._compressed_update(m) * m).sum(1)
+
+        def products(w: Tensor, row: int, col: int) -> tuple[Tensor, Tensor]:
+            own = _rows_of(self.size, row, w)
+            cross = (self._compress(w, col) * m[own]).sum(1)
+            return cross, squares[own] if col == 0 else torch.zeros_like(cross)
+
+        return products
+
+    def norm_gradient(self, m: Tensor, row_scale: Tensor, base: Iterator[tuple[int, Tensor]]) -> Tensor:
+        found = self._compressed_update(m).mul_(_fold(row_scale[None], self.size).t())
+        for start, w in base:
+            compressed, scale = self._compress(w, 0), row_scale[start : start + len(w), None]
+            for first, last, _, own in self.stripes(start, len(w)):
+                found[own].addcmul_(compressed[first:last], scale[first:last])
+        return found
+
+    def merger(self, m: Tensor) -> MergeRows:
+        def merge(weight: Tensor, start: int) -> None:
+            for first, last, _, own in self.stripes(start, len(weight)):
+                _add_repeated(weight[first:last], m[own])
+
+        return merge
+
+    def _compress(self, rows: Tensor, col: int) -> Tensor:
+        """Columns from `col` on of rows of a weight -> (rows, r̂)."""
         offset = col % self.size
         head = rows[:, : self.size - offset]
         folded = _fold(rows[:, head.shape[1] :], self.size)
         folded[:, offset : offset + head.shape[1]] += head
         return folded
 
-    def add_expanded(self, m: Tensor, group: int, rows: Tensor) -> None:
-        _add_repeated(rows, m)
-
-    def gram(self, m: Tensor, group: int) -> Tensor:
+    def _compressed_update(self, m: Tensor) -> Tensor:
+        """Of ΔW's rows (r̂, r̂); they repeat as M's do."""
         groups, rest = divmod(self.shape[1], self.size)
         own = m * groups
         own[:, :rest] += m[:, :rest]
@@ -131,7 +161,10 @@ class Sharing(Pattern):
 
 
 class Rotation(Pattern):
-    """Type 6: one tile for each group of outputs, M·R_b over the inputs of group b; M·R_b is M's rows turned by −b."""
+    """Type 6: one tile for each group of outputs, M·R_b over the inputs of group b; M·R_b is M's rows turned by −b.
+
+    All tiles are multiplied at once, so that a GPU has few kernels to start: the last group is filled up with zeros.
+    """
 
     @staticmethod
     def size_of(shape: Shape, r: int) -> int:
@@ -141,45 +174,54 @@ class Rotation(Pattern):
         return x_ti
 
     def add_up(self, hidden: Tensor, m: Tensor, y_to: Tensor) -> None:
-        for tile, inputs, first, repeats in self._tiles(m):
-            seen = hidden[:, inputs]
-            if not repeats:
-                y_to[:, first].addmm_(seen, tile.t())
-                continue
-            product = seen @ tile.t()
-            for outputs in (first, *repeats):
-                y_to[:, outputs] += product[:, : _length(outputs)]
+        product = torch.bmm(self._seen(hidden), self._tiles(m).to(m.dtype).mT)
+        _add_repeated(y_to, product.transpose(0, 1).flatten(1))
 
     def gradients(self, hidden: Tensor, m: Tensor, grad_to: Tensor) -> tuple[Tensor, Tensor]:
-        grads = m.new_zeros((self._used, *m.shape), dtype=torch.float32)
-        for group, (inputs, first, repeats) in enumerate(self._seen()):
-            folded = _folded(grad_to, first, repeats)
-            grads[group, : _length(first), : _length(inputs)] = folded.t() @ hidden[:, inputs]
-        return self._turned(grads, range(self._used)).sum(0), grad_to
+        folded = _fold(grad_to, self._used * self._tile[0])
+        return self._of_tiles(torch.bmm(self._by_tile(folded).mT, self._seen(hidden)).float()), folded
 
     def add_input_gradient(self, grad_hidden: Tensor, m: Tensor, onto: Tensor) -> None:
-        for tile, inputs, first, repeats in self._tiles(m):
-            onto[:, inputs].addmm_(_folded(grad_hidden, first, repeats), tile)
+        found = torch.bmm(self._by_tile(grad_hidden), self._tiles(m).to(m.dtype)).transpose(0, 1).flatten(1)
+        seen = min(found.shape[1], onto.shape[1])
+        onto[:, :seen] += found[:, :seen]
 
-    def compress(self, rows: Tensor, group: int, col: int) -> Tensor:
-        inputs = self._inputs(group)
-        start, stop = max(inputs.start, col), min(inputs.stop, col + rows.shape[1])
-        seen = rows.new_zeros(len(rows), self.size)
-        if start < stop:
-            seen[:, start - inputs.start : stop - inputs.start] = rows[:, start - col : stop - col]
-        return self._turned(seen, group % self._groups)
+    def row_products(self, m: Tensor) -> RowProducts:
+        """⟨W0's inputs that a row sees, its tile's row⟩."""
+        tiles = self._tiles(m)
+        squares = tiles.square().sum(2).flatten()
 
-    def add_expanded(self, m: Tensor, group: int, rows: Tensor) -> None:
-        inputs = self._inputs(group)
-        rows[:, inputs] += self._turned(m, group % self._groups, back=True)[:, : _length(inputs)]
+        def products(w: Tensor, row: int, col: int) -> tuple[Tensor, Tensor]:
+            cross = w.new_zeros(len(w))
+            for first, last, group, own in self.stripes(row, len(w)):
+                inputs = self._inputs(group)
+                start, stop = max(inputs.start, col), min(inputs.stop, col + w.shape[1])
+                if start < stop:
+                    tile = tiles[group % self._groups, own, start - inputs.start : stop - inputs.start]
+                    cross[first:last] = (w[first:last, start - col : stop - col] * tile).sum(1)
+            return cross, squares[_rows_of(len(squares), row, w)] if col == 0 else torch.zeros_like(cross)
 
-    def gram(self, m: Tensor, group: int) -> Tensor:
-        width = _length(self._inputs(group))
-        if width == self.size:
-            return m
-        own = self._turned(m, group % self._groups, back=True)
-        own[:, width:] = 0
-        return self._turned(own, group % self._groups)
+        return products
+
+    def norm_gradient(self, m: Tensor, row_scale: Tensor, base: Iterator[tuple[int, Tensor]]) -> Tensor:
+        grads = self._tiles(m)
+        grads.mul_(_fold(row_scale[None], self._used * self._tile[0]).view(self._used, -1, 1))
+        for start, w in base:
+            scale = row_scale[start : start + len(w), None]
+            for first, last, group, own in self.stripes(start, len(w)):
+                seen = w[first:last, self._inputs(group)]
+                grads[group % self._groups, own, : seen.shape[1]].addcmul_(seen, scale[first:last])
+        return self._of_tiles(grads)
+
+    def merger(self, m: Tensor) -> MergeRows:
+        tiles = self._tiles(m)
+
+        def merge(weight: Tensor, start: int) -> None:
+            for first, last, group, own in self.stripes(start, len(weight)):
+                seen = weight[first:last, self._inputs(group)]
+                seen += tiles[group % self._groups, own, : seen.shape[1]]
+
+        return merge
 
     @property
     def _groups(self) -> int:
@@ -191,35 +233,46 @@ class Rotation(Pattern):
         """Groups of inputs that an output sees: not all of them where there are fewer outputs than inputs."""
         return min(self._groups, -(-self.shape[0] // self.size))
 
+    @property
+    def _tile(self) -> Shape:
+        """Rows and columns of a tile: r̂, unless the layer has fewer."""
+        return min(self.size, self.shape[0]), min(self.size, self.shape[1])
+
     def _inputs(self, group: int) -> slice:
         """What a group of outputs sees."""
         first = group % self._groups * self.size
         return slice(first, min(first + self.size, self.shape[1]))
 
-    def _seen(self) -> Iterator[tuple[slice, slice, list[slice]]]:
-        """Of each group of inputs that is used: its columns, those of the first outputs that see it, and of the others.
+    def _seen(self, x_ti: Tensor) -> Tensor:
+        """The inputs by group (used, t, columns), as far as an output sees them: a view where nothing is filled up."""
+        columns = self._used * self._tile[1]
+        if (lacking := columns - x_ti.shape[1]) > 0:
+            x_ti = F.pad(x_ti, (0, lacking))
+        return x_ti[:, :columns].unflatten(1, (self._used, -1)).transpose(0, 1)
 
-        The first ones are r̂, unless they are the layer's last.
-        """
-        columns = [slice(first, min(first + self.size, self.shape[0])) for first in range(0, self.shape[0], self.size)]
-        for group in range(self._used):
-            first, *repeats = columns[group :: self._groups]
-            yield self._inputs(group), first, repeats
+    def _by_tile(self, folded: Tensor) -> Tensor:
+        """(t, used·rows) -> (used, t, rows)."""
+        return folded.unflatten(1, (self._used, -1)).transpose(0, 1)
 
-    def _tiles(self, m: Tensor) -> Iterator[tuple[Tensor, slice, slice, list[slice]]]:
-        """M·R_b, as far as inputs and outputs go, in M's dtype, with what `_seen` says; rotated in fp32 at least."""
+    def _tiles(self, m: Tensor) -> Tensor:
+        """M·R_b of each group of inputs that is used (used, rows, columns), in fp32 at least; 0 beyond the inputs."""
         exact = m if m.dtype == torch.float64 else m.float()
-        tiles = self._turned(exact[None], range(self._used), back=True).to(m.dtype)
-        for tile, (inputs, first, repeats) in zip(tiles, self._seen(), strict=True):
-            yield tile[: _length(first), : _length(inputs)], inputs, first, repeats
+        rows, columns = self._tile
+        tiles = self._turned(exact[None], back=True)[:, :rows, :columns]
+        if (beyond := self._used * columns - self.shape[1]) > 0:
+            tiles[-1, :, columns - beyond :] = 0
+        return tiles
 
-    def _turned(self, m: Tensor, groups: int | range, back: bool = False) -> Tensor:
-        """R_b of the last dimension, or R_bᵀ (`back`): for one group, or for a range of them along the first."""
-        cos, sin = _angles(self.size, self._groups, m.device, m.dtype)
-        which = groups if isinstance(groups, int) else slice(groups.start, groups.stop)
-        cos, sin = cos[which, ..., :], sin[which, ..., :]
-        if isinstance(groups, range):
-            cos, sin = cos[:, None], sin[:, None]
+    def _of_tiles(self, grads: Tensor) -> Tensor:
+        """M's gradient, given that of the tiles (used, rows, columns)."""
+        rows, columns = self._tile
+        if (rows, columns) != (self.size, self.size):
+            grads = F.pad(grads, (0, self.size - columns, 0, self.size - rows))
+        return self._turned(grads).sum(0)
+
+    def _turned(self, m: Tensor, back: bool = False) -> Tensor:
+        """R_b of the last dimension, or R_bᵀ (`back`), for every group b of the first that is used."""
+        cos, sin = (table[: self._used, None] for table in _angles(self.size, self._groups, m.device, m.dtype))
         if back:
             sin = -sin
         one, two = m.chunk(2, dim=-1)
@@ -290,38 +343,17 @@ class Mora(Update):
 
     def add_norm_gradient(self, layer: Layer, row_scale: Tensor, gradients: dict[str, Tensor]) -> None:
         """W0 is read once, a chunk of rows at a time; its products with M's place in ΔW are additions."""
-        pattern, m = self._pattern(layer.shape), _matrix(layer).float()
         rows, columns = layer.shape
-        found, step = torch.zeros_like(m), max(1, CHUNK_ELEMENTS // columns)
-        for start in range(0, rows, step):
-            w = layer.weight_rows(start, min(start + step, rows))
-            for first, last, group, own in pattern.stripes(start, len(w)):
-                v = pattern.compress(w[first:last], group, 0).add_(pattern.gram(m[own], group))
-                found[own].addcmul_(v, row_scale[start + first : start + last, None])
-        gradients[MATRIX].add_(found)
+        step = max(1, CHUNK_ELEMENTS // columns)
+        base = ((start, layer.weight_rows(start, min(start + step, rows))) for start in range(0, rows, step))
+        gradients[MATRIX].add_(self._pattern(layer.shape).norm_gradient(_matrix(layer).float(), row_scale, base))
 
     def row_products(self, shape: Shape, parameters: Tensors) -> RowProducts:
-        """⟨compressed W0, M⟩ and ⟨compressed ΔW, M⟩ of each row, the second charged to a row's first element."""
-        pattern, m = self._pattern(shape), parameters[MATRIX].float()
-
-        def products(w: Tensor, row: int, col: int) -> tuple[Tensor, Tensor]:
-            cross, squares = w.new_zeros(len(w)), w.new_zeros(len(w))
-            for first, last, group, own in pattern.stripes(row, len(w)):
-                cross[first:last] = (pattern.compress(w[first:last], group, col) * m[own]).sum(1)
-                if col == 0:
-                    squares[first:last] = (pattern.gram(m[own], group) * m[own]).sum(1)
-            return cross, squares
-
-        return products
+        """The second product is charged to a row's first element."""
+        return self._pattern(shape).row_products(parameters[MATRIX].float())
 
     def merger(self, shape: Shape, values: Tensors) -> MergeRows:
-        pattern, m = self._pattern(shape), values[MATRIX]
-
-        def merge(weight: Tensor, start: int) -> None:
-            for first, last, group, own in pattern.stripes(start, len(weight)):
-                pattern.add_expanded(m[own], group, weight[first:last])
-
-        return merge
+        return self._pattern(shape).merger(values[MATRIX])
 
     def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> None:
         raise TypeError("PEFT has no format for MoRA")
@@ -350,18 +382,9 @@ def _add_repeated(values: Tensor, row: Tensor) -> None:
     values[:, values.shape[1] - rest :].add_(row[:, :rest])
 
 
-def _folded(values: Tensor, first: slice, repeats: Sequence[slice]) -> Tensor:
-    """Columns `first` of values (rows, columns) plus the `repeats`, of which the last may be short."""
-    if not repeats:
-        return values[:, first]
-    total = values[:, first].clone()
-    for columns in repeats:
-        total[:, : _length(columns)] += values[:, columns]
-    return total
-
-
-def _length(columns: slice) -> int:
-    return columns.stop - columns.start
+def _rows_of(period: int, row: int, w: Tensor) -> Tensor:
+    """Which of `period` rows, over and over again, the rows of a block `w` are that begins at `row`: (rows,) int64."""
+    return torch.arange(row, row + len(w), device=w.device).remainder_(period)
 
 
 @lru_cache(maxsize=64)  # also because copies from host to device in every product would make each one wait
