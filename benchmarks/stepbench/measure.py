@@ -74,6 +74,7 @@ class Run:
         from deepspeed.accelerator import get_accelerator
         from transformers.integrations import HfDeepSpeedConfig
 
+        from dora_dist.adapters.layer import adapted_layers
         from stepbench.models import build, pruner, unsharded
 
         self.settings, self.accelerator = settings, get_accelerator()
@@ -86,6 +87,7 @@ class Run:
         self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings.deepspeed_config())[0]
         if wrong := list(unsharded(model, settings)):
             raise RuntimeError(f"{variant}: not sharded, or not bf16: {wrong[:5]}")
+        self.recorded = adapted_layers(model) if variant == "recorded" else {}
         self.pruner = pruner(variant, model, self.engine, settings)
         self.losses: list[float] = []
 
@@ -142,10 +144,18 @@ class Run:
         loss = self.engine(**batch).loss
         self.engine.backward(loss)
         self.engine.step()
+        if self.recorded:
+            self._record()
         self._barrier()
         seconds = time.perf_counter() - started, time.process_time() - cpu_started
         self.losses.append(loss.item())
         return seconds
+
+    def _record(self) -> None:
+        """What `analysis.every` does in a step that records: the next forward does not refresh norms again."""
+        from dora_dist.analysis.decomposition import Recording, moved
+
+        Recording(len(self.losses), "", moved(self.norms.record(self.recorded))).line()
 
     def _batch(self) -> dict[str, torch.Tensor]:
         """One record of random tokens, after a random picture if there are pictures; the same in every variant."""

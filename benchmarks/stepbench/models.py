@@ -76,7 +76,7 @@ def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
     In every variant the embedding's output requires a gradient, as in the middle of a deep stack: all layers
     compute input gradients, and "no adapter" does all of the backward but the adapters' own.
     """
-    if variant in ("dora", "lora", *GATED):
+    if variant in ("dora", "recorded", "lora", *GATED):
         model, norms = _ours(variant, base, settings)
     elif variant == "full":
         run = build_model(str(base), AdapterConfig(method="full"), deepspeed=settings.deepspeed_config())

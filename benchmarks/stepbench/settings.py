@@ -13,6 +13,7 @@ from dora_dist.runtime import distributed
 
 VARIANTS = {
     "dora": "this project, DoRA",
+    "recorded": "  recording every step",
     "lora": "this project, LoRA",
     "none": "no adapter",
     "peft-lora": "PEFT, LoRA",

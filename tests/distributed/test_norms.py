@@ -124,12 +124,14 @@ def run(persistence: int) -> dict[str, Any]:
 def recorded(config: dict[str, Any]) -> dict[str, Any]:
     """Train layers of every kind for two steps, record them, and compare with the definition on whole weights."""
     import deepspeed
+    from deepspeed import comm as dist
     from safetensors.torch import save_file
 
     from dora_dist.adapters.inject import inject
     from dora_dist.adapters.layer import adapted_layers
     from dora_dist.adapters.methods import DynamicRank, LowRank, NoUpdate, WeightDecomposed
     from dora_dist.analysis.decomposition import moved
+    from dora_dist.runtime.errors import UserError
     from dora_dist.weights.safetensors_io import TensorFolder
     from dora_dist.zero3.norms import ShardedNormRefresher
     from dora_dist.zero3.placement import ShardedPlacement
@@ -158,7 +160,15 @@ def recorded(config: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         save_file(weights, f"{folder}/model.safetensors")
         trained = {"layers.4": TrainedWeight(model.layers[4].weight, "layers.4.weight")}
-        changes |= row_changes(trained, TensorFolder.open(Path(folder)))
+        base = TensorFolder.open(Path(folder))
+        changes |= row_changes(trained, base)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            Path(folder, "model.safetensors").unlink()
+        try:
+            row_changes(trained, base)
+            unreachable = ""
+        except UserError as error:
+            unreachable = str(error)
     expected = {}
     for name in changes:
         layer, w0 = model.get_submodule(name), weights[f"{name}.weight"].double()
@@ -174,6 +184,7 @@ def recorded(config: dict[str, Any]) -> dict[str, Any]:
         "recorded": {name: tuple(found) for name, found in moved(changes).items()},
         "expected": expected,
         "recording_bytes": received,
+        "unreachable": unreachable,
         "recording_refreshes": norms.refreshes - refreshes,
     }
 
@@ -217,6 +228,10 @@ def test_what_is_recorded_is_what_whole_weights_say(ranks: list[dict[str, Any]])
             # Layer 2 has one row of two: ΔW is nearly along W0, and what turns it is a small difference of sums.
             assert rank["recorded"][name] == pytest.approx(expected, rel=1e-6, abs=1e-9), name
         assert rank["recorded"] == ranks[0]["recorded"]
+
+
+def test_a_base_that_one_rank_cannot_read_ends_a_recording_on_all(ranks: list[dict[str, Any]]) -> None:
+    assert all("(model.path) back where it was, or set analysis.every to 0" in rank["unreachable"] for rank in ranks)
 
 
 def test_recording_takes_the_place_of_a_refresh_and_moves_no_norm(ranks: list[dict[str, Any]]) -> None:

@@ -50,7 +50,7 @@ def scaled(name: str, models: Path, run_dir: Path, ranks: int, **fields: Any) ->
         "logging.every": 1,
         "logging.progress_bar": "false",
     }
-    small |= {f"adapter.{name}": 4 for name in ("r", "lora_alpha") if name in recipe["adapter"]}
+    small |= {f"adapter.{name}": n for name, n in (("r", 4), ("lora_alpha", 8)) if name in recipe["adapter"]}
     if recipe["adapter"].get("dynamic_rank"):
         small["adapter.prune_every"] = 1
     if "warmup_steps" in recipe["training"]:

@@ -95,15 +95,17 @@ def test_of_a_llava_projector_and_language_model_train_and_the_tower_is_read_onc
 
 
 def test_scoring_and_pruning_are_measured_beside_the_same_layer_without_them(tmp_path: Path) -> None:
-    # In the same run: full fine-tuning, here and as plain DeepSpeed does it.
+    # In the same run: full fine-tuning, here and as plain DeepSpeed does it; and recording for the analysis.
     flags = ("--rounds", "1", "--warmup", "1", "--steps", "1", "--variants", "gated", "dynamic")
-    done = run(*flags, "full", "deepspeed-full", "--output", str(tmp_path))
+    done = run(*flags, "full", "deepspeed-full", "recorded", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     variants = json.loads((tmp_path / "step.json").read_text())["variants"]
     whole = [variants[name]["trainable"] for name in ("full", "deepspeed-full")]
     norms, vocabulary = (2 * LAYERS + 1) * HIDDEN, 2 * 50 * HIDDEN
     assert whole == [LAYERS * sum(out * into for out, into in SHAPES) + norms + vocabulary] * 2
     assert variants["full"]["losses"] == pytest.approx(variants["deepspeed-full"]["losses"], rel=2**-8)
+    rows = LAYERS * sum(out for out, _ in SHAPES)
+    assert variants["recorded"]["norm_refresh_bytes"] >= 3 * 4 * rows  # three numbers a row, where norms take one
     assert variants["gated"]["scoring_share"] == 0 < variants["dynamic"]["scoring_share"]
     assert variants["gated"]["trainable"] == variants["dynamic"]["trainable"]
 

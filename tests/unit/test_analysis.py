@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from dora_dist import build_model
 from dora_dist.adapters.methods import NoUpdate, WeightDecomposed
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.row_changes import RowChange
+from dora_dist.adapters.storage.plain import PlainStorage
 from dora_dist.analysis.decomposition import Moved, Recording, moved, read_recordings
-from dora_dist.analysis.points import evenly
+from dora_dist.analysis.figure import what_colours_say
+from dora_dist.analysis.points import Point, evenly
 from dora_dist.checkpoint import run_folder
 from dora_dist.cli import main
 from dora_dist.config import AdapterConfig, AnalysisConfig, ModelConfig
@@ -171,6 +174,50 @@ def test_the_command_draws_panels_and_writes_what_they_show(tmp_path: Path, capf
     assert panel["steps"] == [1, 3] and panel["correlations"]["down_proj"] is None
     assert set(panel["by_run"]) == {str(up), str(down)}
     assert "</svg>" in drawing.read_text()
+    again = ["analyze", str(up), "--output", str(figure)]
+    assert main(again) == 2
+    assert main([*again, "--overwrite"]) == 0
+    figure.unlink()
+    assert main(again) == 2  # its numbers are there, or somebody else's file of that name
+    assert "figure.csv already exists" in " ".join(capfd.readouterr().err.split())
+
+
+def test_runs_of_one_name_have_panels_of_their_own(tmp_path: Path) -> None:
+    runs = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        runs.append(run_with(tmp_path / place / "train", recording(1, 1.0), recording(2, 1.0)))
+    figure = tmp_path / "figure.png"
+    assert main(["analyze", *map(str, runs), f"DoRA={runs[0]}", "--output", str(figure)]) == 0
+    panels = json.loads(figure.with_suffix(".json").read_text())["panels"]
+    assert [panel["title"] for panel in panels] == ["DoRA (a/train)", "DoRA (b/train)", "DoRA"]
+    assert [panel["runs"] for panel in panels] == [[str(runs[0])], [str(runs[1])], [str(runs[0])]]
+
+
+def points_at(*steps: int) -> list[Point]:
+    return [Point("run", "query", "q", step, place, len(steps), 0.0, 0.0) for place, step in enumerate(steps)]
+
+
+def test_a_colour_is_a_step_or_else_a_share_of_the_run() -> None:
+    def named(*runs: list[Point]) -> list[list[str]]:
+        when = what_colours_say([point for run in runs for point in run])
+        return [[when(point)[1] for point in run] for run in runs]
+
+    steps = ["step 10", "step 20", "step 30", "step 40"]
+    assert named(points_at(10, 20, 30, 40), points_at(10, 20)) == [steps, steps[:2]]
+    shares = [f"{percent}% of a run's recordings" for percent in (25, 50, 75, 100)]
+    assert named(points_at(10, 20, 30, 40), points_at(5, 15)) == [shares, shares[1::2]]
+
+
+def test_a_pass_that_refreshes_and_records_decodes_each_block_once() -> None:
+    layer, decoded = random_layer(WeightDecomposed(update("lora"))), []
+    norms, to_fp32 = NormRefresher(layer), PlainStorage.to_fp32
+    norms.refresh()
+    kept = layer.norm
+    with patch.object(PlainStorage, "to_fp32", lambda *a, **o: decoded.append(a[2]) or to_fp32(*a, **o)):
+        norms.record({"": layer})
+    assert len(decoded) == 1
+    assert kept is not None and torch.equal(layer.norm, kept)
 
 
 REFUSED: list[tuple[list[str], str]] = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_dist.adapters import methods
 from dora_dist.adapters.layer import AdaptedLinear
@@ -190,6 +191,27 @@ def test_the_adapter_section_makes_the_method_with_and_without_a_magnitude(name:
     assert over.magnitude_only().r == 0
 
 
+@pytest.mark.parametrize("name", REGISTERED)
+def test_without_a_rank_a_method_has_the_one_that_is_usual_for_it(name: str) -> None:
+    kind: Any = registered()[name]
+    if kind().components is None:
+        assert AdapterConfig(method=name).r is None
+        assert methods.chosen(AdapterConfig(method=name)).settings()["r"] == kind().r
+    assert {"vera": 256, "mora": 8, "loha": 8}.get(name, 16) == kind().r
+    unnamed = AdapterConfig()
+    assert unnamed.r == methods.chosen(unnamed).settings()["r"] == 16
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_above_the_largest_useful_rank_there_are_no_further_functions(name: str) -> None:
+    made = WeightDecomposed(update(name))
+    most = made.largest_useful_r((OUT, IN))
+    assert most == {"lora": IN, "dynamic_rank": IN, "mora/1": 25, "mora": 26}.get(name)
+    for kind, r in ((1, 25), (6, 26)):  # of a matrix that covers the whole weight, and of the next smaller one
+        sizes = [Mora(r=n, type=kind).parameters((OUT, IN))["mora_M"].shape[0] for n in (r - 1, r)]
+        assert sizes[0] < OUT <= sizes[1]
+
+
 @pytest.mark.parametrize(
     ("section", "says"),
     [
@@ -205,6 +227,11 @@ def test_the_adapter_section_makes_the_method_with_and_without_a_magnitude(name:
             {"method": "mora", "settings": {"type": 3}},
             "adapter.settings: type = 3 is none of MoRA's; it has 1 (sharing)",
         ),
+        ({"method": "mora", "settings": {"type": [6]}}, "adapter.settings: type = [6] is none of MoRA's"),
+        ({"method": "mora", "settings": {"type": True}}, "adapter.settings: type = True is none of MoRA's"),
+        ({"method": "mora", "settings": {"type": 6.0}}, "adapter.settings: type = 6.0 is none of MoRA's"),
+        ({"method": "mora", "lora_alpha": 64}, "adapter.lora_alpha = 64: the method 'mora' does not scale its update"),
+        ({"method": "vera", "lora_alpha": 8.5}, "adapter.lora_alpha = 8.5: the method 'vera' does not scale"),
         ({"method": "mora", "dynamic_rank": True}, "the method 'mora' has no components to prune; set it to false"),
         ({"method": "vera", "dynamic_rank": True}, "the method 'vera' has no components to prune; set it to false"),
         ({"method": "full", "r": 8}, 'adapter.r = 8: has no meaning for adapter.method = "full"'),
@@ -250,3 +277,28 @@ def test_mora_fills_any_shape_as_its_definition_says(shape: tuple[int, int], kin
     for start in range(0, shape[0], 5):  # as a merge reads the base
         merge(rows[start : start + 5], start)
     assert relative_error(rows, change(shape, matrix, kind)) <= 1e-6
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a device is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [1, 6])
+def test_a_pass_through_mora_starts_as_many_operations_whatever_the_number_of_groups(kind: int) -> None:
+    counts = []
+    for width in (33, 201):  # 3 groups and 8
+        layer = AdaptedLinear.from_linear(nn.Linear(width, width), Mora(r=2, type=kind))
+        x = torch.ones(4, width, requires_grad=True)
+        layer(x).sum().backward()  # makes the table of angles
+        with Operations() as operations:
+            layer(x).sum().backward()
+        counts.append(operations.count)
+    assert counts[0] == counts[1]

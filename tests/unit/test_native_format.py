@@ -81,6 +81,10 @@ def test_a_written_folder_is_read_back_bit_for_bit_and_is_no_peft_folder(base: P
     assert list(read.differences(DOWN, LowRank(4, 6.0))) == ["its r is 2, adapter.r = 4 (set it to 2)"]
     [other] = read.differences(DOWN, Mora(r=2))
     assert other.startswith("its method is 'lora', this run's 'mora'")
+    alone = "it trains a magnitude alone there (name it in adapter.magnitude_only_modules)"
+    assert list(read.differences(GATE, METHODS[QUERY])) == [alone]
+    also = "it trains an update there (take it out of adapter.magnitude_only_modules)"
+    assert list(read.differences(QUERY, METHODS[GATE])) == [also]
     assert torch.equal(read.trained["model.norm.weight"], written.trained["model.norm.weight"])
 
 
@@ -99,8 +103,10 @@ def test_merged_and_unmerged_are_the_formulas(base: Path, folder: Path, tmp_path
 
 
 def rewritten(folder: Path, **changes: Any) -> None:
+    """`...` takes a key out."""
     file = folder / CONFIG_NAME
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    changed = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in changed.items() if value is not ...}))
 
 
 def changed_layer(folder: Path, **changes: Any) -> None:
@@ -134,7 +140,13 @@ def not_finite(folder: Path) -> None:
             lambda folder: changed_layer(folder, method="absent"),
             "= 'absent': there is no such method here; name the module",
         ),
+        (lambda folder: changed_layer(folder, method=[]), "= []: there is no such method here"),
         (lambda folder: changed_layer(folder, r="2"), "not settings of the method 'lora'"),
+        (lambda folder: changed_layer(folder, r=-5), "not settings of the method 'lora'"),
+        (lambda folder: changed_layer(folder, dropout="0.1"), "not settings of the method 'lora'"),
+        (lambda folder: changed_layer(folder, lora_alpha=True), "not settings of the method 'lora'"),
+        (lambda folder: rewritten(folder, revision=...), "revision = None is not what belongs there"),
+        (lambda folder: rewritten(folder, trained=...), "trained = None is not what belongs there"),
         (lambda folder: changed_layer(folder, beta=1), "not settings of the method 'lora'"),
         (
             lambda folder: changed_layer(folder, r=4),

@@ -255,6 +255,28 @@ def test_unreadable_folders_are_user_errors(tmp_path: Path, saved: Path) -> None
         read_peft_folder(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["modules_to_save", "original_module"])
+def test_what_is_inside_pefts_wrapper_of_a_trained_module_is_not_lost_in_silence(
+    tmp_path: Path, saved: Path, part: str
+) -> None:
+    """Only biases are there twice, with bias="all"; a head under such a name alone is the only copy that there is."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    file, name = tmp_path / "adapter_model.safetensors", f"base_model.model.lm_head.{part}"
+    tensors, head = load_file(file), torch.ones(4, 4)
+    save_file({**tensors, f"{name}.weight": head}, file)
+    with pytest.raises(UserError, match=rf"lm_head\.{part}\.weight' is from inside PEFT's wrapper"):
+        read_peft_folder(tmp_path)
+    own = {"base_model.model.lm_head.weight": head, "base_model.model.lm_head.bias": head[0].clone()}
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"modules_to_save": ["lm_head"], "bias": "all"}))
+    save_file({**tensors, **own, f"{name}.bias": head[0].clone()}, file)
+    assert set(read_peft_folder(tmp_path).trained) == {"lm_head.weight", "lm_head.bias"}
+    del own["base_model.model.lm_head.bias"]
+    save_file({**tensors, **own, f"{name}.bias": head[0].clone()}, file)
+    with pytest.raises(UserError, match="is from inside PEFT's wrapper"):
+        read_peft_folder(tmp_path)
+
+
 def test_single_parameters_are_in_the_folder_and_peft_loads_them(tmp_path: Path) -> None:
     """All biases and norms of a BART, as VL-BART trains them; a tied embedding, and a norm's weight alone."""
     from transformers import BartConfig, BartForConditionalGeneration

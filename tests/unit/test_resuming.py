@@ -54,6 +54,9 @@ def test_what_is_here_is_written_with_its_whole_path_and_hub_names_stay(
     assert written.data.train == [f"{tmp_path}/mine.jsonl", f"{tmp_path}/records:all:train", "lab/records:all"]
     assert written.data.validation == f"{tmp_path}/other.json"
     assert written.data.image_folder is written.adapter.init_from is None
+    ranks = {method: RunConfig.from_dict(raw | {"adapter": {"method": method}}) for method in (None, "vera", "full")}
+    assert [config.adapter.r for config in ranks.values()] == [16, None, None]
+    assert [resuming.located(config).adapter.r for config in ranks.values()] == [16, 256, None]
 
 
 def digest(folder: Path, *files: dict[str, torch.Tensor]) -> str:

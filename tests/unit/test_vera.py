@@ -6,6 +6,7 @@ import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,9 +21,13 @@ from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.methods import Vera, WeightDecomposed, chosen
 from dora_dist.adapters.native_format import NativeAdapter, NativeLayer
 from dora_dist.adapters.norms import NormRefresher
+from dora_dist.adapters.peft_format import PeftAdapter
+from dora_dist.adapters.peft_layer import VeraLayer
 from dora_dist.adapters.projection import Projection
+from dora_dist.checkpoint import format
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.checkpoint.export import export_peft
+from dora_dist.checkpoint.format import identity
 from dora_dist.config import AdapterConfig, ModelConfig
 from dora_dist.evaluation.inference import load_for_inference
 from dora_dist.runtime.errors import UserError
@@ -268,3 +273,79 @@ def test_a_dvora_is_small_on_disk_and_exported_exactly(tmp_path: Path, base: Pat
         torch.testing.assert_close(peft(toy.tokens()).logits, expected, atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="not an adapter in our own format"):
         export_peft(tmp_path / "peft", base, tmp_path / "again")
+
+
+def test_what_starts_from_one_may_have_other_first_values(base: Path) -> None:
+    method = WeightDecomposed(Vera(r=R)).for_model([(36, 36)])
+    values = {kind: torch.ones(initial.shape) for kind, initial in method.parameters((36, 36)).items()}
+    adapter = NativeAdapter(base_model=str(base), layers={"q": NativeLayer(method, (36, 36), values)})
+    other = WeightDecomposed(Vera(r=R, d_initial=0.2, dropout=0.5), "adapter").for_model([(36, 36)])
+    assert list(adapter.differences("q", other)) == []
+    [key] = adapter.differences("q", WeightDecomposed(Vera(r=R, projection_prng_key=2)).for_model([(36, 36)]))
+    assert key.startswith("its projection_prng_key is 0, adapter.settings: projection_prng_key = 2")
+
+
+def test_an_export_holds_one_layer_in_pefts_form_at_a_time(tmp_path: Path, base: Path) -> None:
+    method = WeightDecomposed(Vera(r=R)).for_model([(36, 36)])
+    shapes = {f"model.layers.{n}.self_attn.{kind}_proj": (36, 36) for n in range(2) for kind in "qo"}
+    layers = {
+        name: NativeLayer(method, shape, {k: torch.randn(i.shape) for k, i in method.parameters(shape).items()})
+        for name, shape in shapes.items()
+    }
+    NativeAdapter(base_model=str(base), layers=layers).write(tmp_path / "adapter")
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most, make = 0, VeraLayer.low_rank
+
+    def counted(layer: VeraLayer, in_features: int) -> Any:
+        nonlocal most
+        made = make(layer, in_features)
+        alive.add(made.lora_A)
+        most = max(most, len(alive))
+        return made
+
+    with patch.object(VeraLayer, "low_rank", counted):
+        assert export_peft(tmp_path / "adapter", base, tmp_path / "peft") == 4
+    assert most <= 2  # the one before is let go of when the next one is there
+
+
+def another_torch() -> Any:
+    """A torch that draws other numbers from the same key."""
+    drawn = Projection.drawn
+    return patch.object(Projection, "drawn", lambda self: tuple(matrix.neg() for matrix in drawn(self)))
+
+
+def test_vectors_that_were_trained_with_other_matrices_are_refused(tmp_path: Path, base: Path) -> None:
+    """In our own format, in PEFT's where we wrote it, and on resuming; PEFT's own folders say nothing."""
+    start = partial(build_model, ModelConfig(path=str(base), dtype="fp32"))
+    section = {"method": "vera", "r": R, "target_modules": TARGETS}
+    for decomposed in (True, False):
+        ours = start(AdapterConfig(**section, weight_decomposed=decomposed)).model
+        layers = adapted_layers(ours)
+        folder = tmp_path / f"adapter-{decomposed}"
+        values = {n: {k: p.detach() for k, p in layer.adapter_parameters().items()} for n, layer in layers.items()}
+        if decomposed:
+            native = {n: NativeLayer(layer.method, layer.shape, values[n]) for n, layer in layers.items()}
+            NativeAdapter(base_model=str(base), layers=native).write(folder)
+        else:
+            theirs = {n: layer.method.to_peft(layer.shape, values[n], None) for n, layer in layers.items()}
+            peft = {n: layer for n, layer in theirs.items() if layer is not None}
+            PeftAdapter(str(base), float(R), R, 0.0, False, peft).write(folder)
+        again = {**section, "weight_decomposed": decomposed, "init_from": str(folder)}
+        start(AdapterConfig(**again))
+        kept = identity(ours, {})
+        assert len(kept["shared"]) == 1
+        manifest = {"model": kept}
+        format._check_identity(tmp_path, manifest, ours)
+        with another_torch():
+            with pytest.raises(UserError, match=r"shared matrices|what the layers of DVoRA share is not"):
+                start(AdapterConfig(**again))
+            with pytest.raises(UserError, match=r"shared matrices|what the layers of DVoRA share is not"):
+                consolidate(folder, base, tmp_path / "merged", progress=False)
+            other = start(AdapterConfig(**section, weight_decomposed=decomposed)).model
+            with pytest.raises(UserError, match="resume with the torch of then"):
+                format._check_identity(tmp_path, manifest, other)
+        del manifest["model"]["shared"]  # as earlier versions wrote it
+        format._check_identity(tmp_path, manifest, ours)
+    peft_folder(tmp_path / "theirs", base, save_projection=False)
+    with another_torch():
+        read_adapter(tmp_path / "theirs")

@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,11 +51,19 @@ class Pattern(ABC):
 
     shape: Shape
     size: int
+    multiple: ClassVar[int] = 1
+    """Of which r̂ is one."""
 
-    @staticmethod
-    @abstractmethod
-    def size_of(shape: Shape, r: int) -> int:
+    @classmethod
+    def size_of(cls, shape: Shape, r: int) -> int:
         """r̂ for LoRA's rank r."""
+        return max(cls.multiple, math.isqrt(sum(shape) * r) // cls.multiple * cls.multiple)
+
+    @classmethod
+    def largest_useful_r(cls, shape: Shape) -> int:
+        """The least r whose M covers the whole weight: what goes beyond it is never used."""
+        size = -(-max(shape) // cls.multiple) * cls.multiple
+        return -(-(size**2) // sum(shape))
 
     @abstractmethod
     def down(self, x_ti: Tensor) -> Tensor:
@@ -100,10 +108,6 @@ class Pattern(ABC):
 
 class Sharing(Pattern):
     """Type 1: every tile is M."""
-
-    @staticmethod
-    def size_of(shape: Shape, r: int) -> int:
-        return max(1, math.isqrt(sum(shape) * r))
 
     def down(self, x_ti: Tensor) -> Tensor:
         return _fold(x_ti, self.size)
@@ -166,9 +170,7 @@ class Rotation(Pattern):
     All tiles are multiplied at once, so that a GPU has few kernels to start: the last group is filled up with zeros.
     """
 
-    @staticmethod
-    def size_of(shape: Shape, r: int) -> int:
-        return max(2, math.isqrt(sum(shape) * r) // 2 * 2)
+    multiple = 2
 
     def down(self, x_ti: Tensor) -> Tensor:
         return x_ti
@@ -314,8 +316,7 @@ class Mora(Update):
         return False
 
     def largest_useful_r(self, shape: Shape) -> int:
-        """From there on M covers the whole weight, and what goes beyond it is never used."""
-        return -(-(max(shape) ** 2) // sum(shape))
+        return PATTERNS[self.type].largest_useful_r(shape)
 
     def parameters(self, shape: Shape) -> dict[str, Initial]:
         size = self._pattern(shape).size
