@@ -6,7 +6,7 @@ PEFT keeps lora_A as (r, in), lora_B as (out, r) and the whole magnitude m, not 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -98,7 +98,8 @@ class AdapterLayer:
     def outline(self) -> AdapterLayer:
         """The same without numbers, on the meta device: what a file's layout needs to know."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value.to("meta") for name, value in own.items() if isinstance(value, Tensor)})
+        empty: dict[str, Any] = {name: value.to("meta") for name, value in own.items() if isinstance(value, Tensor)}
+        return replace(self, **empty)
 
     @classmethod
     def of_stored(cls, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, scaling: float) -> AdapterLayer:

@@ -210,11 +210,17 @@ def test_a_colour_is_a_step_or_else_a_share_of_the_run() -> None:
 
 
 def test_a_pass_that_refreshes_and_records_decodes_each_block_once() -> None:
-    layer, decoded = random_layer(WeightDecomposed(update("lora"))), []
+    layer = random_layer(WeightDecomposed(update("lora")))
+    decoded: list[Any] = []
     norms, to_fp32 = NormRefresher(layer), PlainStorage.to_fp32
     norms.refresh()
     kept = layer.norm
-    with patch.object(PlainStorage, "to_fp32", lambda *a, **o: decoded.append(a[2]) or to_fp32(*a, **o)):
+
+    def counted(*span: Any, **options: Any) -> Tensor:
+        decoded.append(span)
+        return to_fp32(*span, **options)
+
+    with patch.object(PlainStorage, "to_fp32", counted):
         norms.record({"": layer})
     assert len(decoded) == 1
     assert kept is not None and torch.equal(layer.norm, kept)
