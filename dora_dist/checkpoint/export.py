@@ -6,22 +6,20 @@ folder holds the matrices that all layers share once for each layer, so runs do 
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dora_dist.adapters.folders import CONFIG_NAMES
 from dora_dist.adapters.native_format import NativeFolder
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
-from dora_dist.adapters.storage import WeightStorage, as_held, storage_of
-from dora_dist.checkpoint.adapter_folders import base_path, open_adapter
-from dora_dist.checkpoint.merge_plan import Output, plan_merge
-from dora_dist.models.folder import ModelFolder
+from dora_dist.adapters.storage import WeightStorage, storage_of
+from dora_dist.checkpoint.adapter_folders import open_adapter
+from dora_dist.checkpoint.merge_plan import MergePlan, Output, plan_merge
+from dora_dist.checkpoint.merging import check_place, open_base, row_blocks
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.digest import sampled_digest, warn_of_another_base
-
-_BLOCK_ELEMENTS = 4 << 20
 
 
 def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, overwrite: bool = False) -> int:
@@ -33,7 +31,8 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
         output: the folder to write; it appears under its name once it is complete.
 
     Raises UserError, with nothing left behind, for an adapter in PEFT's own format, one that PEFT cannot express, a
-    base that does not fit it, and an `output` that exists unless `overwrite`.
+    base that does not fit it, and an `output` that exists unless `overwrite`, that lies in an input or in a checkpoint,
+    or that holds something else than an adapter.
     """
     adapter = open_adapter(adapter_folder)
     if not isinstance(adapter, NativeFolder):
@@ -44,15 +43,14 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
                 f"{adapter.path}: PEFT has nothing that computes what {method.title} does at {module!r}; merge it "
                 "(dora-dist consolidate)"
             )
-    name = str(base_folder)
-    base = ModelFolder.open(
-        base_path(name, adapter.revision if name == adapter.base_model else None, str(adapter.path))
-    )
+    base = open_base(adapter, str(base_folder))
+    check_place(output, base.path, adapter.path, what="an adapter", marks=CONFIG_NAMES)
     digest = sampled_digest(base.tensors)
     warn_of_another_base(adapter.path, adapter.base_model, adapter.base_digest(), base.path, digest)
     storage = storage_of(adapter.base_storage(), f"{adapter.path}: the base's storage")
     layers = {}
-    for weight in plan_merge(adapter, base, None).outputs:
+    plan = plan_merge(adapter, base, None)
+    for weight in plan.outputs:
         if weight.module:
             (method, shape), values = adapter.modules[weight.module], adapter.layer(weight.module).values
             norm = _row_norms(weight, storage) if method.weight_decomposed else None
@@ -65,6 +63,7 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
         r=method.r or 1,
         dropout=method.dropout,
         use_dora=method.weight_decomposed,
+        all_biases=_all_biases(plan, adapter),
         layers=layers,
         task_type=adapter.task_type,
         revision=adapter.revision,
@@ -80,13 +79,11 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
 
 def _row_norms(weight: Output, storage: WeightStorage) -> Tensor:
     """Of a weight (out, in) as training saw it: (out,) fp32."""
-    entry = weight.entry
-    rows, columns = entry.shape
-    step = max(1, _BLOCK_ELEMENTS // columns)
-    read = partial(weight.source.read_flat, entry.name, dtype=torch.float32)
-    norms = []
-    for start in range(0, rows, step):
-        span = (start * columns, min(start + step, rows) * columns)
-        block = as_held(storage, read, entry.numel, span=span).view(-1, columns)
-        norms.append(torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).float())
-    return torch.cat(norms)
+    blocks = (block for _, block in row_blocks(weight, storage))
+    return torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).float() for block in blocks])
+
+
+def _all_biases(plan: MergePlan, adapter: NativeFolder) -> bool:
+    """Whether the model has biases and all of them were trained."""
+    sources = [output.source for output in plan.outputs if output.name.rpartition(".")[2] == "bias"]
+    return bool(sources) and all(source is adapter.tensors for source in sources)
