@@ -107,7 +107,7 @@ def rank_main(rank: int, settings: Settings, adapter: dict[str, Any], saves: int
         engine.step()
         return now() - started
 
-    saver = Saver(engine, model, Origin(method=chosen(section), base_model="base"), timeout_s=600.0)
+    saver = Saver(engine, model, Origin(method=chosen(section), base_model="base"), run_dir=folder, timeout_s=600.0)
     found: dict[str, list[float]] = {"synchronous_s": [], "stall_s": [], "step_during_save_s": []}
     alone = statistics.median([step() for _ in range(4)][1:])
     with Memory() as first_save:
@@ -134,7 +134,7 @@ def rank_main(rank: int, settings: Settings, adapter: dict[str, Any], saves: int
         found["stall_s"].append(ended.stall_s)
     with Memory() as load:
         load_checkpoint(folder / "checkpoint-1", engine, model)
-    added = torch.tensor([max(save.added for save in saving), load.added])
+    added = torch.tensor([max(save.added for save in saving), load.added], device=engine.device)
     torch.distributed.all_reduce(added, op=torch.distributed.ReduceOp.MAX)
     if world.first:
         assert first is not None

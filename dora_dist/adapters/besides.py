@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dora_dist.adapters.patterns import inside
+from dora_dist.adapters.patterns import inside, outside
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Besides:
     @classmethod
     def of(cls, model: nn.Module, parameters: Sequence[str], trained_modules: Sequence[str]) -> Besides:
         """For a `model` that has no adapters yet, of which `trained_modules` (names) are trained, too."""
-        single = [n for n in parameters if not any(inside(n, module) for module in trained_modules)]
+        single = outside(parameters, trained_modules)
         every = dict(model.named_parameters(remove_duplicate=False))
         uses = Counter(map(id, every.values()))
         whole = {name for name in single if uses[id(every[name])] == 1}
@@ -39,5 +39,5 @@ class Besides:
         names = [name for name, _ in model.named_modules()]
         modules = [m for m in modules if not any(n != m and (inside(n, m) or n.endswith(m)) for n in names)]
         biases = {name for name in every if name.rpartition(".")[2] == "bias"}
-        untrained = [n for n in biases.difference(single) if not any(inside(n, module) for module in trained_modules)]
+        untrained = outside(biases.difference(single), trained_modules)
         return cls(single, modules, bool(biases) and not untrained)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch import nn
 
@@ -17,7 +17,7 @@ def matches(pattern: str, name: str, field: str, *, apart: Sequence[str] = ()) -
     if name == pattern:
         return True
     if name.endswith("." + pattern):
-        return not any(part in name and part not in pattern for part in apart)
+        return not set(parts_in(name, apart)).difference(parts_in(pattern, apart))
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
@@ -43,7 +43,7 @@ def trained_in_full(
             outer = ", ".join(name for name in modules if "." not in name)
             raise UserError(f"{field}: {pattern!r} matches no module with parameters; the outermost are: {outer}")
         matched |= names
-    return [name for name in modules if name in matched and not any(inside(name, other) for other in matched)]
+    return outside((name for name in modules if name in matched), matched)
 
 
 def parameters_matching(
@@ -85,3 +85,14 @@ def named(patterns: Sequence[str], names: Sequence[str], field: str, *, every: b
 def inside(name: str, outer: str) -> bool:
     """Whether the module or parameter `name` is within the module `outer`."""
     return name.startswith(f"{outer}.")
+
+
+def outside(names: Iterable[str], modules: Collection[str]) -> list[str]:
+    """Those of the modules or parameters `names` that are within none of `modules`."""
+    return [name for name in names if not any(inside(name, module) for module in modules)]
+
+
+def parts_in(name: str, apart: Sequence[str]) -> list[str]:
+    """Those of the parts `apart` that a dotted name leads through."""
+    steps = name.split(".")
+    return [part for part in apart if part in steps]

@@ -54,6 +54,18 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
     return find_adapter(choice.folder)
 
 
+def kept_tokenizer(adapter: Path) -> Path | None:
+    """The folder with the tokenizer of what `find_adapter` has found, if that holds one."""
+    places = (adapter, adapter / run_folder.TOKENIZER)
+    return next((place for place in places if (place / "tokenizer.json").is_file()), None)
+
+
+def own_tokenizer(adapter: Path) -> Path | None:
+    """The same where the run has another tokenizer than its base (model.tokenizer)."""
+    named = run_folder.config_of(adapter).get("model", {}).get("tokenizer")
+    return kept_tokenizer(adapter) if named else None
+
+
 def _trained_on(adapter: Path, run: Path | None = None) -> str | None:
     """The base's name: from the run's config.json, else as the adapter says."""
     places: list[tuple[Path, tuple[str, ...]]] = [(run / "config.json", ("model", "path"))] if run else []

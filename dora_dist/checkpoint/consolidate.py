@@ -1,8 +1,7 @@
 """Adapter + base -> one plain Hugging Face model folder, streamed: memory stays far below the model's size.
 
 W = (m / n)[:, None]·(W0 + s·B·A), n = row norms of the bracket (DoRA, section 4.1). A row needs only its own
-base row, so a tensor is merged in blocks of rows, in fp32, and written as it goes: memory is a few blocks of
-BLOCK_BYTES.
+base row, so a tensor is merged in blocks of rows, in fp32, and written as it goes: memory is a few such blocks.
 
 Modules that were trained in full replace the base's, or join them; a base that is the plain encoder of the adapted
 model gets that model's names. Where an adapter changes one use of a tied weight (modules_to_save=["embed_tokens"]),
@@ -12,12 +11,10 @@ each use is written on its own, with tie_word_embeddings: false in config.json, 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +23,18 @@ from torch import Tensor
 
 from dora_dist.adapters.adapter_folder import AdapterFolder, SavedLayer
 from dora_dist.adapters.peft_folder import warn_of_lacking, warn_of_magnitudes
-from dora_dist.adapters.storage import WeightStorage, as_held, storage_of
-from dora_dist.checkpoint.adapter_folders import base_path, open_adapter
-from dora_dist.checkpoint.manifest import MANIFEST
+from dora_dist.adapters.storage import WeightStorage, storage_of
+from dora_dist.checkpoint.adapter_folders import open_adapter, own_tokenizer
 from dora_dist.checkpoint.merge_plan import Output, Shard, plan_merge
-from dora_dist.models.folder import DTYPES, ModelFolder
+from dora_dist.checkpoint.merging import check_place, open_base, row_blocks
+from dora_dist.models.folder import DTYPES
 from dora_dist.runtime import console
 from dora_dist.runtime.console import note
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.folders import check_model_output, new_folder
+from dora_dist.runtime.folders import MODEL_MARKS, new_folder
 from dora_dist.weights.digest import sampled_digest, warn_of_another_base
 from dora_dist.weights.safetensors_io import TensorFolder, TensorWriter
 
-BLOCK_BYTES = 16 << 20
 # What makes a folder usable besides its weights; code and pickles are left behind on purpose.
 _CONFIGURATION = ("config.json", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*")
 _TOKENIZER = (
@@ -62,7 +58,8 @@ def consolidate(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Merge an adapter folder into its base and write a plain model folder, config and tokenizer included.
+    """Merge an adapter folder into its base and write a plain model folder, config and tokenizer included: the base's
+    tokenizer, or the one that a run was given in its place.
 
     Args:
         adapter_folder: PEFT's format or our own; of a run `RUN_DIR/checkpoint-STEP/adapter`.
@@ -85,9 +82,9 @@ def consolidate(
         raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     adapter = open_adapter(adapter_folder)
     storage = storage_of(adapter.base_storage(), f"{adapter.path}: the base's storage")
-    base = _base(adapter, str(base_folder))
+    base = open_base(adapter, str(base_folder))
     output = Path(output).resolve()
-    _check_output(output, base.path, Path(adapter_folder))
+    check_place(output, base.path, Path(adapter_folder), what="a model", marks=MODEL_MARKS)
     _warn_of_another(adapter, base.tensors)
     plan = plan_merge(adapter, base, dtype)
     adapter = adapter.of_base(plan.adapted)
@@ -100,7 +97,7 @@ def consolidate(
         new_folder(output, overwrite) as folder,
         console.progress(total, "consolidating", "B", unit_scale=True, shown=progress) as bar,
     ):
-        _copy_companions(base.path, folder)
+        _copy_companions(base.path, folder, tokenizer=own_tokenizer(Path(adapter_folder)) or base.path)
         _write_config(folder, base.config, adapter.model_config, dtype=dtype, untied=plan.untied)
         odd = _write_weights(folder, shards, adapter, storage=storage, bar=bar)
     warn_of_magnitudes(adapter.path, odd)
@@ -114,21 +111,6 @@ def consolidate(
         "bytes_written": total,
         "seconds": round(time.monotonic() - started, 3),
     }
-
-
-def _base(adapter: AdapterFolder, name: str) -> ModelFolder:
-    own = name == adapter.base_model
-    return ModelFolder.open(base_path(name, adapter.revision if own else None, str(adapter.path)))
-
-
-def _check_output(output: Path, base: Path, adapter: Path) -> None:
-    """Refuse to replace an input or to write into one, and what a run would take for a checkpoint of its own."""
-    if re.fullmatch(r"checkpoint-\d+", output.name):
-        raise UserError(f"{output}: is named as a run's checkpoints are, and would be taken for one; give another name")
-    inputs = {"base": base, "adapter": adapter}
-    if (adapter.resolve().parent / MANIFEST).is_file():
-        inputs["checkpoint"] = adapter.resolve().parent
-    check_model_output(output, inputs)
 
 
 def _check_space(output: Path, nbytes: int) -> None:
@@ -151,19 +133,11 @@ def _blocks(output: Output, layer: SavedLayer | None, storage: WeightStorage) ->
 
     What is merged is the weight as training saw it, through `storage`.
     """
-    entry, dtype, source = output.entry, output.dtype, output.source
-    rows = entry.shape[0] if entry.shape else 1
-    width = entry.numel // rows if rows else 0
-    step = max(1, BLOCK_BYTES // (4 * max(width, 1)))
-    for start in range(0, rows, step):
-        span = (start * width, min(start + step, rows) * width)
-        if layer is None:
-            block = source.read_flat(entry.name, *span, dtype=dtype)
-        else:
-            read = partial(source.read_flat, entry.name, dtype=torch.float32)
-            weight = as_held(storage, read, entry.numel, span=span).view(-1, width)
-            layer.merge_rows(weight, start)
-            block = weight.to(dtype)
+    dtype = output.dtype
+    for start, block in row_blocks(output, storage if layer else None):
+        if layer is not None:
+            layer.merge_rows(block, start)
+            block = block.to(dtype)
         if block.is_floating_point() and dtype.itemsize > 1 and not bool(torch.isfinite(block).all()):
             origin = "source" if layer is None else "base, adapter or their sum"
             cause = f"its {origin} holds NaN, infinity or a value too large for {dtype}"
@@ -171,11 +145,12 @@ def _blocks(output: Output, layer: SavedLayer | None, storage: WeightStorage) ->
         yield block
 
 
-def _copy_companions(base: Path, folder: Path) -> None:
-    """Configuration, tokenizer and licence files."""
-    for file in sorted(base.iterdir()):
-        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in (*_CONFIGURATION, *_TOKENIZER)):
-            shutil.copyfile(file, folder / file.name)
+def _copy_companions(base: Path, folder: Path, *, tokenizer: Path) -> None:
+    """Configuration and licence files of the base, and the files of the folder `tokenizer` that are a tokenizer's."""
+    for place, patterns in ((base, _CONFIGURATION), (tokenizer, _TOKENIZER)):
+        for file in sorted(place.iterdir()):
+            if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns):
+                shutil.copyfile(file, folder / file.name)
 
 
 def _write_config(

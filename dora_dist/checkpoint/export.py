@@ -7,24 +7,22 @@ folder holds the matrices that all layers share once for each layer, so runs do 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dora_dist.adapters.folders import CONFIG_NAMES
 from dora_dist.adapters.native_format import NativeFolder
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.adapters.row_norms import row_norms
-from dora_dist.adapters.storage import WeightStorage, as_held, storage_of
-from dora_dist.checkpoint.adapter_folders import base_path, open_adapter
-from dora_dist.checkpoint.merge_plan import Output, plan_merge
-from dora_dist.models.folder import ModelFolder
+from dora_dist.adapters.storage import WeightStorage, storage_of
+from dora_dist.checkpoint.adapter_folders import open_adapter
+from dora_dist.checkpoint.merge_plan import MergePlan, Output, plan_merge
+from dora_dist.checkpoint.merging import check_place, open_base, row_blocks
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.digest import sampled_digest, warn_of_another_base
-
-_BLOCK_ELEMENTS = 4 << 20
 
 
 def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, overwrite: bool = False) -> int:
@@ -36,7 +34,8 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
         output: the folder to write; it appears under its name once it is complete.
 
     Raises UserError, with nothing left behind, for an adapter in PEFT's own format, one that PEFT cannot express, a
-    base that does not fit it, and an `output` that exists unless `overwrite`.
+    base that does not fit it, and an `output` that exists unless `overwrite`, that lies in an input or in a checkpoint,
+    or that holds something else than an adapter.
 
     Memory: one layer in PEFT's form at a time.
     """
@@ -53,16 +52,15 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
                 f"{adapter.path}: PEFT has nothing that computes what {method.title} does at {module!r}; merge it "
                 "(dora-dist consolidate)"
             )
-    name = str(base_folder)
-    base = ModelFolder.open(
-        base_path(name, adapter.revision if name == adapter.base_model else None, str(adapter.path))
-    )
+    base = open_base(adapter, str(base_folder))
+    check_place(output, base.path, adapter.path, what="an adapter", marks=CONFIG_NAMES)
     digest = sampled_digest(base.tensors)
     warn_of_another_base(adapter.path, adapter.base_model, adapter.base_digest(), base.path, digest)
     storage = storage_of(adapter.base_storage(), f"{adapter.path}: the base's storage")
+    plan = plan_merge(adapter, base, None)
     norms = {
         weight.module: _row_norms(weight, storage) if adapter.modules[weight.module][0].weight_decomposed else None
-        for weight in plan_merge(adapter, base, None).outputs
+        for weight in plan.outputs
         if weight.module
     }
     method = max((method for method, _ in adapter.modules.values()), key=lambda method: method.r)
@@ -72,6 +70,7 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
         r=method.r or 1,
         dropout=method.dropout,
         use_dora=method.weight_decomposed,
+        all_biases=_all_biases(plan, adapter),
         layers=_Exported(adapter, norms),
         task_type=adapter.task_type,
         revision=adapter.revision,
@@ -109,13 +108,11 @@ class _Exported(Mapping[str, AdapterLayer]):
 
 def _row_norms(weight: Output, storage: WeightStorage) -> Tensor:
     """Of a weight (out, in) as training saw it: (out,) fp32."""
-    entry = weight.entry
-    rows, columns = entry.shape
-    step = max(1, _BLOCK_ELEMENTS // columns)
-    read = partial(weight.source.read_flat, entry.name, dtype=torch.float32)
-    norms = []
-    for start in range(0, rows, step):
-        span = (start * columns, min(start + step, rows) * columns)
-        block = as_held(storage, read, entry.numel, span=span).view(-1, columns)
-        norms.append(row_norms(block).float())
-    return torch.cat(norms)
+    blocks = (block for _, block in row_blocks(weight, storage))
+    return torch.cat([row_norms(block).float() for block in blocks])
+
+
+def _all_biases(plan: MergePlan, adapter: NativeFolder) -> bool:
+    """Whether the model has biases and all of them were trained."""
+    sources = [output.source for output in plan.outputs if output.name.rpartition(".")[2] == "bias"]
+    return bool(sources) and all(source is adapter.tensors for source in sources)

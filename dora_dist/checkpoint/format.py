@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dora_dist.adapters.components import Budget, ComponentPruner, PruningEvent
 from dora_dist.adapters.layer import adapted_layers
 from dora_dist.checkpoint.manifest import read_manifest
-from dora_dist.checkpoint.state import KEYS, open_files
+from dora_dist.checkpoint.state import KEYS, Headers, as_one, read_headers
 from dora_dist.runtime.distributed import together
 from dora_dist.runtime.errors import UserError
 from dora_dist.zero3.optimizer_state import create_optimizer_state, write_state
@@ -43,10 +44,15 @@ def load_checkpoint(folder: Path, engine: Any, model: nn.Module) -> dict[str, An
     Checksums are not looked at here: they read every byte, and one rank has compared them already.
     """
     manifest: dict[str, Any] = {}
-    with together(f"resuming from {folder}"):
+    headers: list[Headers] = [{}]
+    with together(f"opening {folder}"):
         manifest = read_manifest(folder, verify=False)
         _check_identity(folder, manifest, model)
-        source = open_files(folder, manifest["model"]["trainable"])
+        if dist.get_rank() == 0:  # every rank of many would open every other's file
+            headers = [read_headers(folder, manifest["files"])]
+    dist.broadcast_object_list(headers)
+    with together(f"resuming from {folder}"):
+        source = as_one(folder, headers[0], manifest["model"]["trainable"])
         create_optimizer_state(engine, manifest["optimizer_steps"])
         for name, parameter in trainable(model):
             start, stop = local_range(parameter)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from dora_dist.config.files import new_run_from
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
 
@@ -36,13 +37,29 @@ def write_manifest(
 ) -> None:
     """Write manifest.json over everything else in the folder: sizes in bytes and sha256 of each file, and of itself.
 
-    `form` is the format; `known` are entries (`file_entry`) of files by name that those who wrote them have made.
+    `form` is the format; `known` are entries (`file_entry`) of files by name that those who wrote them have made, which
+    are listed whether or not they show in the folder's listing: a file server's may be old. Raises UserError for one
+    that is not there as it was written.
     """
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    names = {str(p.relative_to(folder)): p for p in files}
-    listed = {name: (known or {}).get(name) or file_entry(path) for name, path in names.items()}
-    manifest = json.loads(json.dumps({"format": form, **fields, "files": listed}))  # as it will be read
+    listed = dict(known or {})
+    for name, entry in listed.items():
+        _check_seen(folder / name, entry["bytes"])
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    listed |= {name: file_entry(path) for name, path in files.items() if name not in listed and path.name != MANIFEST}
+    manifest = {"format": form, **fields, "files": dict(sorted(listed.items()))}
+    manifest = json.loads(json.dumps(manifest))  # as it will be read
     write_json(folder / MANIFEST, {**manifest, "sha256": _own_digest(manifest)})
+
+
+def _check_seen(path: Path, nbytes: int) -> None:
+    """Raise UserError where a file that another rank has written is not seen here."""
+    found = path.stat().st_size if path.is_file() else None
+    if found != nbytes:
+        there = "is not there" if found is None else f"has {found:,} bytes"
+        raise UserError(
+            f"checkpoint.run_dir: {path} {there} for rank 0, and was written with {nbytes:,} bytes; the run folder has "
+            "to be on a file system that all nodes share"
+        )
 
 
 def file_entry(path: Path) -> dict[str, Any]:
@@ -97,10 +114,11 @@ def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Raise UserError unless the manifest is as this version wrote it, for the folder's own name."""
     written = manifest.get("format")
     if written not in (FORMAT, FORMAT_OF_SHARDS):
+        # Only that version can merge a checkpoint without an adapter: its state is in that format.
+        other = f", or {new_run_from(folder)}" if (folder / ADAPTER).is_dir() else ""
         raise UserError(
             f"checkpoint.resume: {folder} has format {written}, this version of dora_dist reads {FORMAT} and "
-            f"{FORMAT_OF_SHARDS}; resume with "
-            f"the version that wrote it, or start a new run from its adapter: --adapter.init_from {folder / ADAPTER}"
+            f"{FORMAT_OF_SHARDS}; use the version that wrote it{other}"
         )
     content = {name: value for name, value in manifest.items() if name != "sha256"}
     if manifest.get("sha256") != _own_digest(content):

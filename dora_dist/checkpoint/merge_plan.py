@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from dora_dist.adapters.adapter_folder import AdapterFolder, agrees
-from dora_dist.adapters.patterns import inside
+from dora_dist.adapters.patterns import outside
 from dora_dist.models.build import skeleton
 from dora_dist.models.families import family_of
 from dora_dist.models.family import Family
 from dora_dist.models.folder import DTYPES, FLOATS, ModelFolder
 from dora_dist.models.heads import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, head_of_adapter
-from dora_dist.models.tying import names_of, parted_names
+from dora_dist.models.tying import names_of, parted_names, untie, untie_different
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.names import Rename, locate, modern, prefix_between, stored_names
 from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder
@@ -49,7 +49,8 @@ class Shard:
 class MergePlan:
     """What is to be written, in the order of the base's files: its tensors, adapted or replaced, then new ones.
 
-    `untied` says that the adapter changes one use alone of a weight that the base shares between modules.
+    `untied` says that what config.json shares between modules is not shared: the adapter changes one use of it alone,
+    or the base's files hold different values.
     """
 
     outputs: list[Output]
@@ -99,17 +100,17 @@ def plan_merge(adapter: AdapterFolder, base: ModelFolder, dtype: str | None) -> 
             name = f"{prefix}.{modern(own)}" if prefix and lacks_prefix else modern(own)
             name = own if names.rename or own not in base.tensors.entries else name
             outputs.append(Output(name, written_as, base.tensors, entry, targets.get(own)))
-    usual = next((output.dtype for output in outputs if output.module), outputs[0].dtype)
     new = [name for name in adapter.trained if name not in dict(replaced.values())]
-    outputs += [_trained(adapter, name, name, dtype=usual) for name in new]
-    return MergePlan(outputs, bool(names.parted))
+    outputs += [_trained(adapter, name, name, dtype=_usual_dtype(outputs, adapter)) for name in new]
+    return MergePlan(outputs, names.untied)
 
 
 @dataclass(frozen=True)
 class _Names:
     """What the base's model knows of its names: `rename` gives today's, for a model made of `parts`; its folder's own
     are what is written all the same. `parted` are the names of each weight of which the adapter changes one use alone;
-    `tied` those of each that it changes in all of its uses, by the adapter's own name for it.
+    `tied` those of each that it changes in all of its uses, by the adapter's own name for it. `untied`: the merged
+    model does not share what config.json says is shared.
     """
 
     rename: Rename | None = None
@@ -117,22 +118,27 @@ class _Names:
     prefix: str = ""
     parted: tuple[list[str], ...] = ()
     tied: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    untied: bool = False
 
 
 def _names(adapter: AdapterFolder, base: ModelFolder) -> _Names:
     # A weight that several modules share is an embedding or a head, never one of the numbered layers.
     outer = [module for module in adapter.modules if _is_outer(module)]
     changed, family = [*adapter.modules_to_save(), *outer], family_of(base.config["model_type"])
-    single = [name for name in adapter.trained if not any(inside(name, module) for module in changed)]
+    single = outside(adapter.trained, changed)
     if not changed and not any(_is_outer(name) for name in single) and type(family).rename is Family.rename:
         return _Names()  # without building the model, which takes seconds
     head = head_of_adapter(adapter)
     if family.sees_pictures and head.task == CAUSAL_LM.task:  # which an adapter of nothing but lm_head looks like
         head = IMAGE_TEXT_TO_TEXT
     model = skeleton(base.path, head)
+    # As training unties it: what the folder holds twice, with other values, and then what is changed in one use alone.
+    rename = family.rename(model)
+    different, stored = untie_different(model, base.tensors, stored_names(base.tensors.entries, rename))
     parted = tuple(names for _, names in parted_names(model, changed))
+    untie(model, changed, stored)
     tied = {name: found for name in single if len(found := names_of(model, name)) > 1}
-    return _Names(family.rename(model), family.parts, model.base_model_prefix, parted, tied)
+    return _Names(rename, family.parts, model.base_model_prefix, parted, tied, bool(different or parted))
 
 
 def _is_outer(name: str) -> bool:
@@ -179,6 +185,13 @@ def _targets(
 def _trained(adapter: AdapterFolder, trained: str, name: str, *, dtype: torch.dtype) -> Output:
     """A tensor that was trained in full, as `name`."""
     return Output(name, dtype, adapter.tensors, adapter.tensors.entries[adapter.trained[trained]])
+
+
+def _usual_dtype(outputs: Sequence[Output], adapter: AdapterFolder) -> torch.dtype:
+    """That of the weights that are adapted or replaced, or else of any weight; never that of positions or masks."""
+    weights = [output for output in outputs if output.dtype in FLOATS]
+    changed = [output for output in weights if output.module or output.source is adapter.tensors]
+    return next((output.dtype for output in [*changed, *weights]), torch.float32)
 
 
 def _check_replacement(adapter: AdapterFolder, name: str, entry: TensorEntry) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.adapters.methods import chosen
-from dora_dist.checkpoint import run_folder
 from dora_dist.config.fields import values
+from dora_dist.config.files import new_run_from
 from dora_dist.config.names import Sources, data_set, is_local
 from dora_dist.data.sampler import batches_of
 from dora_dist.runtime.errors import UserError
@@ -162,6 +162,11 @@ def record(
 
 def check_settings(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> None:
     """Raise UserError for fields that may not change, all at once. Needs neither data nor base."""
+    if not manifest.get("trained_with"):
+        raise UserError(
+            f"checkpoint.resume: {folder} was not written by `train`: it does not say what it was trained with; "
+            f"{new_run_from(folder)}"
+        )
     lines = []
     for name, theirs, ours in _changed(manifest, config):
         rule = rules()[name]
@@ -245,7 +250,7 @@ def finished(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> st
     pruned = "components" in manifest and not manifest["compacted"]
     how = f"give a larger training.{field}: --training.{field} {2 * max(step, steps) if by_steps else f'{2 * value:g}'}"
     if pruned:  # its pruning window is a share of all steps
-        how = f"start a new run from its adapter: --adapter.init_from {folder / run_folder.ADAPTER}"
+        how = new_run_from(folder)
     return (
         f"the run is finished: {folder} is at step {step} of {steps} (training.{field} = {value:g}), and nothing is "
         f"left to train; to train on, {how}"
@@ -269,7 +274,7 @@ def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[t
 
 
 def _or_start_from(folder: Path) -> str:
-    return f"set it back, or start a new run from the adapter with --adapter.init_from {folder / run_folder.ADAPTER}"
+    return f"set it back, or {new_run_from(folder)}"
 
 
 def _shown(value: Any) -> str:

@@ -11,6 +11,7 @@ RUN_DIR/
                                    are large, state-00001-of-00008.safetensors, ...: pieces of them (`state.py`)
         trainer_state.json
         adapter/                   an adapter folder, with the tokenizer
+        tokenizer/                 in its place where the method has no adapter
 """
 
 import json
@@ -25,7 +26,7 @@ from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
 
-CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
+CONFIG, TRAINER_STATE, TOKENIZER = "config.json", "trainer_state.json", "tokenizer"
 DEEPSPEED, LOG, TENSORBOARD = "deepspeed.json", "run.log", "tensorboard"
 METRICS, ANALYSIS = "metrics.jsonl", "analysis.jsonl"
 RUN, BEST = "run.json", "best.json"

@@ -34,13 +34,14 @@ from dora_dist.checkpoint.state_writers import state_writer
 from dora_dist.models.heads import CAUSAL_LM, Head
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import new_folder
+from dora_dist.weights.safetensors_io import TensorFolder
 from dora_dist.zero3.optimizer_state import optimizer_step_count
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
     """What a checkpoint says of where it comes from, and its adapter, if the method has one. `trained_modules`: PEFT's
-    modules_to_save; `files`: what else belongs in the adapter's folder, by name (the tokenizer), for rank 0 alone.
+    modules_to_save; `files`: the tokenizer's, by name, for rank 0 alone.
     """
 
     method: Method
@@ -66,14 +67,15 @@ class Saved:
 class Saver:
     """Writes checkpoint folders of one engine's model, one at a time; every method is collective.
 
-    `timeout_s` bounds how long the other ranks wait for rank 0's disk.
+    Checkpoints are to be in `run_dir`, which is tried now where every rank has to write there (`state_writers.py`):
+    UserError, on every rank. `timeout_s` bounds how long ranks wait for one another's disks.
     """
 
-    def __init__(self, engine: Any, model: nn.Module, origin: Origin, *, timeout_s: float) -> None:
+    def __init__(self, engine: Any, model: nn.Module, origin: Origin, *, run_dir: Path, timeout_s: float) -> None:
         self._engine, self._model, self._origin = engine, model, origin
         # Always gloo: the copies are in host memory, and the device's own group belongs to training.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s), group_desc="saving")
-        self._state = state_writer(model, self._group)
+        self._state = state_writer(model, self._group, run_dir)
         self._thread: threading.Thread | None = None
         self._ended: Saved | None = None
 
@@ -99,6 +101,7 @@ class Saver:
             **fields,
             "optimizer_steps": optimizer_step_count(self._engine),
             "model": identity(self._model, survivors),
+            "base": {name: getattr(self._origin, name) for name in ("base_model", "revision", "base_digest")},
             "adapter": self._origin.method.settings(),
             "adapter_ranks": adapter_ranks(self._model, survivors),
             "trained_modules": list(self._origin.trained_modules),
@@ -119,11 +122,7 @@ class Saver:
             with unfinished:  # the folder appears when this is left, and not if an error does it
                 known = self._state.write(partial)
                 if dist.get_rank() == 0:
-                    if isinstance(self._origin.method, AdapterMethod):
-                        masters = Masters(open_files(partial, manifest["model"]["trainable"]))
-                        self._adapter(self._origin.method, masters).write(partial / run_folder.ADAPTER)
-                        for name, content in self._origin.files.items():
-                            (partial / run_folder.ADAPTER / name).write_bytes(content)
+                    self._write_result(partial, open_files(partial, known, shapes=manifest["model"]["trainable"]))
                     (partial / run_folder.TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
                     write_manifest(partial, manifest, form=self._state.format, known=known)
             if dist.get_rank() == 0:
@@ -153,18 +152,32 @@ class Saver:
         dist.destroy_process_group(self._group)
 
     def _open(self, folder: Path, opened: ExitStack) -> Path:
-        """The folder to fill, which rank 0 makes: it takes its name when `opened` is left. UserError on every rank."""
-        found: list[tuple[Path | None, str]] = [(None, "")]
+        """The folder to fill, which rank 0 makes: it takes its name when `opened` is left. UserError on every rank.
+
+        Ranks agree on its name alone: the file system may be mounted elsewhere on another node.
+        """
+        found = [("", "")]
         if dist.get_rank() == 0:
             try:
-                found = [(opened.enter_context(new_folder(folder, overwrite=True)), "")]
+                found = [(opened.enter_context(new_folder(folder, overwrite=True)).name, "")]
             except UserError as error:
-                found = [(None, str(error))]
+                found = [("", str(error))]
         dist.broadcast_object_list(found, src=0, group=self._group)
-        partial, failure = found[0]
-        if partial is None:
+        name, failure = found[0]
+        if failure:
             raise UserError(failure)
-        return partial
+        return folder.resolve().with_name(name)
+
+    def _write_result(self, partial: Path, state: TensorFolder) -> None:
+        """The adapter's folder, if the method has one, with the tokenizer; else that alone."""
+        place, method = partial / run_folder.TOKENIZER, self._origin.method
+        if isinstance(method, AdapterMethod):
+            place = partial / run_folder.ADAPTER
+            self._adapter(method, Masters(state)).write(place)
+        if self._origin.files:
+            place.mkdir(exist_ok=True)
+        for name, content in self._origin.files.items():
+            (place / name).write_bytes(content)
 
     def _run(self, folder: Path, write: Callable[[], None], stall: float) -> None:
         started, failure = time.perf_counter(), None

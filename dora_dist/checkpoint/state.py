@@ -5,7 +5,8 @@ ranks wrote them.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from dora_dist.checkpoint.manifest import read_manifest
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.pieces import PiecedFolder
-from dora_dist.weights.safetensors_io import TensorFolder
+from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder, read_header
 from dora_dist.zero3.state_names import MASTER, MOMENTS
 
 KEYS = (MASTER, *MOMENTS)
@@ -32,19 +33,38 @@ def open_state(checkpoint: Path) -> TensorFolder:
 
     Raises UserError where files are missing, or are not what the manifest says.
     """
-    shapes: Mapping[str, Sequence[int]] = read_manifest(checkpoint, verify=False)["model"]["trainable"]
-    return open_files(checkpoint, shapes)
+    manifest = read_manifest(checkpoint, verify=False)
+    return open_files(checkpoint, manifest["files"], shapes=manifest["model"]["trainable"])
 
 
-def open_files(folder: Path, shapes: Mapping[str, Sequence[int]]) -> TensorFolder:
-    """As `open_state`, of parameters with these whole `shapes`; the manifest need not be there yet."""
-    if (folder / STATE).is_file():
-        return TensorFolder.open(folder / STATE)
-    files = sorted(path for path in folder.glob("state-*") if _OF_A_RANK.fullmatch(path.name))
-    expected = int(_OF_A_RANK.fullmatch(files[0].name)[2]) if files else 1  # type: ignore[index]
-    if [path.name for path in files] != [state_file(rank, expected) for rank in range(expected)]:
-        raise UserError(f"{folder}: holds {len(files)} of {expected} state files; use another checkpoint")
-    return PiecedFolder.of_files(folder, files, {f"{n}.{key}": tuple(s) for n, s in shapes.items() for key in KEYS})
+def open_files(folder: Path, names: Iterable[str], *, shapes: Mapping[str, Sequence[int]]) -> TensorFolder:
+    """As `open_state`, of parameters with these whole `shapes`, in those of the files `names` that are a state's; no
+    listing of the folder is asked for, which a file server may have from before.
+    """
+    return as_one(folder, read_headers(folder, names), shapes)
+
+
+Headers = Mapping[str, Mapping[str, TensorEntry]]
+"""The tensors of each file of a state, by the file's name and then theirs."""
+
+
+def read_headers(folder: Path, names: Iterable[str]) -> Headers:
+    """The headers of the state's files among `names`, in their order. Raises UserError where there are not all."""
+    found = sorted(name for name in names if name == STATE or _OF_A_RANK.fullmatch(name))
+    of_a_rank = _OF_A_RANK.fullmatch(found[0]) if found else None
+    count = int(of_a_rank[2]) if of_a_rank else 1
+    expected = [state_file(rank, count) for rank in range(count)] if of_a_rank else [STATE]
+    if found != expected:
+        raise UserError(f"{folder}: holds {len(found)} of {count} state files; use another checkpoint")
+    return {name: read_header(folder / name) for name in found}
+
+
+def as_one(folder: Path, headers: Headers, shapes: Mapping[str, Sequence[int]]) -> TensorFolder:
+    """What `open_files` gives, of headers that were read already: perhaps by a rank that has `folder` elsewhere."""
+    here = [{n: replace(e, path=folder / file) for n, e in header.items()} for file, header in headers.items()]
+    if STATE in headers:
+        return TensorFolder(folder, here[0])
+    return PiecedFolder.of_headers(folder, here, {f"{n}.{key}": tuple(s) for n, s in shapes.items() for key in KEYS})
 
 
 class Masters(Mapping[str, Tensor]):

@@ -7,6 +7,7 @@ stands still while the system's cache takes them. What does not need the state a
 the manifest) follows while training goes on.
 """
 
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from dora_dist.checkpoint.format import PIECE, Survivors, component_owners, stored_shapes, trainable
 from dora_dist.checkpoint.manifest import FORMAT, FORMAT_OF_SHARDS, file_entry
 from dora_dist.checkpoint.state import KEYS, STATE, state_file
+from dora_dist.runtime.distributed import together
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.safetensors_io import TensorWriter
 from dora_dist.zero3.optimizer_state import held_state, read_state
@@ -41,16 +43,20 @@ class StateWriter(Protocol):
         """While training stands still: after this the parameters may change. Raises UserError, on every rank."""
 
     def write(self, folder: Path) -> FileEntries:
-        """In a thread, while training goes on: the rest. Afterwards rank 0 can read the state in `folder`.
+        """In a thread, while training goes on: the rest. Afterwards rank 0 can read the state in `folder`, and is told
+        of each of its files.
 
         Raises UserError where the folder cannot be written: on rank 0, or on every rank.
         """
 
 
-def state_writer(model: nn.Module, group: Any) -> StateWriter:
-    """What fits the model's size; `group` is a gloo group for nothing else."""
+def state_writer(model: nn.Module, group: Any, run_dir: Path) -> StateWriter:
+    """What fits the model's size; `group` is a gloo group for nothing else, `run_dir` where checkpoints are to be.
+
+    Raises UserError, on every rank, where all ranks are to write and do not see the same folder there.
+    """
     size = sum(full_numel(p) for _, p in trainable(model)) * len(KEYS) * torch.float32.itemsize
-    return ShardFiles(model, group) if size >= SHARDED_FROM_BYTES else GatheredFile(model, group)
+    return ShardFiles(model, group, run_dir) if size >= SHARDED_FROM_BYTES else GatheredFile(model, group)
 
 
 class GatheredFile:
@@ -82,7 +88,7 @@ class GatheredFile:
         finally:
             for _ in state:  # the other ranks, and rank 0 after a failure, take part in the remaining gathers
                 pass
-        return {}
+        return {STATE: file_entry(folder / STATE)} if dist.get_rank() == 0 else {}
 
     def _tensors(self) -> Iterator[tuple[nn.Parameter, str]]:
         return ((parameter, key) for _, parameter in self._trainable for key in KEYS)
@@ -120,7 +126,8 @@ class ShardFiles:
 
     format = FORMAT_OF_SHARDS
 
-    def __init__(self, model: nn.Module, group: Any) -> None:
+    def __init__(self, model: nn.Module, group: Any, run_dir: Path) -> None:
+        _check_shared(run_dir)
         self._model, self._group = model, group
         self._name = state_file(dist.get_rank(), dist.get_world_size())
         self._unfinished = ExitStack()
@@ -154,10 +161,7 @@ class ShardFiles:
 
     def _opened(self, folder: Path, survivors: Survivors) -> TensorWriter:
         if not folder.is_dir():
-            raise UserError(
-                f"checkpoint.run_dir: {folder} is not there. Every rank writes its own part of a state this large, so "
-                "the run folder has to be on a file system that all nodes share (NFS, Lustre or the like)"
-            )
+            raise _not_shared(folder)
         layout = []
         for name, parameter, kept in self._held(survivors):
             start, stop = local_range(parameter)
@@ -200,3 +204,28 @@ class ShardFiles:
             self._unfinished.__exit__(UserError, error, None)
             dist.barrier(group=self._group)  # before rank 0 removes the folder, no rank has a file open in it
             raise error
+
+
+def _check_shared(run_dir: Path) -> None:
+    """Raise UserError, on every rank, where one does not see what rank 0 writes in the run folder (collective)."""
+    name = [f".probe-{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(name)
+    probe = run_dir / name[0]
+    try:
+        with together("writing into the run folder"):
+            if dist.get_rank() == 0:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                probe.touch()
+        with together("looking into the run folder"):
+            if not probe.is_file():
+                raise _not_shared(probe)
+    finally:
+        if dist.get_rank() == 0:
+            probe.unlink(missing_ok=True)
+
+
+def _not_shared(missing: Path) -> UserError:
+    return UserError(
+        f"checkpoint.run_dir: {missing}, which rank 0 has made, is not there. Every rank writes its own part of a "
+        "state this large, so the run folder has to be on a file system that all nodes share (NFS, Lustre or the like)"
+    )

@@ -50,18 +50,19 @@ class TrainedWeights:
 
     @property
     def base_model(self) -> str:
-        return str(self._model["path"])
+        return str(self._base["base_model"])
 
     @property
     def revision(self) -> str | None:
-        return self._model["revision"]
+        revision: str | None = self._base["revision"]
+        return revision
 
     @property
     def task_type(self) -> str | None:
         return self.manifest["task_type"]
 
     def base_digest(self) -> str:
-        return str(self.manifest["trained_with"]["base"]["weights"])
+        return str(self._base["base_digest"])
 
     def base_storage(self) -> str:
         return PLAIN.name
@@ -100,9 +101,9 @@ class TrainedWeights:
         )
 
     @property
-    def _model(self) -> Mapping[str, Any]:
-        model: Mapping[str, Any] = self.manifest["trained_with"]["configuration"]["model"]
-        return model
+    def _base(self) -> Mapping[str, Any]:
+        base: Mapping[str, Any] = self.manifest["base"]
+        return base
 
 
 class _Unread(Mapping[str, Tensor]):

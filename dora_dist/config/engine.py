@@ -48,7 +48,8 @@ class EngineConfig(Section):
         description="Gather parameter by parameter, without a bucket: fewer copies, lower peak memory",
     )
     start_timeout_s: Seconds = Field(
-        default=1800.0, description="Longest wait for other ranks up to the first step, seconds"
+        default=1800.0,
+        description="Longest wait for other ranks up to the first step, and while a checkpoint is written, seconds",
     )
     step_timeout_s: Seconds = Field(
         default=600.0, description="Longest wait for other ranks after the first step, seconds"
@@ -92,6 +93,7 @@ _DECIDED_BY = {
     },
 }
 _KERNELS_READ_FP16 = "its CUDA kernels read fp16, and model.dtype is bf16 or fp32"
+_MASTERS_ARE_FP32 = "masters and Adam's moments are fp32, which updates of bf16 weights need and checkpoints hold"
 _OWN_ORDER = "the order of the data is this project's own, which a resume at another world size relies on"
 # DeepSpeed options that cannot be right here, by dotted name: the value that means "off", and why.
 _IMPOSSIBLE: dict[str, tuple[Any, str]] = {
@@ -115,6 +117,8 @@ _IMPOSSIBLE: dict[str, tuple[Any, str]] = {
         )
         for prefix in ("stage3_", "")
     },
+    "bf16.bf16_master_weights_and_grads": (False, _MASTERS_ARE_FP32),
+    "bf16.bf16_optimizer_states": (False, _MASTERS_ARE_FP32),
     "prescale_gradients": (False, "ZeRO-3 does not support it"),
     "gradient_predivide_factor": (1.0, "ZeRO-3 does not support it"),
     "amp": (None, "use model.dtype"),

@@ -116,9 +116,23 @@ def _features(data: DataConfig) -> Iterator[str]:
             )
 
 
+def new_run_from(checkpoint: Path) -> str:
+    """How a new run starts from what a checkpoint has learnt; one of full fine-tuning has no adapter."""
+    if _is_adapter(checkpoint / "adapter"):
+        return f"start a new run from its adapter with --adapter.init_from {checkpoint / 'adapter'}"
+    return (
+        f"start a new run from the whole model: merge it (`dora-dist consolidate {checkpoint} --output FOLDER`) and "
+        "give --model.path FOLDER"
+    )
+
+
 def _init_from(start: str | None) -> Iterator[str]:
-    if start is not None and not _is_adapter(Path(start)):
-        inside = Path(start) / "adapter"
+    if start is None or _is_adapter(Path(start)):
+        return
+    inside = Path(start) / "adapter"
+    if (Path(start) / "manifest.json").is_file() and not inside.is_dir():
+        yield f'adapter.init_from = "{start}": a checkpoint without an adapter; {new_run_from(Path(start))}'
+    else:
         hint = f'; did you mean "{inside}"?' if _is_adapter(inside) else nearby(Path(start))
         yield f'adapter.init_from = "{start}": no adapter_config.json in it; give a PEFT adapter folder{hint}'
 

@@ -8,10 +8,10 @@ import torch
 
 from dora_dist.adapters.folders import holds_adapter
 from dora_dist.adapters.inject import like
-from dora_dist.adapters.patterns import inside
+from dora_dist.adapters.patterns import outside
 from dora_dist.adapters.storage import storage_of
 from dora_dist.checkpoint import run_folder
-from dora_dist.checkpoint.adapter_folders import base_path, find_adapter, open_adapter, read_adapter
+from dora_dist.checkpoint.adapter_folders import base_path, find_adapter, kept_tokenizer, open_adapter, read_adapter
 from dora_dist.checkpoint.trained_weights import is_trained_weights
 from dora_dist.config import RunConfig
 from dora_dist.models.build import DTYPES, build_model
@@ -75,12 +75,12 @@ def tokenizer_at(path: str, base: str | None = None) -> Any:
 
 
 def tokenizer_source(path: str, base: str | None = None) -> str | Path:
-    """What that tokenizer is read from: the adapter folder where it holds one, else what its run names, else the
-    base's folder."""
+    """What that tokenizer is read from: the adapter folder or the checkpoint where it holds one, else what its run
+    names, else the base's folder."""
     adapter = adapter_at(path)
     run = run_folder.config_of(adapter).get("model", {}) if adapter else {}
-    with_adapter = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
-    return with_adapter or run.get("tokenizer") or base_folder(path, base)
+    kept = kept_tokenizer(adapter) if adapter else None
+    return kept or run.get("tokenizer") or base_folder(path, base)
 
 
 def head_at(path: str) -> Head:
@@ -186,7 +186,7 @@ def _folder(path: str) -> Path:
 def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) -> Any:
     adapter, head = read_adapter(folder), head_of_adapter(open_adapter(folder))
     placement = WholePlacement(device or "cpu")
-    single = [name for name in adapter.trained if not any(inside(name, m) for m in adapter.modules_to_save)]
+    single = outside(adapter.trained, adapter.modules_to_save)
     run = build_model(
         base,
         like(adapter),

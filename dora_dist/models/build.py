@@ -168,7 +168,7 @@ def _inject(
 ) -> _Injected:
     """Adapt a skeleton in place: find its tensors, untie what is trained or adapted from the rest, freeze all else."""
     tensors, family = folder.tensors, family_of_model(model)
-    stored = untie_different(model, tensors, stored_names(tensors.entries, family.rename(model)))
+    _, stored = untie_different(model, tensors, stored_names(tensors.entries, family.rename(model)))
     report_unused(folder, model, stored)
     if trained_modules is None:
         trained = head.default_trained(model, stored)

@@ -11,7 +11,7 @@ import torch
 
 from dora_dist.models.folder import DTYPES
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.folders import check_model_output, new_folder
+from dora_dist.runtime.folders import check_output, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ def import_gguf(file: Path, output: Path, *, dtype: str = "bf16", overwrite: boo
     """
     file = Path(file)
     _check_file(file)
-    check_model_output(Path(output), {"GGUF file": file})
+    check_output(Path(output), {"GGUF file": file})
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     if importlib.util.find_spec("gguf") is None:

@@ -54,8 +54,9 @@ class Head:
         A folder of PEFT's own says nowhere how many labels there are; its head's last layer has as many rows, and they
         are fewer than any other's.
         """
-        rows = [adapter.tensors.entries[stored].shape[0] for stored in adapter.trained.values()]
-        return self.with_labels(len(adapter.model_config.get("id2label") or ()) or min(rows, default=2))
+        shapes = [adapter.tensors.entries[stored].shape for stored in adapter.trained.values()]
+        rows = min((shape[0] for shape in shapes if shape), default=2)
+        return self.with_labels(len(adapter.model_config.get("id2label") or ()) or rows)
 
     def of_model(self, config: Mapping[str, Any]) -> Head:
         """The head of a model's folder, from its config.json."""

@@ -54,21 +54,23 @@ def untie(model: Any, modules: Iterable[str], stored: Mapping[str, str]) -> tupl
     return apart, sources
 
 
-def untie_different(model: Any, folder: TensorFolder, stored: Mapping[str, str]) -> Mapping[str, str]:
+def untie_different(model: Any, folder: TensorFolder, stored: Mapping[str, str]) -> tuple[list[str], Mapping[str, str]]:
     """Untie what config.json ties though `folder` has two different tensors for it, as transformers does; says so.
 
-    The model is on the meta device and changed in place. Returns `stored`, with what untied weights start from.
+    The model is on the meta device and changed in place. Returns what `untie` does.
     """
+    untied = []
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         own, shared = (locate(name, stored, model.base_model_prefix) for name in (target, source))
         if own is None or shared is None or own == shared or _equal(folder, own, shared):
             continue
-        _, stored = untie(model, [target.rpartition(".")[0]], stored)
+        names, stored = untie(model, [target.rpartition(".")[0]], stored)
+        untied += names
         warn(
             f"{folder.path / 'config.json'}: tie_word_embeddings = true, but the files hold {own!r} and {shared!r} "
             "with different values: each is used as it is, as transformers does; set tie_word_embeddings to false"
         )
-    return stored
+    return untied, stored
 
 
 def _equal(folder: TensorFolder, one: str, other: str) -> bool:

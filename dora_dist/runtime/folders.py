@@ -29,9 +29,16 @@ def disk_errors(path: Path, only: Sequence[int] = ()) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written: {reason}; {remedy}") from error
 
 
-def check_model_output(output: Path, inputs: Mapping[str, Path]) -> None:
-    """Raise UserError where a model written to the folder `output` would replace one of `inputs` (what each is, and its
-    file or folder), lie in one, or replace a folder that holds something else than a model.
+MODEL_MARKS = ("model*.safetensors",)
+"""What shows that a folder holds a model, which another may replace."""
+
+
+def check_output(
+    output: Path, inputs: Mapping[str, Path], *, what: str = "a model", marks: Sequence[str] = MODEL_MARKS
+) -> None:
+    """Raise UserError where what is written to the folder `output` would replace one of `inputs` (what each is, and its
+    file or folder), lie in one, or replace a folder that holds something else than `what`: no file matches any of the
+    patterns `marks`.
     """
     output = Path(output).resolve()
     for kind, place in inputs.items():
@@ -40,8 +47,9 @@ def check_model_output(output: Path, inputs: Mapping[str, Path]) -> None:
             raise UserError(f"{output}: holds the {kind} that is to be read; choose another output folder")
         if output.is_relative_to(place):
             raise UserError(f"{output}: lies in the {kind} {place}, which must stay as it is; choose another folder")
-    if os.path.isdir(output) and any(output.iterdir()) and not any(output.glob("model*.safetensors")):
-        raise UserError(f"{output}: already exists and does not hold a model; choose another output folder")
+    held = os.path.isdir(output) and any(output.iterdir())
+    if held and not any(found for mark in marks for found in output.glob(mark)):
+        raise UserError(f"{output}: already exists and does not hold {what}; choose another output folder")
 
 
 @contextmanager

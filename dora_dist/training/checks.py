@@ -1,11 +1,14 @@
 """What can be said of a run in one process, before its ranks start: no rank waits for another that finds a mistake."""
 
+from pathlib import Path
+
 from dora_dist import tasks
 from dora_dist.adapters.components import Budget
+from dora_dist.adapters.method import AdapterMethod
 from dora_dist.adapters.methods import chosen
 from dora_dist.adapters.storage import storage_of
-from dora_dist.config import AdapterConfig, RunConfig, deepspeed_options
-from dora_dist.models.folder import check_base
+from dora_dist.config import AdapterConfig, ModelConfig, RunConfig, deepspeed_options
+from dora_dist.models.folder import check_base, read_config, transformers_config
 from dora_dist.runtime import distributed
 from dora_dist.runtime.errors import UserError
 
@@ -27,6 +30,25 @@ def check(config: RunConfig) -> None:
     distributed.choose_accelerator(config.engine.accelerator)
     distributed.check_attention(config.model.attn_implementation)
     deepspeed_options.check(config.engine.deepspeed)
+
+
+def check_own_code(model: ModelConfig, adapter: AdapterConfig, base: Path) -> None:
+    """Raise UserError where a run would leave what nothing can merge or evaluate: a whole model with its own code.
+
+    An adapter of such a model is a folder that other tools take. `base` is the folder of model.path.
+    """
+    method = chosen(adapter)
+    has_code = model.trust_remote_code and read_config(base).get("auto_map")
+    if not has_code or isinstance(method, AdapterMethod):
+        return
+    try:
+        tasks.task_named(model.task).head(model).model_class(transformers_config(base))
+    except UserError as error:
+        raise UserError(
+            f"model.trust_remote_code = true: {base} needs its own code, which consolidate and evaluate never run, and "
+            f"a checkpoint of {method.title} is of use to nothing else; train an adapter, or give a model whose code "
+            "is in transformers"
+        ) from error
 
 
 def pruning_budget(adapter: AdapterConfig, steps: int) -> Budget | None:

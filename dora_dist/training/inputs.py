@@ -17,6 +17,7 @@ from dora_dist.runtime.hub import wanted
 from dora_dist.tasks import task_named
 from dora_dist.training.agreement import of_data, of_model_folder
 from dora_dist.training.blocks import about_data
+from dora_dist.training.checks import check_own_code
 from dora_dist.training.fetching import fetched
 
 
@@ -41,6 +42,7 @@ def read_inputs(config: RunConfig, world: World) -> Inputs:
     with together("reading the base model's files"):  # of the hub: what is here was looked at before
         check_base(local)
         base_config = transformers_config(base, model.trust_remote_code)
+        check_own_code(model, config.adapter, base)
     with together("reading the data"):
         processor, data = read_data(local, base, progress=world.first)
     if world.first:

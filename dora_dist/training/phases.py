@@ -251,7 +251,8 @@ def _open_checkpoints(
         base_digest=adapted.base_digest,
         files=files,
     )
-    saver = Saver(engine, adapted.model, origin, timeout_s=config.engine.start_timeout_s)
+    run_dir, timeout_s = Path(config.checkpoint.run_dir), config.engine.start_timeout_s
+    saver = Saver(engine, adapted.model, origin, run_dir=run_dir, timeout_s=timeout_s)
     return Checkpoints(saver, config.checkpoint, world, trained_with=phase.trained_with, metric=config.training.metric)
 
 

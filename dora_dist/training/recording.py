@@ -15,7 +15,7 @@ from dora_dist.models.build import AdaptedModel
 from dora_dist.runtime.distributed import World
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import disk_errors
-from dora_dist.zero3.trained_weights import TrainedWeight, row_changes
+from dora_dist.zero3.row_changes import TrainedWeight, row_changes
 
 
 class AnalysisCallback(TrainerCallback):

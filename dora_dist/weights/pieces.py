@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dora_dist.runtime.errors import UserError
-from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder, read_header
+from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder
 
 
 class PiecedFolder(TensorFolder):
@@ -23,14 +23,17 @@ class PiecedFolder(TensorFolder):
         self._pieces = pieces
 
     @classmethod
-    def of_files(cls, path: Path, files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> PiecedFolder:
-        """The tensors of `files`, which lie in the folder `path`, with the shapes that they have whole.
+    def of_headers(
+        cls, path: Path, headers: Sequence[Mapping[str, TensorEntry]], shapes: Mapping[str, tuple[int, ...]]
+    ) -> PiecedFolder:
+        """The tensors of files in the folder `path`, which are in `headers` (`read_header`), with the shapes that they
+        have whole.
 
         Raises UserError where the pieces of a tensor are not as many elements as its shape has.
         """
         pieces: dict[str, list[TensorEntry]] = {}
-        for file in files:
-            for name, piece in read_header(file).items():
+        for header in headers:
+            for name, piece in header.items():
                 pieces.setdefault(name, []).append(piece)
         entries = {}
         for name, shape in shapes.items():
@@ -38,8 +41,8 @@ class PiecedFolder(TensorFolder):
             held, numel = sum(piece.numel for piece in found), math.prod(shape)
             if held != numel or not found:
                 raise UserError(
-                    f"{path}: {len(files)} files hold {held:,} elements of {name!r}, which has {numel:,}; they are not "
-                    "of one checkpoint, or not all of it"
+                    f"{path}: {len(headers)} files hold {held:,} elements of {name!r}, which has {numel:,}; they are "
+                    "not of one checkpoint, or not all of it"
                 )
             entries[name] = replace(found[0], shape=shape, nbytes=sum(piece.nbytes for piece in found))
         return cls(path, entries, pieces)

@@ -271,6 +271,12 @@ def the_checkpoint_around_it(folder: Folder) -> Words:
     return folder.run("--adapter.init_from", "checkpoint-4")
 
 
+@CASES.bad(says=("a checkpoint without an adapter", "`dora-dist consolidate checkpoint-4 --output FOLDER`"))
+def a_checkpoint_without_one(folder: Folder) -> Words:
+    folder.text("checkpoint-4/manifest.json", "{}")
+    return folder.run("--adapter.init_from", "checkpoint-4")
+
+
 @CASES.bad(says='adapter.init_from = "adapter/adapter_model.safetensors": no adapter_config.json')
 def its_weights_file(folder: Folder) -> Words:
     return folder.run("--adapter.init_from", f"{adapter(folder)}/adapter_model.safetensors")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_dist.adapters.patterns import parameters_matching
@@ -15,7 +15,7 @@ from dora_dist.checkpoint.adapter_folders import find_adapter
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.checkpoint.state import Masters, open_state
 from dora_dist.config import RunConfig
-from dora_dist.evaluation.inference import load_for_inference
+from dora_dist.evaluation.inference import load_for_inference, tokenizer_at
 from dora_dist.weights.safetensors_io import TensorFolder
 from tests import encoders, llava, toy
 from tests.distributed.training_runs import config, metrics, run
@@ -71,11 +71,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy.base_model(folder / "biased", attention_bias=True)
     toy.write_records(folder / "data.json", 25)
     encoders.plain_encoder(folder / "bert")
+    encoder = folder / "bert" / "model.safetensors"  # as roberta-base has it: its first tensor holds no numbers
+    save_file({"embeddings.position_ids": torch.arange(64)[None], **load_file(encoder)}, encoder, {"format": "pt"})
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = "of the run's own tokenizer"
+    tokenizer.save_pretrained(folder / "tokenizer")
     encoders.write_labelled(folder / "labels.json", 9)
     llava.model(folder / "llava")
     llava.write(folder / "chats", 4, 2)
     run_ranks(
-        run, 1, sections(folder, "one", FULL), sections(folder, "chosen", CHOSEN), classifier(folder), pictured(folder)
+        run,
+        1,
+        sections(folder, "one", FULL),
+        sections(folder, "chosen", CHOSEN, model={"tokenizer": str(folder / "tokenizer")}),
+        classifier(folder),
+        pictured(folder),
     )
     run_ranks(
         run,
@@ -182,12 +192,15 @@ def test_the_merged_model_and_the_evaluated_run_are_the_trained_model(folder: Pa
     assert (logits(merged) - logits(trained)).abs().max() < 1e-4
     evaluated, _ = load_for_inference(str(folder / name), "fp32")
     assert (logits(evaluated) - logits(trained)).abs().max() < 1e-4
+    (folder / "tokenizer").rename(tmp_path / "gone")  # what the run was given; its checkpoints have their own
+    for place in (found, tmp_path / "merged"):
+        template = tokenizer_at(str(place)).chat_template
+        assert template == ("of the run's own tokenizer" if name == "chosen" else None)
+    (tmp_path / "gone").rename(folder / "tokenizer")
     assert (logits(trained) - logits(AutoModelForCausalLM.from_pretrained(folder / "base"))).abs().max() > 0.02
 
 
 def test_a_base_that_stores_a_tied_weight_twice_gets_both_replaced(folder: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     shutil.copytree(folder / "base", tmp_path / "base")
     tensors = load_file(tmp_path / "base" / "model.safetensors")
     doubled = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}

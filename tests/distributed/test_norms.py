@@ -135,7 +135,7 @@ def recorded(config: dict[str, Any]) -> dict[str, Any]:
     from dora_dist.weights.safetensors_io import TensorFolder
     from dora_dist.zero3.norms import ShardedNormRefresher
     from dora_dist.zero3.placement import ShardedPlacement
-    from dora_dist.zero3.trained_weights import TrainedWeight, row_changes
+    from dora_dist.zero3.row_changes import TrainedWeight, row_changes
     from tests.unit.test_analysis import defined
 
     torch.manual_seed(1)

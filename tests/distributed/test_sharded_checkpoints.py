@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.adapter_folders import find_adapter
 from dora_dist.checkpoint.consolidate import consolidate
-from dora_dist.checkpoint.state import open_state, state_file
+from dora_dist.checkpoint.state import Masters, open_state, state_file
 from tests import toy
 from tests.distributed.test_training import limit_file_size
 from tests.distributed.training_runs import config, fails, metrics, run
@@ -63,12 +65,15 @@ def run_both(whole: list[dict[str, Any]], sharded: list[dict[str, Any]]) -> None
     run_sharded(*sharded)
 
 
-def written_again(base: Path, source: Path, target: Path) -> str:
-    """Load a checkpoint and write it, at this world size; what is said where nodes do not share the folder."""
+def written_again(base: Path, source: Path, target: Path) -> list[str]:
+    """Load a checkpoint and write it, at this world size; what is said where nodes do not share the folder: before
+    training, and if it is another rank's later on.
+    """
     import deepspeed
 
     from dora_dist import build_model
     from dora_dist.adapters.methods import chosen
+    from dora_dist.checkpoint import state
     from dora_dist.checkpoint.format import load_checkpoint
     from dora_dist.checkpoint.saving import Origin, Saver
     from dora_dist.config import AdapterConfig, ModelConfig
@@ -79,17 +84,24 @@ def written_again(base: Path, source: Path, target: Path) -> str:
     model = build_model(ModelConfig(path=str(base), dtype="fp32"), adapter, deepspeed=SETTINGS).model
     trained = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained), config=SETTINGS)
+    if dist.get_rank() > 0:
+        del state.read_header  # rank 0 opens the files for all
     load_checkpoint(source, engine, model)
-    saver = Saver(engine, model, Origin(method=chosen(adapter), base_model="base"), timeout_s=60.0)
+    origin = Origin(method=chosen(adapter), base_model=str(base))
+    saver, said = Saver(engine, model, origin, run_dir=target.parent, timeout_s=60.0), []
     saver.save(target, {"step": 3}, {})
     saver.wait()
     saved = saver.ended()
     assert saved is not None and saved.failure is None, saved
-    said = ""
     if dist.get_world_size() > 1:
+        elsewhere = target.parent if dist.get_rank() == 0 else target.parent / "of-another-node"
         with pytest.raises(UserError) as error:
-            saver._state.take(target if dist.get_rank() == 0 else target.with_name("of-another-node"), {})
-        said = str(error.value)
+            Saver(engine, model, origin, run_dir=elsewhere, timeout_s=60.0)
+        saver.save(elsewhere / "checkpoint-4", {"step": 4}, {})
+        saver.wait()
+        failed = saver.ended()
+        assert failed is not None and failed.failure is not None
+        said = [str(error.value), failed.failure]
     saver.close()
     return said
 
@@ -179,15 +191,24 @@ def test_an_adapter_that_was_pruned_is_the_same_in_both_forms(folder: Path) -> N
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
-def test_every_world_size_reads_what_another_wrote_and_writes_the_same(folder: Path) -> None:
+def test_every_world_size_reads_what_another_wrote_and_writes_the_same(folder: Path, tmp_path: Path) -> None:
     source = folder / "two" / "checkpoint-3"
     for world, name in ((3, "three"), (1, "one")):
         said = run_ranks(written_again, world, folder / "base", source, folder / name / "checkpoint-3")
         assert len(list((folder / name / "checkpoint-3").glob("state-*"))) == world
         assert_same(state(folder, name, 3), state(folder, "two", 3))
         if world > 1:  # where a rank does not see rank 0's folder
-            assert all("rank 1: checkpoint.run_dir" in message and "all nodes share" in message for message in said)
+            before, later = zip(*said, strict=True)
+            assert all("checkpoint.run_dir: " in message and "all nodes share" in message for message in before)
+            assert all("rank 1: checkpoint.run_dir" in message and "all nodes share" in message for message in later)
+        assert [path.name for path in (folder / name).iterdir()] == ["checkpoint-3"]
         source = folder / name / "checkpoint-3"
+    found, base = find_adapter(source)  # no run's configuration says what it is of
+    assert base == str(folder / "base")
+    consolidate(found, base, tmp_path / "merged", progress=False)
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    masters = Masters(open_state(folder / "two" / "checkpoint-3"))
+    assert all(torch.equal(tensors[name], masters[name]) for name in tensors)
 
 
 def test_a_disk_that_is_full_on_one_rank_stops_all_and_leaves_nothing(folder: Path) -> None:

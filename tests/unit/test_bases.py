@@ -18,11 +18,13 @@ from dora_dist.adapters.methods import LowRank, WeightDecomposed
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.checkpoint.consolidate import consolidate
+from dora_dist.config import AdapterConfig, ModelConfig
 from dora_dist.evaluation.inference import load_for_inference
 from dora_dist.models.build import AdaptedModel, build_model
 from dora_dist.models.families import adapter_plan
 from dora_dist.models.folder import ModelFolder
 from dora_dist.runtime.errors import UserError
+from dora_dist.training.checks import check_own_code
 from dora_dist.weights.placement import WholePlacement
 from tests import toy
 
@@ -116,6 +118,36 @@ def test_an_adapter_on_it_is_merged_as_it_was_trained(tied: Path, tmp_path: Path
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     assert toy.relative_error(logits(unmerged.cpu()), merged) < 1e-6
     assert toy.relative_error(logits(AutoModelForCausalLM.from_pretrained(tied)), merged) > 1e-3
+
+
+@pytest.mark.parametrize("differs", [True, False])
+def test_two_uses_of_a_weight_trained_apart_are_merged_apart(tmp_path: Path, tied: Path, differs: bool) -> None:
+    """Both trained as they are in a base that holds them twice; or one as a module to save, which unties it."""
+    base = tied if differs else toy.base_model(tmp_path / "shared", tie_word_embeddings=True)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    values = {name: torch.full((300, 36), 0.25 + place) for place, name in enumerate(names)}
+    modules = [] if differs else ["model.embed_tokens"]
+    adapter = PeftAdapter(str(base), 2, 2, 0.0, False, {}, trained=values, modules_to_save=modules)
+    write_peft_folder(tmp_path / "adapter", adapter)
+    consolidate(tmp_path / "adapter", base, tmp_path / "merged", progress=False)
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    assert all(torch.equal(merged[name], values[name]) for name in names)
+    assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is False
+    evaluated, _ = load_for_inference(str(tmp_path / "adapter"), "fp32")
+    assert torch.equal(logits(evaluated.cpu()), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")))
+
+
+def test_a_model_with_its_own_code_is_not_trained_in_full(tmp_path: Path) -> None:
+    base = toy.base_model(tmp_path / "base")
+    model = ModelConfig(path=str(base), trust_remote_code=True)
+    full, config = AdapterConfig(method="full"), json.loads((base / "config.json").read_text())
+    own = {"auto_map": {"AutoConfig": "a.A", "AutoModelForCausalLM": "b.B"}}
+    (base / "config.json").write_text(json.dumps(config | own))  # of a kind that transformers has, too
+    check_own_code(model, full, base)
+    (base / "config.json").write_text(json.dumps(config | own | {"model_type": "own"}))
+    check_own_code(model, AdapterConfig(), base)
+    with pytest.raises(UserError, match="needs its own code.* checkpoint of full fine-tuning .* train an adapter"):
+        check_own_code(model, full, base)
 
 
 def test_two_copies_of_one_weight_stay_tied(tied: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -446,8 +446,9 @@ def test_paper_recipe_validates_and_has_the_papers_numbers(name: str, workplace:
 def test_the_recipe_of_full_fine_tuning_differs_from_the_papers_in_method_and_rate_alone() -> None:
     full, paper = (RunConfig.load(REPOSITORY / "configs" / f"llama7b_{name}.json") for name in ("full", "dora"))
     assert full.adapter == AdapterConfig(method="full")
-    rate = {"learning_rate": paper.training.learning_rate}
-    assert full.training.model_copy(update=rate) == paper.training and full.training.learning_rate == 2e-5
+    theirs = {"learning_rate": paper.training.learning_rate, "eval_every": paper.training.eval_every}
+    assert full.training.model_copy(update=theirs) == paper.training and full.training.learning_rate == 2e-5
+    assert full.training.eval_every == full.checkpoint.save_every == 2000  # a save is 81 GB, and so is a best one
     same = ("model", "data", "engine", "logging")
     assert all(getattr(full, name) == getattr(paper, name) for name in same)
 

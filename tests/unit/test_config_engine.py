@@ -133,6 +133,7 @@ def test_engine_option_with_a_field_of_its_own_names_that_field(options: dict[st
         ({"zero_optimization": {"zero_quantized_gradients": True}}, "its CUDA kernels read fp16"),
         ({"zero_optimization": {"mics_shard_size": 2}}, "use engine.hpz_partition_size"),
         ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, "only DeepSpeed's own CPU optimizer can split"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "masters and Adam's moments are fp32"),
         ({"prescale_gradients": True}, "ZeRO-3 does not support it"),
         ({"amp": {"enabled": True}}, "use model.dtype"),
         ({"curriculum_learning": {"enabled": True}}, "the order of the data is this project's own"),

@@ -231,7 +231,7 @@ def test_small_shards_and_blocks_give_the_same_weights(tmp_path: Path, monkeypat
     adapter = save_adapter(tmp_path / "adapter", base)
     consolidate(adapter, base, tmp_path / "one", progress=False)
     monkeypatch.setattr(
-        "dora_dist.checkpoint.consolidate.BLOCK_BYTES", 1000
+        "dora_dist.checkpoint.merging.BLOCK_BYTES", 1000
     )  # 7 rows of width 32: cut rows, short last block
     report = consolidate(adapter, base, tmp_path / "many", max_shard_bytes=20_000, progress=False)
     index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())

@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from dora_dist.adapters.inject import by_pattern, inject
 from dora_dist.adapters.methods import LowRank, WeightDecomposed
 from dora_dist.adapters.patterns import trained_in_full
-from dora_dist.adapters.peft_format import read_peft_folder, write_peft_folder
+from dora_dist.adapters.peft_format import PeftAdapter, read_peft_folder, write_peft_folder
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.evaluation.inference import head_at, load_for_inference
 from dora_dist.models.build import AdaptedModel, build_model
@@ -95,6 +95,13 @@ def test_a_head_in_the_folder_is_read(tmp_path: Path) -> None:
     run = build(base)
     assert (run.trained, run.fresh) == (["classifier"], [])
     assert torch.equal(logits(run.model), logits(AutoModelForSequenceClassification.from_pretrained(base)))
+
+
+def test_labels_are_counted_by_the_rows_of_what_was_trained_a_single_number_has_none(tmp_path: Path) -> None:
+    trained = {"scale": torch.tensor(1.0), "classifier.weight": torch.ones(3, 20)}
+    adapter = PeftAdapter("base", 2, 2, 0.0, False, {}, "SEQ_CLS", modules_to_save=["classifier"], trained=trained)
+    write_peft_folder(tmp_path / "adapter", adapter)
+    assert head_at(str(tmp_path / "adapter")).num_labels == 3
 
 
 def test_a_head_for_other_labels_starts_anew(tmp_path: Path) -> None:

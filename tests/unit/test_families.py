@@ -8,6 +8,7 @@ from torch import nn
 
 from dora_dist.adapters.inject import inject
 from dora_dist.adapters.methods import LowRank
+from dora_dist.adapters.patterns import matches
 from dora_dist.models import families
 from dora_dist.models.families import adapter_plan, check_sees_pictures, family_of, family_of_parts, register
 from dora_dist.models.family import Family
@@ -35,6 +36,7 @@ def test_a_registered_family_has_its_default_targets_and_parts_that_an_ending_do
     with pytest.raises(UserError, match="'down_proj' matches no linear layer"):
         inject(model("toy"), adapter_plan(LowRank(2, 4.0)))
     assert inject(model("toy"), adapter_plan(LowRank(2, 4.0), ["mlp.down_proj"])) == ["model.layers.0.mlp.down_proj"]
+    assert matches("q_proj", "layers.0.self_attn.q_proj", "", apart=("attn",))  # a part is a whole step of a name
 
 
 def test_an_unknown_family_is_a_family_with_nothing_special() -> None:

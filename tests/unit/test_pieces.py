@@ -9,32 +9,33 @@ from safetensors.torch import save_file
 
 from dora_dist.adapters.native_format import NativeAdapter
 from dora_dist.adapters.peft_format import PeftAdapter
-from dora_dist.checkpoint.manifest import FORMAT_OF_SHARDS, Damaged, read_manifest, write_manifest
+from dora_dist.checkpoint.manifest import FORMAT_OF_SHARDS, Damaged, file_entry, read_manifest, write_manifest
 from dora_dist.checkpoint.state import KEYS, STATE, Masters, open_files, open_state, state_file
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.pieces import PiecedFolder
+from dora_dist.weights.safetensors_io import read_header
 
 WHOLE = {"matrix": torch.arange(35.0).view(5, 7), "vector": torch.arange(3.0).neg(), "scalar": torch.tensor(4.5)}
 SHAPES = {name: tuple(tensor.shape) for name, tensor in WHOLE.items()}
 
 
-def cut(folder: Path, count: int) -> list[Path]:
-    """`WHOLE` as the ranks of a world of `count` hold it; a rank without elements of a tensor does not have it."""
-    files = []
+def cut(folder: Path, count: int) -> list[Any]:
+    """Headers of `WHOLE` as the ranks of a world of `count` hold it; one without elements of a tensor lacks it."""
+    headers = []
     for number in range(count):
         tensors = {}
         for name, tensor in WHOLE.items():
             length = -(-tensor.numel() // count)
             if (piece := tensor.flatten()[number * length : (number + 1) * length]).numel():
                 tensors[name] = piece.contiguous()
-        files.append(folder / f"{number}.safetensors")
-        save_file(tensors, files[-1])
-    return files
+        save_file(tensors, folder / f"{number}.safetensors")
+        headers.append(read_header(folder / f"{number}.safetensors"))
+    return headers
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_every_range_reads_as_from_the_whole(tmp_path: Path, count: int) -> None:
-    folder = PiecedFolder.of_files(tmp_path, cut(tmp_path, count), SHAPES)
+    folder = PiecedFolder.of_headers(tmp_path, cut(tmp_path, count), SHAPES)
     assert {name: entry.shape for name, entry in folder.entries.items()} == SHAPES
     for name, tensor in WHOLE.items():
         assert torch.equal(folder.read(name), tensor)
@@ -45,11 +46,11 @@ def test_every_range_reads_as_from_the_whole(tmp_path: Path, count: int) -> None
 
 
 def test_pieces_that_are_not_the_whole_are_refused_by_name(tmp_path: Path) -> None:
-    files = cut(tmp_path, 2)
+    headers = cut(tmp_path, 2)
     with pytest.raises(UserError, match="1 files hold 18 elements of 'matrix', which has 35"):
-        PiecedFolder.of_files(tmp_path, files[:1], SHAPES)
+        PiecedFolder.of_headers(tmp_path, headers[:1], SHAPES)
     with pytest.raises(UserError, match="hold 0 elements of 'other', which has 2"):
-        PiecedFolder.of_files(tmp_path, files, {**SHAPES, "other": (2,)})
+        PiecedFolder.of_headers(tmp_path, headers, {**SHAPES, "other": (2,)})
 
 
 def test_a_checkpoint_is_read_alike_whether_one_file_holds_its_state_or_several(tmp_path: Path) -> None:
@@ -89,7 +90,23 @@ def test_a_state_file_that_is_missing_or_damaged_is_named(tmp_path: Path) -> Non
     with pytest.raises(Damaged, match="state-00002-of-00003.safetensors is missing"):
         read_manifest(folder)
     with pytest.raises(UserError, match="holds 2 of 3 state files"):
-        open_files(folder, SHAPES)
+        open_files(folder, [state_file(0, 3), state_file(2, 3)], shapes=SHAPES)
+
+
+def test_what_other_ranks_wrote_is_listed_though_the_folders_listing_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [state_file(rank, 2) for rank in range(2)]
+    for name in names:
+        save_file({"scalar": torch.ones(1)}, tmp_path / name)
+    known = {name: file_entry(tmp_path / name) for name in names}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rglob", lambda self, pattern: iter([tmp_path / names[0]]))
+        write_manifest(tmp_path, {"step": 2}, known=known)
+    assert list(read_manifest(tmp_path)["files"]) == names
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(UserError, match="state-00002-of-00002.safetensors is not there for rank 0.*all nodes share"):
+        write_manifest(tmp_path, {"step": 2}, known=known)
 
 
 @pytest.mark.parametrize("kind", [PeftAdapter, NativeAdapter])
@@ -100,7 +117,8 @@ def test_what_was_trained_in_full_is_copied_out_of_a_state_as_it_would_be_writte
     for rank in range(2):
         cuts = {name: tensor.flatten().tensor_split(2)[rank].contiguous() for name, tensor in state.items()}
         save_file(cuts, tmp_path / state_file(rank, 2))
-    masters = Masters(open_files(tmp_path, {f"head.{name}": shape for name, shape in SHAPES.items()}))
+    names, shapes = [state_file(rank, 2) for rank in range(2)], {f"head.{n}": shape for n, shape in SHAPES.items()}
+    masters = Masters(open_files(tmp_path, names, shapes=shapes))
     own = {"lora_alpha": 2.0, "r": 2, "dropout": 0.0, "use_dora": False} if kind is PeftAdapter else {}
     common = {"base_model": "base", "layers": {}, "modules_to_save": ["head"], **own}
     kind(**common, trained=dict(masters)).write(tmp_path / "memory")

@@ -39,6 +39,23 @@ def test_a_checkpoint_from_before_a_field_existed_is_compared_without_it(tmp_pat
     assert list(resuming._changed(manifest, config)) == [("plugins", [], ["mine"])]
 
 
+def test_a_new_run_starts_from_a_checkpoints_adapter_or_from_the_whole_model_that_was_trained(tmp_path: Path) -> None:
+    config = RunConfig.from_dict({"model": {"path": "lab/base"}, "data": {"train": "lab/records"}})
+    written = json.loads(config.to_json())
+    written["training"]["seed"] = 7
+    folder = tmp_path / "checkpoint-2"
+    with pytest.raises(
+        UserError, match=f"`dora-dist consolidate {folder} --output FOLDER`\\) and give --model.path FOLDER"
+    ):
+        resuming.check_settings(folder, {"trained_with": {"configuration": written}}, config)
+    with pytest.raises(UserError, match="was not written by `train`"):
+        resuming.check_settings(folder, {"step": 2}, config)
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"from its adapter with --adapter.init_from {folder}/adapter$"):
+        resuming.check_settings(folder, {"trained_with": {"configuration": written}}, config)
+
+
 def test_what_is_here_is_written_with_its_whole_path_and_hub_names_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

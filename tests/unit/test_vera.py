@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import weakref
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from dora_dist import cli
 from dora_dist.adapters.folders import read_adapter
 from dora_dist.adapters.inject import by_pattern, inject
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
+from dora_dist.adapters.method import AdapterMethod
 from dora_dist.adapters.methods import Vera, WeightDecomposed, chosen
 from dora_dist.adapters.native_format import NativeAdapter, NativeLayer
 from dora_dist.adapters.norms import NormRefresher
@@ -349,3 +351,36 @@ def test_vectors_that_were_trained_with_other_matrices_are_refused(tmp_path: Pat
     peft_folder(tmp_path / "theirs", base, save_projection=False)
     with another_torch():
         read_adapter(tmp_path / "theirs")
+
+
+def test_an_export_says_that_all_biases_were_trained_and_replaces_adapters_alone(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = toy.base_model(tmp_path / "base", attention_bias=True)
+    biases = {name: values + 1 for name, values in load_file(base / "model.safetensors").items() if "bias" in name}
+    method, shape = chosen(AdapterConfig(method="vera", r=R)), (36, 36)
+    assert isinstance(method, AdapterMethod)
+    values = {kind: torch.full(fill[0], 0.1) for kind, fill in method.parameters(shape).items()}
+    layers = {"model.layers.0.self_attn.q_proj": NativeLayer(method, shape, values)}
+    NativeAdapter(base_model=str(base), layers=layers, trained=biases).write(tmp_path / "adapter")
+    for _ in range(2):  # an adapter may be replaced
+        export_peft(tmp_path / "adapter", base, tmp_path / "peft", overwrite=True)
+    checkpoint = tmp_path / "run/checkpoint-2"
+    shutil.copytree(tmp_path / "peft", checkpoint / "adapter")
+    (checkpoint / "manifest.json").write_text("{}")
+    (tmp_path / "run/config.json").write_text("{}")
+    refused = {"base": "holds the base", "adapter": "holds the adapter", "run": "does not hold an adapter"}
+    refused |= {"run/checkpoint-2": "named as a run's", "run/checkpoint-2/adapter": "lies in the checkpoint"}
+    before = {name: sorted((tmp_path / name).rglob("*")) for name in refused}
+    for name, says in refused.items():
+        with pytest.raises(UserError, match=says):
+            export_peft(tmp_path / "adapter", base, tmp_path / name, overwrite=True)
+        assert sorted((tmp_path / name).rglob("*")) == before[name]
+
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["bias"] == "all"
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft")
+    peft.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again.eval()(toy.tokens()).logits, peft.eval()(toy.tokens()).logits)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from dora_dist.adapters.method import Method, register
-from dora_dist.adapters.patterns import trained_in_full
+from dora_dist.adapters.patterns import parts_in, trained_in_full
 from dora_dist.config.schema import AdapterConfig
 from dora_dist.runtime.errors import UserError
 
@@ -56,7 +56,7 @@ class FullFineTuning(Method):
         """All parameters but those of parts that are `apart`, which are trained if `target_modules` names them."""
         names = [name for name, _ in model.named_parameters()]
         if target_modules is None:
-            return [name for name in names if not any(part in name.split(".") for part in apart)]
+            return [name for name in names if not parts_in(name, apart)]
         modules = trained_in_full(model, target_modules, "adapter.target_modules", apart=apart)
         chosen = {id(p) for module in modules for p in model.get_submodule(module).parameters()}
         return [name for name, p in model.named_parameters() if id(p) in chosen]

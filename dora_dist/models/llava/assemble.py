@@ -16,7 +16,7 @@ from dora_dist.models.llava.family import LANGUAGE, PROJECTOR, TOWER
 from dora_dist.models.llava.placeholders import other_use, tokens_per_picture
 from dora_dist.models.vision_tower import preprocessing, square_processor, tower_config
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.folders import check_model_output, new_folder
+from dora_dist.runtime.folders import check_output, new_folder
 from dora_dist.weights.names import Rename, rename_for
 from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder, TensorWriter
 
@@ -55,7 +55,7 @@ def assemble_llava(
     Tensors keep their dtypes and are copied in blocks: memory does not grow with the models. Returns the numbers of
     tensors, of tokens a picture, and the image token's id. Raises UserError for folders that do not fit together.
     """
-    check_model_output(Path(output), {"vision tower": Path(vision), "language model": Path(language)})
+    check_output(Path(output), {"vision tower": Path(vision), "language model": Path(language)})
     written, seen = ModelFolder.open(language, "--language"), ModelFolder.open(vision, "--vision")
     text_config, tower_config = _configs(seen.path, written.path)
     _check_geometry(tower_config, feature_layer, image_size)
