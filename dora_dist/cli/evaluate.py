@@ -15,7 +15,7 @@ from dora_dist.runtime.errors import UserError
 _LABELLED = "a classifier, answer finder or summariser"
 _DATA_FIELDS = {
     **dict.fromkeys(("text_fields", "label_field", "cutoff_len", "doc_stride"), _LABELLED),
-    "features": "a VL-BART",
+    **dict.fromkeys(("features", "bad_images"), "a VL-BART"),
     **dict.fromkeys(("image_folder", "image_aspect_ratio", "max_image_pixels", "chat_template"), "a LLaVA"),
 }
 

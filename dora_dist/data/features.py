@@ -1,18 +1,20 @@
 """Visual features of pictures and of videos, from files that were made beforehand.
 
 Pictures: an HDF5 file with a group for each, `{id}/features` (L, d) and, if known, `{id}/boxes` (L, 4). Videos: a
-folder of `{id}.npz`, each with `features` (T, d). Nothing in them is unpickled, and no link out of them is followed.
+folder of `{id}.npz`, each with `features` (T, d). Nothing in them is unpickled, and no link in them is followed.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import tokenize
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy
 import torch
@@ -27,7 +29,14 @@ REGIONS = GRID * GRID
 """Regions of a picture as the model sees it (Liu et al., section 5.3)."""
 FRAMES = 64
 """Most frames of a video as the model sees it."""
-_SUFFIXES = (".h5", ".hdf5")
+HDF5_SUFFIXES = (".h5", ".hdf5")
+MADE_WITH = "extraction"
+"""An attribute of an HDF5 file, and a .json in a folder of npz: with what settings extract-features made it."""
+DAMAGED = (
+    *(OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, SyntaxError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
+"""What reading a damaged file raises: numpy parses its header before the checksum is compared."""
 
 
 class Visual(NamedTuple):
@@ -38,7 +47,12 @@ class Visual(NamedTuple):
 
 
 class FeatureFile(ABC):
-    """Features of many pictures or videos by id. Can be handed to loader processes: each opens it for itself."""
+    """Features of many pictures or videos by id. Can be handed to loader processes: each opens it for itself.
+
+    most: of one id, as the model sees it.
+    """
+
+    most: ClassVar[int]
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -55,12 +69,9 @@ class FeatureFile(ABC):
             raise UserError(f"{what} hold NaN or infinity; extract them again")
         return self._reduced(features, boxes, what)
 
-    def width(self, id: str) -> int:
-        """d, of one id; the file is closed again, for a process that is forked must not have it open."""
-        try:
-            return self(id).features.shape[1]
-        finally:
-            self.close()
+    @abstractmethod
+    def made_with(self) -> str:
+        """The settings of the extraction that made it, as JSON; "" where it does not say. Raises UserError."""
 
     def close(self) -> None:
         """Let go of what is open; it is opened again when it is needed."""
@@ -78,6 +89,8 @@ class FeatureFile(ABC):
 class PictureFeatures(FeatureFile):
     """An HDF5 file. A square grid is max-pooled to 6 x 6; 36 regions stay as they are, with their boxes if any."""
 
+    most = REGIONS
+
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self._opened: tuple[int, Any] | None = None  # by which process
@@ -88,6 +101,14 @@ class PictureFeatures(FeatureFile):
     def ids(self) -> set[str]:
         with self._open() as file:
             return set(file)
+
+    def made_with(self) -> str:
+        try:
+            with self._open() as file:
+                said = file.attrs.get(MADE_WITH)
+        except (OSError, KeyError, RuntimeError) as error:
+            raise UserError(f"{self.path} cannot be read: {error}") from error
+        return said if isinstance(said, str) else ""
 
     def close(self) -> None:
         if self._opened is not None and self._opened[0] == os.getpid():
@@ -115,12 +136,16 @@ class PictureFeatures(FeatureFile):
             if "boxes" not in group:
                 return features, None
             return features, _numbers(_inside(group, "boxes", what), f'{what} ("boxes")')
-        except (OSError, KeyError, RuntimeError, TypeError) as error:
+        except UserError:
+            raise
+        except DAMAGED as error:
             raise UserError(f"{what} cannot be read: {error}") from error
 
     def _reduced(self, features: Tensor, boxes: Tensor | None, what: str) -> Visual:
         count, width = features.shape
-        if boxes is not None and boxes.any():
+        if boxes is not None and not boxes.any():
+            boxes = None  # of no region: what stands for boxes that are not known, in whatever shape
+        if boxes is not None:
             _check_boxes(boxes, count, what)
         if count == REGIONS:
             return Visual(features, torch.zeros(count, 4) if boxes is None else boxes)
@@ -137,27 +162,50 @@ class PictureFeatures(FeatureFile):
 class VideoFeatures(FeatureFile):
     """A folder of `{id}.npz`. More than 64 frames are max-pooled to 64 stretches of time; boxes are 0."""
 
+    most = FRAMES
+
     def ids(self) -> set[str]:
         try:
             return {entry.name.removesuffix(".npz") for entry in os.scandir(self.path) if entry.name.endswith(".npz")}
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
 
+    def made_with(self) -> str:
+        file = Path(self.path) / f"{MADE_WITH}.json"
+        try:
+            return file.read_text(encoding="utf-8") if file.is_file() and not file.is_symlink() else ""
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from error
+
     def _read(self, id: str, what: str) -> tuple[Tensor, Tensor | None]:
         if id != Path(id).name or id in ("", ".", ".."):
             raise UserError(f"{what} cannot be read: an id is the name of a file in that folder, without .npz")
+        path = Path(self.path) / f"{id}.npz"
+        if path.is_symlink():
+            raise UserError(f"{what} cannot be read: {path.name} is a link, which is not followed; copy the file")
         try:
-            with (Path(self.path) / f"{id}.npz").open("rb") as file, numpy.load(file, allow_pickle=False) as archive:
+            with path.open("rb") as file, numpy.load(file, allow_pickle=False) as archive:
                 if "features" not in archive:
                     raise UserError(f'{what} are missing: the file has no array "features"')
                 return _numbers(archive["features"], what), None
-        except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        except UserError:
+            raise
+        except DAMAGED as error:
             raise UserError(f"{what} cannot be read: {error}") from error
 
     def _reduced(self, features: Tensor, boxes: Tensor | None, what: str) -> Visual:
-        if len(features) > FRAMES:
-            features = F.adaptive_max_pool1d(features.T[None], FRAMES)[0].T.contiguous()
-        return Visual(features, torch.zeros(len(features), 4))
+        pooled = pooled_in_time(features, FRAMES)
+        return Visual(pooled, torch.zeros(len(pooled), 4))
+
+
+def pooled_in_time(frames: Tensor, most: int) -> Tensor:
+    """(t, d) to (min(t, most), d): of more, the maximum over each of `most` stretches of time."""
+    return frames if len(frames) <= most else F.adaptive_max_pool1d(frames.T[None], most)[0].T.contiguous()
+
+
+def is_hdf5(path: str) -> bool:
+    """Whether a file of features is HDF5, by its name."""
+    return path.lower().endswith(HDF5_SUFFIXES)
 
 
 class Features:
@@ -176,18 +224,14 @@ class Features:
             place[torch.tensor([id in known for id in ids], dtype=torch.bool)] = number
         return place
 
-    def __call__(self, file: int, id: str) -> Visual:
-        """The features of an id in a file that has them. Raises UserError."""
-        return self.files[file](id)
-
 
 def _opened(path: str, field: str) -> FeatureFile:
     if Path(path).is_dir():
         return VideoFeatures(path)
-    if not path.endswith(_SUFFIXES):
+    if not is_hdf5(path):
         raise UserError(
-            f'{field} = "{path}": is neither an HDF5 file ({", ".join(_SUFFIXES)}: features of pictures) nor a folder '
-            "of .npz files (features of videos)"
+            f'{field} = "{path}": is neither an HDF5 file ({", ".join(HDF5_SUFFIXES)}: features of pictures) nor a '
+            "folder of .npz files (features of videos)"
         )
     if not Path(path).is_file():
         raise UserError(f'{field} = "{path}": no such file; `dora-dist extract-features` makes one')

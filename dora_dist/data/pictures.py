@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,20 @@ MOST_ELONGATED = 100
 """Largest ratio of the sides of a picture that is not padded: resizing by the shorter side makes thin strips huge."""
 
 
+def _field(name: str) -> str:
+    return f"data.{name}"
+
+
 class PictureReader:
     """Reads one picture below a folder into what the model takes; usable in loader processes."""
 
-    def __init__(self, folder: Path, processor: Any, *, pad: bool, max_pixels: int):
+    def __init__(
+        self, folder: Path, processor: Any, *, pad: bool, max_pixels: int, named: Callable[[str], str] = _field
+    ):
         """processor: an image processor of transformers. pad: fill to a square with its mean colour first, as
         LLaVA-1.5 is trained. max_pixels: width x height, of the square where there will be one, beyond which a file
-        is refused before it is decoded."""
-        self.folder, self.processor, self.pad, self.max_pixels = folder, processor, pad, max_pixels
+        is refused before it is decoded. named: what the user calls max_image_pixels and image_aspect_ratio."""
+        self.folder, self.processor, self.pad, self.max_pixels, self.named = folder, processor, pad, max_pixels, named
         settings = processor.to_dict()  # not all kinds of processors have all of them
         mean = settings.get("image_mean") or [0.5] * 3
         self.background = tuple(int(channel * 255) for channel in mean)
@@ -46,8 +52,8 @@ class PictureReader:
             raise
         except Image.DecompressionBombError as error:  # more than our bound can be
             raise UserError(
-                f"picture {file} has more pixels than data.max_image_pixels = {self.max_pixels:,}, and than are ever "
-                "decoded; make it smaller"
+                f"picture {file} has more pixels than {self.named('max_image_pixels')} = {self.max_pixels:,}, and than "
+                "are ever decoded; make it smaller"
             ) from error
         except FileNotFoundError as error:
             raise UserError(f"picture {file} does not exist") from error
@@ -63,13 +69,13 @@ class PictureReader:
         if made > self.max_pixels:
             padded = f", padded to {long} x {long}" if made > width * height else ""
             raise UserError(
-                f"picture {file} has {width} x {height} pixels{padded}, more than data.max_image_pixels = "
+                f"picture {file} has {width} x {height} pixels{padded}, more than {self.named('max_image_pixels')} = "
                 f"{self.max_pixels:,}; make it smaller, or raise the bound if you trust it"
             )
         if not self.squares and long > MOST_ELONGATED * short:
             raise UserError(
                 f"picture {file} has {width} x {height} pixels: one side is more than {MOST_ELONGATED} times the "
-                'other; crop it, or set data.image_aspect_ratio to "pad"'
+                f'other; crop it, or set {self.named("image_aspect_ratio")} to "pad"'
             )
 
     def pixels(self, image: Any) -> Tensor:

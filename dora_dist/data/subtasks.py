@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from dora_dist.data.files import shown
 from dora_dist.data.records import Record, check_characters
@@ -20,6 +20,7 @@ from dora_dist.runtime.errors import UserError
 
 Scores = dict[str, float]
 _VIDEO_IDS = ("vid_name", "video_id", "vid_id", "video")
+_TRUTHS = {"true": "true", "1": "true", "false": "false", "0": "false"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,16 @@ class Asked:
     targets: tuple[tuple[str, float], ...]
     reference: Any
     before: str = ""
+
+
+class Worded(NamedTuple):
+    """A text as the model reads it. prompt: where in it the prompt is; before: so many characters are shortened first,
+    then what is not the prompt.
+    """
+
+    text: str
+    prompt: range
+    before: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +69,18 @@ class Subtask:
     def metrics(self) -> tuple[str, ...]:
         return (self.metric, *self.others)
 
-    def worded(self, text: str, prompt: str | None) -> str:
+    def worded(self, asked: Asked, prompt: str | None) -> Worded:
         """The text with the prompt (None: the subtask's own), in front of it, or behind it for videos."""
         prompt = self.prompt if prompt is None else prompt
-        return " ".join(part for part in (text, prompt.strip()) if part) if self.prompt_last else prompt + text
+        first = f"{asked.before} " if asked.before else ""
+        if self.prompt_last:
+            own = prompt.strip()
+            whole = first + " ".join(part for part in (asked.text, own) if part)
+            start = len(whole) - len(own)
+        else:
+            whole, start = f"{first}{prompt}{asked.text}", len(first)
+            own = prompt.rstrip()
+        return Worded(whole, range(start, start + len(own)), len(asked.before))
 
 
 # --- fields of records ------------------------------------------------------------------------------------------------
@@ -159,9 +178,9 @@ def _question(record: Record) -> Asked:
 
 
 def _pair(record: Record) -> Asked:
-    label, names = record.get("label"), ("true", "false")
-    said = str(label).lower() if isinstance(label, bool | str) else {0: "false", 1: "true"}.get(label or 0)
-    if label is None or said not in names:
+    label = record.get("label")
+    said = _TRUTHS.get(str(label).lower()) if isinstance(label, str | int) else None  # a bool is an int, too
+    if said is None:
         raise UserError(f'"label" must be true or false (or 1 or 0), found {shown(label)}')
     if record.get("img0") is not None:
         pictures = _id(record, "img0"), _id(record, "img1")
@@ -189,13 +208,7 @@ def _multiple_choice(record: Record) -> Asked:
     options = [record[f"a{i}"] for i in range(10) if f"a{i}" in record] or record.get("choices")
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) for o in options):
         raise UserError(f'must have the choices "a0", "a1", ... (or a list "choices"), found {shown(options)}')
-    answer = _given(record, "answer_idx", "answer_id", "answer")
-    if isinstance(answer, str) and options.count(answer) == 1:
-        answer = options.index(answer)
-    if isinstance(answer, str) and answer.isdecimal():
-        answer = int(answer)
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
-        raise UserError(f'"answer_idx" must be a number from 0 to {len(options) - 1}, found {shown(answer)}')
+    answer = _right_option(record, options)
     numbered = [f"({i}) {option.strip()}" for i, option in enumerate(options)]
     return Asked(
         visual=(_id(record, *_VIDEO_IDS),),
@@ -204,6 +217,22 @@ def _multiple_choice(record: Record) -> Asked:
         targets=((str(answer), 1.0),),
         reference={"options": options, "answer": answer},
     )
+
+
+def _right_option(record: Record, options: Sequence[str]) -> int:
+    """Its number from 0, as a field says by number, by number in a text, or by the very text of one option.
+
+    "0" is a number first in a field for numbers, and the text of an option first in "answer".
+    """
+    answer = _given(record, "answer_idx", "answer_id", "answer")
+    numbers = [str(number) for number in range(len(options))]
+    by_number = any(record.get(name) is not None for name in ("answer_idx", "answer_id"))
+    for known in (numbers, options) if by_number else (options, numbers):
+        if isinstance(answer, str) and known.count(answer) == 1:
+            return known.index(answer)
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
+        raise UserError(f'"answer_idx" must be a number from 0 to {len(options) - 1}, found {shown(answer)}')
+    return answer
 
 
 def _described(record: Record) -> Asked:
@@ -234,8 +263,10 @@ def _vqa(answers: Sequence[str], references: Sequence[Any]) -> Scores:
 
 
 def _exact(answers: Sequence[str], references: Sequence[Any]) -> Scores:
-    right = [max(known["label"], key=known["label"].get) for known in references]
-    return {"accuracy": _mean([float(a.strip() == b.strip()) for a, b in zip(answers, right, strict=True)])}
+    """Whether an answer is the best one; a question that has none is answered wrong."""
+    right = [max(known["label"], key=known["label"].get, default=None) for known in references]
+    pairs = zip(answers, right, strict=True)
+    return {"accuracy": _mean([float(best is not None and answer.strip() == best.strip()) for answer, best in pairs])}
 
 
 def _true_or_false(answers: Sequence[str], references: Sequence[str]) -> Scores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,14 +15,14 @@ from dora_dist.config import DataConfig
 from dora_dist.config.names import Sources, by_task, listed
 from dora_dist.data.columns import IGNORED, Columns, Table, counts_between, row_of, taken
 from dora_dist.data.doubts import Doubts
-from dora_dist.data.features import Features
+from dora_dist.data.features import FeatureFile, Features, Visual
 from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.reader import Reader, check_fits
 from dora_dist.data.records import Record, read_records
 from dora_dist.data.sampler import EpochOrder, subtask_order
 from dora_dist.data.stats import SubtaskStats
-from dora_dist.data.strings import unpack
-from dora_dist.data.subtasks import SUBTASKS, Asked
+from dora_dist.data.strings import pack, unpack
+from dora_dist.data.subtasks import SUBTASKS, Asked, Worded
 from dora_dist.runtime.errors import UserError
 
 _OF = "task"  # the field that a record gets, for data.train says which task its source is of
@@ -31,10 +32,11 @@ _NAMES = tuple(SUBTASKS)
 class VisionReader(Reader):
     """A sample is {"input_ids", "labels", "score", "visual"}: two lists, a number, and the features of each picture.
 
-    A text is cut at data.cutoff_len tokens, subtitles first; a target at data.target_len. Variant k of a sample has the
-    k-th of its targets, the best first, and that target's score. An epoch has one target of a record whose subtask says
-    so, drawn by score, and each of others. Missing features are a UserError, or with data.bad_images = "skip" leave
-    their record out. A sample whose features cannot be read has a "problem", and carries no loss.
+    A text is cut at data.cutoff_len tokens, subtitles first and never its prompt; a target at data.target_len. Variant
+    k of a sample has the k-th of its targets, the best first, and that target's score. An epoch has one target of a
+    record whose subtask says so, drawn by score, and each of others. Missing features are a UserError, or with
+    data.bad_images = "skip" leave their record out. A sample whose features cannot be read, or are of another width
+    than the first, has a "problem", and carries no loss.
     """
 
     follows_from = ("format", "cutoff_len", "target_len", "prompts")
@@ -47,7 +49,8 @@ class VisionReader(Reader):
     def __init__(self, data: DataConfig, tokenizer: Any, width: int | None = None) -> None:
         """width: of the features, where the configuration says it."""
         super().__init__(data, tokenizer)
-        self._width = width
+        # The width that all features must have, and who says so: the configuration, or the first that are read.
+        self._width = None if width is None else (width, "model.feature_dim is")
         self._features: dict[str, Features] = {}
 
     def features(self, subtask: str) -> Features:
@@ -64,6 +67,12 @@ class VisionReader(Reader):
         check_fits(self.tokenizer, cutoff_len=self.data.cutoff_len, target_len=self.data.target_len)
         for subtask in dict.fromkeys([*by_task(self.data.train), *by_task(self.data.validation)]):
             self.features(subtask)
+            prompt = self.data.prompts.get(subtask, SUBTASKS[subtask].prompt)
+            if (length := len(self.tokenizer(text=prompt.strip()).input_ids)) > self.data.cutoff_len:
+                raise UserError(
+                    f"data.cutoff_len = {self.data.cutoff_len}: the prompt of {subtask} alone is {length} tokens; "
+                    "raise it"
+                )
 
     def records(self, sources: Sources, split: str) -> Iterator[tuple[str, Record]]:
         for subtask, names in by_task(sources).items():
@@ -73,17 +82,15 @@ class VisionReader(Reader):
     def encode(self, records: Sequence[tuple[str, Record]], into: Columns, doubts: Doubts) -> None:
         asked = [self._asked(place, record) for place, record in records]
         prompts = self.data.prompts
-        texts = [SUBTASKS[r[_OF]].worded(a.text, prompts.get(r[_OF])) for a, (_, r) in zip(asked, records, strict=True)]
-        before = [f"{a.before} " if a.before else "" for a in asked]
-        whole = [first + rest for first, rest in zip(before, texts, strict=True)]
+        texts = [SUBTASKS[r[_OF]].worded(a, prompts.get(r[_OF])) for a, (_, r) in zip(asked, records, strict=True)]
         targets = [text for a in asked for text, _ in a.targets]
-        read = self.tokenizer(text=whole, verbose=False).encodings
+        read = self.tokenizer(text=[each.text for each in texts], verbose=False).encodings
         cut = {"truncation": True, "max_length": self.data.target_len, "verbose": False}
         written = iter(self.tokenizer(text_target=targets, **cut).encodings)
-        for (place, record), a, encoding, first in zip(records, asked, read, before, strict=True):
+        for (place, record), a, encoding, text in zip(records, asked, read, texts, strict=True):
             said = [*(text for text, _ in a.targets), a.before, a.text]
             doubts.look(place, said, empty=not any(text.strip() for text, _ in a.targets))
-            into.ragged("starts", tokens=_shortened(encoding, len(first.rstrip()), self.data.cutoff_len))
+            into.ragged("starts", tokens=_shortened(encoding, text, self.data.cutoff_len))
             into.values(lengths=len(encoding.ids), subtasks=_NAMES.index(record[_OF]))
             into.bounds("sample targets", len(a.targets))
             for _, score in a.targets:
@@ -102,7 +109,8 @@ class VisionReader(Reader):
             raise UserError(f"{place}: as a record of {record[_OF]}, {error}") from error
 
     def opened(self, table: Table, field: str) -> Table:
-        """With "files", where the features of each picture or video are, and "absent": which samples lack some."""
+        """With "files", where the features of each picture or video are, "absent": which samples lack some, and
+        "made", a text about each file."""
         ids = unpack(table["visuals"], table["visual starts"])
         of = table["subtasks"].repeat_interleave(table["sample visuals"].diff())
         files = torch.full((len(ids),), -1)
@@ -119,36 +127,67 @@ class VisionReader(Reader):
                 f"{', '.join(features.paths)} ({count:,} are missing in all); give {features.field} the files that "
                 'have them, or set data.bad_images to "skip"'
             )
-        found = {**table, "files": files, "absent": absent}
-        self._check_widths(found)
-        return found
+        made, starts = pack(list(self._about_files({**table, "files": files}, of)))
+        return {**table, "files": files, "absent": absent, "made": made, "made starts": starts}
 
-    def _check_widths(self, table: Table) -> None:
-        """Raise UserError unless the first features of each file are of one width, the configured one if there is."""
-        of = table["subtasks"].repeat_interleave(table["sample visuals"].diff())
-        known = None if self._width is None else (self._width, "model.feature_dim is")
+    def _about_files(self, table: Table, of: Tensor) -> Iterator[str]:
+        """Of each file that is needed: its task, the settings of its extraction, and a digest of its first features.
+
+        of: (places,), the subtask of each picture or video. Raises UserError for a file whose first features are of
+        another width than those of the files before, or than the configured one.
+        """
         for kind in of.unique().tolist():
             features = self.features(_NAMES[kind])
             for number, file in enumerate(features.files):
-                for place in ((of == kind) & (table["files"] == number)).nonzero()[:1, 0].tolist():
-                    width = file.width(*unpack(table["visuals"], table["visual starts"], place, place + 1))
-                    known = known or (width, f"those of {file.path} are of")
-                    if width != known[0]:
-                        raise UserError(
-                            f"{features.field}: {file.path} has features of width {width}, and {known[1]} {known[0]}; "
-                            "one model reads features of one width"
-                        )
+                places = ((of == kind) & (table["files"] == number)).nonzero()[:, 0].tolist()
+                first = self._first(file, (self._visual_id(table, place) for place in places))
+                if first is not None:
+                    self._check_width(first, f"{features.field}: {file.path} has features", file)
+                    digest = hashlib.sha256(first.features.numpy().tobytes() + first.boxes.numpy().tobytes())
+                    yield f"{_NAMES[kind]} {file.made_with()} {digest.hexdigest()[:12]}"
+
+    def _first(self, file: FeatureFile, ids: Iterable[str]) -> Visual | None:
+        """The first features that can be read. With data.bad_images = "error" those that cannot be are a UserError."""
+        try:
+            for id in ids:
+                try:
+                    return file(id)
+                except UserError:
+                    if self.data.bad_images == "error":
+                        raise
+        finally:
+            file.close()  # for a process that is forked must not have it open
+        return None
+
+    def _check_width(self, visual: Visual, what: str, file: FeatureFile) -> None:
+        width = visual.features.shape[1]
+        self._width = self._width or (width, f"those of {file.path} are of")
+        known, who = self._width
+        if width != known:
+            raise UserError(f"{what} of width {width}, and {who} {known}; one model reads features of one width")
 
     def check_model(self, table: Table, model: Any) -> None:
-        place = int((table["files"] >= 0).nonzero()[0])
-        row = int(torch.searchsorted(table["sample visuals"], place, right=True)) - 1
-        file = self.features(_NAMES[int(table["subtasks"][row])]).files[int(table["files"][place])]
-        width = file.width(*unpack(table["visuals"], table["visual starts"], place, place + 1))
-        there = model.config.feature_dim
-        if width != there:
+        config = model.config
+        if self._width is not None and self._width[0] != config.feature_dim:
+            width = self._width[0]
             raise UserError(
-                f"data.features: the features are of width {width}, and the model reads {there} (model.feature_dim, or "
-                f"feature_dim in the base's config.json); set model.feature_dim to {width} where the base is a BART"
+                f"data.features: the features are of width {width}, and the model reads {config.feature_dim} "
+                "(model.feature_dim, or feature_dim in the base's config.json); set model.feature_dim to "
+                f"{width} where the base is a BART"
+            )
+        shown = table["sample visuals"].diff()
+        if (count := int(shown.max())) > config.images:
+            raise UserError(
+                f"{self._place(table, int(shown.argmax()))}: has {count} pictures, and the model tells "
+                f"{config.images} apart (images in the base's config.json); give a base for as many, or leave such "
+                "records out"
+            )
+        kinds = table["subtasks"].unique().tolist()
+        most = max(file.most for kind in kinds for file in self.features(_NAMES[kind]).files)
+        if most > config.vocab_size:
+            raise UserError(
+                f"data.features: a picture or video has up to {most} features, and the model tells them apart by rows "
+                f"of its token table, which has {config.vocab_size}; give a base with a larger vocabulary"
             )
 
     def select(self, table: Table, index: Tensor, where: str) -> tuple[Tensor, SubtaskStats]:
@@ -195,11 +234,16 @@ class VisionReader(Reader):
             "visual": visual,
         }
 
-    def _visual(self, table: Table, row: int) -> list[Any]:
-        first, stop = table["sample visuals"][row : row + 2].tolist()
-        features = self.features(_NAMES[int(table["subtasks"][row])])
-        ids = unpack(table["visuals"], table["visual starts"], first, stop)
-        return [features(file, id) for file, id in zip(table["files"][first:stop].tolist(), ids, strict=True)]
+    def _visual(self, table: Table, row: int) -> list[Visual]:
+        files, found = self.features(_NAMES[int(table["subtasks"][row])]).files, []
+        for place in range(*table["sample visuals"][row : row + 2].tolist()):
+            file, id = files[int(table["files"][place])], self._visual_id(table, place)
+            found.append(file(id))
+            self._check_width(found[-1], f"{file.path}: the features of {id!r} are", file)
+        return found
+
+    def _visual_id(self, table: Table, place: int) -> str:
+        return unpack(table["visuals"], table["visual starts"], place, place + 1)[0]
 
     def preview(self, table: Table, row: int) -> Preview:
         ids = row_of(table, row, "tokens").tolist()
@@ -243,7 +287,7 @@ class VisionReader(Reader):
         return [(_NAMES[int(table["subtasks"][i])], json.loads(texts[i])) for i in index.tolist()]
 
     def columns(self, table: Table, index: Tensor) -> dict[str, Tensor | Iterable[str]]:
-        """Tasks by name; the content of features is not looked at."""
+        """Tasks by name. Of the content of features, the first of each file is looked at."""
         kinds = [_NAMES[kind] for kind in table["subtasks"].tolist()]
         texts = unpack(table["references"], table["reference starts"])
         return {**super().columns(table, index), "subtasks": kinds, "references": texts}
@@ -264,15 +308,17 @@ class VisionReader(Reader):
         return torch.tensor([subtask.drawn for subtask in SUBTASKS.values()])[kinds]
 
 
-def _shortened(encoding: Any, before: int, most: int) -> list[int]:
-    """Token ids of a text, at most so many: the end of its first `before` characters goes first, then the text's end.
+def _shortened(encoding: Any, text: Worded, most: int) -> list[int]:
+    """Token ids of a text, at most so many: the end of what is shortened first goes first, then the text's end.
 
-    What the tokenizer puts around a text stays.
+    Its prompt stays, and what the tokenizer puts around a text.
     """
     excess = len(encoding.ids) - most
     if excess <= 0:
         return list(encoding.ids)
-    own = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
-    first = [i for i in own if encoding.offsets[i][1] <= before]
-    gone = {*[*reversed(first), *reversed(own[len(first) :])][:excess]}
+    own = [(i, *encoding.offsets[i]) for i, special in enumerate(encoding.special_tokens_mask) if not special]
+    may_go = [(i, stop) for i, start, stop in own if start >= text.prompt.stop or stop <= text.prompt.start]
+    first = [i for i, stop in reversed(may_go) if stop <= text.before]
+    rest = [i for i, stop in reversed(may_go) if stop > text.before]
+    gone = {*[*first, *rest][:excess]}
     return [token for i, token in enumerate(encoding.ids) if i not in gone]

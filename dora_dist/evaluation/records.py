@@ -10,13 +10,15 @@ from torch import Tensor
 
 from dora_dist.data import EpochBatches, EpochDataLoader, read, warn_of_the_whole
 from dora_dist.runtime import console
+from dora_dist.runtime.console import warn
+from dora_dist.runtime.errors import UserError
 from dora_dist.tasks.evaluations.base import Asked, Evaluation, Settings, Subject
 
 if TYPE_CHECKING:
     from dora_dist.config import RunConfig
     from dora_dist.tasks.task import Task
 
-FIELDS = ("text_fields", "label_field", "cutoff_len", "doc_stride", "target_len")
+FIELDS = ("text_fields", "label_field", "cutoff_len", "doc_stride", "target_len", "bad_images")
 """Of the configuration's data section."""
 
 
@@ -89,7 +91,19 @@ class _Records(Asked):
         device = next(model.parameters()).device
         with torch.no_grad():
             metrics = aim.evaluate(model, _on(loader, device, self._name, progress), dataset, device)
-        return {**metrics, "total": len(dataset.records.unique())}
+        left_out = _settled(aim.problems, config.data.bad_images, self._name)
+        return {**metrics, "total": len(dataset.records.unique()) - left_out}
+
+
+def _settled(problems: list[str], what_to_do: str, name: str) -> int:
+    """How many records could not be read, which is warned of, or with data.bad_images = "error" is a UserError."""
+    if not problems:
+        return 0
+    first = f"{problems[0]} ({len(problems):,} of {name} cannot be read in all)"
+    if what_to_do == "error":
+        raise UserError(f"{first}; fix it, or leave such records out with --bad-images skip")
+    warn(f"left out: {first}")
+    return len(problems)
 
 
 def _on(loader: Any, device: torch.device, name: str, progress: bool) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from dora_dist.data.features import FRAMES, GRID
 from dora_dist.extraction.items import Item
 from dora_dist.extraction.store import Features
 from dora_dist.runtime.errors import UserError
@@ -18,13 +19,13 @@ class ExtractionOptions:
 
     layer: int = -2
     """Of the tower, for pictures; LLaVA's. 0 are the embeddings, -1 is the last layer."""
-    grid: tuple[int, int] = (6, 6)
+    grid: tuple[int, int] = (GRID, GRID)
     """Rows and columns of a picture's regions; VL-BART's."""
     boxes: Literal["none", "grid"] = "none"
     """Whether the regions' boxes are kept. Without, VL-BART's are zero."""
     frames_per_second: float = 1.0
     """Of a video, that are looked at."""
-    most_frames: int = 64
+    most_frames: int = FRAMES
     """Rows of a video's features; those of longer videos are pooled. VL-BART's."""
     image_size: int | None = None
     """Side length of what the tower sees, in pixels (None: the tower's)."""
@@ -48,6 +49,11 @@ class ExtractionOptions:
     """Processes that read pictures; 0: this one."""
 
 
+def option(name: str) -> str:
+    """What the command calls one of these."""
+    return "--" + name.replace("_", "-")
+
+
 Outcome = tuple[Item, Features | UserError]
 """An item with its features in fp32, or why there are none."""
 
@@ -56,7 +62,7 @@ class Extractor(Protocol):
     """Makes features of one kind of files."""
 
     def settings(self) -> dict[str, Any]:
-        """What changes the features beyond the tower, as JSON."""
+        """What changes the features, beyond the weights of the tower, as JSON."""
 
     def check(self) -> None:
         """Raise UserError where no file at all could be made features of: of a layer or a size that is not there."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dora_dist.data.pictures import PictureReader
 from dora_dist.extraction.items import Item
-from dora_dist.extraction.options import ExtractionOptions, Outcome
+from dora_dist.extraction.options import ExtractionOptions, Outcome, option
 from dora_dist.models.vision_tower import VisionTower
 from dora_dist.runtime.errors import UserError
 
@@ -29,7 +29,8 @@ class PictureExtractor:
     options: ExtractionOptions
 
     def settings(self) -> dict[str, Any]:
-        return {"layer": self.options.layer, "grid": list(self.options.grid), "boxes": self.options.boxes}
+        own = {"layer": self.options.layer, "grid": list(self.options.grid), "boxes": self.options.boxes}
+        return {**self.tower.settings(), **own}
 
     def check(self) -> None:
         self.regions(torch.zeros(1, 3, self.tower.side, self.tower.side))
@@ -58,9 +59,9 @@ class PictureExtractor:
         (height, width), (rows, columns) = patches.shape[2:], self.options.grid
         if height < rows or width < columns:
             raise UserError(
-                f"--grid {rows}x{columns}: layer {self.options.layer} of the tower has {height} x {width} patches of a "
-                f"picture of {self.tower.side} x {self.tower.side} pixels; give a grid of at most {height}x{width}, or "
-                "a larger --image-size"
+                f"{option('grid')} {rows}x{columns}: layer {self.options.layer} of the tower has {height} x {width} "
+                f"patches of a picture of {self.tower.side} x {self.tower.side} pixels; give a grid of at most "
+                f"{height}x{width}, or a larger {option('image_size')}"
             )
         return adaptive_max_pool2d(patches, (rows, columns)).flatten(2).transpose(1, 2)
 

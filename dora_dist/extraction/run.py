@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dora_dist.config import is_local
 from dora_dist.data.pictures import PictureReader
 from dora_dist.extraction.items import Item, Items, find_items, missing_files
-from dora_dist.extraction.options import ExtractionOptions, Extractor
+from dora_dist.extraction.options import ExtractionOptions, Extractor, option
 from dora_dist.extraction.pictures import PictureExtractor
 from dora_dist.extraction.store import Features, FeatureStore
 from dora_dist.extraction.videos import VideoExtractor
@@ -74,10 +74,11 @@ def extract_features(
 
 def _extractor(items: Items, folder: Path, options: ExtractionOptions) -> Extractor:
     pad = options.image_aspect_ratio == "pad"
-    tower = VisionTower.read(folder, "--tower", dtype=options.dtype, side=options.image_size, pad=pad)
+    tower = VisionTower.read(folder, dtype=options.dtype, side=options.image_size, pad=pad, named=option)
     on_gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     tower.model.to(on_gpu or torch.device("cpu"))
-    reader = PictureReader(items.folder, tower.processor, pad=pad, max_pixels=options.max_image_pixels)
+    most = options.max_image_pixels
+    reader = PictureReader(items.folder, tower.processor, pad=pad, max_pixels=most, named=option)
     kinds: dict[str, Any] = {"image": PictureExtractor, "video": VideoExtractor}
     extractor: Extractor = kinds[items.kind](tower, reader, options)
     return extractor
@@ -89,7 +90,6 @@ def _settings(items: Items, folder: Path, extractor: Extractor, options: Extract
         "of": items.kind,
         "tower": sampled_digest(TensorFolder.open(folder)),  # not its name: folders are copied, and models replaced
         **extractor.settings(),
-        "image_size": options.image_size,
         "image_aspect_ratio": options.image_aspect_ratio,
         "dtype": options.dtype,
         "store": options.store,

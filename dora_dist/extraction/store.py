@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from dora_dist.data.features import DAMAGED, HDF5_SUFFIXES, MADE_WITH, is_hdf5
 from dora_dist.extraction.items import Kind
 from dora_dist.runtime import extras
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import DISK_IS_FULL, disk_errors
 
-SETTINGS = "extraction.json"
-"""In a folder of features: how they were made. An HDF5 file has the same as its attribute "extraction"."""
-HDF5_SUFFIXES = (".h5", ".hdf5")
+SETTINGS = f"{MADE_WITH}.json"
+"""In a folder of features: how they were made. An HDF5 file has the same as its attribute."""
 _ANOTHERS = "is there already and was not made by extract-features; choose another output"
 _SKIPPED = ".skipped"
 """Ends the name of a file that says why an item has no features."""
@@ -63,8 +62,11 @@ class FeatureFolder:
         return self._ending(_SKIPPED)
 
     def _ending(self, ending: str) -> set[str]:
-        with os.scandir(self.folder) as files:
-            names = [file.name for file in files]
+        try:
+            with os.scandir(self.folder) as files:
+                names = [file.name for file in files]
+        except FileNotFoundError:  # another part has made the HDF5 file of it
+            return set()
         return {name.removesuffix(ending) for name in names if name.endswith(ending) and not name.startswith(".")}
 
     def write(self, name: str, features: Features) -> None:
@@ -81,7 +83,7 @@ class FeatureFolder:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in arrays.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except DAMAGED as error:
             raise UserError(f"{file}: is damaged ({error}); delete it and start the command again") from error
 
     @contextmanager
@@ -102,7 +104,7 @@ class FeatureStore:
     def __init__(self, output: Path, settings: Mapping[str, Any], kind: Kind) -> None:
         """Raises UserError for an output that is something else, or was made with other settings."""
         self.output, self.settings = output, dict(settings)
-        self.is_file = output.suffix.lower() in HDF5_SUFFIXES
+        self.is_file = is_hdf5(output.name)
         if self.is_file != (kind == "image"):
             wanted = {"image": f"an HDF5 file, named {HDF5_SUFFIXES[0]}", "video": "a folder, of .npz files"}
             raise UserError(f"--output {output}: features of {kind}s are kept in {wanted[kind]}")
@@ -113,7 +115,21 @@ class FeatureStore:
 
     def open(self) -> None:
         """Make what is not there yet."""
-        self.parts.open(self.settings)
+        with self._alone():
+            self.parts.open(self.settings)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """What one process of several, each with its part, must do by itself."""
+        lock = self.output.with_name(f".{self.output.name}.lock")
+        with ExitStack() as stack:
+            with disk_errors(self.output):
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(lock))
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
 
     def names(self) -> set[str]:
         """All that have features."""
@@ -123,17 +139,14 @@ class FeatureStore:
         """Make the HDF5 file if all of `wanted` are there or are skipped; whether that is so."""
         if not self.is_file:
             return not set(wanted) - self.names() - self.parts.skipped()
-        # Another process, of another part, may have just found the same.
-        lock = self.output.with_name(f".{self.output.name}.lock")
-        with FileLock(lock):
-            if not self.parts.folder.is_dir():
+        with self._alone():
+            if not self.parts.folder.is_dir():  # another part has just found the same
                 return not set(wanted) - self.names()
             if set(wanted) - self.names() - self.parts.skipped():
                 return False
             if new := self.parts.names():
                 self._pack(sorted(new))
             shutil.rmtree(self.parts.folder)
-            lock.unlink(missing_ok=True)
             return True
 
     def _pack(self, new: list[str]) -> None:
@@ -143,7 +156,7 @@ class FeatureStore:
         partial = self.output.with_name(f".{self.output.name}.partial")
         try:
             with disk_errors(self.output, only=DISK_IS_FULL), h5py.File(partial, "w") as file:
-                file.attrs["extraction"] = json.dumps(self.settings)
+                file.attrs[MADE_WITH] = json.dumps(self.settings)
                 if self.output.exists():
                     with h5py.File(self.output, "r") as before:
                         for name in before:
@@ -177,7 +190,7 @@ def _check_file(output: Path, settings: Mapping[str, Any]) -> None:
     if not output.is_file() or not h5py.is_hdf5(output):
         raise UserError(f"{output}: is there already and is not an HDF5 file; choose another output")
     with h5py.File(output, "r") as file:
-        made = file.attrs.get("extraction")
+        made = file.attrs.get(MADE_WITH)
     if not isinstance(made, str):
         raise UserError(f"{output}: {_ANOTHERS}")
     check_settings(output, json.loads(made), settings)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_max_pool1d
 
+from dora_dist.data.features import pooled_in_time
 from dora_dist.data.pictures import PictureReader
 from dora_dist.extraction.items import Item
 from dora_dist.extraction.options import ExtractionOptions, Outcome
@@ -35,7 +35,8 @@ class VideoExtractor:
     options: ExtractionOptions
 
     def settings(self) -> dict[str, Any]:
-        return {"frames_per_second": self.options.frames_per_second, "most_frames": self.options.most_frames}
+        own = {"frames_per_second": self.options.frames_per_second, "most_frames": self.options.most_frames}
+        return {**self.tower.settings(), **own}
 
     def check(self) -> None:
         self.tower.embedding(torch.zeros(1, 3, self.tower.side, self.tower.side))
@@ -53,18 +54,14 @@ class VideoExtractor:
         vectors = []
         while some := [self.reader.pixels(image) for image in islice(frames, self.options.batch_size)]:
             vectors.append(self.tower.embedding(torch.stack(some)).float())
-        return pooled(torch.cat(vectors), self.options.most_frames)
-
-
-def pooled(vectors: Tensor, most: int) -> Tensor:
-    """(t, d) to (min(t, most), d)."""
-    return vectors if len(vectors) <= most else adaptive_max_pool1d(vectors.T[None], most)[0].T
+        return pooled_in_time(torch.cat(vectors), self.options.most_frames)
 
 
 def read_frames(file: Path, per_second: float, reader: PictureReader) -> Iterator[Any]:
     """Frames of a video's first picture stream as RGB pictures of Pillow: the first, then one each 1/per_second s.
 
-    Raises UserError for a file that is missing, not a video, damaged, without a frame, or larger than `reader` takes.
+    They stand upright, as the file says that they are shown. Raises UserError for a file that is missing, not a video,
+    damaged, without a frame, or has a frame that is larger than `reader` takes.
     """
     import av
 
@@ -80,9 +77,11 @@ def read_frames(file: Path, per_second: float, reader: PictureReader) -> Iterato
             reader.check_size(file, stream.width, stream.height)
             for time, frame in _timed(container.decode(stream), float(stream.average_rate or 25)):
                 count += 1
+                reader.check_size(file, frame.width, frame.height)  # which may change, whatever the header says
                 if time >= due - _EARLY:
                     due = (math.floor(time * per_second + _EARLY) + 1) / per_second
-                    yield frame.to_image()
+                    image = frame.to_image()
+                    yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
     except av.FFmpegError as error:
         raise UserError(f"video {file} cannot be read: {error.strerror or error}") from error
     if not count:

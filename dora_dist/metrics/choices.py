@@ -30,11 +30,17 @@ def _plain(text: str) -> str:
 
 
 def chosen_option(text: str, options: Sequence[str]) -> int | None:
-    """The position from 0 that a generated text means, by its number in front or by the text of just one option."""
-    if number := re.match(r"\s*\(?(\d+)\)?\s*(\s.*)?$", text, re.DOTALL):
-        return int(number[1]) if int(number[1]) < len(options) else None
+    """The position from 0 that a generated text means: a number alone, the very text of one option, a number in
+    front, in this order.
+    """
+    text, numbers = text.strip(), [str(number) for number in range(len(options))]
+    if (alone := re.fullmatch(r"\(?(\d+)\)?", text)) and alone[1] in numbers:
+        return numbers.index(alone[1])
     plain = [_plain(option) for option in options]
-    return plain.index(_plain(text)) if plain.count(_plain(text)) == 1 else None
+    if plain.count(_plain(text)) == 1:
+        return plain.index(_plain(text))
+    marked = re.match(r"\(?(\d+)\)?\s", text)
+    return numbers.index(marked[1]) if marked and marked[1] in numbers else None
 
 
 def choice_metrics(found: Sequence[str | None], right: Sequence[str]) -> dict[str, float]:

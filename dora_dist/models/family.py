@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,10 @@ class Family:
         base's, and where there is no such model.
         """
         raise UserError(f"model.path: {config.model_type!r} does not read visual features; give a BART or a VL-BART")
+
+    def feature_dim_of(self, trained: Mapping[str, Sequence[int]]) -> int | None:
+        """The width of the features that a model read, by the shapes of what was `trained` in full; None: unknown."""
+        return None
 
     def processor(self, base: Path, config: Any, data: DataConfig, *, tokenizer: str | None) -> PictureProcessor:
         """What turns conversations into the model's input, for a family that `sees_pictures`.

@@ -44,6 +44,11 @@ class Head:
         """Whether the model writes text, whose end its tokenizer must know."""
         return False
 
+    @property
+    def sized_by(self) -> str | None:
+        """The field of the configuration that the shapes of what is new in the model follow from."""
+        return "model.num_labels"
+
     def with_labels(self, count: int) -> Head:
         """The head with so many outputs, where it is the run that chooses how many there are."""
         return replace(self, num_labels=count)
@@ -156,6 +161,10 @@ class _Language(Head):
     def generative(self) -> bool:
         return True
 
+    @property
+    def sized_by(self) -> str | None:
+        return None
+
     def with_labels(self, count: int) -> Head:
         return self
 
@@ -194,12 +203,20 @@ class VisualFeatures(_EncoderDecoder):
 
     feature_dim: int | None = None
 
+    @property
+    def sized_by(self) -> str | None:
+        return "model.feature_dim"
+
     def with_features(self, feature_dim: int | None) -> VisualFeatures:
         """The head for features of such a width."""
         return replace(self, feature_dim=feature_dim)
 
     def of_adapter(self, adapter: AdapterFolder) -> Head:
-        return self.with_features(adapter.model_config.get("feature_dim"))
+        """A folder of PEFT's own says nowhere how wide the features are; its visual embedding reads as many."""
+        shapes = {name: adapter.tensors.entries[stored].shape for name, stored in adapter.trained.items()}
+        family = family_of_parts(shapes)
+        stored = family.feature_dim_of(shapes) if family else None
+        return self.with_features(adapter.model_config.get("feature_dim") or stored)
 
     def configure(self, config: Any) -> Any:
         return family_of(config.model_type).with_features(config, self.feature_dim)

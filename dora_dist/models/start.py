@@ -36,7 +36,7 @@ def check(
                 f"{where}: it adapts {name!r} as {theirs.shape}, but {base} has it as {layer.shape}; give the base "
                 "that it was trained on"
             )
-    _check_trained(where, trained, adapter)
+    _check_trained(where, trained, adapter, sized_by=head.sized_by)
     for storage in {layer.storage.name for layer in layers.values()} - {adapter.base_storage}:
         warn(
             f"{where} was trained with model.storage = {adapter.base_storage!r}, and this run has {storage!r}: it "
@@ -87,8 +87,11 @@ def _check_names(
         warn_of_lacking(adapter.source.path, lacking)
 
 
-def _check_trained(where: str, shapes: Mapping[str, torch.Size], adapter: SavedAdapter) -> None:
+def _check_trained(
+    where: str, shapes: Mapping[str, torch.Size], adapter: SavedAdapter, *, sized_by: str | None
+) -> None:
     source = adapter.source
+    as_theirs = f"set {sized_by} to the adapter's, or " if sized_by else ""
     for name in adapter.trained:
         if name not in shapes:
             raise UserError(
@@ -99,5 +102,5 @@ def _check_trained(where: str, shapes: Mapping[str, torch.Size], adapter: SavedA
         if shapes[name] != theirs:
             raise UserError(
                 f"adapter.init_from: {name!r} has shape {list(theirs)} in {where} and {list(shapes[name])} here; "
-                "set model.num_labels to the adapter's, or give the base that it was trained on"
+                f"{as_theirs}give the base that it was trained on"
             )

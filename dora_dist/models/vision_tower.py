@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,19 +73,31 @@ def square_processor(settings: dict[str, Any], side: int, *, pad: bool) -> Any:
 
 @dataclass(frozen=True)
 class VisionTower:
-    """A tower in evaluation mode. `side` is the height and width in pixels of what it sees."""
+    """A tower in evaluation mode. `side` is the height and width in pixels of what it sees.
+
+    named: what the user calls "tower", "layer" and "image_size", for messages.
+    """
 
     model: Any
     processor: Any
     side: int
-    option: str = "--tower"
+    named: Callable[[str], str] = str
 
     @classmethod
-    def read(cls, folder: Path, option: str, *, dtype: str, side: int | None = None, pad: bool = True) -> VisionTower:
+    def read(
+        cls,
+        folder: Path,
+        *,
+        dtype: str,
+        side: int | None = None,
+        pad: bool = True,
+        named: Callable[[str], str] = str,
+    ) -> VisionTower:
         """The tower in a folder; `side` in place of the folder's, `pad` as of `square_processor`."""
         from transformers import CLIPVisionModelWithProjection
         from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+        option = named("tower")
         opened, config = ModelFolder.open(folder, option), tower_config(folder, option)
         projects = config.model_type == "clip_vision_model" and _PROJECTION in opened.tensors.entries
         if projects and "projection_dim" in opened.config:
@@ -92,11 +105,17 @@ class VisionTower:
         model_class = CLIPVisionModelWithProjection if projects else MODEL_MAPPING[type(config)]
         model, _ = read_model(opened, model_class, dtype=DTYPES[dtype], config=config)
         settings = preprocessing(folder, config.model_type, option)
-        side = side or settings.get("side") or getattr(config, "image_size", None)
+        side = side or settings.get("side") or config.to_dict().get("image_size")
         if side is None:
-            raise UserError(f"{option} {folder}: does not say how large its pictures are; give --image-size PIXELS")
+            raise UserError(f"{option} {folder}: does not say how large its pictures are; give {named('image_size')}")
         model = model.eval().requires_grad_(False)
-        return cls(model, square_processor(settings, side, pad=pad), side, option)
+        return cls(model, square_processor(settings, side, pad=pad), side, named)
+
+    def settings(self) -> dict[str, Any]:
+        """How pictures become what it sees, as JSON."""
+        made = self.processor.to_dict()
+        normalised = {key: list(made[key]) for key in ("image_mean", "image_std")}
+        return {"image_size": self.side, **normalised, "resample": int(made["resample"])}
 
     def to(self, device: torch.device) -> VisionTower:
         self.model.to(device)
@@ -111,8 +130,8 @@ class VisionTower:
         hidden = self._run(pixels, output_hidden_states=True).hidden_states
         if not -len(hidden) <= layer < len(hidden):
             raise UserError(
-                f"--layer {layer}: the tower has {len(hidden) - 1} layers; give -{len(hidden)} to {len(hidden) - 1}, "
-                "where 0 are the embeddings and -1 is the last layer"
+                f"{self.named('layer')} {layer}: the tower has {len(hidden) - 1} layers; give -{len(hidden)} to "
+                f"{len(hidden) - 1}, where 0 are the embeddings and -1 is the last layer"
             )
         values: Tensor = hidden[layer]
         if values.ndim == 4:
@@ -120,8 +139,8 @@ class VisionTower:
         rows, columns = self._patch_grid(pixels)
         if values.shape[1] < rows * columns:
             raise UserError(
-                f"{self.option}: layer {layer} has {values.shape[1]} features a picture, where its patches are {rows} "
-                f"x {columns}; towers that merge patches are not read: give another tower"
+                f"{self.named('tower')}: layer {layer} has {values.shape[1]} features a picture, where its patches are "
+                f"{rows} x {columns}; towers that merge patches are not read: give another tower"
             )
         return values[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
 
@@ -130,7 +149,9 @@ class VisionTower:
         output = self._run(pixels)
         vector = output.image_embeds if "image_embeds" in output else output.get("pooler_output")
         if vector is None:
-            raise UserError(f"{self.option}: {type(self.model).__name__} has no pooled output; give another tower")
+            raise UserError(
+                f"{self.named('tower')}: {type(self.model).__name__} has no pooled output; give another tower"
+            )
         return vector.flatten(1)
 
     def _run(self, pixels: Tensor, **options: Any) -> Any:
@@ -139,8 +160,8 @@ class VisionTower:
                 return self.model(pixels.to(self.model.device, self.model.dtype), **options)
         except ValueError as error:
             raise UserError(
-                f"{self.option}: refuses pictures of {self.side} x {self.side} pixels: {reason(error)}; give another "
-                "--image-size, or none"
+                f"{self.named('tower')}: refuses pictures of {self.side} x {self.side} pixels: {reason(error)}; give "
+                f"another {self.named('image_size')}, or none"
             ) from error
 
     def _patch_grid(self, pixels: Tensor) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from dora_dist.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-    from dora_dist.data import Reader
+    from dora_dist.data import Reader, TokenizedData
     from dora_dist.models.heads import Head
     from dora_dist.tasks.evaluations.base import Evaluation, Settings, Subject
     from dora_dist.tasks.objectives.base import Objective
@@ -101,6 +101,10 @@ class Task(ABC):
     @abstractmethod
     def reader(self, processor: Any, *, model: ModelConfig, data: DataConfig) -> Reader:
         """What reads the records of a run."""
+
+    def check_sets(self, data: TokenizedData, training: TrainingConfig) -> None:
+        """Raise UserError where the sets that were read lack what `training` measures; warn of what they lack."""
+        return
 
     @abstractmethod
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:

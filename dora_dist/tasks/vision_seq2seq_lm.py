@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from dora_dist.config.names import by_task
 from dora_dist.runtime import extras
+from dora_dist.runtime.console import warn
+from dora_dist.runtime.errors import UserError
 from dora_dist.tasks.task import Task
 
 if TYPE_CHECKING:
     from dora_dist.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-    from dora_dist.data import Reader
+    from dora_dist.data import Reader, TokenizedData
     from dora_dist.models.heads import Head
     from dora_dist.tasks.objectives.base import Objective
 
@@ -81,6 +83,25 @@ class VisionSeq2SeqLM(Task):
         from dora_dist.data import VisionReader
 
         return VisionReader(data, processor, model.feature_dim)
+
+    def check_sets(self, data: TokenizedData, training: TrainingConfig) -> None:
+        """A task of the training set may have no sample in the validation set, where that was held out by chance."""
+        if data.validation is None or not training.eval_every:
+            return
+        from dora_dist.data.subtasks import SUBTASKS
+
+        measured = data.validation.parts
+        known = [f"{name}_{each}" for name in measured for each in SUBTASKS[name].metrics]
+        if training.metric not in ("loss", "average", *known):
+            raise UserError(
+                f'training.metric = "{training.metric}": no validation sample is of that task; hold out more with '
+                f"data.validation_samples, name its files in data.validation, or use {', '.join(known)}"
+            )
+        if without := [name for name in data.train.parts if name not in measured]:
+            warn(
+                f"no validation sample is of {', '.join(without)}, so nothing is measured of it, and the average is "
+                "that of the other tasks; hold out more with data.validation_samples, or name files in data.validation"
+            )
 
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.tasks.objectives.vision import VisionWriting

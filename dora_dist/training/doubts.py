@@ -8,6 +8,7 @@ from torch import nn
 
 from dora_dist.adapters.layer import adapted_layers
 from dora_dist.config import CheckpointConfig, TrainingConfig
+from dora_dist.data import TokenizedData
 from dora_dist.runtime.console import note, warn
 from dora_dist.runtime.errors import UserError
 from dora_dist.training.rates import rated
@@ -33,17 +34,19 @@ def of_settings(training: TrainingConfig, checkpoint: CheckpointConfig, steps: i
         note(f"checkpoint.save_every = {every:,}: {run}, so the only checkpoint is the one at the end")
 
 
-def of_model(model: Any, training: TrainingConfig, cutoff: int, samples: Any) -> None:
+def of_model(model: Any, training: TrainingConfig, cutoff: int, data: TokenizedData) -> None:
     """Compare settings with an adapted model whose weights are not read yet.
 
-    `samples` are the training samples, of at most `cutoff` tokens (data.cutoff_len).
+    Samples have at most `cutoff` tokens (data.cutoff_len).
 
     Raises UserError for learning_rates of what is not trained, and for samples that the model cannot take.
     """
     for pattern in training.learning_rates:
         rated(model, pattern)
-    samples.check_model(model)
-    _check_positions(model, cutoff, samples)
+    for samples in (data.train, data.validation):
+        if samples is not None:
+            samples.check_model(model)
+    _check_positions(model, cutoff, data.train)
     layers = adapted_layers(model)
     useful = {name: layer.method.largest_useful_r(layer.shape) for name, layer in layers.items()}
     large = [name for name, most in useful.items() if most is not None and layers[name].method.r > most]

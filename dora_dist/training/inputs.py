@@ -74,4 +74,5 @@ def read_data(config: RunConfig, base: Path, *, progress: bool) -> tuple[Any, To
             f"training.eval_every = {config.training.eval_every}: there is nothing to evaluate on; set "
             "data.validation or data.validation_samples"
         )
+    task.check_sets(data, config.training)
     return processor, data

@@ -1,6 +1,10 @@
 """A run's batches: which samples this rank sees, when, and as what tensors."""
 
+from collections.abc import Collection
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from dora_dist.config import TrainingConfig
 from dora_dist.config.schema import BatchPlan
@@ -62,3 +66,20 @@ class Loaders:
             num_workers=self._workers,
             pin_memory=self._pin_memory,
         )
+
+
+def on_device(
+    batch: dict[str, Any], device: torch.device, dtype: torch.dtype, *, exact: Collection[str] = ()
+) -> dict[str, Any]:
+    """A batch's tensors on a device, those of floating-point numbers in `dtype` unless they are `exact`.
+
+    From page-locked memory (`Loaders`) no copy waits for the work that the device still has.
+    """
+
+    def moved(name: str, values: Any) -> Any:
+        if not isinstance(values, Tensor):
+            return values
+        kept = name in exact or not values.is_floating_point()
+        return values.to(device, values.dtype if kept else dtype, non_blocking=True)
+
+    return {name: moved(name, values) for name, values in batch.items()}

@@ -16,7 +16,7 @@ from dora_dist.runtime.console import note
 from dora_dist.runtime.stopping import EvaluationStopped, StopTogether
 from dora_dist.training.checkpoints import Checkpoints
 from dora_dist.training.finiteness import StepLosses, refuse_gradient, refuse_loss
-from dora_dist.training.loaders import Loaders
+from dora_dist.training.loaders import Loaders, on_device
 from dora_dist.training.pruning import Pruning
 from dora_dist.training.ranks import Ranks
 from dora_dist.training.rates import go_on_at, set_rates
@@ -102,14 +102,9 @@ class DoraTrainer(Trainer):
         self._losses.add(loss, inputs["input_ids"])
         return loss
 
-    def _prepare_input(self, data: Any) -> Any:
-        """To the device as the Trainer does it, but from page-locked memory (`Loaders`), so that no copy waits for
-        the work that the device still has.
-        """
-        if isinstance(data, Tensor):
-            half = torch.bfloat16 if self.args.bf16 else torch.float32
-            return data.to(self.args.device, half if data.is_floating_point() else data.dtype, non_blocking=True)
-        return super()._prepare_input(data)
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        half = torch.bfloat16 if self.args.bf16 else torch.float32
+        return on_device(inputs, self.args.device, half, exact=self._objective.exact)
 
     def agree(self) -> None:
         """Learn what any rank knows, and act on it on every rank, in every optimizer step (collective)."""

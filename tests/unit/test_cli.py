@@ -112,6 +112,7 @@ OWN_OPTIONS: dict[str, list[str]] = {
         "--cutoff-len",
         "--doc-stride",
         "--features",
+        "--bad-images",
         "--image-folder",
         "--image-aspect-ratio",
         "--max-image-pixels",

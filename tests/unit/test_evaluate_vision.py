@@ -1,7 +1,9 @@
 """`evaluate` on VL-BART's tasks: what is refused before a weight is read; the names of the metrics."""
 
+import json
 from pathlib import Path
 
+import h5py
 import pytest
 
 from dora_dist import cli
@@ -25,3 +27,24 @@ def test_a_models_folder_is_evaluated_by_task(tmp_path: Path, capsys: pytest.Cap
     words += ["--features", pictures, "--cutoff-len", "40", "--num-beams", "2", "--max-new-tokens", "4"]
     assert cli.main(words) == 0
     assert {"vqa_accuracy", "nlvr2_accuracy", "loss"} <= set(capsys.readouterr().out.splitlines()[0].split())
+
+
+def test_features_that_cannot_be_read_are_an_error_or_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = subtasks.features(tmp_path, 3)
+    text = summaries.tokenizer(subtasks.texts(), size=500)
+    vl_bart.model(vocab_size=len(text), feature_dim=subtasks.WIDTH).save_pretrained(folder / "model")
+    text.save_pretrained(folder / "model")
+    with h5py.File(folder / "pictures.h5", "a") as file:
+        file["p1/features"][:] = float("nan")
+    words = ["evaluate", str(folder / "model"), "--tasks", f"vqa={subtasks.write(folder, 3, ('vqa',))['vqa']}"]
+    words += ["--features", str(folder / "pictures.h5"), "--cutoff-len", "40", "--max-new-tokens", "4"]
+    assert cli.main(words) == 2
+    shown = capsys.readouterr().err
+    assert "record 2: " in shown and "the features of 'p1' hold NaN or infinity" in shown
+    assert "(1 of vqa cannot be read in all); fix it, or leave such records out with --bad-images skip" in shown
+    result = folder / "result.json"
+    assert cli.main([*words, "--bad-images", "skip", "--output", str(result)]) == 0
+    assert "warning: left out: " in capsys.readouterr().err
+    assert json.loads(result.read_text())["tasks"]["vqa"]["total"] == 2

@@ -1,6 +1,9 @@
 """Features of pictures and videos: those of transformers' own towers, kept whole, gone on with, refused by name."""
 
 import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,19 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from dora_dist.adapters.methods import LowRank, WeightDecomposed
 from dora_dist.cli import main
 from dora_dist.config import DataConfig
 from dora_dist.data import VisionReader
 from dora_dist.data import read as read_data
+from dora_dist.data.pictures import PictureReader
 from dora_dist.extraction import store
 from dora_dist.extraction.items import find_items
-from dora_dist.extraction.options import ExtractionOptions
+from dora_dist.extraction.options import ExtractionOptions, option
 from dora_dist.extraction.run import extract_features
+from dora_dist.extraction.videos import read_frames
 from dora_dist.models.build import build_model
 from dora_dist.models.families import adapter_plan
 from dora_dist.models.heads import VISION_SEQ2SEQ_LM
@@ -90,7 +96,7 @@ def test_features_are_what_transformers_computes_pooled(
 
     done = extract_features(pictures, str(towers / kind), tmp_path / "f.h5", replace(OPTIONS, grid=grid))
     assert (done.new, done.present, done.total, done.complete, done.skipped) == (8, 0, 8, True, ())
-    tower = VisionTower.read(towers / kind, "--tower", dtype="fp32")
+    tower = VisionTower.read(towers / kind, dtype="fp32")
     means = {name: getattr(tower.processor, name) for name in ("image_mean", "image_std")}
     sizes: Any = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     processor = LlavaImageProcessorPil(do_pad=True, **sizes, **means)
@@ -177,6 +183,41 @@ def test_what_is_there_is_passed_over_and_more_is_added(
     with pytest.raises(UserError, match="made with tower"):
         extract_features(pictures, str(towers / "dinov2"), output, OPTIONS)
     same(read(output), found)
+
+
+def test_pictures_that_the_tower_sees_in_another_way_do_not_get_into_one_file(
+    towers: Path, pictures: Path, tmp_path: Path
+) -> None:
+    output, last = tmp_path / "f.h5", replace(OPTIONS, layer=-1)
+    extract_features(pictures, str(towers / "resnet"), output, last)
+    other = tmp_path / "other"
+    shutil.copytree(towers / "resnet", other)
+    for changed, named in (
+        ({"image_std": [0.25] * 3}, r"image_std = \[0.5, 0.5, 0.5\], this command has \[0.25, 0.25, 0.25\]"),
+        ({"size": {"shortest_edge": 48}}, "image_size = 32, this command has 48"),
+        ({"resample": 2}, "resample = 3, this command has 2"),
+    ):
+        settings = json.loads((towers / "resnet" / "preprocessor_config.json").read_text())
+        (other / "preprocessor_config.json").write_text(json.dumps({**settings, **changed}))
+        with pytest.raises(UserError, match=named):
+            extract_features(pictures, str(other), output, last)
+
+
+def test_parts_that_start_together_share_one_folder(tmp_path: Path) -> None:
+    """Each writes as soon as it may; one that comes a little later must not take the folder for somebody else's."""
+    for attempt in range(25):
+        outputs, together = tmp_path / str(attempt) / "f.h5", threading.Barrier(6)
+
+        def start(number: int, output: Path = outputs, together: threading.Barrier = together) -> None:
+            part = store.FeatureStore(output, {"layer": -2}, "image")
+            together.wait()
+            part.open()
+            part.parts.write(f"p{number}", {"features": np.ones((4, 3), np.float32)})
+
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(start, range(6)))
+        assert store.FeatureStore(outputs, {"layer": -2}, "image").complete([f"p{number}" for number in range(6)])
+        assert list(read(outputs)) == [f"p{number}" for number in range(6)]
 
 
 def test_records_name_their_features(towers: Path, pictures: Path, tmp_path: Path) -> None:
@@ -270,14 +311,21 @@ def test_a_convolutional_tower_gives_its_map(towers: Path, pictures: Path, tmp_p
 # --- videos -----------------------------------------------------------------------------------------------------------
 
 
-def video(path: Path, shown: str, *, frames: int = 20, rate: int = 10) -> Path:
-    """A film over one of scikit-learn's photographs: the window moves to the right while the light fades."""
+def video(
+    path: Path, shown: str, *, frames: int = 20, rate: int = 10, size: tuple[int, int] = (48, 48), rotation: int = 0
+) -> Path:
+    """A film over one of scikit-learn's photographs: the window moves to the right while the light fades.
+
+    size: width and height. rotation: degrees counterclockwise, by which whoever shows it turns it.
+    """
     photograph = Image.fromarray(load_sample_image(shown))
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("mpeg4", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        if rotation:
+            stream.set_display_rotation(rotation)
         for number in range(frames):
-            window = photograph.crop((8 * number, 0, 8 * number + 400, 400)).resize((48, 48))
+            window = photograph.crop((8 * number, 0, 8 * number + 400, 400)).resize(size)
             faded = ImageEnhance.Brightness(window).enhance(1 - 0.5 * number / frames)
             container.mux(stream.encode(av.VideoFrame.from_image(faded)))
         container.mux(stream.encode(None))
@@ -294,7 +342,7 @@ def test_a_video_is_the_embeddings_of_its_frames(towers: Path, tmp_path: Path) -
     with np.load(tmp_path / "out" / "film.npz", allow_pickle=False) as arrays:
         found = arrays["features"]
     model: Any = CLIPModel.from_pretrained(towers / "whole-clip").eval()
-    tower = VisionTower.read(towers / "whole-clip", "--tower", dtype="fp32")
+    tower = VisionTower.read(towers / "whole-clip", dtype="fp32")
     with av.open(str(film)) as container, torch.no_grad():
         images = [frame.to_image() for frame in container.decode(video=0)]
         assert len(images) == 20
@@ -308,6 +356,29 @@ def test_a_video_is_the_embeddings_of_its_frames(towers: Path, tmp_path: Path) -
     pooled, every = (np.load(tmp_path / name / "film.npz")["features"] for name in ("three", "all"))
     assert every.shape == (20, 20)
     np.testing.assert_array_equal(pooled, np.stack([every[:7].max(0), every[6:14].max(0), every[13:].max(0)]))
+
+
+def frames_of(film: Path, max_pixels: int = 10_000) -> list[np.ndarray]:
+    reader = PictureReader(film.parent, CLIPImageProcessorPil(), pad=True, max_pixels=max_pixels, named=option)
+    return [np.asarray(image) for image in read_frames(film, 10.0, reader)]
+
+
+def test_frames_stand_as_the_file_says_that_they_are_shown(tmp_path: Path) -> None:
+    plain = frames_of(video(tmp_path / "plain.mp4", "china.jpg", frames=3, size=(64, 48)))
+    turned = frames_of(video(tmp_path / "turned.mp4", "china.jpg", frames=3, size=(64, 48), rotation=-90))
+    assert plain[0].shape == (48, 64, 3) and turned[0].shape == (64, 48, 3)
+    for frame, other in zip(plain, turned, strict=True):
+        np.testing.assert_array_equal(other, np.rot90(frame, k=-1))  # clockwise
+
+
+def test_frames_that_grow_in_the_middle_of_a_video_are_refused(tmp_path: Path) -> None:
+    small = video(tmp_path / "small.ts", "china.jpg", frames=3, size=(48, 48))
+    large = video(tmp_path / "large.ts", "china.jpg", frames=3, size=(96, 64))
+    grows = tmp_path / "grows.ts"
+    grows.write_bytes(small.read_bytes() + large.read_bytes())
+    assert (48, 48, 3) in {frame.shape for frame in frames_of(grows)}
+    with pytest.raises(UserError, match=r"grows.ts has 96 x 64 pixels.*, more than --max-image-pixels = 5,000"):
+        frames_of(grows, max_pixels=5000)
 
 
 def test_videos_are_refused_by_name(towers: Path, tmp_path: Path) -> None:
@@ -329,7 +400,7 @@ def test_videos_are_refused_by_name(towers: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             extract_features(folder / name, tower, tmp_path / name, OPTIONS)
     small = replace(OPTIONS, max_image_pixels=1000, bad_images="error")
-    with pytest.raises(UserError, match=r"a.mp4 has 48 x 48 pixels"):
+    with pytest.raises(UserError, match=r"a.mp4 has 48 x 48 pixels, more than --max-image-pixels = 1,000"):
         extract_features(film, tower, tmp_path / "small", small)
     done = extract_features(folder, tower, tmp_path / "out", replace(OPTIONS, bad_images="skip"))
     assert (done.new, [name for name, _ in done.skipped], done.complete) == (1, ["cut", "list", "sound"], True)

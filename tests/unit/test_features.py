@@ -56,6 +56,25 @@ def test_36_regions_stay_as_they_are_with_their_boxes(tmp_path: Path) -> None:
     assert torch.equal(found.boxes, torch.from_numpy(boxes))
 
 
+@pytest.mark.parametrize(("regions", "shape"), [(36, (36, 4)), (36, (36, 5)), (36, (1, 4)), (49, (36, 4))])
+def test_boxes_that_are_all_zero_are_no_boxes(regions: int, shape: tuple[int, ...], tmp_path: Path) -> None:
+    arrays = {"features": numbers(regions, 3), "boxes": numpy.zeros(shape, "f4")}
+    boxes = PictureFeatures(pictures(tmp_path / "a.h5", p=arrays))("p").boxes
+    assert boxes.shape == (REGIONS, 4) and not boxes.any()
+
+
+def test_files_say_how_they_were_made(tmp_path: Path) -> None:
+    read = PictureFeatures(pictures(tmp_path / "a.H5", p=numbers(36, 3)))
+    assert read.made_with() == "" and Features([read.path], "data.features").located(["p"]).tolist() == [0]
+    with h5py.File(read.path, "a") as file:
+        file.attrs["extraction"] = '{"layer": -2}'
+    assert read.made_with() == '{"layer": -2}'
+    films = VideoFeatures(video(tmp_path / "v", "a", features=numbers(3, 4)))
+    assert films.made_with() == ""
+    (tmp_path / "v" / "extraction.json").write_text("{}")
+    assert films.made_with() == "{}" and films.ids() == {"a"}
+
+
 def test_frames_are_kept_up_to_64_and_max_pooled_beyond(tmp_path: Path) -> None:
     short, long = numbers(9, 4), numbers(FRAMES * 2, 4)
     video(tmp_path / "v", "short", features=short)
@@ -71,7 +90,7 @@ def test_several_files_are_looked_through_in_order(tmp_path: Path) -> None:
     second = pictures(tmp_path / "b.hdf5", y=numbers(36, 3, seed=2), z=numbers(36, 3, seed=3))
     both = Features([first, second], "data.features")
     assert both.located(["z", "x", "absent", "y"]).tolist() == [1, 0, -1, 0]
-    assert torch.equal(both(1, "z").features, torch.from_numpy(numbers(36, 3, seed=3)))
+    assert torch.equal(both.files[1]("z").features, torch.from_numpy(numbers(36, 3, seed=3)))
 
 
 def _in_another_process(read: FeatureFile, id: str) -> Any:
@@ -134,16 +153,33 @@ def test_videos_that_cannot_be_used_are_refused_by_name(tmp_path: Path) -> None:
     video(tmp_path / "v", "named", frames=numbers(3, 4))
     read = VideoFeatures(video(tmp_path / "v", "nan", features=numpy.full((2, 3), numpy.inf, "f4")))
     (tmp_path / "v" / "damaged.npz").write_bytes(b"PK\x03\x04 and no more")
+    (tmp_path / "v" / "linked.npz").symlink_to("nan.npz")
     for id, message in {
         "pickled": "v: the features of 'pickled' cannot be read: .*allow_pickle",
         "named": 'are missing: the file has no array "features"',
         "nan": "of 'nan' hold NaN or infinity",
         "damaged": "of 'damaged' cannot be read: ",
+        "linked": "linked.npz is a link, which is not followed; copy the file",
         "../v/named": "an id is the name of a file in that folder",
         "..": "an id is the name of a file in that folder",
     }.items():
         with pytest.raises(UserError, match=message):
             read(id)
+
+
+@pytest.mark.parametrize("save", [numpy.savez, numpy.savez_compressed])
+def test_a_video_damaged_anywhere_is_refused_by_name(save: Any, tmp_path: Path) -> None:
+    save(tmp_path / "a.npz", features=numbers(3, 2))
+    whole, read = (tmp_path / "a.npz").read_bytes(), VideoFeatures(str(tmp_path))
+    said = []
+    for place in range(len(whole)):
+        for flipped in (0x01, 0xFF):
+            (tmp_path / "a.npz").write_bytes(whole[:place] + bytes([whole[place] ^ flipped]) + whole[place + 1 :])
+            try:
+                read("a")  # what nobody reads can be anything
+            except UserError as error:
+                said.append(str(error))
+    assert len(said) > len(whole) / 2 and all("features of 'a'" in message for message in said)
 
 
 def test_paths_that_hold_no_features_are_refused_by_name(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from dora_dist.data.subtasks import SUBTASKS, scores_of
+from dora_dist.data.subtasks import SUBTASKS, Asked, scores_of
+from dora_dist.metrics.choices import chosen_option
 from dora_dist.runtime.errors import UserError
 
 QUESTION = {"img_id": "COCO_val2014_01", "sent": "what is it?", "label": {"cat": 0.3, "a cat": 1}}
@@ -71,6 +72,22 @@ READ: dict[str, tuple[str, dict[str, Any], str, str, tuple[tuple[str, float], ..
         (("0", 1),),
         ("v1",),
     ),
+    "how2qa by number in a text": (
+        "how2qa",
+        {"vid_name": "v1", "q": "how many?", "choices": ["3", "1", "0"], "answer_idx": "0"},
+        "how many? (0) 3 (1) 1 (2) 0 how2qa:",
+        "",
+        (("0", 1),),
+        ("v1",),
+    ),
+    "how2qa by answer": (
+        "how2qa",
+        {"vid_name": "v1", "q": "how many?", "choices": ["3", "1", "0"], "answer": "0"},
+        "how many? (0) 3 (1) 1 (2) 0 how2qa:",
+        "",
+        (("2", 1),),
+        ("v1",),
+    ),
     "tvc": (
         "tvc",
         {
@@ -92,15 +109,19 @@ READ: dict[str, tuple[str, dict[str, Any], str, str, tuple[tuple[str, float], ..
 def test_each_task_reads_its_records(case: str) -> None:
     name, record, text, before, targets, ids = READ[case]
     asked = SUBTASKS[name].read(record)
-    assert SUBTASKS[name].worded(asked.text, None) == text
+    found = SUBTASKS[name].worded(asked, None)
+    assert found.text == " ".join(part for part in (before, text) if part) and found.before == len(before)
+    assert found.text[found.prompt.start : found.prompt.stop] == SUBTASKS[name].prompt.strip()
     assert (asked.before, asked.visual) == (before, ids)
     assert asked.targets == tuple((target, pytest.approx(score)) for target, score in targets)
     assert {READ[each][0] for each in READ} == set(SUBTASKS)
 
 
 def test_a_prompt_can_be_another() -> None:
-    assert SUBTASKS["gqa"].worded("why?", "gqa: ") == "gqa: why?"
-    assert SUBTASKS["tvqa"].worded("why?", "which?") == "why? which?"
+    asked = Asked(visual=(), text="why?", targets=(), reference=None)
+    assert SUBTASKS["gqa"].worded(asked, "gqa: ").text == "gqa: why?"
+    assert SUBTASKS["tvqa"].worded(asked, "which?").text == "why? which?"
+    assert SUBTASKS["tvqa"].worded(asked, "") == ("why?", range(4, 4), 0)
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -112,6 +133,9 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "label of a text": ("gqa", {**QUESTION, "label": "cat"}, 'found "cat"'),
     "no answer": ("gqa", {"img_id": "a", "sent": "x"}, 'has no "answers" (nor answer)'),
     "third truth": ("nlvr2", {"img0": "a", "img1": "b", "sent": "x", "label": 2}, '"label" must be true or false'),
+    "truth of a list": ("nlvr2", {"img0": "a", "img1": "b", "sent": "x", "label": []}, "found []"),
+    "truth of an object": ("nlvr2", {"img0": "a", "img1": "b", "sent": "x", "label": {}}, "found {}"),
+    "truth of a fraction": ("nlvr2", {"img0": "a", "img1": "b", "sent": "x", "label": 0.0}, "found 0.0"),
     "one picture": ("nlvr2", {"img0": "a", "sent": "x", "label": 1}, 'has no "img1"'),
     "no caption": ("caption", {"img_id": "a", "sentences": []}, '"sentences" must be a text or a list of texts'),
     "empty caption": ("caption", {"img_id": "a", "sent": " "}, "must be a text or a list of texts"),
@@ -139,6 +163,7 @@ def test_scores_by_hand() -> None:
         ("vqa", "cat", {"label": label, "answers": ten}, (3 * 2 / 3 + 7 * 1) / 10),
         ("gqa", "dog", {"label": label, "answers": []}, 0),
         ("gqa", " a cat", {"label": label, "answers": []}, 1),
+        ("gqa", "", {"label": {}, "answers": []}, 0),  # nobody knows
         ("nlvr2", "True", "true", 1),
         ("nlvr2", "no", "false", 0),
         ("tvqa", "(1)", {"options": ["x", "y"], "answer": 1}, 1),
@@ -150,6 +175,24 @@ def test_scores_by_hand() -> None:
         own = [score for name, _, _, score in cases if name == task]
         assert found[f"{task}_accuracy"] == pytest.approx(sum(own) / len(own))
     assert found["average"] == pytest.approx(sum(found[f"{t}_accuracy"] for t in ("vqa", "gqa", "nlvr2", "tvqa")) / 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("1", ["x", "y"], 1),
+        ("(1)", ["x", "y"], 1),
+        ("(1) y", ["x", "z"], 1),
+        ("10 minutes", ["an hour", "10 minutes"], 1),
+        ("1 minute", ["1 minute", "2 minutes"], 0),
+        ("1", ["1", "0"], 1),  # what was asked for is a number
+        ("7", ["3", "7"], 1),
+        ("1y", ["x", "y"], None),
+        ("9 of them", ["x", "y"], None),
+    ],
+)
+def test_the_option_that_a_text_means(text: str, options: list[str], expected: int | None) -> None:
+    assert chosen_option(text, options) == expected
 
 
 def test_captions_are_scored_by_cider() -> None:

@@ -1,6 +1,7 @@
 """Summarisation: what is read, a small BART of the real class with and without adapters, ROUGE, what is refused."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dora_dist.models.families import adapter_plan
 from dora_dist.models.heads import SEQ2SEQ_LM
 from dora_dist.runtime.errors import UserError
 from dora_dist.tasks import problems
+from dora_dist.tasks.objectives.summaries import Summarising
 from dora_dist.weights.placement import WholePlacement
 from tests import summaries
 
@@ -123,6 +125,20 @@ def test_step_0_is_the_base(kind: str, tmp_path: Path) -> None:
     assert (run.trained, run.fresh) == ([], [])
     assert run.model.lm_head.weight is run.model.model.shared.weight is run.model.model.decoder.embed_tokens.weight
     assert bool(run.model.final_logits_bias.any()) == (kind == "BartForConditionalGeneration")
+
+
+def test_batches_are_those_of_transformers_collator_and_do_not_hold_the_model(tmp_path: Path) -> None:
+    from transformers import DataCollatorForSeq2Seq
+
+    model, samples = build(summaries.base_model(tmp_path / "base")).model, load(tmp_path, summaries.records(5)).train
+    tokenizer = summaries.tokenizer(TEXTS)
+    aim = Summarising(tokenizer, model, 12, 1)
+    found = aim.prepared(aim.collator([*samples, aim.filler]))
+    rows = [{"attention_mask": [1] * len(sample["input_ids"]), **sample} for sample in (*samples, aim.filler)]
+    expected = DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8)(rows)
+    assert {*found} == {*expected} and all(torch.equal(found[name], expected[name]) for name in expected)
+    model.register_forward_pre_hook(lambda module, inputs: None)
+    pickle.dumps(aim.collator)  # as loader processes that are not forked get it
 
 
 def test_the_familys_targets_are_all_projections_of_both_sides(tmp_path: Path) -> None:

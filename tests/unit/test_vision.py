@@ -6,20 +6,31 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dora_dist.checkpoint.resuming import located
-from dora_dist.config import DataConfig, RunConfig
-from dora_dist.data import FILLER, EpochBatches, TokenizedData, VisionCollator, VisionReader, read, text_filler
+from dora_dist.config import DataConfig, RunConfig, TrainingConfig
+from dora_dist.data import (
+    FILLER,
+    EpochBatches,
+    RaggedDataset,
+    TokenizedData,
+    VisionCollator,
+    VisionReader,
+    read,
+    text_filler,
+)
 from dora_dist.data.collate import Collator
 from dora_dist.data.features import FRAMES, REGIONS
 from dora_dist.data.sampler import batches_of, subtask_order
 from dora_dist.runtime.errors import UserError
-from dora_dist.tasks import problems
+from dora_dist.tasks import TASKS, problems
 from dora_dist.tasks.objectives.vision import VisionWriting
-from tests import subtasks, summaries
+from dora_dist.training.loaders import on_device
+from tests import subtasks, summaries, vl_bart
 from tests.conftest import ROOT
 
 TEXT = summaries.tokenizer(subtasks.texts(), size=500)
@@ -78,7 +89,13 @@ def test_a_long_text_loses_its_subtitles_first_and_its_prompt_never(folder: Path
     assert found.train_stats.truncated == 1 and "cut" in found.train.preview(0).facts
     cut = DataConfig(**subtasks.section(folder, {"tvqa": str(file)}, cutoff_len=12))
     short = read(VisionReader(cut, TEXT), cut, seed=0, progress=False).train[0]["input_ids"]
-    assert len(short) == 12 and decoded(short).strip().startswith("what was it?") and short[-1] == TEXT.eos_token_id
+    assert len(short) == 12 and decoded(short).strip().startswith("what was") and short[-1] == TEXT.eos_token_id
+    assert decoded(short).endswith("tvqa:")
+    small = DataConfig(
+        **subtasks.section(folder, {"tvqa": str(file)}, cutoff_len=8, prompts={"tvqa": "so it goes " * 4})
+    )
+    with pytest.raises(UserError, match=r"data.cutoff_len = 8: the prompt of tvqa alone is \d+ tokens; raise it"):
+        read(VisionReader(small, TEXT), small, seed=0, progress=False)
 
 
 def test_records_are_held_out_cached_and_known_by_all_their_columns(folder: Path, tmp_path: Path) -> None:
@@ -127,8 +144,6 @@ def test_batches_are_padded_with_masks(folder: Path) -> None:
 
 
 def test_features_that_cannot_be_read_later_are_a_problem_of_their_sample(folder: Path, tmp_path: Path) -> None:
-    import h5py
-
     place = subtasks.features(tmp_path / "features", 3)
     data = DataConfig(**subtasks.section(place, subtasks.write(tmp_path, 3, ("vqa",))))
     train = read(VisionReader(data, TEXT), data, seed=0, progress=False).train
@@ -139,6 +154,49 @@ def test_features_that_cannot_be_read_later_are_a_problem_of_their_sample(folder
     assert batch["labels"][1].unique().tolist() == [-100] and batch["scores"][1] == 0
     [problem] = batch["problems"]
     assert "vqa-0.json, record 2: " in problem and "the features of 'p1' hold NaN" in problem
+
+
+@pytest.mark.parametrize("width", [1, 9])
+def test_features_of_another_width_are_a_problem_of_their_sample(width: int, tmp_path: Path) -> None:
+    place = subtasks.features(tmp_path / "features", 3)
+    with h5py.File(place / "pictures.h5", "a") as file:
+        del file["p1/features"]
+        file["p1/features"] = torch.ones(36, width).numpy()
+    train = load(place, ("vqa",), count=3).train
+    batch = VisionCollator(Collator(1), subtasks.WIDTH)([train[0], train[1]])
+    [problem] = batch["problems"]
+    assert f"record 2: {place}/pictures.h5: the features of 'p1' are of width {width}, and those of" in problem
+    assert batch["labels"][1].unique().tolist() == [-100] and not batch["visual_mask"][1].any()
+
+
+def test_validation_files_have_the_width_of_the_training_files(folder: Path, tmp_path: Path) -> None:
+    wide = subtasks.features(tmp_path, 4, width=9)
+    held_out = subtasks.write(tmp_path, 4, ("tvc",))
+    places = {"vqa": str(folder / "pictures.h5"), "tvc": str(wide / "videos")}
+    with pytest.raises(UserError, match=r'data.features, "tvc": .*videos has features of width 9, and those of .* 7'):
+        load(folder, ("vqa",), features=places, validation=held_out, validation_samples=0)
+
+
+def test_data_are_others_where_features_were_extracted_in_another_way(tmp_path: Path) -> None:
+    place = subtasks.features(tmp_path / "features", 3)
+    found = [load(place, ("vqa",), count=3).train.fingerprint()]
+    with h5py.File(place / "pictures.h5", "a") as file:
+        file.attrs["extraction"] = '{"layer": -2}'
+    found.append(load(place, ("vqa",), count=3).train.fingerprint())
+    with h5py.File(place / "pictures.h5", "a") as file:
+        file["p0/features"][0, 0] += 1
+    found.append(load(place, ("vqa",), count=3).train.fingerprint())
+    assert len({*found}) == 3 and load(place, ("vqa",), count=3).train.fingerprint() == found[-1]
+
+
+def test_first_features_that_cannot_be_read_can_be_left_out(tmp_path: Path) -> None:
+    place = subtasks.features(tmp_path / "features", 3)
+    with h5py.File(place / "pictures.h5", "a") as file:
+        file["p0/features"][:] = float("nan")
+    with pytest.raises(UserError, match="the features of 'p0' hold NaN"):
+        load(place, ("vqa",), count=3)
+    train = load(place, ("vqa",), count=3, bad_images="skip").train
+    assert "problem" in train[0] and train[1]["visual"][0].features.shape == (36, 7)
 
 
 # --- an epoch ---------------------------------------------------------------------------------------------------------
@@ -253,6 +311,38 @@ def test_the_loss_is_the_mean_of_scores_times_mean_token_losses(folder: Path) ->
     assert float(found) != pytest.approx(float(F.cross_entropy(logits.flatten(0, 1), labels.flatten())), rel=1e-3)
 
 
+def test_scores_and_boxes_are_not_rounded_in_bf16(folder: Path) -> None:
+    aim = VisionWriting(TEXT, Written(), 12, 1)
+    batch = aim.collator([load(folder, ("vqa",)).train[1 + 12]])
+    batch["visual_boxes"][:] = torch.tensor([0.001, 0.0, 0.301, 0.7])
+    moved = on_device({**batch, "problems": ["x"]}, torch.device("cpu"), torch.bfloat16, exact=aim.exact)
+    assert moved["visual_features"].dtype == torch.bfloat16 and moved["input_ids"].dtype == torch.int64
+    assert torch.equal(moved["visual_boxes"], batch["visual_boxes"]) and moved["problems"] == ["x"]
+    assert moved["scores"].dtype == torch.float32 and float(moved["scores"]) == pytest.approx(0.3, abs=1e-7)
+
+
+def test_samples_that_cannot_be_read_do_not_count(folder: Path, tmp_path: Path) -> None:
+    place = subtasks.features(tmp_path / "features", 6)
+    with h5py.File(place / "pictures.h5", "a") as file:
+        file["p4/features"][:] = float("nan")
+    model = vl_bart.model(vocab_size=len(TEXT))
+    aim = VisionWriting(TEXT, model, 12, 1)
+
+    def measured(dataset: Any) -> dict[str, float]:
+        samples = [*dataset, aim.filler]
+        batches = [aim.collator(samples[i : i + 2]) for i in range(0, len(samples) - 1, 2)]
+        with torch.no_grad():
+            return aim.evaluate(model, batches, dataset, torch.device("cpu"))
+
+    data = load(place, ("vqa", "caption"), count=6).train
+    found = measured(data)
+    assert len(aim.problems) == 2 and all("'p4' hold NaN" in problem for problem in aim.problems)
+    kept = RaggedDataset(data.reader, data.table, torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9, 11]))
+    assert measured(kept) == pytest.approx(found, rel=1e-5)
+    with pytest.raises(UserError, match=r"those of all samples of caption to evaluate on cannot be read \(.*'p4' hold"):
+        measured(RaggedDataset(data.reader, data.table, torch.tensor([0, 1, 2, 10])))
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 RUN = {"model": {"path": "org/model", "task": "vision_seq2seq_lm"}}
@@ -306,9 +396,33 @@ def test_missing_features_and_widths_are_refused_by_name(folder: Path, tmp_path:
     ):
         load(folder, ("vqa", "tvc"), features=places)
     train = load(folder, ("vqa",)).train
-    train.check_model(SimpleNamespace(config=SimpleNamespace(feature_dim=7)))
+    train.check_model(model_of())
     with pytest.raises(UserError, match=r"of width 7, and the model reads 2048 .*; set model.feature_dim to 7"):
-        train.check_model(SimpleNamespace(config=SimpleNamespace(feature_dim=2048)))
+        train.check_model(model_of(feature_dim=2048))
+    pairs = load(folder, ("vqa", "nlvr2")).train
+    with pytest.raises(UserError, match=r"nlvr2-0.json, record 1: has 2 pictures, and the model tells 1 apart"):
+        pairs.check_model(model_of(images=1))
+    train.check_model(model_of(vocab_size=REGIONS))
+    with pytest.raises(UserError, match=r"data.features: .* up to 36 features, .* its token table, which has 35"):
+        train.check_model(model_of(vocab_size=REGIONS - 1))
+
+
+def model_of(**changes: int) -> Any:
+    return SimpleNamespace(config=vl_bart.config(**changes))
+
+
+def test_what_is_measured_must_have_validation_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = TASKS["vision_seq2seq_lm"]
+    both = load(
+        folder, ("vqa", "nlvr2"), validation=subtasks.write(folder, 2, ("vqa",), first=12), validation_samples=0
+    )
+    message = r"training.metric = \"nlvr2_accuracy\": no validation sample is of that task; .* or use vqa_accuracy"
+    with pytest.raises(UserError, match=message):
+        task.check_sets(both, TrainingConfig(eval_every=2, metric="nlvr2_accuracy"))
+    task.check_sets(both, TrainingConfig(metric="nlvr2_accuracy"))  # nothing is evaluated
+    assert not capsys.readouterr().err
+    task.check_sets(both, TrainingConfig(eval_every=2, metric="vqa_accuracy"))
+    assert "warning: no validation sample is of nlvr2, so nothing is measured of it" in capsys.readouterr().err
 
 
 def test_sources_by_task_come_from_the_command_line_and_are_written_down_with_their_places() -> None:

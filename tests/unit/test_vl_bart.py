@@ -44,11 +44,15 @@ def feed_forward(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     return linear(weights, f"{name}.fc2", inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2))))
 
 
-def encoder_input(weights: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-    """Liu et al., section 5.3: layer-normed text, then features, boxes with their areas, image order, object order."""
+def encoder_input(weights: dict[str, Tensor], batch: dict[str, Tensor], scale: float) -> Tensor:
+    """Liu et al., section 5.3: layer-normed text, then features, boxes with their areas, image order, object order.
+
+    scale: of the tokens' embeddings alone.
+    """
     table, positions = weights["model.shared.weight"], weights["model.encoder.embed_positions.weight"]
     length, own = batch["input_ids"].shape[1], "model.encoder.visual_embedding"
-    text = norm(weights, "model.encoder.layernorm_embedding", table[batch["input_ids"]] + positions[2 : 2 + length])
+    tokens = scale * table[batch["input_ids"]]
+    text = norm(weights, "model.encoder.layernorm_embedding", tokens + positions[2 : 2 + length])
     left, top, right, bottom = batch["visual_boxes"].to(table.dtype).unbind(-1)
     places = torch.stack([left, top, right, bottom, (right - left) * (bottom - top)], dim=-1)
     visual = (
@@ -64,10 +68,10 @@ def encoder_input(weights: dict[str, Tensor], batch: dict[str, Tensor]) -> Tenso
     return torch.cat([text, visual], dim=1)
 
 
-def formula(model: Any, batch: dict[str, Tensor], written: Tensor) -> Tensor:
+def formula(model: Any, batch: dict[str, Tensor], written: Tensor, scale: float = 1.0) -> Tensor:
     """Logits (b, l, vocabulary) after the decoder's input `written` (b, l), from a model's weights."""
     weights, layers = model.state_dict(), range(2)
-    x = encoder_input(weights, batch)
+    x = encoder_input(weights, batch, scale)
     keys = torch.cat([batch["attention_mask"], batch["visual_mask"]], dim=1).bool()[:, None]
     for name in (f"model.encoder.layers.{i}" for i in layers):
         seen = attention(weights, f"{name}.self_attn", x, x, keys.expand(-1, x.shape[1], -1))
@@ -75,7 +79,7 @@ def formula(model: Any, batch: dict[str, Tensor], written: Tensor) -> Tensor:
         x = norm(weights, f"{name}.final_layer_norm", x + feed_forward(weights, name, x))
     table, positions = weights["model.shared.weight"], weights["model.decoder.embed_positions.weight"]
     length = written.shape[1]
-    y = norm(weights, "model.decoder.layernorm_embedding", table[written] + positions[2 : 2 + length])
+    y = norm(weights, "model.decoder.layernorm_embedding", scale * table[written] + positions[2 : 2 + length])
     before = torch.ones(length, length).tril().bool().expand(len(written), -1, -1)
     for name in (f"model.decoder.layers.{i}" for i in layers):
         y = norm(weights, f"{name}.self_attn_layer_norm", y + attention(weights, f"{name}.self_attn", y, y, before))
@@ -111,6 +115,14 @@ def test_logits_follow_the_formulas(dtype: torch.dtype, bound: float, attn_imple
         logits = model(**batch, decoder_input_ids=WRITTEN).logits
         expected = formula(model.double(), batch, WRITTEN)
     assert logits.dtype == dtype and relative_error(logits, expected) < bound
+
+
+def test_bart_scales_the_embeddings_of_tokens_and_not_those_of_objects() -> None:
+    model, batch = vl_bart.model(scale_embedding=True).double(), _in_fp64(padded())
+    with torch.no_grad():
+        logits = model(**batch, decoder_input_ids=WRITTEN).logits
+        expected = formula(model, batch, WRITTEN, scale=math.sqrt(model.config.d_model))
+    assert relative_error(logits, expected) < 1e-12
 
 
 def test_gradients_reach_the_visual_embedding_as_the_formulas_have_them() -> None:

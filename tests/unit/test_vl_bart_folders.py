@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, BartForConditionalGeneration
 
+from dora_dist.adapters.folders import read_adapter
 from dora_dist.adapters.layer import adapted_layers
 from dora_dist.adapters.methods import LowRank, WeightDecomposed
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
@@ -142,6 +143,19 @@ def test_an_adapter_is_evaluated_merged_and_read_by_peft(kind: str, tmp_path: Pa
     assert torch.allclose(logits(peft), expected, atol=1e-4, rtol=0)
 
 
+def test_an_adapter_without_our_configuration_says_its_width_by_its_visual_embedding(tmp_path: Path) -> None:
+    base = summaries.base_model(tmp_path / "base")
+    run = randomised(build(base))
+    save_adapter(run, tmp_path / "adapter")
+    (tmp_path / "adapter" / "model_config.json").unlink()
+    assert head_at(str(tmp_path / "adapter")) == HEAD
+    unmerged, _ = load_for_inference(str(tmp_path / "adapter"), "fp32")
+    assert torch.allclose(logits(unmerged), logits(run.model), atol=1e-5, rtol=0)
+    start = read_adapter(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"has shape \[36, 7\] in .* and \[36, 9\] here; set model.feature_dim to the"):
+        build(base, head=VISION_SEQ2SEQ_LM.with_features(9), start_from=start)
+
+
 def test_pefts_own_adapter_comes_in_and_is_merged(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -156,7 +170,7 @@ def test_pefts_own_adapter_comes_in_and_is_merged(tmp_path: Path) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     model.peft_config["default"].base_model_name_or_path = str(base)
     model.save_pretrained(str(tmp_path / "peft"))
-    assert head_at(str(tmp_path / "peft")) == VISION_SEQ2SEQ_LM
+    assert head_at(str(tmp_path / "peft")) == HEAD
     unmerged, _ = load_for_inference(str(tmp_path / "peft"), "fp32")
     assert torch.allclose(logits(unmerged), logits(model), atol=1e-4, rtol=0)
     consolidate(tmp_path / "peft", base, tmp_path / "merged", progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,10 @@ class VLBart(Family):
                 f"{config.feature_dim}; set it to null and give such features, or start from a plain BART"
             )
         return config
+
+    def feature_dim_of(self, trained: Mapping[str, Sequence[int]]) -> int | None:
+        ending = f"{VISUAL_EMBEDDING}.features.weight"
+        return next((shape[1] for name, shape in trained.items() if name.endswith(ending)), None)
 
 
 VL_BART = VLBart()

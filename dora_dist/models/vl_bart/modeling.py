@@ -98,6 +98,7 @@ class VLBartEncoder(BartEncoder):
         looked_up = self.embed_tokens(torch.cat([input_ids, objects], dim=1))
         text, orders = looked_up.split([input_ids.shape[1], objects.shape[1]], dim=1)
         text = self.layernorm_embedding(text + self.embed_positions(input_ids))
+        orders = orders / self.embed_tokens.embed_scale  # `scale_embedding` is of tokens
         visual = self.visual_embedding(visual_features, visual_boxes, visual_images, orders)
         states = nn.functional.dropout(torch.cat([text, visual], dim=1), self.dropout or 0.0, self.training)
         mask = create_bidirectional_mask(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,10 @@ class Objective(ABC):
 
     `loss` is loss(outputs, labels, num_items_in_batch) of this rank's batch divided by the items of all ranks; None:
     the model computes it itself. `problems` are messages about this rank's samples that could not be read, and
-    carried no loss: whoever reports them clears the list.
+    carried no loss: whoever reports them clears the list. exact: tensors of a batch that stay in fp32 in a run in bf16.
     """
+
+    exact: ClassVar[tuple[str, ...]] = ()
 
     collator: Any
     filler: dict[str, Any]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_dist.data import IGNORED, text_filler
+from dora_dist.data import IGNORED, Collator, text_filler
 from dora_dist.metrics.rouge import rouge_metrics
 from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Batch, Objective, add_up, everyones
 
@@ -23,10 +23,9 @@ class Summarising(Objective):
 
     def __init__(self, tokenizer: Any, model: Any, target_len: int, num_beams: int) -> None:
         super().__init__()
-        from transformers import DataCollatorForSeq2Seq
-
-        # Padding, labels and, from `model`'s configuration, the decoder's input: the labels one place later.
-        self.collator = DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
+        # Loader processes get the collator, and a model's hooks cannot be handed to all kinds of processes.
+        self.collator: Any = Collator(tokenizer.pad_token_id, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
+        self._decoder_input = model.prepare_decoder_input_ids_from_labels
         self.filler = text_filler(tokenizer.pad_token_id)
         self.tokenizer, self.target_len = tokenizer, target_len
         # Besides beams and lengths as the model's folder has it: how a summary starts and ends is the model's own.
@@ -36,6 +35,10 @@ class Summarising(Objective):
         )
         self.generation.use_cache = True
 
+    def prepared(self, batch: Batch) -> Batch:
+        """With the decoder's input: the labels one place later, as the model's configuration has it."""
+        return {**batch, "decoder_input_ids": self._decoder_input(labels=batch["labels"])}
+
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int = 1) -> Tensor:
         return _losses(outputs.logits, labels) / num_items_in_batch
 
@@ -43,7 +46,7 @@ class Summarising(Objective):
         def losses(outputs: Any, labels: Tensor) -> Tensor:
             return torch.stack([_losses(outputs.logits, labels).double(), (labels != IGNORED).sum().double()])
 
-        summaries, total = self._written(model, batches, dataset, losses, device=device)
+        summaries, _, total = self._written(model, batches, dataset, losses, device=device)
         add_up(total)
         return {"loss": float(total[0] / total[1]), **rouge_metrics(summaries, dataset.references)}
 
@@ -55,17 +58,20 @@ class Summarising(Objective):
         losses: Callable[[Any, Tensor], Tensor],
         *,
         device: torch.device,
-    ) -> tuple[list[str], Tensor]:
-        """The texts of all samples (collective), and the sum (2,) fp64 of this rank's `losses` of outputs, labels."""
+    ) -> tuple[list[str], list[bool], Tensor]:
+        """The texts of all samples, and whether each has labels (collective); and the sum (2,) fp64 of this rank's
+        `losses` of outputs, labels."""
         written, total = [], torch.zeros(2, dtype=torch.float64, device=device)
         for batch in batches:
             batch = self.prepared(batch)
             labels = batch.pop("labels")
             total += losses(model(**batch), labels)
             tokens = self._generate(model, batch)
-            written.append(F.pad(tokens, (0, self.target_len + 1 - tokens.shape[1]), value=self.tokenizer.pad_token_id))
-        tokens = everyones(written)[: len(dataset)]
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True), total
+            tokens = F.pad(tokens, (0, self.target_len + 1 - tokens.shape[1]), value=self.tokenizer.pad_token_id)
+            written.append(torch.cat([tokens, labels[:, :1]], dim=1))
+        tokens, first = everyones(written)[: len(dataset)].split([self.target_len + 1, 1], dim=1)
+        labelled: list[bool] = (first[:, 0] != IGNORED).tolist()
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True), labelled, total
 
     def _generate(self, model: Any, batch: Batch) -> Tensor:
         """(rows, 1 + generated) token ids: the decoder's start, then the summaries."""

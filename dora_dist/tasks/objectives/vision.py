@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_dist.data import IGNORED, Collator, VisionCollator
+from dora_dist.data import IGNORED, VisionCollator
 from dora_dist.data.subtasks import scores_of
-from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Batch, add_up
+from dora_dist.runtime.errors import UserError
+from dora_dist.tasks.objectives.base import Batch, add_up
 from dora_dist.tasks.objectives.summaries import Summarising
 
 
@@ -19,6 +20,7 @@ class VisionWriting(Summarising):
     """The mean over samples of score × cross entropy per token of the target (Liu et al., section 5.3).
 
     A batch's mean is over its samples, whatever their lengths and scores; each task's own metrics, and their average.
+    Samples that cannot be read count in neither.
     """
 
     inputs = (
@@ -29,20 +31,17 @@ class VisionWriting(Summarising):
         "visual_objects",
         "visual_mask",
     )
+    exact = ("scores", "visual_boxes")  # bf16 has three digits, and an area is a product of differences
 
     def __init__(self, tokenizer: Any, model: Any, target_len: int, num_beams: int) -> None:
         super().__init__(tokenizer, model, target_len, num_beams)
-        # Loader processes get the collator, and a model's hooks cannot be handed to all kinds of processes.
-        self.collator = VisionCollator(
-            Collator(tokenizer.pad_token_id, pad_to_multiple_of=PAD_TO_MULTIPLE_OF), model.config.feature_dim
-        )
-        self._decoder_input = model.prepare_decoder_input_ids_from_labels
+        self.collator = VisionCollator(self.collator, model.config.feature_dim)
         self._scores: Tensor | None = None  # of the batch that the next loss is of
 
     def prepared(self, batch: Batch) -> Batch:
         self.problems += batch.pop("problems", [])
         self._scores = batch.pop("scores")
-        return {**batch, "decoder_input_ids": self._decoder_input(labels=batch["labels"])}
+        return super().prepared(batch)
 
     def counted(self, batch: Batch) -> Batch:
         """Samples: each has a first label."""
@@ -58,13 +57,23 @@ class VisionWriting(Summarising):
         def losses(outputs: Any, labels: Tensor) -> Tensor:
             return torch.stack([self.loss(outputs, labels).double(), (labels[:, 0] != IGNORED).sum().double()])
 
-        texts, total = self._written(model, batches, dataset, losses, device=device)
+        texts, read, total = self._written(model, batches, dataset, losses, device=device)
         add_up(total)
-        subtasks, references = zip(*dataset.references, strict=True)
-        return {"loss": float(total[0] / total[1]), **scores_of(subtasks, texts, references)}
+        wanted = dataset.references
+        answered = [(*each, text) for each, text, there in zip(wanted, texts, read, strict=True) if there]
+        for subtask in dict.fromkeys(subtask for subtask, _ in wanted):
+            if subtask not in {subtask for subtask, *_ in answered}:
+                such_as = f" ({self.problems[0]})" if self.problems else ""  # a rank of several may have met none
+                raise UserError(
+                    f"data.features: those of all samples of {subtask} to evaluate on cannot be read{such_as}; extract "
+                    "them again"
+                )
+        subtasks, references, answers = zip(*answered, strict=True)
+        return {"loss": float(total[0] / total[1]), **scores_of(subtasks, answers, references)}
 
 
 def _means(logits: Tensor, labels: Tensor) -> Tensor:
     """(rows,) fp32: the mean over a row's labelled tokens, 0 where it has none; logits (rows, length, vocabulary)."""
-    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    flat = logits.float().flatten(0, 1), labels.flatten()  # a view: logits in fp32 are the largest tensor of a step
+    losses = F.cross_entropy(*flat, ignore_index=IGNORED, reduction="none").view_as(labels)
     return losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
