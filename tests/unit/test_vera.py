@@ -359,8 +359,10 @@ def test_an_export_says_that_all_biases_were_trained_and_replaces_adapters_alone
 
     base = toy.base_model(tmp_path / "base", attention_bias=True)
     biases = {name: values + 1 for name, values in load_file(base / "model.safetensors").items() if "bias" in name}
-    method, shape = chosen(AdapterConfig(method="vera", r=R)), (36, 36)
+    shape = (36, 36)
+    method = chosen(AdapterConfig(method="vera", r=R))
     assert isinstance(method, AdapterMethod)
+    method = method.for_model([shape])
     values = {kind: torch.full(fill[0], 0.1) for kind, fill in method.parameters(shape).items()}
     layers = {"model.layers.0.self_attn.q_proj": NativeLayer(method, shape, values)}
     NativeAdapter(base_model=str(base), layers=layers, trained=biases).write(tmp_path / "adapter")
