@@ -1,4 +1,4 @@
-"""Questions about pictures of emoji in the formats of VL-BART's tasks: kinds, colours, names, groups, pairs."""
+"""Questions about pictures of emoji in the formats of VL-BART's tasks: kinds, colours, names, pairs, groups."""
 
 import colorsys
 import random
@@ -16,8 +16,8 @@ _HUES = ((15, "red"), (40, "orange"), (70, "yellow"), (165, "green"), (260, "blu
 
 Record = dict[str, Any]
 
-UNSEEN = ("gqa", "nlvr2")
-"""The tasks that `unseen` has records of."""
+UNSEEN = "gqa"
+"""The task that `unseen` has records of."""
 
 
 def texts(task: str, record: dict[str, Any]) -> tuple[str, str]:
@@ -34,7 +34,7 @@ def identity(one: Emoji) -> str:
 
 
 def seen(emoji: Sequence[Emoji], pictures: Path, seed: int) -> dict[str, list[Record]]:
-    """What the model is trained on first: questions about kinds and colours (vqa), and names (caption)."""
+    """What the model is trained on first: kinds and colours (vqa), names (caption), statements of pairs (nlvr2)."""
     order = random.Random(seed)
     kinds = sorted({one.kind for one in emoji})
     questions = []
@@ -46,13 +46,13 @@ def seen(emoji: Sequence[Emoji], pictures: Path, seed: int) -> dict[str, list[Re
             _question(one, f"is it {one.kind}?", "yes"),
             _question(one, f"is it {other}?", "no"),
         ]
-    return {"vqa": questions, "caption": [{"img_id": identity(one), "sentences": [one.name]} for one in emoji]}
+    names = [{"img_id": identity(one), "sentences": [one.name]} for one in emoji]
+    return {"vqa": questions, "caption": names, "nlvr2": list(_pairs(emoji, order))}
 
 
-def unseen(emoji: Sequence[Emoji], seed: int) -> dict[str, list[Record]]:
-    """What the model learns afterwards: groups, which are finer than kinds (gqa), and statements of pairs (nlvr2)."""
-    groups = [_question(one, GROUP, one.group) for one in emoji]
-    return {"gqa": groups, "nlvr2": list(_pairs(emoji, seed))}
+def unseen(emoji: Sequence[Emoji]) -> dict[str, list[Record]]:
+    """What the model learns afterwards: groups, which are finer than kinds (gqa)."""
+    return {UNSEEN: [_question(one, GROUP, one.group) for one in emoji]}
 
 
 def _question(one: Emoji, question: str, answer: str) -> Record:
@@ -60,9 +60,8 @@ def _question(one: Emoji, question: str, answer: str) -> Record:
     return {"question_id": f"{name}: {question}", "img_id": name, "sent": question, "label": {answer: 1.0}}
 
 
-def _pairs(emoji: Sequence[Emoji], seed: int) -> Iterator[Record]:
-    """For each picture a pair with it that is of one kind, and a pair that is not."""
-    order = random.Random(seed)
+def _pairs(emoji: Sequence[Emoji], order: random.Random) -> Iterator[Record]:
+    """For each picture a statement that is true of it and another picture, and one that is not."""
     of_kind: dict[str, list[Emoji]] = {}
     for one in emoji:
         of_kind.setdefault(one.kind, []).append(one)
@@ -73,7 +72,7 @@ def _pairs(emoji: Sequence[Emoji], seed: int) -> Iterator[Record]:
             pair = [identity(one), identity(second)]
             order.shuffle(pair)
             name = f"{identity(one)}-{label}"
-            sent = "both pictures show the same kind of thing"
+            sent = f"both pictures show {one.kind}"
             yield {"uid": name, "img0": pair[0], "img1": pair[1], "sent": sent, "label": label}
 
 

@@ -34,8 +34,8 @@ def emoji(tmp_path: Path) -> list[Emoji]:
 
 
 def test_records_are_those_that_the_tasks_read(emoji: list[Emoji], tmp_path: Path) -> None:
-    first, later = emoji_questions.seen(emoji, tmp_path, 0), emoji_questions.unseen(emoji, 0)
-    assert set(later) == set(emoji_questions.UNSEEN) and not set(first) & set(later)
+    first, later = emoji_questions.seen(emoji, tmp_path, 0), emoji_questions.unseen(emoji)
+    assert set(later) == {emoji_questions.UNSEEN} and not set(first) & set(later)
     for task, records in (first | later).items():
         for record in records:
             asked = SUBTASKS[task].read(record)
@@ -46,9 +46,10 @@ def test_records_are_those_that_the_tasks_read(emoji: list[Emoji], tmp_path: Pat
         if record["sent"].startswith("is it "):
             said = record["sent"].removeprefix("is it ").removesuffix("?") == kinds[record["img_id"]]
             assert record["label"] == {"yes" if said else "no": 1.0}
-    for record in later["nlvr2"]:
-        assert record["label"] == (kinds[record["img0"]] == kinds[record["img1"]])
-    assert Counter(record["label"] for record in later["nlvr2"]) == {0: 24, 1: 24}
+    for record in first["nlvr2"]:
+        shown = {kinds[record["img0"]], kinds[record["img1"]]}
+        assert record["label"] == (record["sent"] == f"both pictures show {shown.pop()}" and not shown)
+    assert Counter(record["label"] for record in first["nlvr2"]) == {0: 24, 1: 24}
 
 
 def test_the_main_colour_is_that_of_the_thing_and_not_of_its_background(emoji: list[Emoji], tmp_path: Path) -> None:
@@ -74,15 +75,15 @@ def test_the_shipped_configs_name_the_demos_folders() -> None:
     assert before.model.feature_dim == 384 and after.model.feature_dim is None
     assert Path(before.checkpoint.run_dir) == vlbart_demo.PRETRAIN
     assert {Path(str(config.data.features)) for config in (before, after)} == {vlbart_demo.FEATURES}
-    assert set(after.data.train) == set(emoji_questions.UNSEEN) and not set(before.data.train) & set(after.data.train)
+    assert set(after.data.train) == {emoji_questions.UNSEEN} and not set(before.data.train) & set(after.data.train)
     for options in vlbart_demo.METHODS.values():
         RunConfig.load(stages.ROOT / vlbart_demo.CONFIGS[1], options, rules=problems)
 
 
 def test_the_most_frequent_answer_is_the_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vlbart_demo, "DATA", tmp_path)
-    pairs = [{"img0": "a", "img1": "b", "sent": "alike", "label": label} for label in (1, 0, 1, 1)]
-    (tmp_path / "nlvr2-held-out.jsonl").write_text("".join(json.dumps(record) + "\n" for record in pairs))
-    records = vlbart_demo.read_held_out("nlvr2")
-    assert records[0] == ("alike", "true", ["a.png", "b.png"])
-    assert vlbart_demo.most_frequent(records) == ("true", 0.75)
+    found = [{"img_id": "a", "sent": emoji_questions.GROUP, "label": {answer: 1.0}} for answer in "xyxx"]
+    (tmp_path / "gqa-held-out.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
+    records = vlbart_demo.read_held_out()
+    assert records[0] == ("a.png", "x")
+    assert vlbart_demo.most_frequent(records) == ("x", 0.75)
