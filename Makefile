@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SMALL_TESTS := tests/unit
 RANKS_TESTS := $(filter-out $(SMALL_TESTS),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py)))))
 
-.PHONY: help demo demo-llava test test-cluster test-gpu lint docs hooks bench-step bench-rank bench-analysis clean
+.PHONY: help demo demo-llava demo-vlbart test test-cluster test-gpu lint docs hooks bench-step bench-rank bench-analysis clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -23,6 +23,9 @@ demo: $(VENV)/.installed-demo  ## set up, then fine-tune a real model on two ran
 
 demo-llava: $(VENV)/.installed-demo-llava  ## set up, then make a LLaVA of a real vision tower and language model, and teach it to see
 	$(BIN)/python launch/llava_demo.py
+
+demo-vlbart: $(VENV)/.installed-demo-vlbart  ## set up, then train a small VL-BART on questions about pictures and adapt it three ways
+	$(BIN)/python launch/vlbart_demo.py
 
 test: lint docs  ## set up, then lint, type-check, build the documents and run every test
 	@status=0; ranks="$(RANKS_TESTS)"; \

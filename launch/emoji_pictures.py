@@ -27,6 +27,8 @@ class Emoji:
     file: str
     name: str
     kind: str
+    group: str
+    """Finer than its kind, such as animal."""
 
     @property
     def subject(self) -> str:
@@ -43,7 +45,9 @@ def extract(archive: Path, folder: Path) -> list[Emoji]:
     found: dict[bytes, Emoji] = {}
     with tarfile.open(archive) as package:
         listed = {
-            f"{_PICTURES}{entry['image']}": Emoji(entry["image"], entry["name"].lower(), entry["category"])
+            f"{_PICTURES}{entry['image']}": Emoji(
+                entry["image"], entry["name"].lower(), entry["category"], _group(entry["subcategory"])
+            )
             for entry in json.load(_open(package, "package/emoji.json"))
             if entry["has_img_google"] and entry["category"] != "Component" and "/" not in entry["image"]
         }
@@ -53,6 +57,11 @@ def extract(archive: Path, folder: Path) -> list[Emoji]:
                 picture.save(folder / one.file)
                 found.setdefault(picture.tobytes(), one)
     return sorted(found.values(), key=lambda one: one.file)
+
+
+def _group(subcategory: str) -> str:
+    """What subcategories such as animal-mammal and animal-bug have in common."""
+    return "flag" if "flag" in subcategory else subcategory.partition("-")[0]
 
 
 def _open(package: tarfile.TarFile, member: str | tarfile.TarInfo) -> Any:

@@ -88,6 +88,7 @@ def package(tmp_path: Path) -> Path:
     listed.append({"name": "THING 7 AGAIN", "image": "again.png", "category": KINDS[0]})
     listed.append({"name": "A PART", "image": "part.png", "category": "Component"})
     path = tmp_path / "emoji.tgz"
+    more = {"has_img_google": True, "subcategory": "thing"}
     with tarfile.open(path, "w:gz") as archive:
 
         def add(name: str, data: bytes) -> None:
@@ -95,7 +96,7 @@ def package(tmp_path: Path) -> Path:
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
 
-        add("package/emoji.json", json.dumps([{**entry, "has_img_google": True} for entry in listed]).encode())
+        add("package/emoji.json", json.dumps([{**entry, **more} for entry in listed]).encode())
         for number, entry in enumerate(listed):
             picture = io.BytesIO()
             colour = (7, 9, 9, 255) if entry["image"] in ("7.png", "again.png") else (number, 80, 90, 255)
