@@ -24,7 +24,10 @@ from dora_dist.runtime.errors import UserError
 
 CONFIG, RECORDINGS, EVERY = "configs/quickstart.json", 4, r".*_proj"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "full": ("full fine-tuning", {"method": "full", "target_modules": None}),
+    "full": (
+        "full fine-tuning",
+        {"method": "full", "target_modules": None, "r": None},
+    ),
     "lora": ("LoRA", {"weight_decomposed": False}),
     "dora": ("DoRA", {"weight_decomposed": True}),
 }
