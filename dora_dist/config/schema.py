@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from dora_dist.config.names import largest
 from dora_dist.config.section import (
     Count,
     PathsByTask,
@@ -49,6 +50,8 @@ Format = Annotated[
         "vision_text",
     ),
 ]
+TextLength = Annotated[int, Field(ge=8)]
+TargetLength = Annotated[int, Field(ge=2)]
 Metric = Annotated[
     Text,
     known("loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "rouge1", "rouge2", "rougeL"),
@@ -242,15 +245,17 @@ class DataConfig(Section):
         description="Tokens that count in the loss: all (prompt and answer, as in the paper), or answer (llava: this "
         "alone)",
     )
-    cutoff_len: Annotated[int, Field(ge=8), at_most(2**30)] = Field(
+    cutoff_len: Annotated[TextLength | Annotated[dict[Text, TextLength], Field(min_length=1)], at_most(2**30)] = Field(
         default=256,
-        description="Longest record in tokens, those of its pictures included (vision_text: of its text alone); longer "
-        "ones are cut and counted",
+        description="Longest record in tokens, those of its pictures included (vision_text: of its text alone, a "
+        "number or one for each task); longer ones are cut and counted",
     )
-    target_len: Annotated[int, Field(ge=2), at_most(2**30)] = Field(
-        default=64,
-        description="Longest summary or answer in tokens, in training and when one is generated (summarisation, "
-        "vision_text)",
+    target_len: Annotated[TargetLength | Annotated[dict[Text, TargetLength], Field(min_length=1)], at_most(2**30)] = (
+        Field(
+            default=64,
+            description="Longest summary or answer in tokens, in training and when one is generated (summarisation; "
+            "vision_text: a number or one for each task, the largest of which bounds what is generated)",
+        )
     )
     doc_stride: Annotated[int, Field(ge=0), at_most(2**30)] = Field(
         default=128,
@@ -263,8 +268,8 @@ class DataConfig(Section):
     )
     features: PathText | PathTexts | PathsByTask | None = Field(
         default=None,
-        description="Visual features of vision_text records: an HDF5 file (pictures) or a folder of .npz files "
-        "(videos), a list of these, or such a value for each task",
+        description="Visual features of vision_text records: an HDF5 file or a folder of ID.h5 (pictures), or a folder "
+        "of ID.npz (videos), a list of these, or such a value for each task",
     )
     prompts: dict[Text, str] = Field(
         default={},
@@ -299,6 +304,16 @@ class DataConfig(Section):
     num_workers: Annotated[int, Field(ge=0), at_most(1024)] = Field(
         default=0, description="Loader processes per rank; 0: load in the rank itself"
     )
+
+    @property
+    def longest_text(self) -> int:
+        """The largest cutoff_len of all tasks, in tokens."""
+        return largest(self.cutoff_len)
+
+    @property
+    def longest_target(self) -> int:
+        """The largest target_len of all tasks, in tokens."""
+        return largest(self.target_len)
 
 
 class BatchPlan(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dora_dist.config import DataConfig
-from dora_dist.config.names import Sources, by_task, listed
+from dora_dist.config.names import Sources, by_task, listed, of_task
 from dora_dist.data.columns import IGNORED, Columns, Table, counts_between, row_of, taken
 from dora_dist.data.doubts import Doubts
 from dora_dist.data.features import FeatureFile, Features, Visual
@@ -20,7 +20,7 @@ from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.reader import Reader, check_fits
 from dora_dist.data.records import Record, read_records
 from dora_dist.data.sampler import EpochOrder, subtask_order
-from dora_dist.data.stats import SubtaskStats
+from dora_dist.data.stats import Cut, Subset, SubtaskStats
 from dora_dist.data.strings import pack, unpack
 from dora_dist.data.subtasks import SUBTASKS, Asked, Worded
 from dora_dist.runtime.errors import UserError
@@ -56,23 +56,23 @@ class VisionReader(Reader):
     def features(self, subtask: str) -> Features:
         """The feature files of a subtask. Raises UserError."""
         if subtask not in self._features:
-            of_tasks = by_task(self.data.features)
-            field = f'data.features, "{subtask}"' if of_tasks else "data.features"
-            self._features[subtask] = Features(of_tasks.get(subtask) or listed(self.data.features), field)
+            field = f'data.features, "{subtask}"' if by_task(self.data.features) else "data.features"
+            paths = listed(of_task(self.data.features, subtask))
+            self._features[subtask] = Features(paths, field)
         return self._features[subtask]
 
     # --- records --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        check_fits(self.tokenizer, cutoff_len=self.data.cutoff_len, target_len=self.data.target_len)
+        check_fits(self.tokenizer, cutoff_len=self.data.longest_text, target_len=self.data.longest_target)
         for subtask in dict.fromkeys([*by_task(self.data.train), *by_task(self.data.validation)]):
             self.features(subtask)
-            prompt = self.data.prompts.get(subtask, SUBTASKS[subtask].prompt)
-            if (length := len(self.tokenizer(text=prompt.strip()).input_ids)) > self.data.cutoff_len:
-                raise UserError(
-                    f"data.cutoff_len = {self.data.cutoff_len}: the prompt of {subtask} alone is {length} tokens; "
-                    "raise it"
-                )
+            prompt, most = self.data.prompts.get(subtask, SUBTASKS[subtask].prompt), self._cutoff(subtask)
+            if (length := len(self.tokenizer(text=prompt.strip()).input_ids)) > most:
+                raise UserError(f"data.cutoff_len = {most}: the prompt of {subtask} alone is {length} tokens; raise it")
+
+    def _cutoff(self, subtask: str) -> int:
+        return of_task(self.data.cutoff_len, subtask)
 
     def records(self, sources: Sources, split: str) -> Iterator[tuple[str, Record]]:
         for subtask, names in by_task(sources).items():
@@ -85,18 +85,18 @@ class VisionReader(Reader):
         texts = [SUBTASKS[r[_OF]].worded(a, prompts.get(r[_OF])) for a, (_, r) in zip(asked, records, strict=True)]
         targets = [text for a in asked for text, _ in a.targets]
         read = self.tokenizer(text=[each.text for each in texts], verbose=False).encodings
-        cut = {"truncation": True, "max_length": self.data.target_len, "verbose": False}
-        written = iter(self.tokenizer(text_target=targets, **cut).encodings)
+        written = iter(self.tokenizer(text_target=targets, verbose=False).encodings)
         for (place, record), a, encoding, text in zip(records, asked, read, texts, strict=True):
+            subtask = record[_OF]
             said = [*(text for text, _ in a.targets), a.before, a.text]
             doubts.look(place, said, empty=not any(text.strip() for text, _ in a.targets))
-            into.ragged("starts", tokens=_shortened(encoding, text, self.data.cutoff_len))
-            into.values(lengths=len(encoding.ids), subtasks=_NAMES.index(record[_OF]))
+            into.ragged("starts", tokens=_shortened(encoding, text, self._cutoff(subtask)))
+            into.values(lengths=len(encoding.ids), subtasks=_NAMES.index(subtask))
             into.bounds("sample targets", len(a.targets))
             for _, score in a.targets:
-                target = next(written)
-                into.ragged("target starts", targets=target.ids)
-                into.values(scores=score, cut_targets=bool(target.overflowing))
+                target, longest = next(written), of_task(self.data.target_len, subtask)
+                into.ragged("target starts", targets=_shortened(target, Worded("", range(0), 0), longest))
+                into.values(scores=score, cut_targets=len(target.ids) > longest)
             into.bounds("sample visuals", len(a.visual))
             into.strings("visual starts", visuals=a.visual)
             into.strings("place starts", places=[place])
@@ -191,27 +191,51 @@ class VisionReader(Reader):
             )
 
     def select(self, table: Table, index: Tensor, where: str) -> tuple[Tensor, SubtaskStats]:
-        absent, cut = table["absent"], table["lengths"] > self.data.cutoff_len
+        absent, cut = table["absent"], self._cut(table)
         kept = index[~absent[index]]
         if not len(kept):
             raise UserError(f"there are features of none of the {len(index)} records of {where}; look at data.features")
-        counts = table["subtasks"][kept].bincount(minlength=len(_NAMES)).tolist()
         lengths, bounds = table["target starts"].diff(), table["sample targets"]
-        cut_targets, _ = taken(table["cut_targets"], bounds, kept)
         return kept, SubtaskStats(
             samples=len(kept),
-            each={name: count for name, count in zip(_NAMES, counts, strict=True) if count},
+            each={name: self._subset(table, index[of], name) for name, of in self._by_subtask(table, index)},
             tokens=int(self.lengths(table)[kept].sum()),
             targets=int(bounds.diff()[kept].sum()),
             label_tokens=int(taken(lengths, bounds, kept)[0].sum()),
             truncated=int(cut[index].sum()),
-            cut_targets=int(cut_targets.sum()),
             without_features=len(index) - len(kept),
-            cutoff_len=self.data.cutoff_len,
-            target_len=self.data.target_len,
+            cutoff_len=self.data.longest_text,
             first_cut=numbers(index[cut[index]]),
             first_left_out=numbers(index[absent[index]]),
         )
+
+    def _subset(self, table: Table, index: Tensor, subtask: str) -> Subset:
+        """Counts of the rows of one subtask."""
+        kept = index[~table["absent"][index]]
+        targets, _ = taken(table["cut_targets"], table["sample targets"], kept)
+        target_len = of_task(self.data.target_len, subtask)
+        return Subset(
+            samples=len(kept),
+            texts=Cut(
+                f"texts of {subtask}",
+                int(self._cut(table)[index].sum()),
+                len(index),
+                f"data.cutoff_len = {self._cutoff(subtask)} tokens",
+            ),
+            targets=Cut(
+                f"targets of {subtask}", int(targets.sum()), len(targets), f"data.target_len = {target_len} tokens"
+            ),
+        )
+
+    def _by_subtask(self, table: Table, index: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Each subtask, and (k,) bool: which rows of `index` are its."""
+        kinds = table["subtasks"][index]
+        for kind in kinds.unique().tolist():
+            yield _NAMES[kind], kinds == kind
+
+    def _cut(self, table: Table) -> Tensor:
+        """(n,) bool: which texts lost their end."""
+        return table["lengths"] > self.lengths(table)
 
     # --- samples --------------------------------------------------------------------------------------------------
 

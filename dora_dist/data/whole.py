@@ -26,11 +26,12 @@ def warn_of_the_whole(data: DataConfig, tokenized: TokenizedData, *, batch: int 
             f"data.train has {samples:,} samples and training.global_batch_size = {batch}: every step sees all of them "
             f"and {batch - samples:,} places stay empty; lower it, or give more data"
         )
-    if stats.cut > MANY * stats.records:
-        warn(
-            f"data.train: {stats.cut:,} of {stats.records:,} samples ({stats.cut / stats.records:.0%}) are longer than "
-            f"{stats.limit} and lose their end; raise it, or shorten the data"
-        )
+    for what, cut, of, limit in stats.cuts:
+        if cut > MANY * of:
+            warn(
+                f"data.train: {cut:,} of {of:,} {what} ({cut / of:.0%}) are longer than {limit} and lose their end; "
+                "raise it, or shorten the data"
+            )
     if data.validation is not None and tokenized.validation is not None and is_first():  # only its warning is heard
         _warn_of_overlap(data, tokenized.train, tokenized.validation)
 

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from dora_dist.tasks.objectives.base import Objective
 
 
+_NUMBER = "one for each task, or a number for all"
+_EACH = {
+    "features": "an HDF5 file, a folder of .h5 or a folder of .npz files, or one for each task "
+    "(`dora-dist extract-features` makes them)",
+    "cutoff_len": _NUMBER,
+    "target_len": _NUMBER,
+}
+"""Fields that hold one value for all tasks, or one for each; and what to give."""
+
+
 class VisionSeq2SeqLM(Task):
     name = "vision_seq2seq_lm"
     formats = ("vision_text",)
@@ -57,19 +67,17 @@ class VisionSeq2SeqLM(Task):
                     f"data.{field} = {json.dumps(sources)}: say which task each file is of, such as "
                     f'{{"vqa": {json.dumps(sources)}}} (tasks: {names})'
                 )
-        for field in ("train", "validation", "features", "prompts"):
+        for field in ("train", "validation", "prompts", *_EACH):
             value = getattr(data, field)
             for name in set(value if isinstance(value, dict) else ()) - set(SUBTASKS):
                 yield f'data.{field}: "{name}" is no task of vision_text records; use {names}'
-        features = by_task(data.features)
         needed = dict.fromkeys([*by_task(data.train), *by_task(data.validation)])
-        without = [name for name in needed if name not in features]
-        if data.features is None or (features and without):
-            missing = "is not set" if data.features is None else f"has none for {', '.join(without)}"
-            yield (
-                f"data.features {missing}; give an HDF5 file or a folder of .npz files, or one for each task "
-                "(`dora-dist extract-features` makes them)"
-            )
+        for field, remedy in _EACH.items():
+            value = getattr(data, field)
+            without = [name for name in needed if name not in value] if isinstance(value, dict) else []
+            if value is None or without:
+                missing = "is not set" if value is None else f"has none for {', '.join(without)}"
+                yield f"data.{field} {missing}; give {remedy}"
 
     def sources(self, name: str, file: str) -> Any:
         return {name: file}
@@ -106,4 +114,4 @@ class VisionSeq2SeqLM(Task):
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.tasks.objectives.vision import VisionWriting
 
-        return VisionWriting(processor, model, data.target_len, training.num_beams)
+        return VisionWriting(processor, model, data.longest_target, training.num_beams)

@@ -224,7 +224,7 @@ def _build_model(config: RunConfig, inputs: Inputs, phase: Phase, *, deepspeed: 
         deepspeed=deepspeed,
         start_from=inputs.start_from,
         seed=training.seed,
-        inspect=lambda model: doubts.of_model(model, training, config.data.cutoff_len, inputs.data),
+        inspect=lambda model: doubts.of_model(model, training, config.data.longest_text, inputs.data),
     )
     adapted.family.prepare_for_training(adapted.model)
     if training.activation_checkpointing:
