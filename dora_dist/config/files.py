@@ -111,8 +111,8 @@ def _features(data: DataConfig) -> Iterator[str]:
     for name in dict.fromkeys(listed(data.features)):
         if not Path(name).exists():
             yield (
-                f'data.features = "{name}": no such file or folder{nearby(Path(name))}; give an HDF5 file or a folder '
-                "of .npz files (`dora-dist extract-features` makes them)"
+                f'data.features = "{name}": no such file or folder{nearby(Path(name))}; give an HDF5 file, a '
+                "folder of .h5 or a folder of .npz files (`dora-dist extract-features` makes them)"
             )
 
 

@@ -58,7 +58,7 @@ class VisionReader(Reader):
         if subtask not in self._features:
             field = f'data.features, "{subtask}"' if by_task(self.data.features) else "data.features"
             paths = listed(of_task(self.data.features, subtask))
-            self._features[subtask] = Features(paths, field)
+            self._features[subtask] = Features(paths, field, of=SUBTASKS[subtask].about)
         return self._features[subtask]
 
     # --- records --------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ class VisionReader(Reader):
         for subtask in dict.fromkeys([*by_task(self.data.train), *by_task(self.data.validation)]):
             self.features(subtask)
             prompt, most = self.data.prompts.get(subtask, SUBTASKS[subtask].prompt), self._cutoff(subtask)
-            if (length := len(self.tokenizer(text=prompt.strip()).input_ids)) > most:
+            if (length := len(self.tokenizer(text=prompt).input_ids)) > most:
                 raise UserError(f"data.cutoff_len = {most}: the prompt of {subtask} alone is {length} tokens; raise it")
 
     def _cutoff(self, subtask: str) -> int:
@@ -340,8 +340,8 @@ def _shortened(encoding: Any, text: Worded, most: int) -> list[int]:
     excess = len(encoding.ids) - most
     if excess <= 0:
         return list(encoding.ids)
-    own = [(i, *encoding.offsets[i]) for i, special in enumerate(encoding.special_tokens_mask) if not special]
-    may_go = [(i, stop) for i, start, stop in own if start >= text.prompt.stop or stop <= text.prompt.start]
+    own = [(i, encoding.offsets[i][1]) for i, special in enumerate(encoding.special_tokens_mask) if not special]
+    may_go = [(i, stop) for i, stop in own if stop > text.prompt.stop or stop <= text.prompt.start]
     first = [i for i, stop in reversed(may_go) if stop <= text.before]
     rest = [i for i, stop in reversed(may_go) if stop > text.before]
     gone = {*[*first, *rest][:excess]}
