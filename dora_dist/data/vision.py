@@ -27,6 +27,7 @@ from dora_dist.runtime.errors import UserError
 
 _OF = "task"  # the field that a record gets, for data.train says which task its source is of
 _NAMES = tuple(SUBTASKS)
+_SOME = 16  # of a file's features, evenly spaced over the samples, tell whether a resumed run has the same file
 
 
 class VisionReader(Reader):
@@ -131,7 +132,7 @@ class VisionReader(Reader):
         return {**table, "files": files, "absent": absent, "made": made, "made starts": starts}
 
     def _about_files(self, table: Table, of: Tensor) -> Iterator[str]:
-        """Of each file that is needed: its task, the settings of its extraction, and a digest of its first features.
+        """Of each file that is needed: its task, the settings of its extraction, and a digest of some of its features.
 
         of: (places,), the subtask of each picture or video. Raises UserError for a file whose first features are of
         another width than those of the files before, or than the configured one.
@@ -139,25 +140,27 @@ class VisionReader(Reader):
         for kind in of.unique().tolist():
             features = self.features(_NAMES[kind])
             for number, file in enumerate(features.files):
-                places = ((of == kind) & (table["files"] == number)).nonzero()[:, 0].tolist()
-                first = self._first(file, (self._visual_id(table, place) for place in places))
-                if first is not None:
-                    self._check_width(first, f"{features.field}: {file.path} has features", file)
-                    digest = hashlib.sha256(first.features.numpy().tobytes() + first.boxes.numpy().tobytes())
+                places = ((of == kind) & (table["files"] == number)).nonzero()[:, 0]
+                some = places[torch.arange(count := min(_SOME, len(places))) * len(places) // max(count, 1)]
+                found = list(self._readable(file, (self._visual_id(table, place) for place in some.tolist())))
+                if found:
+                    self._check_width(found[0], f"{features.field}: {file.path} has features", file)
+                    digest = hashlib.sha256()
+                    for visual in found:
+                        digest.update(visual.features.numpy().tobytes() + visual.boxes.numpy().tobytes())
                     yield f"{_NAMES[kind]} {file.made_with()} {digest.hexdigest()[:12]}"
 
-    def _first(self, file: FeatureFile, ids: Iterable[str]) -> Visual | None:
-        """The first features that can be read. With data.bad_images = "error" those that cannot be are a UserError."""
+    def _readable(self, file: FeatureFile, ids: Iterable[str]) -> Iterator[Visual]:
+        """Those features that can be read. With data.bad_images = "error" those that cannot be are a UserError."""
         try:
             for id in ids:
                 try:
-                    return file(id)
+                    yield file(id)
                 except UserError:
                     if self.data.bad_images == "error":
                         raise
         finally:
             file.close()  # for a process that is forked must not have it open
-        return None
 
     def _check_width(self, visual: Visual, what: str, file: FeatureFile) -> None:
         width = visual.features.shape[1]
@@ -311,7 +314,7 @@ class VisionReader(Reader):
         return [(_NAMES[int(table["subtasks"][i])], json.loads(texts[i])) for i in index.tolist()]
 
     def columns(self, table: Table, index: Tensor) -> dict[str, Tensor | Iterable[str]]:
-        """Tasks by name. Of the content of features, the first of each file is looked at."""
+        """Tasks by name. Of the content of features, some of each file are looked at."""
         kinds = [_NAMES[kind] for kind in table["subtasks"].tolist()]
         texts = unpack(table["references"], table["reference starts"])
         return {**super().columns(table, index), "subtasks": kinds, "references": texts}
