@@ -13,7 +13,8 @@ import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -52,6 +53,17 @@ class Visual(NamedTuple):
 About = Literal["pictures", "videos"]
 
 
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """A UserError that begins with `what` for all that reading a damaged file raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except DAMAGED as error:
+        raise UserError(f"{what} cannot be read: {error}") from error
+
+
 class FeatureFile(ABC):
     """Features of many pictures or videos by id. Can be handed to loader processes: each opens it for itself.
 
@@ -71,12 +83,8 @@ class FeatureFile(ABC):
     def __call__(self, id: str) -> Visual:
         """Raises UserError, naming file and id, for what is not finite numbers (L, d)."""
         what = f"{self.path}: the features of {id!r}"
-        try:
+        with _readable(what):
             features, boxes = self._read(id, what)
-        except UserError:
-            raise
-        except DAMAGED as error:
-            raise UserError(f"{what} cannot be read: {error}") from error
         if not torch.isfinite(features).all():
             raise UserError(f"{what} hold NaN or infinity; extract them again")
         return self._reduced(features, boxes, what)
@@ -127,18 +135,14 @@ class Folder(FeatureFile):
     suffix: ClassVar[str]
 
     def ids(self) -> set[str]:
-        try:
+        with _readable(self.path):
             names = [entry.name for entry in os.scandir(self.path)]
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
         return {name.removesuffix(self.suffix) for name in names if name.endswith(self.suffix)}
 
     def made_with(self) -> str:
         file = Path(self.path) / f"{MADE_WITH}.json"
-        try:
+        with _readable(str(file)):
             return file.read_text(encoding="utf-8") if file.is_file() and not file.is_symlink() else ""
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from error
 
     def _file(self, id: str, what: str) -> Path:
         if id != Path(id).name or id in ("", ".", ".."):
@@ -160,18 +164,12 @@ class PictureFeatures(OfPictures):
         return {**self.__dict__, "_opened": None}
 
     def ids(self) -> set[str]:
-        try:
-            with _hdf5(self.path) as file:
-                return set(file)
-        except DAMAGED as error:
-            raise UserError(f"{self.path} cannot be read as HDF5: {error}") from error
+        with _readable(self.path), _hdf5(self.path) as file:
+            return set(file)
 
     def made_with(self) -> str:
-        try:
-            with _hdf5(self.path) as file:
-                said = file.attrs.get(MADE_WITH)
-        except DAMAGED as error:
-            raise UserError(f"{self.path} cannot be read: {error}") from error
+        with _readable(self.path), _hdf5(self.path) as file:
+            said = file.attrs.get(MADE_WITH)
         return said if isinstance(said, str) else ""
 
     def close(self) -> None:
@@ -260,10 +258,8 @@ KINDS = (
 
 def _opened(path: str, what: str) -> FeatureFile:
     if Path(path).is_dir():
-        try:
+        with _readable(what):
             suffixes = {Path(entry.name).suffix for entry in os.scandir(path)}
-        except OSError as error:
-            raise UserError(f"{what}: cannot be read: {error.strerror or error}") from error
         kinds = [kind for kind in (PictureFolder, VideoFeatures) if kind.suffix in suffixes]
         if len(kinds) != 1:
             held = "both .h5 and .npz files" if kinds else "no .h5 or .npz file"

@@ -151,13 +151,14 @@ class VisionReader(Reader):
                     yield f"{_NAMES[kind]} {file.made_with()} {digest.hexdigest()[:12]}"
 
     def _readable(self, file: FeatureFile, ids: Iterable[str]) -> Iterator[Visual]:
-        """Those features that can be read. With data.bad_images = "error" those that cannot be are a UserError."""
+        """Those features that can be read. With data.bad_images = "error" the first must be: UserError; others that
+        cannot be are problems of their samples."""
         try:
-            for id in ids:
+            for number, id in enumerate(ids):
                 try:
                     yield file(id)
                 except UserError:
-                    if self.data.bad_images == "error":
+                    if number == 0 and self.data.bad_images == "error":
                         raise
         finally:
             file.close()  # for a process that is forked must not have it open

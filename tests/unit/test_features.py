@@ -265,6 +265,7 @@ def test_a_file_damaged_anywhere_is_refused_by_name(tmp_path: Path) -> None:
             read.close()
     assert all("a.h5" in message for message in said)
     assert any("cannot be read as HDF5" in message for message in said)
+    assert all(message.count("cannot be read") <= 1 for message in said)
 
 
 def test_paths_that_hold_no_features_are_refused_by_name(tmp_path: Path) -> None:

@@ -365,7 +365,6 @@ def test_scores_and_boxes_are_not_rounded_in_bf16(folder: Path) -> None:
 
 def test_samples_that_cannot_be_read_do_not_count(folder: Path, tmp_path: Path) -> None:
     place = subtasks.features(tmp_path / "features", 6)
-    data = load(place, ("vqa", "caption"), count=6).train
     with h5py.File(place / "pictures.h5", "a") as file:
         file["p4/features"][:] = float("nan")
     model = vl_bart.model(vocab_size=len(TEXT))
@@ -377,6 +376,7 @@ def test_samples_that_cannot_be_read_do_not_count(folder: Path, tmp_path: Path) 
         with torch.no_grad():
             return aim.evaluate(model, batches, dataset, torch.device("cpu"))
 
+    data = load(place, ("vqa", "caption"), count=6).train
     found = measured(data)
     assert len(aim.problems) == 2 and all("'p4' hold NaN" in problem for problem in aim.problems)
     kept = RaggedDataset(data.reader, data.table, torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9, 11]))
