@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 from torch import Tensor
 
 from dora_dist.adapters.method import AdapterMethod, Shape
+from dora_dist.runtime.on_demand import OnDemand
 from dora_dist.weights.safetensors_io import TensorFolder
 
 MODEL_CONFIG_NAME = "model_config.json"
@@ -100,6 +101,24 @@ class AdapterFolder(Protocol):
     def read(self, name: str) -> Tensor:
         """A tensor by its name in the file, fp32. Raises UserError, naming it, where it is not finite."""
         ...
+
+
+def described(folder: AdapterFolder) -> dict[str, Any]:
+    """Those fields of a `SavedAdapter` that say what it is of, as its folder has them."""
+    return {
+        "base_model": folder.base_model,
+        "revision": folder.revision,
+        "task_type": folder.task_type,
+        "modules_to_save": folder.modules_to_save(),
+        "model_config": folder.model_config,
+        "base_digest": folder.base_digest(),
+        "base_storage": folder.base_storage(),
+    }
+
+
+def trained_of(folder: AdapterFolder) -> Mapping[str, Tensor]:
+    """What was trained in full, by the parameters' names in the model; each is read when it is asked for."""
+    return OnDemand(folder.trained, lambda name: folder.read(folder.trained[name]))
 
 
 class SavedAdapter(Protocol):

@@ -17,14 +17,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME, AdapterFolder
+from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME, AdapterFolder, described, trained_of
 from dora_dist.adapters.method import AdapterMethod, MergeRows, Shape
 from dora_dist.adapters.methods import for_one_model, of_settings
 from dora_dist.adapters.peft_config import read_json_object
 from dora_dist.adapters.storage import PLAIN
 from dora_dist.config.schema import AdapterConfig
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.folders import new_folder
+from dora_dist.runtime.folders import new_folder, write_json
 from dora_dist.weights.safetensors_io import TensorFolder, TensorWriter
 
 CONFIG_NAME = "dora_dist_adapter.json"
@@ -119,10 +119,9 @@ class NativeAdapter:
                 for name, (source, theirs) in self.stored.items():
                     for piece in source.in_pieces(theirs, dtype=torch.float32):
                         writer.write(name, piece)
-            (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / CONFIG_NAME, config)
             if self.model_config:
-                text = json.dumps(self.model_config, indent=2) + "\n"
-                (folder / MODEL_CONFIG_NAME).write_text(text, encoding="utf-8")
+                write_json(folder / MODEL_CONFIG_NAME, self.model_config)
 
 
 @dataclass
@@ -215,16 +214,10 @@ class NativeFolder:
     def read_whole(self) -> NativeAdapter:
         """Everything at once."""
         return NativeAdapter(
-            base_model=self.base_model,
             layers={module: self.layer(module) for module in self.modules},
-            revision=self.revision,
-            task_type=self.task_type,
-            modules_to_save=self.modules_to_save(),
-            trained={name: self.read(name) for name in self.trained},
-            model_config=self.model_config,
-            base_digest=self.base_digest(),
-            base_storage=self.base_storage(),
+            trained=dict(trained_of(self)),
             source=self,
+            **described(self),
         )
 
 

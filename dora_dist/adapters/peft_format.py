@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME
+from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME, described, trained_of
 from dora_dist.adapters.method import AdapterMethod
 from dora_dist.adapters.methods import of_peft
 from dora_dist.adapters.peft_config import CONFIG_NAME, NO_TARGETS, peft_type
@@ -35,7 +35,7 @@ from dora_dist.adapters.peft_folder import (
 from dora_dist.adapters.peft_layer import AdapterLayer, VeraLayer
 from dora_dist.adapters.peft_vera import PROJECTION_DIGEST, VeraFolder
 from dora_dist.adapters.storage import PLAIN
-from dora_dist.runtime.folders import new_folder
+from dora_dist.runtime.folders import new_folder, write_json
 from dora_dist.weights.safetensors_io import TensorFolder, TensorWriter
 
 
@@ -99,24 +99,17 @@ def read_peft_folder(path: Path) -> PeftAdapter:
     Raises UserError, naming file and field, for anything that the adapters here cannot express.
     """
     folder = open_peft_folder(path).checked()
-    config = folder.config
     layers = {module: folder.layer(module) for module in folder.modules}
     warn_of_magnitudes(folder.path, {module: layer.odd_magnitudes() for module, layer in layers.items()})
     return PeftAdapter(
-        base_model=config.get("base_model_name_or_path") or "",
         lora_alpha=folder.lora_alpha,
-        r=config["r"],
+        r=folder.config["r"],
         dropout=folder.dropout,
-        use_dora=bool(config.get("use_dora")),
+        use_dora=bool(folder.config.get("use_dora")),
         layers=layers,
-        task_type=config.get("task_type"),
-        revision=config.get("revision"),
-        modules_to_save=folder.modules_to_save(),
-        trained={name: folder.read(stored) for name, stored in folder.trained.items()},
-        model_config=folder.model_config,
-        base_digest=folder.base_digest(),
-        base_storage=folder.base_storage(),
+        trained=dict(trained_of(folder)),
         source=folder,
+        **described(folder),
     )
 
 
@@ -168,10 +161,9 @@ def write_peft_folder(
             for name, (source, theirs) in adapter.stored.items():
                 for piece in source.in_pieces(theirs, dtype=torch.float32):
                     writer.write(trained[name], piece)
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG_NAME, config)
         if adapter.model_config:
-            text = json.dumps(adapter.model_config, indent=2) + "\n"
-            (folder / MODEL_CONFIG_NAME).write_text(text, encoding="utf-8")
+            write_json(folder / MODEL_CONFIG_NAME, adapter.model_config)
 
 
 def _tensors(module: str, layer: AdapterLayer, dtype: torch.dtype) -> dict[str, Tensor]:
