@@ -1,6 +1,5 @@
 """Which modules of a model become AdaptedLinear."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
@@ -11,7 +10,7 @@ from dora_dist.adapters.adapter_folder import SavedAdapter
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.method import AdapterMethod
 from dora_dist.adapters.methods import for_one_model
-from dora_dist.adapters.patterns import inside, matches
+from dora_dist.adapters.patterns import inside, kinds_of, matches, matching
 from dora_dist.adapters.storage import PLAIN, WeightStorage
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.loading import HeldWeight, initial_values
@@ -178,18 +177,14 @@ def _match_all(
     patterns: Sequence[str], linears: Sequence[str], others: Mapping[str, str], field: str, *, apart: Sequence[str]
 ) -> set[str]:
     """The names in `linears` that any pattern matches; `others` are the kinds of all other modules, by name."""
-    matched: set[str] = set()
-    for pattern in patterns:
-        names = {name for name in linears if matches(pattern, name, field, apart=apart)}
-        if not names:
-            kinds = Counter(name.rpartition(".")[2] for name in linears)
-            could = ", ".join(f"{kind} ({count})" for kind, count in kinds.items()) or "none"
-            named = [name for name in others if matches(pattern, name, field, apart=apart)]
-            found = f"{named[0]!r} ({others[named[0]]})" if named else ""
-            instead = f", only {found}; adapter.trained_modules trains such a module in full" if found else ""
-            raise UserError(f"{field}: {pattern!r} matches no linear layer of this model{instead}; it has: {could}")
-        matched |= names
-    return matched
+
+    def otherwise(pattern: str) -> str:
+        named = next((name for name in others if matches(pattern, name, field, apart=apart)), None)
+        found = "" if named is None else f", only {named!r} ({others[named]})"
+        instead = f"{found}; adapter.trained_modules trains such a module in full" if found else ""
+        return f"matches no linear layer of this model{instead}; it has: {kinds_of(linears)}"
+
+    return matching(patterns, linears, field, apart=apart, otherwise=otherwise)
 
 
 def _refuse_inner(adapted: Iterable[str], trained: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 from torch import Tensor, nn
 
 from dora_dist.adapters.peft_layer import AdapterLayer
-from dora_dist.config.schema import AdapterConfig
+from dora_dist.config.adapter import AdapterConfig
 from dora_dist.runtime.errors import UserError
 
 Shape = tuple[int, int]

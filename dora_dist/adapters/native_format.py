@@ -22,7 +22,7 @@ from dora_dist.adapters.method import AdapterMethod, MergeRows, Shape
 from dora_dist.adapters.methods import for_one_model, of_settings
 from dora_dist.adapters.peft_config import read_json_object
 from dora_dist.adapters.storage import PLAIN
-from dora_dist.config.schema import AdapterConfig
+from dora_dist.config.adapter import AdapterConfig
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import new_folder, write_json
 from dora_dist.weights.safetensors_io import TensorFolder, TensorWriter

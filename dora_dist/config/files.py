@@ -5,9 +5,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from dora_dist.config.adapter import AdapterConfig
 from dora_dist.config.names import DATA_SUFFIXES, PACKED, TABLES, data_set, is_local, listed
 from dora_dist.config.pictures import how_to_get
-from dora_dist.config.schema import AdapterConfig, CheckpointConfig, DataConfig, ModelConfig
+from dora_dist.config.schema import CheckpointConfig, DataConfig, ModelConfig
 from dora_dist.config.source import absence, nearby
 from dora_dist.runtime.errors import UserError
 
