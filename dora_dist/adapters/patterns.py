@@ -8,7 +8,7 @@ from torch import nn
 
 from dora_dist.runtime.errors import UserError
 
-TrainedParameters = Callable[[nn.Module], list[str]]
+ParameterPlan = Callable[[nn.Module], list[str]]
 """Given a model, the names of those of its own parameters that are trained as they are."""
 
 

@@ -28,6 +28,7 @@ def declare_consolidate(commands: Commands) -> None:
         metavar="SIZE",
         help="largest file (default: %(default)s)",
     )
+    add_plugins(command)
 
 
 def _consolidate(options: argparse.Namespace) -> None:
@@ -59,6 +60,7 @@ def declare_export_peft(commands: Commands) -> None:
         example="dora-dist export-peft runs/dvora --output adapter/",
     )
     _add_adapter(command, "PEFT's adapter")
+    add_plugins(command)
 
 
 def _export_peft(options: argparse.Namespace) -> None:
@@ -74,7 +76,6 @@ def _add_adapter(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("path", type=Path, metavar="PATH", help="run folder, checkpoint, or adapter folder")
     add_output(command, what)
     command.add_argument("--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)")
-    add_plugins(command)
 
 
 def _adapter_and_base(options: argparse.Namespace, doing: str, command: str) -> tuple[Path, str]:
