@@ -20,14 +20,14 @@ from torch import Tensor
 from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME, AdapterFolder, described, trained_of
 from dora_dist.adapters.method import AdapterMethod, MergeRows, Shape
 from dora_dist.adapters.methods import for_one_model, of_settings
-from dora_dist.adapters.peft_config import read_json_object
 from dora_dist.adapters.storage import PLAIN
 from dora_dist.config.adapter import AdapterConfig
+from dora_dist.config.names import OWN_ADAPTER
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.folders import new_folder, write_json
+from dora_dist.runtime.folders import new_folder, read_json_object, write_json
 from dora_dist.weights.safetensors_io import TensorFolder, TensorWriter
 
-CONFIG_NAME = "dora_dist_adapter.json"
+CONFIG_NAME = OWN_ADAPTER
 WEIGHTS_STEM = "adapter"
 FORMAT = 1
 _REMEDY = "copy the adapter folder again, or save it again"

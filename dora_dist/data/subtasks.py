@@ -6,7 +6,7 @@ these is a subtask. Its object here is all that the rest knows of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -296,6 +296,11 @@ SUBTASKS: dict[str, Subtask] = {
     "tvc": Subtask(prompt="tvc: ", read=_described, prompt_last=True, **_OF_CAPTIONS),
     "yc2c": Subtask(prompt="yc2c: ", read=_described, prompt_last=True, **_OF_CAPTIONS),
 }
+
+
+def metrics_of(subtasks: Iterable[str]) -> list[str]:
+    """The names of the scores of these subtasks, as `scores_of` has them; without "average"."""
+    return [f"{name}_{metric}" for name in subtasks for metric in SUBTASKS[name].metrics]
 
 
 def scores_of(subtasks: Sequence[str], answers: Sequence[str], references: Sequence[Any]) -> Scores:

@@ -117,10 +117,6 @@ class VisionTower:
         normalised = {key: list(made[key]) for key in ("image_mean", "image_std")}
         return {"image_size": self.side, **normalised, "resample": int(made["resample"])}
 
-    def to(self, device: torch.device) -> VisionTower:
-        self.model.to(device)
-        return self
-
     def patches(self, pixels: Tensor, layer: int) -> Tensor:
         """(b, d, rows, columns): what a layer's patches are, without class token and registers.
 
