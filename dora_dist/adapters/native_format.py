@@ -17,10 +17,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME, AdapterFolder, described, trained_of
+from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME, AdapterFields, AdapterFolder, described, trained_of
 from dora_dist.adapters.method import AdapterMethod, MergeRows, Shape
 from dora_dist.adapters.methods import for_one_model, of_settings
-from dora_dist.adapters.storage import PLAIN
 from dora_dist.config.adapter import AdapterConfig
 from dora_dist.config.names import OWN_ADAPTER
 from dora_dist.runtime.errors import UserError
@@ -60,22 +59,11 @@ class NativeLayer:
 
 
 @dataclass(kw_only=True)
-class NativeAdapter:
-    """An adapter in memory, as `adapter_folder.SavedAdapter` has it; `layers` by module name of the base model.
-
-    `stored`, of what was trained in full, is not in memory but in a folder, under another name there.
-    """
+class NativeAdapter(AdapterFields):
+    """An adapter in memory, as `adapter_folder.SavedAdapter` has it; `layers` by module name of the base model."""
 
     base_model: str
     layers: dict[str, NativeLayer]
-    revision: str | None = None
-    task_type: str | None = "CAUSAL_LM"
-    modules_to_save: list[str] = field(default_factory=list)
-    trained: Mapping[str, Tensor] = field(default_factory=dict)
-    stored: dict[str, tuple[TensorFolder, str]] = field(default_factory=dict)
-    model_config: dict[str, Any] = field(default_factory=dict)
-    base_digest: str = ""
-    base_storage: str = PLAIN.name
     source: AdapterFolder | None = None
 
     def methods(self) -> dict[str, AdapterMethod]:
