@@ -1,8 +1,8 @@
 """Our own adapter folder, for what PEFT has no format for: dora_dist_adapter.json + adapter.safetensors.
 
-It has no adapter_config.json, so other tools refuse it where they would have to guess. What it holds are a method's own
-parameters, fp32, under the names that they have in the model (`LAYER.magnitude_offset`), and each layer's shape and
-method, which say together what function they stand for. Parameters trained in full are under their names, too.
+Without an adapter_config.json other tools refuse the folder, where they would have to guess. It holds a method's own
+parameters, fp32, under their names in the model (`LAYER.magnitude_offset`), and each layer's shape and method, which
+together say what function they stand for. Parameters trained in full are under their names, too.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ class PictureFeatures(FeatureFile):
         side = math.isqrt(count)
         if side * side != count:
             raise UserError(
-                f"{what} are {count} regions, which are no square grid; give {REGIONS} regions, or a grid such as "
+                f"{what} are {count} regions, which are not a square grid; give {REGIONS} regions, or a grid such as "
                 "7 x 7 without the class token"
             )
         pooled = F.adaptive_max_pool2d(features.T.reshape(1, width, side, side), GRID)

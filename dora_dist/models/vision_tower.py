@@ -29,7 +29,7 @@ _PROJECTION = "visual_projection.weight"
 def tower_config(folder: Path, option: str) -> Any:
     """The configuration of the tower in a folder: of a tower, or of a model with one (CLIP, SigLIP, LLaVA).
 
-    `option` named the folder. Raises UserError for a model that does not see.
+    `option` named the folder. Raises UserError for a model without a tower.
     """
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 

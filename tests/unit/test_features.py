@@ -124,7 +124,7 @@ def _virtual(path: Path) -> str:
 
 GRIDS: dict[str, tuple[Any, str]] = {
     "nan": (numpy.full((36, 3), numpy.nan, numpy.float32), "a.h5: the features of 'p' hold NaN or infinity"),
-    "no grid": (numbers(50, 3), "are 50 regions, which are no square grid; give 36 regions"),
+    "no grid": (numbers(50, 3), "are 50 regions, which are not a square grid; give 36 regions"),
     "one vector": (numbers(36), r'"features"\) must be floating-point numbers \(L, d\), found float32 \(36,\)'),
     "nothing": (numpy.zeros((0, 3), numpy.float32), r"found float32 \(0, 3\)"),
     "pictures": (numpy.zeros((36, 3), numpy.uint8), r"found uint8 \(36, 3\)"),
