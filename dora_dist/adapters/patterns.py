@@ -77,11 +77,18 @@ def parameters_matching(
 
     Raises UserError, naming the `field` of the patterns, if one matches none.
     """
-    first: dict[int, str] = {}
-    names = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+    names = {name: every[0] for every in names_of_each(model) for name in every}
     none = f"matches no parameter of this model; it has: {kinds_of(names, steps=2)}"
     chosen = {names[name] for name in matching(patterns, names, field, apart=apart, otherwise=lambda pattern: none)}
-    return [name for name in dict.fromkeys(names.values()) if name in chosen]
+    return [name for name, _ in model.named_parameters() if name in chosen]
+
+
+def names_of_each(model: nn.Module) -> list[list[str]]:
+    """All names of each parameter; several where modules share it."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
 
 
 def inside(name: str, outer: str) -> bool:
