@@ -208,7 +208,7 @@ def is_hdf5(path: str) -> bool:
     return path.lower().endswith(HDF5_SUFFIXES)
 
 
-class Features:
+class FeatureFiles:
     """The files of one kind of record, looked through in order."""
 
     def __init__(self, paths: Sequence[str], field: str) -> None:

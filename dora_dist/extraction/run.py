@@ -15,7 +15,7 @@ from dora_dist.data.pictures import PictureReader, missing_pictures
 from dora_dist.extraction.items import Item, Items, find_items
 from dora_dist.extraction.options import ExtractionOptions, Extractor, option
 from dora_dist.extraction.pictures import PictureExtractor
-from dora_dist.extraction.store import Features, FeatureStore
+from dora_dist.extraction.store import Arrays, FeatureStore
 from dora_dist.extraction.videos import VideoExtractor
 from dora_dist.models.vision_tower import VisionTower
 from dora_dist.runtime import console, extras
@@ -129,7 +129,7 @@ def _write(
     return skipped
 
 
-def _stored(item: Item, features: Features, options: ExtractionOptions) -> dict[str, NDArray[np.floating]]:
+def _stored(item: Item, features: Arrays, options: ExtractionOptions) -> dict[str, NDArray[np.floating]]:
     """Features in the number format of the files. Raises UserError if a number does not fit into it, or is NaN."""
     with np.errstate(over="ignore"):
         stored = {key: np.asarray(values, _STORED[options.store]) for key, values in features.items()}

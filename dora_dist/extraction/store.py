@@ -30,7 +30,7 @@ SETTINGS = f"{MADE_WITH}.json"
 _ANOTHERS = "is there already and was not made by extract-features; choose another output"
 _SKIPPED = ".skipped"
 """Ends the name of a file that says why an item has no features."""
-Features = Mapping[str, NDArray[np.floating]]
+Arrays = Mapping[str, NDArray[np.floating]]
 """What is kept of one item: "features" (L, d), and perhaps "boxes" (L, 4)."""
 
 
@@ -69,7 +69,7 @@ class FeatureFolder:
             return set()
         return {name.removesuffix(ending) for name in names if name.endswith(ending) and not name.startswith(".")}
 
-    def write(self, name: str, features: Features) -> None:
+    def write(self, name: str, features: Arrays) -> None:
         with _appearing(self.folder / f"{name}.npz") as file, file.open("wb") as sink:
             np.savez(sink, allow_pickle=False, **features)
         (self.folder / f"{name}{_SKIPPED}").unlink(missing_ok=True)  # of an earlier try
