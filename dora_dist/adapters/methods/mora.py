@@ -298,6 +298,7 @@ class Mora(Update):
     name = "mora"
     titles = ("MoRA", "MoRA with magnitudes")
     scaling = 1.0
+    in_peft = False
     r: int = 8
     type: int = 6
 
@@ -310,10 +311,6 @@ class Mora(Update):
     @property
     def lora_alpha(self) -> float:
         return float(self.r)
-
-    @property
-    def in_peft(self) -> bool:
-        return False
 
     def largest_useful_r(self, shape: Shape) -> int:
         return TILINGS[self.type].largest_useful_r(shape)

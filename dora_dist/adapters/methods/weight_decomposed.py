@@ -229,7 +229,7 @@ class WeightDecomposed(AdapterMethod):
 
     @property
     def in_peft(self) -> bool:
-        return self.update.in_peft_with_magnitude
+        return self.update.in_peft and self.update.in_peft_with_magnitude
 
     @property
     def expressible_in_peft(self) -> bool:
