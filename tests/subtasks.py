@@ -93,5 +93,5 @@ def texts() -> list[str]:
     said = []
     for task, i in itertools.product((*PICTURES, *VIDEOS), range(8)):
         asked = SUBTASKS[task].read(record(task, i))
-        said += [SUBTASKS[task].worded(asked, None).text, *(text for text, _ in asked.targets)]
+        said += [SUBTASKS[task].prompted(asked, None).text, *(text for text, _ in asked.targets)]
     return [*said, "gqa: [Subs] look here", "true false yes no", *OPTIONS]

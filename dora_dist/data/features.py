@@ -122,7 +122,7 @@ class OfPictures(FeatureFile):
         side = math.isqrt(count)
         if side * side != count or side < GRID:
             raise UserError(
-                f"{what} are {count} regions, which are no square grid of {GRID} x {GRID} or more; give {REGIONS} "
+                f"{what} are {count} regions, which are not a square grid of {GRID} x {GRID} or more; give {REGIONS} "
                 "regions, or a grid such as 7 x 7 without the class token"
             )
         pooled = F.adaptive_max_pool2d(features.T.reshape(1, width, side, side), GRID)
@@ -225,7 +225,7 @@ def is_hdf5(path: str) -> bool:
     return path.lower().endswith(HDF5_SUFFIXES)
 
 
-class Features:
+class FeatureFiles:
     """The files of one kind of record, looked through in order."""
 
     def __init__(self, paths: Sequence[str], field: str, *, of: About) -> None:

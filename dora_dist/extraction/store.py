@@ -23,14 +23,14 @@ from dora_dist.data.features import DAMAGED, HDF5_SUFFIXES, MADE_WITH, is_hdf5
 from dora_dist.extraction.items import Kind
 from dora_dist.runtime import extras
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.folders import DISK_IS_FULL, disk_errors
+from dora_dist.runtime.folders import DISK_IS_FULL, disk_errors, fsync, new_file, write_json
 
 SETTINGS = f"{MADE_WITH}.json"
 """In a folder of features: how they were made. An HDF5 file has the same as its attribute."""
 _ANOTHERS = "is there already and was not made by extract-features; choose another output"
 _SKIPPED = ".skipped"
 """Ends the name of a file that says why an item has no features."""
-Features = Mapping[str, NDArray[np.floating]]
+Arrays = Mapping[str, NDArray[np.floating]]
 """What is kept of one item: "features" (L, d), and perhaps "boxes" (L, 4)."""
 
 
@@ -50,8 +50,8 @@ class FeatureFolder:
             raise UserError(f"{self.folder}: {_ANOTHERS}")
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with self._appearing(file) as partial:
-            partial.write_text(json.dumps(dict(settings), indent=2) + "\n", encoding="utf-8")
+        with disk_errors(file, only=DISK_IS_FULL):
+            write_json(file, dict(settings))
 
     def names(self) -> set[str]:
         """Those that have features."""
@@ -69,13 +69,13 @@ class FeatureFolder:
             return set()
         return {name.removesuffix(ending) for name in names if name.endswith(ending) and not name.startswith(".")}
 
-    def write(self, name: str, features: Features) -> None:
-        with self._appearing(self.folder / f"{name}.npz") as file, file.open("wb") as sink:
+    def write(self, name: str, features: Arrays) -> None:
+        with _appearing(self.folder / f"{name}.npz") as file, file.open("wb") as sink:
             np.savez(sink, allow_pickle=False, **features)
         (self.folder / f"{name}{_SKIPPED}").unlink(missing_ok=True)  # of an earlier try
 
     def skip(self, name: str, why: str) -> None:
-        with self._appearing(self.folder / f"{name}{_SKIPPED}") as file:
+        with _appearing(self.folder / f"{name}{_SKIPPED}") as file:
             file.write_text(f"{why}\n", encoding="utf-8")
 
     def read(self, name: str) -> dict[str, NDArray[np.floating]]:
@@ -85,17 +85,6 @@ class FeatureFolder:
                 return {key: arrays[key] for key in arrays.files}
         except DAMAGED as error:
             raise UserError(f"{file}: is damaged ({error}); delete it and start the command again") from error
-
-    @contextmanager
-    def _appearing(self, target: Path) -> Iterator[Path]:
-        """A file to write, which gets its own name when it is whole."""
-        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            with disk_errors(target, only=DISK_IS_FULL):
-                yield partial
-                partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 class FeatureStore:
@@ -153,9 +142,8 @@ class FeatureStore:
         """Make the file, or make it again with what is new; it replaces what was there only when it is on the disk."""
         import h5py
 
-        partial = self.output.with_name(f".{self.output.name}.partial")
-        try:
-            with disk_errors(self.output, only=DISK_IS_FULL), h5py.File(partial, "w") as file:
+        with disk_errors(self.output, only=DISK_IS_FULL), new_file(self.output, alone=True) as partial:
+            with h5py.File(partial, "w") as file:
                 file.attrs[MADE_WITH] = json.dumps(self.settings)
                 if self.output.exists():
                     with h5py.File(self.output, "r") as before:
@@ -166,10 +154,7 @@ class FeatureStore:
                     group = file.create_group(name)
                     for key, values in self.parts.read(name).items():
                         group.create_dataset(key, data=values)
-            _flush(partial)
-            partial.replace(self.output)
-        finally:
-            partial.unlink(missing_ok=True)
+            fsync(partial)
 
 
 def check_settings(place: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -196,6 +181,12 @@ def _check_file(output: Path, settings: Mapping[str, Any]) -> None:
     check_settings(output, json.loads(made), settings)
 
 
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    with disk_errors(target, only=DISK_IS_FULL), new_file(target) as partial:
+        yield partial
+
+
 def _hidden(path: Path) -> bool:
     """Unfinished files of other processes."""
     return path.name.startswith(".")
@@ -208,11 +199,3 @@ def _names_in(output: Path) -> set[str]:
         return set()
     with h5py.File(output, "r") as file:
         return set(file)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,17 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests import encoders, llava, subtasks, summaries, toy
+from tests import encoders, llava, summaries, toy
 from tests.distributed.training_runs import CONFIGS, options
 
 RECIPES = sorted(file.stem for file in CONFIGS.glob("*.json"))
 STEPS, BATCH = 8, 8
 TOWERS = list(llava.TOWERS)
 ENCODERS = list(encoders.FAMILIES)
-_CUTOFF = {  # toys have few positions
-    **dict.fromkeys(("classification", "squad", "summarisation", "vision_text"), 48),
-    "llava": 256,
-}
+_CUTOFF = {"classification": 48, "squad": 48, "summarisation": 48, "llava": 256}  # toys have few positions
 
 
 def write_models(folder: Path) -> Path:
@@ -26,20 +23,13 @@ def write_models(folder: Path) -> Path:
     summaries.base_model(folder / "bart")
     for tower in TOWERS:
         llava.model(folder / f"llava-{tower}", tower)
-    write_records(folder)
-    return folder
-
-
-def write_records(folder: Path) -> None:
-    """What records are about: pictures of conversations, and features."""
     llava.write(folder / "conversations", 10, 6)
-    subtasks.features(folder / "features", 41)  # a pair has the next picture, too
+    return folder
 
 
 def family(recipe: dict[str, Any]) -> str:
     """The name of the model that stands for a recipe's own."""
-    kinds = {"causal_lm": "llama", "image_text_to_text": "llava-clip"}
-    kinds |= dict.fromkeys(("seq2seq_lm", "vision_seq2seq_lm"), "bart")
+    kinds = {"causal_lm": "llama", "seq2seq_lm": "bart", "image_text_to_text": "llava-clip"}
     return kinds.get(recipe["model"].get("task", "causal_lm"), "roberta")
 
 
@@ -74,18 +64,13 @@ def scaled(name: str, models: Path, run_dir: Path, ranks: int, **fields: Any) ->
     if format == "llava":
         small |= {"data.image_folder": models / "conversations" / "pictures"}
     small |= {"squad": {"data.doc_stride": 16}, "summarisation": {"data.target_len": 16}}.get(format, {})
-    if format == "vision_text":
-        small |= {"model.feature_dim": subtasks.WIDTH, "data.target_len": 16, "data.num_workers": 0}
-        small["data.features"] = models / "features" / ("videos" if "tvqa" in recipe["data"]["train"] else "pictures")
     return {"do": "train", "recipe": name, "overrides": options(small | fields)}
 
 
-def _write_data(recipe: dict[str, Any], path: Path, models: Path) -> Path | str:
-    """Records as the recipe's format and fields have them; what data.train says of them."""
+def _write_data(recipe: dict[str, Any], path: Path, models: Path) -> Path:
+    """Records as the recipe's format and fields have them."""
     data = recipe["data"]
     format = data.get("format", "instruction")
-    if format == "vision_text":
-        return json.dumps(subtasks.write(path.with_suffix(""), 40, tuple(data["train"])))
     records: list[dict[str, Any]]
     if format == "classification":
         labels = recipe["model"]["num_labels"]

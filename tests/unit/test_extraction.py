@@ -155,7 +155,7 @@ def test_an_extraction_that_was_killed_goes_on_and_leaves_the_same_file(
     (parts / ".p4.npz.partial-1").write_bytes(b"half")  # what a SIGKILL leaves
     assert not output.exists()
     with monkeypatch.context() as patched, pytest.raises(Killed):  # killed while the file is made
-        patched.setattr(store, "_flush", lambda path: (_ for _ in ()).throw(Killed))
+        patched.setattr(store, "fsync", lambda path: (_ for _ in ()).throw(Killed))
         extract_features(pictures, tower, output, OPTIONS)
     assert not output.exists() and len(list(parts.glob("[!.]*.npz"))) == 8
     done = extract_features(pictures, tower, output, OPTIONS)

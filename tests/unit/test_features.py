@@ -16,7 +16,7 @@ from dora_dist.data.features import (
     FRAMES,
     REGIONS,
     FeatureFile,
-    Features,
+    FeatureFiles,
     PictureFeatures,
     PictureFolder,
     VideoFeatures,
@@ -75,9 +75,9 @@ def test_boxes_that_are_all_zero_are_no_boxes(regions: int, shape: tuple[int, ..
 
 def test_files_say_how_they_were_made(tmp_path: Path) -> None:
     read = PictureFeatures(pictures(tmp_path / "a.H5", p=numbers(36, 3)))
-    assert read.made_with() == "" and Features([read.path], "data.features", of="pictures").located(["p"]).tolist() == [
-        0
-    ]
+    assert read.made_with() == "" and FeatureFiles([read.path], "data.features", of="pictures").located(
+        ["p"]
+    ).tolist() == [0]
     with h5py.File(read.path, "a") as file:
         file.attrs["extraction"] = '{"layer": -2}'
     assert read.made_with() == '{"layer": -2}'
@@ -101,7 +101,7 @@ def test_a_video_has_64_frames_by_zeros_or_by_max_pooling(tmp_path: Path) -> Non
 def test_several_files_are_looked_through_in_order(tmp_path: Path) -> None:
     first = pictures(tmp_path / "a.h5", x=numbers(36, 3), y=numbers(36, 3, seed=1))
     second = pictures(tmp_path / "b.hdf5", y=numbers(36, 3, seed=2), z=numbers(36, 3, seed=3))
-    both = Features([first, second], "data.features", of="pictures")
+    both = FeatureFiles([first, second], "data.features", of="pictures")
     assert both.located(["z", "x", "absent", "y"]).tolist() == [1, 0, -1, 0]
     assert torch.equal(both.files[1]("z").features, torch.from_numpy(numbers(36, 3, seed=3)))
 
@@ -113,7 +113,7 @@ def test_a_folder_has_a_file_for_each_picture_as_the_authors_have_them(tmp_path:
     for seed, id in enumerate(ids):
         pictures(folder / f"{id}.h5", **{id: numbers(49, 3, seed=seed)})
     whole = PictureFeatures(pictures(tmp_path / "a.h5", **{ids[1]: numbers(49, 3, seed=1)}))
-    [read] = Features([str(folder)], "data.features", of="pictures").files
+    [read] = FeatureFiles([str(folder)], "data.features", of="pictures").files
     assert isinstance(read, PictureFolder) and read.ids() == {*ids} and read.made_with() == ""
     assert torch.equal(read(ids[1]).features, whole(ids[1]).features) and read.most == REGIONS
     (folder / "linked.h5").symlink_to(f"{ids[0]}.h5")
@@ -161,9 +161,9 @@ def _virtual(path: Path) -> str:
 
 GRIDS: dict[str, tuple[Any, str]] = {
     "nan": (numpy.full((36, 3), numpy.nan, numpy.float32), "a.h5: the features of 'p' hold NaN or infinity"),
-    "no grid": (numbers(50, 3), "are 50 regions, which are no square grid of 6 x 6 or more; give 36 regions"),
-    "a small grid": (numbers(25, 3), "are 25 regions, which are no square grid of 6 x 6 or more"),
-    "a single region": (numbers(1, 3), "are 1 regions, which are no square grid of 6 x 6 or more"),
+    "no grid": (numbers(50, 3), "are 50 regions, which are not a square grid of 6 x 6 or more; give 36 regions"),
+    "a small grid": (numbers(25, 3), "are 25 regions, which are not a square grid of 6 x 6 or more"),
+    "a single region": (numbers(1, 3), "are 1 regions, which are not a square grid of 6 x 6 or more"),
     "one vector": (numbers(36), r'"features"\) must be floating-point numbers \(L, d\), found float32 \(36,\)'),
     "nothing": (numpy.zeros((0, 3), numpy.float32), r"found float32 \(0, 3\)"),
     "pictures": (numpy.zeros((36, 3), numpy.uint8), r"found uint8 \(36, 3\)"),
@@ -284,8 +284,8 @@ def test_paths_that_hold_no_features_are_refused_by_name(tmp_path: Path) -> None
         "films": r'films": has features of videos, and its records are about pictures; give those of each task',
     }.items():
         with pytest.raises(UserError, match=message):
-            Features([str(tmp_path / path)], "data.features", of="pictures")
+            FeatureFiles([str(tmp_path / path)], "data.features", of="pictures")
     with pytest.raises(UserError, match="has features of pictures, and its records are about videos"):
-        Features([films, str(pictures(tmp_path / "p.h5", p=numbers(36, 4)))], "data.features", of="videos")
+        FeatureFiles([films, str(pictures(tmp_path / "p.h5", p=numbers(36, 4)))], "data.features", of="videos")
     with pytest.raises(UserError, match=r"a.h5 cannot be read as HDF5"):
-        Features([str(tmp_path / "a.h5")], "data.features", of="pictures").located(["p"])
+        FeatureFiles([str(tmp_path / "a.h5")], "data.features", of="pictures").located(["p"])

@@ -398,7 +398,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "unknown task": (
         {**VQA, "train": {"okvqa": "a.json"}},
         {},
-        'data.train: "okvqa" is no task of vision_text records',
+        'data.train: "okvqa" is not a task of vision_text records',
     ),
     "no features": ({"format": "vision_text", "train": {"vqa": "a.json"}}, {}, "data.features is not set"),
     "features of others": (
@@ -416,7 +416,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         'data.cutoff_len = {"vqa": 20}: records of data.format = "alpaca" are of one kind; give a number',
     ),
-    "prompt of none": ({**VQA, "train": {"vqa": "a.json"}, "prompts": {"x": "y"}}, {}, 'data.prompts: "x" is no task'),
+    "prompt of none": (
+        {**VQA, "train": {"vqa": "a.json"}, "prompts": {"x": "y"}},
+        {},
+        'data.prompts: "x" is not a task',
+    ),
     "metric of another": (
         {**VQA, "train": {"vqa": "a.json"}, "validation_samples": 2},
         {"metric": "gqa_accuracy"},
