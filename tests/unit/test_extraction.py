@@ -155,12 +155,30 @@ def test_an_extraction_that_was_killed_goes_on_and_leaves_the_same_file(
     (parts / ".p4.npz.partial-1").write_bytes(b"half")  # what a SIGKILL leaves
     assert not output.exists()
     with monkeypatch.context() as patched, pytest.raises(Killed):  # killed while the file is made
-        patched.setattr(store, "_flush", lambda path: (_ for _ in ()).throw(Killed))
+        flush = store._flush
+
+        def killed_in_a_flush(path: Path) -> None:
+            if path.name == ".f.h5.partial":
+                raise Killed
+            flush(path)
+
+        patched.setattr(store, "_flush", killed_in_a_flush)
         extract_features(pictures, tower, output, OPTIONS)
     assert not output.exists() and len(list(parts.glob("[!.]*.npz"))) == 8
+
+    def killed_in_a_deletion(folder: Path, **options: Any) -> None:
+        if folder.exists():
+            (folder / store.SETTINGS).unlink()
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(store.shutil, "rmtree", killed_in_a_deletion)
+        extract_features(pictures, tower, output, OPTIONS)
+    assert len(read(output)) == 8
     done = extract_features(pictures, tower, output, OPTIONS)
     assert (done.new, done.present, done.complete, parts.exists()) == (0, 8, True, False)
     same(read(output), read(tmp_path / "whole.h5"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["f.h5", "whole.h5"]
 
 
 def test_what_is_there_is_passed_over_and_more_is_added(
@@ -218,6 +236,40 @@ def test_parts_that_start_together_share_one_folder(tmp_path: Path) -> None:
             list(pool.map(start, range(6)))
         assert store.FeatureStore(outputs, {"layer": -2}, "image").complete([f"p{number}" for number in range(6)])
         assert list(read(outputs)) == [f"p{number}" for number in range(6)]
+
+
+def test_what_another_part_is_about_to_read_again_is_not_done(tmp_path: Path) -> None:
+    output, settings = tmp_path / "f.h5", {"layer": -2}
+    first, second = (store.FeatureStore(output, settings, "image") for _ in range(2))
+    assert first.open(["a", "b"]) == {"a", "b"}
+    first.parts.skip("b", "cannot be read")
+    assert first.open(["b"]) == {"b"}  # the file is there now
+    assert second.open(["c"]) == {"c"}
+    second.parts.write("c", {"features": np.ones((4, 3))})
+    first.parts.write("a", {"features": np.ones((4, 3))})
+    assert not second.complete(["a", "b", "c"])
+    first.parts.write("b", {"features": np.ones((4, 3))})
+    assert first.complete(["a", "b", "c"]) and list(read(output)) == ["a", "b", "c"]
+
+
+def test_damaged_outputs_are_refused_by_name(towers: Path, pictures: Path, tmp_path: Path) -> None:
+    tower, output = str(towers / "clip"), tmp_path / "f.h5"
+    extract_features(pictures / "0", tower, output, OPTIONS)
+    whole = output.read_bytes()
+    output.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"f\.h5: is damaged \(.*; delete it and start the command again"):
+        extract_features(pictures, tower, output, OPTIONS)
+    output.write_bytes(whole)
+    for said in ("{", "[]"):
+        with h5py.File(output, "r+") as file:
+            file.attrs[store.MADE_WITH] = said
+        with pytest.raises(UserError, match=r"f\.h5: is damaged"):
+            extract_features(pictures, tower, output, OPTIONS)
+    folder = tmp_path / "videos"
+    store.FeatureFolder(folder).open({})
+    (folder / store.SETTINGS).write_text("")
+    with pytest.raises(UserError, match=r"extraction\.json: is damaged \(.*; delete .*videos and start"):
+        store.FeatureFolder(folder).open({})
 
 
 def test_records_name_their_features(towers: Path, pictures: Path, tmp_path: Path) -> None:
