@@ -222,7 +222,7 @@ def _settings_in(text: str) -> dict[str, Any]:
 
 @contextmanager
 def _damage(place: Path, remedy: str = "delete it") -> Iterator[None]:
-    """Name the file whose damage keeps it from being read. A disk that is full is none."""
+    """Name the file whose damage keeps it from being read. A full disk is not damage."""
     try:
         yield
     except UserError:

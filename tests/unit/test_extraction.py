@@ -1,6 +1,7 @@
 """Features of pictures and videos: those of transformers' own towers, kept whole, gone on with, refused by name."""
 
 import json
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from dora_dist.config import DataConfig
 from dora_dist.data import VisionReader
 from dora_dist.data import read as read_data
 from dora_dist.data.pictures import PictureReader
-from dora_dist.extraction import store
+from dora_dist.extraction import store, videos
 from dora_dist.extraction.items import find_items
 from dora_dist.extraction.options import ExtractionOptions, option
 from dora_dist.extraction.run import extract_features
@@ -408,6 +409,36 @@ def test_a_video_is_the_embeddings_of_its_frames(towers: Path, tmp_path: Path) -
     pooled, every = (np.load(tmp_path / name / "film.npz")["features"] for name in ("three", "all"))
     assert every.shape == (20, 20)
     np.testing.assert_array_equal(pooled, np.stack([every[:7].max(0), every[6:14].max(0), every[13:].max(0)]))
+
+
+def test_loader_processes_decode_videos_to_the_same_features(
+    towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    films = tmp_path / "films"
+    films.mkdir()
+    for number in range(3):
+        video(films / f"{number}.mp4", "china.jpg", frames=10 + 10 * number)
+    (films / "cut.mp4").write_bytes((films / "0.mp4").read_bytes()[:200])
+    options = replace(OPTIONS, frames_per_second=5.0, batch_size=4, bad_images="skip")
+    alone = extract_features(films, str(towers / "dinov2"), tmp_path / "alone", options)
+    monkeypatch.setattr(videos, "read_frames", in_another_process(videos.read_frames))
+    shared = extract_features(films, str(towers / "dinov2"), tmp_path / "shared", replace(options, num_workers=2))
+    assert alone == shared and [name for name, _ in shared.skipped] == ["cut"]
+    for number in range(3):
+        found, expected = (np.load(tmp_path / name / f"{number}.npz")["features"] for name in ("shared", "alone"))
+        assert len(expected) == 5 + 5 * number
+        np.testing.assert_array_equal(found, expected)
+
+
+def in_another_process(read: Any) -> Any:
+    """The same; fails in the process of the test."""
+    here = os.getpid()
+
+    def checked(*arguments: Any) -> Any:
+        assert os.getpid() != here
+        return read(*arguments)
+
+    return checked
 
 
 def frames_of(film: Path, max_pixels: int = 10_000) -> list[np.ndarray]:
