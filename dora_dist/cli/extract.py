@@ -35,8 +35,8 @@ def declare_extract_features(commands: Commands) -> None:
         type=Path,
         required=True,
         metavar="PLACE",
-        help="HDF5 file (.h5) for pictures, with ID/features; folder for videos, with ID.npz; what is in it is passed "
-        "over, so the same command goes on after an end of any kind",
+        help="HDF5 file (.h5) for pictures, with ID/features; folder for videos, with ID.npz; what is in it already "
+        "is skipped, so the same command resumes after an interruption",
     )
     _add_pictures(command)
     _add_videos(command)

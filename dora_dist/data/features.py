@@ -64,7 +64,12 @@ class FeatureFile(ABC):
     def __call__(self, id: str) -> Visual:
         """Raises UserError, naming file and id, for what is not finite numbers (L, d)."""
         what = f"{self.path}: the features of {id!r}"
-        features, boxes = self._read(id, what)
+        try:
+            features, boxes = self._read(id, what)
+        except UserError:
+            raise
+        except DAMAGED as error:
+            raise UserError(f"{what} cannot be read: {error}") from error
         if not torch.isfinite(features).all():
             raise UserError(f"{what} hold NaN or infinity; extract them again")
         return self._reduced(features, boxes, what)
@@ -79,7 +84,7 @@ class FeatureFile(ABC):
 
     @abstractmethod
     def _read(self, id: str, what: str) -> tuple[Tensor, Tensor | None]:
-        """Features (L, d) fp32, and boxes (L, 4) fp32 if there are any. `what` begins messages."""
+        """Features (L, d) fp32, and boxes (L, 4) fp32 if any; `what` begins messages. May raise one of DAMAGED."""
 
     @abstractmethod
     def _reduced(self, features: Tensor, boxes: Tensor | None, what: str) -> Visual:
@@ -130,16 +135,11 @@ class PictureFeatures(FeatureFile):
         return self._opened[1]
 
     def _read(self, id: str, what: str) -> tuple[Tensor, Tensor | None]:
-        try:
-            group = _inside(self._file(), id, what)
-            features = _numbers(_inside(group, "features", what), f'{what} ("features")')
-            if "boxes" not in group:
-                return features, None
-            return features, _numbers(_inside(group, "boxes", what), f'{what} ("boxes")')
-        except UserError:
-            raise
-        except DAMAGED as error:
-            raise UserError(f"{what} cannot be read: {error}") from error
+        group = _inside(self._file(), id, what)
+        features = _numbers(_inside(group, "features", what), f'{what} ("features")')
+        if "boxes" not in group:
+            return features, None
+        return features, _numbers(_inside(group, "boxes", what), f'{what} ("boxes")')
 
     def _reduced(self, features: Tensor, boxes: Tensor | None, what: str) -> Visual:
         count, width = features.shape
@@ -152,7 +152,7 @@ class PictureFeatures(FeatureFile):
         side = math.isqrt(count)
         if side * side != count:
             raise UserError(
-                f"{what} are {count} regions, which are no square grid; give {REGIONS} regions, or a grid such as "
+                f"{what} are {count} regions, which are not a square grid; give {REGIONS} regions, or a grid such as "
                 "7 x 7 without the class token"
             )
         pooled = F.adaptive_max_pool2d(features.T.reshape(1, width, side, side), GRID)
@@ -183,15 +183,10 @@ class VideoFeatures(FeatureFile):
         path = Path(self.path) / f"{id}.npz"
         if path.is_symlink():
             raise UserError(f"{what} cannot be read: {path.name} is a link, which is not followed; copy the file")
-        try:
-            with path.open("rb") as file, numpy.load(file, allow_pickle=False) as archive:
-                if "features" not in archive:
-                    raise UserError(f'{what} are missing: the file has no array "features"')
-                return _numbers(archive["features"], what), None
-        except UserError:
-            raise
-        except DAMAGED as error:
-            raise UserError(f"{what} cannot be read: {error}") from error
+        with path.open("rb") as file, numpy.load(file, allow_pickle=False) as archive:
+            if "features" not in archive:
+                raise UserError(f'{what} are missing: the file has no array "features"')
+            return _numbers(archive["features"], what), None
 
     def _reduced(self, features: Tensor, boxes: Tensor | None, what: str) -> Visual:
         pooled = pooled_in_time(features, FRAMES)
@@ -208,7 +203,7 @@ def is_hdf5(path: str) -> bool:
     return path.lower().endswith(HDF5_SUFFIXES)
 
 
-class Features:
+class FeatureFiles:
     """The files of one kind of record, looked through in order."""
 
     def __init__(self, paths: Sequence[str], field: str) -> None:

@@ -6,7 +6,7 @@ these is a subtask. Its object here is all that the rest knows of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ _TRUTHS = {"true": "true", "1": "true", "false": "false", "0": "false"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Example:
     """What a record comes to.
 
     visual: ids of its pictures, or of its video. before: text in front of `text`, which is shortened first. targets:
@@ -38,7 +38,7 @@ class Asked:
     before: str = ""
 
 
-class Worded(NamedTuple):
+class PromptedText(NamedTuple):
     """A text as the model reads it. prompt: where in it the prompt is; before: so many characters are shortened first,
     then what is not the prompt.
     """
@@ -57,7 +57,7 @@ class Subtask:
     """
 
     prompt: str
-    read: Callable[[Record], Asked]
+    read: Callable[[Record], Example]
     score: Callable[[Sequence[str], Sequence[Any]], Scores]
     metric: str
     others: tuple[str, ...] = ()
@@ -69,18 +69,18 @@ class Subtask:
     def metrics(self) -> tuple[str, ...]:
         return (self.metric, *self.others)
 
-    def worded(self, asked: Asked, prompt: str | None) -> Worded:
+    def prompted(self, example: Example, prompt: str | None) -> PromptedText:
         """The text with the prompt (None: the subtask's own), in front of it, or behind it for videos."""
         prompt = self.prompt if prompt is None else prompt
-        first = f"{asked.before} " if asked.before else ""
+        first = f"{example.before} " if example.before else ""
         if self.prompt_last:
             own = prompt.strip()
-            whole = first + " ".join(part for part in (asked.text, own) if part)
+            whole = first + " ".join(part for part in (example.text, own) if part)
             start = len(whole) - len(own)
         else:
-            whole, start = f"{first}{prompt}{asked.text}", len(first)
+            whole, start = f"{first}{prompt}{example.text}", len(first)
             own = prompt.rstrip()
-        return Worded(whole, range(start, start + len(own)), len(asked.before))
+        return PromptedText(whole, range(start, start + len(own)), len(example.before))
 
 
 # --- fields of records ------------------------------------------------------------------------------------------------
@@ -164,11 +164,11 @@ def _joined(*parts: str) -> str:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _question(record: Record) -> Asked:
+def _question(record: Record) -> Example:
     label = _labels(record)
     voted = [text for text, score in label.items() if score > 0]
     answers = _texts(record, "answers", inside="answer") if record.get("answers") is not None else []
-    return Asked(
+    return Example(
         visual=(_id(record, "img_id", "image_id", "imageId", "image"),),
         text=_text(record, "sent", "question"),
         # A question on whose answer nobody agrees teaches nothing, and still counts, as in the authors' runs.
@@ -177,7 +177,7 @@ def _question(record: Record) -> Asked:
     )
 
 
-def _pair(record: Record) -> Asked:
+def _pair(record: Record) -> Example:
     label = record.get("label")
     said = _TRUTHS.get(str(label).lower()) if isinstance(label, str | int) else None  # a bool is an int, too
     if said is None:
@@ -188,15 +188,15 @@ def _pair(record: Record) -> Asked:
         stem = _text(record, "identifier", "img0").rpartition("-")[0]
         pictures = f"{stem}-img0", f"{stem}-img1"
     text = _text(record, "sent", "sentence")
-    return Asked(visual=pictures, text=text, targets=((said, 1.0),), reference=said)
+    return Example(visual=pictures, text=text, targets=((said, 1.0),), reference=said)
 
 
-def _captioned(record: Record) -> Asked:
+def _captioned(record: Record) -> Example:
     captions = _texts(record, "sentences", "captions", "caption", "sent", inside="raw")
     known = any(record.get(name) is not None for name in ("img_id", "image_id"))
     # Karpathy's splits name the file; features are kept by its stem.
     picture = _id(record, "img_id", "image_id") if known else PurePosixPath(_id(record, "filename", "img_id")).stem
-    return Asked(
+    return Example(
         visual=(picture,), text="", targets=tuple((text.strip(), 1.0) for text in captions), reference=captions
     )
 
@@ -204,13 +204,13 @@ def _captioned(record: Record) -> Asked:
 # --- videos -----------------------------------------------------------------------------------------------------------
 
 
-def _multiple_choice(record: Record) -> Asked:
+def _multiple_choice(record: Record) -> Example:
     options = [record[f"a{i}"] for i in range(10) if f"a{i}" in record] or record.get("choices")
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) for o in options):
         raise UserError(f'must have the choices "a0", "a1", ... (or a list "choices"), found {shown(options)}')
     answer = _right_option(record, options)
     numbered = [f"({i}) {option.strip()}" for i, option in enumerate(options)]
-    return Asked(
+    return Example(
         visual=(_id(record, *_VIDEO_IDS),),
         before=_subtitles(record),
         text=_joined(_text(record, "q", "question"), _time(record), *numbered),
@@ -235,9 +235,9 @@ def _right_option(record: Record, options: Sequence[str]) -> int:
     return answer
 
 
-def _described(record: Record) -> Asked:
+def _described(record: Record) -> Example:
     captions = _texts(record, "descs", "captions", "caption", "desc", inside="desc")
-    return Asked(
+    return Example(
         visual=(_id(record, *_VIDEO_IDS),),
         before=_subtitles(record),
         text=_time(record),
@@ -296,6 +296,11 @@ SUBTASKS: dict[str, Subtask] = {
     "tvc": Subtask(prompt="tvc: ", read=_described, prompt_last=True, **_OF_CAPTIONS),
     "yc2c": Subtask(prompt="yc2c: ", read=_described, prompt_last=True, **_OF_CAPTIONS),
 }
+
+
+def metrics_of(subtasks: Iterable[str]) -> list[str]:
+    """The names of the scores of these subtasks, as `scores_of` has them; without "average"."""
+    return [f"{name}_{metric}" for name in subtasks for metric in SUBTASKS[name].metrics]
 
 
 def scores_of(subtasks: Sequence[str], answers: Sequence[str], references: Sequence[Any]) -> Scores:

@@ -15,14 +15,14 @@ from dora_dist.config import DataConfig
 from dora_dist.config.names import Sources, by_task, listed
 from dora_dist.data.columns import IGNORED, Columns, Table, counts_between, row_keys, row_of, taken
 from dora_dist.data.doubts import Doubts
-from dora_dist.data.features import FeatureFile, Features, Visual
+from dora_dist.data.features import FeatureFile, FeatureFiles, Visual
 from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.reader import Reader, check_fits
 from dora_dist.data.records import Record, read_records
 from dora_dist.data.sampler import EpochOrder, subtask_order
 from dora_dist.data.stats import SubtaskStats
 from dora_dist.data.strings import pack, unpack
-from dora_dist.data.subtasks import SUBTASKS, Asked, Worded
+from dora_dist.data.subtasks import SUBTASKS, Example, PromptedText
 from dora_dist.runtime.errors import UserError
 
 _OF = "task"  # the field that a record gets, for data.train says which task its source is of
@@ -51,14 +51,14 @@ class VisionReader(Reader):
         super().__init__(data, tokenizer)
         # The width that all features must have, and who says so: the configuration, or the first that are read.
         self._width = None if width is None else (width, "model.feature_dim is")
-        self._features: dict[str, Features] = {}
+        self._features: dict[str, FeatureFiles] = {}
 
-    def features(self, subtask: str) -> Features:
+    def features(self, subtask: str) -> FeatureFiles:
         """The feature files of a subtask. Raises UserError."""
         if subtask not in self._features:
             of_tasks = by_task(self.data.features)
             field = f'data.features, "{subtask}"' if of_tasks else "data.features"
-            self._features[subtask] = Features(of_tasks.get(subtask) or listed(self.data.features), field)
+            self._features[subtask] = FeatureFiles(of_tasks.get(subtask) or listed(self.data.features), field)
         return self._features[subtask]
 
     # --- records --------------------------------------------------------------------------------------------------
@@ -80,14 +80,14 @@ class VisionReader(Reader):
                 yield place, {**record, _OF: subtask}
 
     def encode(self, records: Sequence[tuple[str, Record]], into: Columns, doubts: Doubts) -> None:
-        asked = [self._asked(place, record) for place, record in records]
+        examples = [self._example(place, record) for place, record in records]
         prompts = self.data.prompts
-        texts = [SUBTASKS[r[_OF]].worded(a, prompts.get(r[_OF])) for a, (_, r) in zip(asked, records, strict=True)]
-        targets = [text for a in asked for text, _ in a.targets]
+        texts = [SUBTASKS[r[_OF]].prompted(a, prompts.get(r[_OF])) for a, (_, r) in zip(examples, records, strict=True)]
+        targets = [text for a in examples for text, _ in a.targets]
         read = self.tokenizer(text=[each.text for each in texts], verbose=False).encodings
         cut = {"truncation": True, "max_length": self.data.target_len, "verbose": False}
         written = iter(self.tokenizer(text_target=targets, **cut).encodings)
-        for (place, record), a, encoding, text in zip(records, asked, read, texts, strict=True):
+        for (place, record), a, encoding, text in zip(records, examples, read, texts, strict=True):
             said = [*(text for text, _ in a.targets), a.before, a.text]
             doubts.look(place, said, empty=not any(text.strip() for text, _ in a.targets))
             into.ragged("starts", tokens=_shortened(encoding, text, self.data.cutoff_len))
@@ -102,7 +102,7 @@ class VisionReader(Reader):
             into.strings("place starts", places=[place])
             into.strings("reference starts", references=[json.dumps(a.reference)])
 
-    def _asked(self, place: str, record: Record) -> Asked:
+    def _example(self, place: str, record: Record) -> Example:
         try:
             return SUBTASKS[record[_OF]].read(record)
         except UserError as error:
@@ -313,7 +313,7 @@ class VisionReader(Reader):
         return torch.tensor([subtask.drawn for subtask in SUBTASKS.values()])[kinds]
 
 
-def _shortened(encoding: Any, text: Worded, most: int) -> list[int]:
+def _shortened(encoding: Any, text: PromptedText, most: int) -> list[int]:
     """Token ids of a text, at most so many: the end of what is shortened first goes first, then the text's end.
 
     Its prompt stays, and what the tokenizer puts around a text.

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from dora_dist.data.features import FRAMES, GRID
 from dora_dist.extraction.items import Item
-from dora_dist.extraction.store import Features
+from dora_dist.extraction.store import Arrays
 from dora_dist.runtime.errors import UserError
 
 
@@ -54,7 +54,7 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-Outcome = tuple[Item, Features | UserError]
+Outcome = tuple[Item, Arrays | UserError]
 """An item with its features in fp32, or why there are none."""
 
 

@@ -27,22 +27,21 @@ class VisionSeq2SeqLM(Task):
     several = True
 
     def metrics(self, model: ModelConfig) -> tuple[str, ...]:
-        from dora_dist.data.subtasks import SUBTASKS
+        from dora_dist.data.subtasks import SUBTASKS, metrics_of
 
-        own = (f"{name}_{metric}" for name, subtask in SUBTASKS.items() for metric in subtask.metrics)
-        return ("average", *own)
+        return ("average", *metrics_of(SUBTASKS))
 
     def problems(self, config: RunConfig) -> Iterator[str]:
-        yield from super().problems(config)
-        from dora_dist.data.subtasks import SUBTASKS
+        from dora_dist.data.subtasks import SUBTASKS, metrics_of
 
+        yield from super().problems(config)
         data, metric = config.data, config.training.metric
         named = by_task(data.validation) or (by_task(data.train) if data.validation_samples else {})
         measured = [name for name in named if name in SUBTASKS]
         packages = {package for name in measured for package in SUBTASKS[name].packages}
         if (remedy := extras.missing(*sorted(packages))) is not None:
             yield f"data.validation: scoring captions {remedy}"
-        known = [f"{name}_{each}" for name in measured for each in SUBTASKS[name].metrics]
+        known = metrics_of(measured)
         if metric in self.metrics(config.model) and metric not in ("average", *known):
             yield f'training.metric = "{metric}": the run is not validated on that task; use {", ".join(known)}'
 
@@ -60,7 +59,7 @@ class VisionSeq2SeqLM(Task):
         for field in ("train", "validation", "features", "prompts"):
             value = getattr(data, field)
             for name in set(value if isinstance(value, dict) else ()) - set(SUBTASKS):
-                yield f'data.{field}: "{name}" is no task of vision_text records; use {names}'
+                yield f'data.{field}: "{name}" is not a task of vision_text records; use {names}'
         features = by_task(data.features)
         needed = dict.fromkeys([*by_task(data.train), *by_task(data.validation)])
         without = [name for name in needed if name not in features]
@@ -88,10 +87,10 @@ class VisionSeq2SeqLM(Task):
         """A task of the training set may have no sample in the validation set, where that was held out by chance."""
         if data.validation is None or not training.eval_every:
             return
-        from dora_dist.data.subtasks import SUBTASKS
+        from dora_dist.data.subtasks import metrics_of
 
         measured = data.validation.parts
-        known = [f"{name}_{each}" for name in measured for each in SUBTASKS[name].metrics]
+        known = metrics_of(measured)
         if training.metric not in ("loss", "average", *known):
             raise UserError(
                 f'training.metric = "{training.metric}": no validation sample is of that task; hold out more with '

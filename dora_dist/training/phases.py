@@ -247,7 +247,7 @@ def _open_checkpoints(
         revision=model.revision,
         head=adapted.head,
         trained_modules=adapted.trained,
-        besides=adapted.besides,
+        trained_parameters=adapted.trained_parameters,
         base_digest=adapted.base_digest,
         files=files,
     )

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from dora_dist.adapters.layer import adapted_layers
-from dora_dist.adapters.patterns import named
+from dora_dist.adapters.patterns import kinds_of, matching
 from dora_dist.analysis.decomposition import Moved, Recording, moved
 from dora_dist.checkpoint.run_folder import ANALYSIS
 from dora_dist.config import AnalysisConfig
@@ -41,7 +41,10 @@ class AnalysisCallback(TrainerCallback):
                 f"analysis.every = {options.every}: this run neither adapts nor trains a linear layer that the base "
                 "has; set it to 0"
             )
-        chosen = set(named(options.modules, [*adapted, *trained], "analysis.modules", every=not pruned))
+        layers = [*adapted, *trained]
+        none = f"matches none of the layers that can be recorded: {kinds_of(layers)}"
+        otherwise = None if pruned else lambda pattern: none
+        chosen = matching(options.modules or [".*"], layers, "analysis.modules", otherwise=otherwise)
         self.adapted = {name: layer for name, layer in adapted.items() if name in chosen}
         self.trained = {name: weight for name, weight in trained.items() if name in chosen}
 

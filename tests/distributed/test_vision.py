@@ -159,7 +159,7 @@ def test_recipes_scaled_down_learn(kind: str, method: str, recipes: tuple[Path, 
 def written(model: Any, tokenizer: Any, task: str, record: dict[str, Any], folder: Path) -> str:
     """What transformers' own generation says to one record."""
     asked = SUBTASKS[task].read(record)
-    text = SUBTASKS[task].worded(asked, None).text
+    text = SUBTASKS[task].prompted(asked, None).text
     files = PictureFeatures(str(folder / "pictures.h5")), VideoFeatures(str(folder / "videos"))
     visual = [files[task in subtasks.VIDEOS](id).features for id in asked.visual]
     order = [(image, place) for image, features in enumerate(visual) for place in range(len(features))]

@@ -351,7 +351,10 @@ def test_files_that_are_there_pass(workplace: Path) -> None:
         (["--data.train=empty"], 'data.train = "empty": no .json, .jsonl, .parquet file in that folder'),
         (["--data.train=base:train.json"], 'data.train = "base:train.json": no train.json in that folder'),
         (["--data.validation=./table.csv"], 'data.validation = "./table.csv": unknown kind of file'),
-        (["--adapter.init_from=base"], 'adapter.init_from = "base": no adapter_config.json in it'),
+        (
+            ["--adapter.init_from=base"],
+            'adapter.init_from = "base": no adapter_config.json or dora_dist_adapter.json in it',
+        ),
         (["--adapter.init_from=step"], 'did you mean "step/adapter"?'),
         (["--checkpoint.resume=step"], 'checkpoint.resume = "step": no complete checkpoint'),
         (["--checkpoint.run_dir=train.json/run"], "train.json is a file; give another folder"),

@@ -156,14 +156,14 @@ def test_an_extraction_that_was_killed_goes_on_and_leaves_the_same_file(
     (parts / ".p4.npz.partial-1").write_bytes(b"half")  # what a SIGKILL leaves
     assert not output.exists()
     with monkeypatch.context() as patched, pytest.raises(Killed):  # killed while the file is made
-        flush = store._flush
+        fsync = store.fsync
 
         def killed_in_a_flush(path: Path) -> None:
             if path.name == ".f.h5.partial":
                 raise Killed
-            flush(path)
+            fsync(path)
 
-        patched.setattr(store, "_flush", killed_in_a_flush)
+        patched.setattr(store, "fsync", killed_in_a_flush)
         extract_features(pictures, tower, output, OPTIONS)
     assert not output.exists() and len(list(parts.glob("[!.]*.npz"))) == 8
 
@@ -269,7 +269,7 @@ def test_damaged_outputs_are_refused_by_name(towers: Path, pictures: Path, tmp_p
     folder = tmp_path / "videos"
     store.FeatureFolder(folder).open({})
     (folder / store.SETTINGS).write_text("")
-    with pytest.raises(UserError, match=r"extraction\.json: is damaged \(.*; delete .*videos and start"):
+    with pytest.raises(UserError, match=r"extraction\.json: not readable as JSON \(.*; delete .*videos and start"):
         store.FeatureFolder(folder).open({})
 
 

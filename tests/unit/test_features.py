@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 
-from dora_dist.data.features import FRAMES, REGIONS, FeatureFile, Features, PictureFeatures, VideoFeatures
+from dora_dist.data.features import FRAMES, REGIONS, FeatureFile, FeatureFiles, PictureFeatures, VideoFeatures
 from dora_dist.runtime.errors import UserError
 
 
@@ -65,7 +65,7 @@ def test_boxes_that_are_all_zero_are_no_boxes(regions: int, shape: tuple[int, ..
 
 def test_files_say_how_they_were_made(tmp_path: Path) -> None:
     read = PictureFeatures(pictures(tmp_path / "a.H5", p=numbers(36, 3)))
-    assert read.made_with() == "" and Features([read.path], "data.features").located(["p"]).tolist() == [0]
+    assert read.made_with() == "" and FeatureFiles([read.path], "data.features").located(["p"]).tolist() == [0]
     with h5py.File(read.path, "a") as file:
         file.attrs["extraction"] = '{"layer": -2}'
     assert read.made_with() == '{"layer": -2}'
@@ -88,7 +88,7 @@ def test_frames_are_kept_up_to_64_and_max_pooled_beyond(tmp_path: Path) -> None:
 def test_several_files_are_looked_through_in_order(tmp_path: Path) -> None:
     first = pictures(tmp_path / "a.h5", x=numbers(36, 3), y=numbers(36, 3, seed=1))
     second = pictures(tmp_path / "b.hdf5", y=numbers(36, 3, seed=2), z=numbers(36, 3, seed=3))
-    both = Features([first, second], "data.features")
+    both = FeatureFiles([first, second], "data.features")
     assert both.located(["z", "x", "absent", "y"]).tolist() == [1, 0, -1, 0]
     assert torch.equal(both.files[1]("z").features, torch.from_numpy(numbers(36, 3, seed=3)))
 
@@ -124,7 +124,7 @@ def _virtual(path: Path) -> str:
 
 GRIDS: dict[str, tuple[Any, str]] = {
     "nan": (numpy.full((36, 3), numpy.nan, numpy.float32), "a.h5: the features of 'p' hold NaN or infinity"),
-    "no grid": (numbers(50, 3), "are 50 regions, which are no square grid; give 36 regions"),
+    "no grid": (numbers(50, 3), "are 50 regions, which are not a square grid; give 36 regions"),
     "one vector": (numbers(36), r'"features"\) must be floating-point numbers \(L, d\), found float32 \(36,\)'),
     "nothing": (numpy.zeros((0, 3), numpy.float32), r"found float32 \(0, 3\)"),
     "pictures": (numpy.zeros((36, 3), numpy.uint8), r"found uint8 \(36, 3\)"),
@@ -190,6 +190,6 @@ def test_paths_that_hold_no_features_are_refused_by_name(tmp_path: Path) -> None
         "b.h5": r"b.h5\": no such file; `dora-dist extract-features` makes one",
     }.items():
         with pytest.raises(UserError, match=message):
-            Features([str(tmp_path / path)], "data.features")
+            FeatureFiles([str(tmp_path / path)], "data.features")
     with pytest.raises(UserError, match=r"a.h5 cannot be read as HDF5"):
-        Features([str(tmp_path / "a.h5")], "data.features").located(["p"])
+        FeatureFiles([str(tmp_path / "a.h5")], "data.features").located(["p"])

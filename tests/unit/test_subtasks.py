@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dora_dist.data.subtasks import SUBTASKS, Asked, scores_of
+from dora_dist.data.subtasks import SUBTASKS, Example, scores_of
 from dora_dist.metrics.choices import chosen_option
 from dora_dist.runtime.errors import UserError
 
@@ -108,20 +108,20 @@ READ: dict[str, tuple[str, dict[str, Any], str, str, tuple[tuple[str, float], ..
 @pytest.mark.parametrize("case", READ)
 def test_each_task_reads_its_records(case: str) -> None:
     name, record, text, before, targets, ids = READ[case]
-    asked = SUBTASKS[name].read(record)
-    found = SUBTASKS[name].worded(asked, None)
+    example = SUBTASKS[name].read(record)
+    found = SUBTASKS[name].prompted(example, None)
     assert found.text == " ".join(part for part in (before, text) if part) and found.before == len(before)
     assert found.text[found.prompt.start : found.prompt.stop] == SUBTASKS[name].prompt.strip()
-    assert (asked.before, asked.visual) == (before, ids)
-    assert asked.targets == tuple((target, pytest.approx(score)) for target, score in targets)
+    assert (example.before, example.visual) == (before, ids)
+    assert example.targets == tuple((target, pytest.approx(score)) for target, score in targets)
     assert {READ[each][0] for each in READ} == set(SUBTASKS)
 
 
 def test_a_prompt_can_be_another() -> None:
-    asked = Asked(visual=(), text="why?", targets=(), reference=None)
-    assert SUBTASKS["gqa"].worded(asked, "gqa: ").text == "gqa: why?"
-    assert SUBTASKS["tvqa"].worded(asked, "which?").text == "why? which?"
-    assert SUBTASKS["tvqa"].worded(asked, "") == ("why?", range(4, 4), 0)
+    example = Example(visual=(), text="why?", targets=(), reference=None)
+    assert SUBTASKS["gqa"].prompted(example, "gqa: ").text == "gqa: why?"
+    assert SUBTASKS["tvqa"].prompted(example, "which?").text == "why? which?"
+    assert SUBTASKS["tvqa"].prompted(example, "") == ("why?", range(4, 4), 0)
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {

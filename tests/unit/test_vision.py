@@ -356,7 +356,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "unknown task": (
         {**VQA, "train": {"okvqa": "a.json"}},
         {},
-        'data.train: "okvqa" is no task of vision_text records',
+        'data.train: "okvqa" is not a task of vision_text records',
     ),
     "no features": ({"format": "vision_text", "train": {"vqa": "a.json"}}, {}, "data.features is not set"),
     "features of others": (
@@ -364,7 +364,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "data.features has none for vqa",
     ),
-    "prompt of none": ({**VQA, "train": {"vqa": "a.json"}, "prompts": {"x": "y"}}, {}, 'data.prompts: "x" is no task'),
+    "prompt of none": (
+        {**VQA, "train": {"vqa": "a.json"}, "prompts": {"x": "y"}},
+        {},
+        'data.prompts: "x" is not a task',
+    ),
     "metric of another": (
         {**VQA, "train": {"vqa": "a.json"}, "validation_samples": 2},
         {"metric": "gqa_accuracy"},
