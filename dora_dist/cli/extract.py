@@ -114,7 +114,7 @@ def _add_work(command: argparse.ArgumentParser) -> None:
         type=lambda text: 0 if text == "0" else positive(text),
         default=0,
         metavar="N",
-        help="processes that read pictures; 0: this one (%(default)s)",
+        help="processes that read pictures or decode videos; 0: this one (%(default)s)",
     )
     command.add_argument("--dtype", choices=DTYPES, default="fp32", help="number format in the tower (%(default)s)")
     command.add_argument(

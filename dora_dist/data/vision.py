@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dora_dist.config import DataConfig
 from dora_dist.config.names import Sources, by_task, listed, of_task
-from dora_dist.data.columns import IGNORED, Columns, Table, counts_between, row_of, taken
+from dora_dist.data.columns import IGNORED, Columns, Table, counts_between, row_keys, row_of, taken
 from dora_dist.data.doubts import Doubts
 from dora_dist.data.features import FeatureFile, FeatureFiles, Visual
 from dora_dist.data.preview import Part, Preview, numbers
@@ -308,6 +308,11 @@ class VisionReader(Reader):
         for row, text in zip(index.tolist(), super().contents(table, index), strict=True):
             ids = unpack(table["visuals"], table["visual starts"], bounds[row], bounds[row + 1])
             yield text + json.dumps([int(table["subtasks"][row]), ids]).encode()
+
+    def keys(self, table: Table, index: Tensor) -> Tensor:
+        """Many pictures have the same questions."""
+        seen = row_keys(table["visuals"], table["visual starts"][table["sample visuals"]], index)
+        return super().keys(table, index) * 31 + seen
 
     def references(self, table: Table, index: Tensor) -> list[tuple[str, Any]]:
         """The task of each sample, and what its answers are compared with."""

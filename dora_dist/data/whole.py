@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -37,8 +36,7 @@ def warn_of_the_whole(data: DataConfig, tokenized: TokenizedData, *, batch: int 
 
 
 def _warn_of_overlap(data: DataConfig, train: RaggedDataset, validation: RaggedDataset) -> None:
-    trained = {_digest(content) for content in train.contents()}
-    known = sum(_digest(content) in trained for content in validation.contents())
+    known = validation.in_both(train)
     if not known:
         return
     same = [name for name in listed(data.validation) if any(_one_file(name, other) for other in listed(data.train))]
@@ -47,10 +45,6 @@ def _warn_of_overlap(data: DataConfig, train: RaggedDataset, validation: RaggedD
         f"data.validation: {known:,} of its {len(validation):,} samples are in data.train, too{why}; what is "
         "measured on them says nothing about new data"
     )
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _one_file(name: str, other: str) -> bool:

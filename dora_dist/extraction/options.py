@@ -46,7 +46,7 @@ class ExtractionOptions:
     batch_size: int = 32
     """Pictures or frames in the tower at a time."""
     num_workers: int = 0
-    """Processes that read pictures; 0: this one."""
+    """Processes that read pictures, or videos; 0: this one."""
 
 
 def option(name: str) -> str:
@@ -68,4 +68,4 @@ class Extractor(Protocol):
         """Raise UserError where no file at all could be made features of: of a layer or a size that is not there."""
 
     def outcomes(self, items: Sequence[Item]) -> Iterator[Outcome]:
-        """What comes out of each item, in order."""
+        """What comes out of each item, in any order."""

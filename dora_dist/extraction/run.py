@@ -63,9 +63,8 @@ def extract_features(
     if options.bad_images == "error":
         _refuse_missing(own)
     extractor.check()
-    store.open()
-    present = store.names()
-    wanted = [item for item in own.items if item.id not in present]
+    missing = store.open(item.id for item in own.items)
+    wanted = [item for item in own.items if item.id in missing]
     skipped = _write(extractor, wanted, store, options, bar=_bar(own, wanted, progress))
     complete = store.complete([item.id for item in items.items])
     there = len(own.items) - len(wanted)
