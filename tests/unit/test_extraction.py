@@ -504,7 +504,7 @@ def test_a_vl_bart_learns_from_films(towers: Path, tmp_path: Path) -> None:
         for number, name in enumerate(films)
     ]
     listed(tmp_path, *records)
-    base = summaries.base_model(tmp_path / "base", [json.dumps(records), "tvqa: (0) (1) 0 1"])
+    base = summaries.base_model(tmp_path / "base", [json.dumps(records), "tvqa: a0: a1:"])
     data = DataConfig(
         train={"tvqa": str(tmp_path / "list.json")},
         features=str(tmp_path / "features"),
@@ -520,7 +520,8 @@ def test_a_vl_bart_learns_from_films(towers: Path, tmp_path: Path) -> None:
     model = build_model(base, plan, WholePlacement(), dtype="fp32", head=VISION_SEQ2SEQ_LM.with_features(12)).model
     aim = VisionWriting(tokenizer, model, data.target_len, 1)
     batch = aim.prepared(aim.collator([samples[0], samples[1]]))
-    assert batch["visual_features"].shape == (2, 2, 12)  # two seconds, a frame of each
+    seen = batch["visual_features"]
+    assert seen.shape == (2, 64, 12) and seen[:, :2].any(2).all() and not seen[:, 2:].any()  # a frame of each second
     labels = batch.pop("labels")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
