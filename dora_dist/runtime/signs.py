@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -72,19 +72,22 @@ class SignsOfLife:
         with self._asking():
             self._store.set(self._names[self._world.rank], json.dumps(asdict(sign)))
 
-    def read(self) -> dict[int, Sign]:
-        """The last sign of each rank that has given one."""
+    def read(self, ranks: Sequence[int] | None = None) -> dict[int, Sign]:
+        """The last sign of each of the ranks (None: all) that has given one."""
+        ranks = range(len(self._names)) if ranks is None else ranks
+        names = [self._names[rank] for rank in ranks]
         with self._asking():
-            if self._store.check(self._names):  # a moment after the start: one question for all
-                found = dict(enumerate(self._store.multi_get(self._names)))
+            if self._store.check(names):  # a moment after the start: one question for all
+                found = dict(zip(ranks, self._store.multi_get(names), strict=True))
             else:
-                there = [rank for rank, name in enumerate(self._names) if self._store.check([name])]
+                there = [rank for rank in ranks if self._store.check([self._names[rank]])]
                 found = {rank: self._store.get(self._names[rank]) for rank in there}
         return {rank: Sign(**json.loads(sign)) for rank, sign in found.items()}
 
     def describe(self, ranks: list[int]) -> str:
         """Ranks with their hosts and processes, for people."""
-        signs, shown = self.read(), ranks[:8]
+        shown = ranks[:8]
+        signs = self.read(shown)  # no others': every rank asks who holds the store
         parts = [
             f"rank {rank} (host {signs[rank].host}, process {signs[rank].pid})" if rank in signs else f"rank {rank}"
             for rank in shown
