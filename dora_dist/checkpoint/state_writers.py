@@ -3,8 +3,8 @@
 Both write what `state.open_files` reads. Adapters go through host memory to rank 0, which writes one file while
 training goes on. That would take a copy of everything for whole models, and 84 GB through one rank for 7 billion
 numbers. There, and where one tensor alone is large, every rank writes its own elements into its own file, in small
-pieces and without a copy of the whole, and training stands still while the system's cache takes them. What does not need the state
-any more (reaching the disk, checksums, the manifest) follows while training goes on.
+pieces and without a copy of the whole, and training stands still while the system's cache takes them. What does not
+need the state any more (reaching the disk, checksums, the manifest) follows while training goes on.
 """
 
 import uuid
