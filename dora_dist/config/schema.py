@@ -163,6 +163,16 @@ class AdapterConfig(Section):
     start_rank_factor: Annotated[float, Field(ge=1), at_most(1000)] = Field(
         default=1.5, description="Dynamic rank: layers start with this times r components, rounded up"
     )
+    component_init: Literal["paper", "lora"] = Field(
+        default="paper",
+        description="Dynamic rank: how components start. paper: gates 0 between two random factors; lora: gates 1 and "
+        "B 0, as LoRA starts",
+    )
+    component_scale: Literal["paper", "budget"] = Field(
+        default="paper",
+        description="Dynamic rank: what lora_alpha is divided by. paper: the components of a layer when training "
+        "starts; budget: r, which are left on average. Pruning does not change it",
+    )
     prune_start: float = Field(
         default=0.15, ge=0, lt=1, description="Dynamic rank: pruning begins at this share of all optimizer steps"
     )
@@ -318,8 +328,10 @@ class TrainingConfig(Section):
     learning_rate: Rate = Field(default=2e-4, description="Peak learning rate")
     learning_rates: dict[str, Rate] = Field(
         default={},
-        description="Peak learning rates of single modules where they are others, by pattern as in "
-        'adapter.trained_modules: {"multi_modal_projector": 2e-5}',
+        description="Peak learning rates that are others: of modules and parameters, by pattern as in "
+        'adapter.trained_modules ({"multi_modal_projector": 2e-5}), or of one kind of adapter parameters in all layers '
+        '({"lora_B": 4e-3, "lora_gates": 1e-2, "magnitude_offset": 1e-3}); of several that name one parameter, the '
+        "last",
     )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear",
