@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SMALL_TESTS := tests/unit
 RANKS_TESTS := $(filter-out $(SMALL_TESTS),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py)))))
 
-.PHONY: help demo demo-llava demo-vlbart test test-cluster test-gpu lint docs hooks bench-step bench-rank bench-analysis clean
+.PHONY: help demo demo-llava demo-vlbart test test-cluster test-gpu lint docs hooks bench-step bench-rank bench-analysis bench-claims clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -64,6 +64,9 @@ bench-rank: $(VENV)/.installed-bench  ## train dynamic rank and LoRA on real tex
 
 bench-analysis: $(VENV)/.installed-bench  ## how magnitudes and directions move under three methods; ARGS="--help" for its flags
 	$(BIN)/python benchmarks/analysis.py $(ARGS)
+
+bench-claims: $(VENV)/.installed-bench  ## LoRA, DoRA, dynamic rank, MoRA and full fine-tuning on real text, several seeds, rates chosen for each; ARGS="--help" for its flags
+	$(BIN)/python benchmarks/claims.py $(ARGS)
 
 clean:  ## remove .venv and caches (runs/ stays)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info
