@@ -8,10 +8,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Tests start hundreds of interpreters: none should compile the same modules again, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE :=
 
-# Two at a time where a test is one process; those that start ranks, launchers or a cluster have the machine to themselves.
+# Two tests at a time: importing libraries, starting ranks and waiting for a cluster leave half of two cores idle. A file's
+# tests stay in one process, where they share runs; long files come first, so that none is left alone at the end. What
+# depends on how long something takes, or on a port that others would take, has the machine to itself.
 SMALL_TESTS := tests/unit
-RANKS_TESTS := $(filter-out $(SMALL_TESTS),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py)))))
+CLUSTER_TESTS := tests/cluster
+ALONE_TESTS := $(filter-out %/test_benchmark.py %/test_dynamic_rank.py,$(sort $(wildcard tests/launch/test_*.py)))
+ALONE_TESTS += $(addprefix tests/distributed/,test_together.py test_watch.py)
+LONG_TESTS := tests/bad_inputs/test_tables.py $(addprefix tests/distributed/test_,engine_options.py llava_training.py vision.py)
+RANKS_TESTS := $(filter-out $(LONG_TESTS) $(ALONE_TESTS) $(SMALL_TESTS)/% $(CLUSTER_TESTS)/%,$(sort $(wildcard tests/*/test_*.py)))
+SIDE_BY_SIDE := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo demo-llava demo-vlbart test test-cluster test-gpu lint docs hooks bench-step bench-rank bench-analysis bench-claims clean
 
@@ -28,11 +37,13 @@ demo-vlbart: $(VENV)/.installed-demo-vlbart  ## set up, then train a small VL-BA
 	$(BIN)/python launch/vlbart_demo.py
 
 test: lint docs  ## set up, then lint, type-check, build the documents and run every test
-	@status=0; ranks="$(RANKS_TESTS)"; \
-	if [ -z "$$CI" ] && ! $(BIN)/python -m tests.cluster --check; then ranks="$(filter-out tests/cluster,$(RANKS_TESTS))"; \
+	@status=0; cluster="$(CLUSTER_TESTS)"; \
+	if [ -z "$$CI" ] && ! $(BIN)/python -m tests.cluster --check; then cluster=; \
 		trap 'echo "NOT RUN: tests/cluster, the tests on a Slurm cluster; the reason is above" >&2' EXIT; fi; \
 	$(BIN)/python -m pytest --numprocesses 2 $(SMALL_TESTS) || status=$$?; \
-	$(BIN)/python -m pytest $$ranks || status=$$?; \
+	$(SIDE_BY_SIDE) $(LONG_TESTS) $(RANKS_TESTS) || status=$$?; \
+	if [ "$$cluster" ]; then $(SIDE_BY_SIDE) $$cluster || status=$$?; fi; \
+	$(BIN)/python -m pytest $(ALONE_TESTS) || status=$$?; \
 	exit $$status
 
 test-cluster: $(VENV)/.installed-test  ## the tests on a Slurm cluster of two nodes inside this machine (root on Debian or Ubuntu)

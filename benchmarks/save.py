@@ -78,75 +78,100 @@ def rank_main(rank: int, settings: Settings, adapter: dict[str, Any], saves: int
     from dora_dist.runtime import distributed
 
     distributed.choose_accelerator("auto")  # before DeepSpeed is imported, which settles on one
-
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    from dora_dist import build_model
-    from dora_dist.adapters.methods import chosen
-    from dora_dist.checkpoint.format import load_checkpoint
-    from dora_dist.checkpoint.saving import Origin, Saver
-    from dora_dist.config import AdapterConfig
-
     world = distributed.start()
-    section, config = AdapterConfig(**adapter), settings.deepspeed_config()
-    model = build_model(str(folder / "base"), section, deepspeed=config).model
-    trained = [p for p in model.parameters() if p.requires_grad]
-    numbers = sum(p.ds_numel for p in trained)
-    engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained), config=config)[0]
-    ids = torch.ones(1, settings.tokens, dtype=torch.int64, device=engine.device)
+    run = Run(settings, adapter, folder)
+    result = run.measured(saves)
+    if world.first:
+        (folder / "result.json").write_text(json.dumps(result))
+    run.saver.close()
+    distributed.stop()
 
-    def now() -> float:
+
+class Run:
+    """An engine, and what saves its state into `folder`."""
+
+    def __init__(self, settings: Settings, adapter: dict[str, Any], folder: Path) -> None:
+        import deepspeed
+
+        from dora_dist import build_model
+        from dora_dist.adapters.methods import chosen
+        from dora_dist.checkpoint.saving import Origin, Saver
+        from dora_dist.config import AdapterConfig
+
+        section, config = AdapterConfig(**adapter), settings.deepspeed_config()
+        self.folder = folder
+        self.model = build_model(str(folder / "base"), section, deepspeed=config).model
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(self.trained)
+        self.engine = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)[0]
+        self.ids = torch.ones(1, settings.tokens, dtype=torch.int64, device=self.engine.device)
+        origin = Origin(method=chosen(section), base_model="base")
+        self.saver = Saver(self.engine, self.model, origin, run_dir=folder, timeout_s=600.0)
+
+    def measured(self, saves: int) -> dict[str, Any]:
+        """Times in seconds, and sizes in bytes, those of memory of the worst rank (collective)."""
+        from dora_dist.checkpoint.format import load_checkpoint
+
+        alone = statistics.median([self._step() for _ in range(4)][1:])
+        first, _, peak = self._save_and_wait(0)
+        peaks, whole, stalls, meanwhile = [peak], [], [], []
+        for _ in range(saves):
+            torch.distributed.barrier()
+            _, seconds, peak = self._save_and_wait(1)
+            whole.append(seconds)
+            peaks.append(peak)
+            self._step()
+            torch.distributed.barrier()
+            self.saver.save(self.folder / "checkpoint-1", {"step": 1}, {})
+            meanwhile.append(self._step())
+            stalls.append(self._ended().stall_s)
+        with Memory() as load:
+            load_checkpoint(self.folder / "checkpoint-1", self.engine, self.model)
+        added = torch.tensor([max(peaks), load.added], device=self.engine.device)
+        torch.distributed.all_reduce(added, op=torch.distributed.ReduceOp.MAX)
+        save_peak, load_peak = added.tolist()
+        files = [p for p in (self.folder / "checkpoint-1").rglob("*") if p.is_file()]
+        return {
+            "trained": sum(p.ds_numel for p in self.trained),
+            "bytes": sum(file.stat().st_size for file in files),
+            "step_s": alone,
+            "synchronous_s": whole,
+            "stall_s": stalls,
+            "step_during_save_s": meanwhile,
+            "save_peak_bytes": save_peak,
+            "load_peak_bytes": load_peak,
+            "state_bytes": 12 * sum(p.ds_tensor.ds_numel for p in self.trained),
+            "first_stall_s": first.stall_s,
+            "share": statistics.median(stalls) / statistics.median(whole),
+        }
+
+    def _now(self) -> float:
         """Seconds, once the device has done what it was given."""
+        from deepspeed.accelerator import get_accelerator
+
         get_accelerator().synchronize()
         return time.perf_counter()
 
-    def step() -> float:
-        started = now()
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
-        engine.step()
-        return now() - started
+    def _step(self) -> float:
+        started = self._now()
+        self.engine.backward(self.engine(input_ids=self.ids, labels=self.ids).loss)
+        self.engine.step()
+        return self._now() - started
 
-    saver = Saver(engine, model, Origin(method=chosen(section), base_model="base"), run_dir=folder, timeout_s=600.0)
-    found: dict[str, list[float]] = {"synchronous_s": [], "stall_s": [], "step_during_save_s": []}
-    alone = statistics.median([step() for _ in range(4)][1:])
-    with Memory() as first_save:
-        saver.save(folder / "checkpoint-0", {"step": 0}, {})
-        saver.wait()
-    first = saver.ended()
-    saving = [first_save]
-    for _ in range(saves):
-        torch.distributed.barrier()
-        started = now()
-        with Memory() as another_save:
-            saver.save(folder / "checkpoint-1", {"step": 1}, {})
-            saver.wait()
-        saving.append(another_save)
-        found["synchronous_s"].append(now() - started)
-        saver.ended()
-        step()
-        torch.distributed.barrier()
-        saver.save(folder / "checkpoint-1", {"step": 1}, {})
-        found["step_during_save_s"].append(step())
-        saver.wait()
-        ended = saver.ended()
+    def _save_and_wait(self, step: int) -> tuple[Any, float, int]:
+        """What the saver says of it, its seconds, and the memory that it added."""
+        started = self._now()
+        with Memory() as memory:
+            self.saver.save(self.folder / f"checkpoint-{step}", {"step": step}, {})
+            self.saver.wait()
+        seconds = self._now() - started
+        return self._ended(), seconds, memory.added
+
+    def _ended(self) -> Any:
+        self.saver.wait()
+        ended = self.saver.ended()
         assert ended is not None and ended.failure is None, ended
-        found["stall_s"].append(ended.stall_s)
-    with Memory() as load:
-        load_checkpoint(folder / "checkpoint-1", engine, model)
-    added = torch.tensor([max(save.added for save in saving), load.added], device=engine.device)
-    torch.distributed.all_reduce(added, op=torch.distributed.ReduceOp.MAX)
-    if world.first:
-        assert first is not None
-        written = sum(p.stat().st_size for p in (folder / "checkpoint-1").rglob("*") if p.is_file())
-        result: dict[str, Any] = {"trained": numbers, "bytes": written, "step_s": alone, **found}
-        result["save_peak_bytes"], result["load_peak_bytes"] = added.tolist()
-        result["state_bytes"] = 12 * sum(p.ds_tensor.ds_numel for p in trained)
-        result["first_stall_s"] = first.stall_s
-        result["share"] = statistics.median(found["stall_s"]) / statistics.median(found["synchronous_s"])
-        (folder / "result.json").write_text(json.dumps(result))
-    saver.close()
-    distributed.stop()
+        return ended
 
 
 class Memory:

@@ -4,6 +4,7 @@ Every round starts fresh ranks for each variant in turn, so that what else the m
 """
 
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -60,8 +61,19 @@ def launch(variant: str, base: Path, settings: Settings, profile: bool = False) 
     """Fresh ranks for one variant; each rank's measurements. A rank that fails ends them all with its traceback."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         arguments = (variant, base, settings, Path(folder), profile)
-        torch.multiprocessing.spawn(rank_main, arguments, nprocs=settings.ranks)
+        torch.multiprocessing.start_processes(rank_main, arguments, settings.ranks, start_method=start_method())
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(settings.ranks)]
+
+
+def start_method() -> str:
+    """How ranks begin: as new interpreters, or on a CPU as forks of a process that has imported what takes seconds.
+
+    Libraries may ask for a GPU when they are imported, and a fork of a process that did cannot use it.
+    """
+    if torch.accelerator.is_available():
+        return "spawn"
+    multiprocessing.set_forkserver_preload(["torch", "transformers.trainer", "peft", "dora_dist.zero3.placement"])
+    return "forkserver"
 
 
 def check_first_losses(report: dict[str, Any]) -> None:

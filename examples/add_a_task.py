@@ -65,7 +65,7 @@ class TaggedReader(TokensReader):
                 labels.append(IGNORED if word is None or word == before else tags[word])
                 before = word
             into.values(lengths=len(labels))  # before cutting: statistics count what is cut
-            stop = self.data.cutoff_len
+            stop = self.data.longest_text
             # Two columns of rows of different lengths, whose bounds are the column "starts".
             into.ragged("starts", tokens=encoded.input_ids[:stop], labels=labels[:stop])
 

@@ -200,7 +200,7 @@ def answers(path: Path, chosen: Sequence[int]) -> list[str]:
     task = emoji_questions.UNSEEN
     data = DataConfig(**{**fields, "train": {task: str(DATA / f"{task}-held-out.jsonl")}, "validation_samples": 0})
     samples = read(VisionReader(data, tokenizer), data, seed=SEED, progress=False).train
-    aim = VisionWriting(tokenizer, model, data.target_len, 1)
+    aim = VisionWriting(tokenizer, model, data.longest_target, 1)
     batch = aim.prepared(aim.collator([samples[place] for place in chosen]))
     with torch.no_grad():
         seen = {name: batch[name].to(model.device) for name in aim.inputs}

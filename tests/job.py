@@ -1,6 +1,7 @@
 """A training job of real processes, without a launcher that would end ranks by itself: they are killed here."""
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -85,6 +86,7 @@ class Job:
 
 
 def _main(environment: dict[str, str], log: Path, arguments: list[str]) -> None:
+    gc.freeze()  # as in tests/ranks.py
     os.environ.update(environment)
     with log.open("w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())

@@ -98,6 +98,7 @@ def _rank_main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    gc.freeze()  # what was imported before the fork: each engine collects garbage, which would look at all of it
     os.environ.update(_environment(rank, world_size))
     os.setsid()  # its own process group: whatever it starts can be killed with it
     threading.Thread(target=_die_with_parent, daemon=True).start()

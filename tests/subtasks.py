@@ -1,11 +1,14 @@
 """Records of VL-BART's tasks about pictures and videos of one colour each, and their features."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy
+
+from dora_dist.data.subtasks import SUBTASKS
 
 WIDTH = 7
 COLOURS = ("red", "green", "blue", "white")
@@ -56,17 +59,23 @@ def write(folder: Path, count: int, tasks: tuple[str, ...] = PICTURES, *, first:
 
 
 def features(folder: Path, count: int, *, regions: int = 49, width: int = WIDTH) -> Path:
-    """`folder`/pictures.h5 and `folder`/videos, features of `count` of each; returns the folder."""
+    """Features of `count` pictures and videos; returns the folder.
+
+    pictures.h5: one file; pictures: a folder of ID.h5, and videos: of ID.npz, as VL-BART's authors have them.
+    """
     generator = numpy.random.default_rng(0)
     prototypes = 3 * generator.normal(size=(len(COLOURS), width))
 
     def some(i: int, length: int) -> Any:
         return (prototypes[i % len(COLOURS)] + generator.normal(size=(length, width)) / 4).astype(numpy.float16)
 
-    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    for kind in ("pictures", "videos"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
     with h5py.File(folder / "pictures.h5", "w") as file:
         for i in range(count):
             file[f"p{i}/features"] = some(i, regions)
+            with h5py.File(folder / "pictures" / f"p{i}.h5", "w") as own:
+                own[f"p{i}/features"] = file[f"p{i}/features"][()]
     for i in range(count):
         numpy.savez(folder / "videos" / f"v{i}.npz", features=some(i, 3 + i % 5))
     return folder
@@ -75,11 +84,14 @@ def features(folder: Path, count: int, *, regions: int = 49, width: int = WIDTH)
 def section(folder: Path, train: dict[str, str], **fields: Any) -> dict[str, Any]:
     """A data section over what `write` and `features` have made."""
     places = {task: str(folder / ("pictures.h5" if task in PICTURES else "videos")) for task in train}
-    data = {"train": train, "format": "vision_text", "features": places, "cutoff_len": 60, "target_len": 12}
+    data = {"train": train, "format": "vision_text", "features": places, "cutoff_len": 64, "target_len": 12}
     return {**data, "cache": None, **fields}
 
 
 def texts() -> list[str]:
     """All that a tokenizer should know."""
-    said = [json.dumps(record(task, i)) for task in (*PICTURES, *VIDEOS) for i in range(8)]
-    return [*said, "vqa: gpa: gqa: nlvr: caption: tvqa: how2qa: tvc: yc2c: true false yes no", *OPTIONS]
+    said = []
+    for task, i in itertools.product((*PICTURES, *VIDEOS), range(8)):
+        asked = SUBTASKS[task].read(record(task, i))
+        said += [SUBTASKS[task].prompted(asked, None).text, *(text for text, _ in asked.targets)]
+    return [*said, "gqa: [Subs] look here", "true false yes no", *OPTIONS]

@@ -253,7 +253,7 @@ def peak_rss() -> int:
 
 
 def reset_peak_rss() -> None:
-    """Start the peak anew at what is resident now (Linux)."""
+    """Reset the peak to what is resident now (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

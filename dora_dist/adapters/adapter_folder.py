@@ -4,12 +4,15 @@ PEFT's format is in `peft_folder.py` and `peft_format.py`, our own in `native_fo
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from torch import Tensor
 
 from dora_dist.adapters.method import AdapterMethod, Shape
+from dora_dist.adapters.storage import PLAIN
+from dora_dist.runtime.on_demand import OnDemand
 from dora_dist.weights.safetensors_io import TensorFolder
 
 MODEL_CONFIG_NAME = "model_config.json"
@@ -102,10 +105,44 @@ class AdapterFolder(Protocol):
         ...
 
 
-class SavedAdapter(Protocol):
-    """An adapter in memory: what a run starts from, and what is put on a base to evaluate it. Fields as of the folder;
-    `trained` are values, by the parameters' names in the model.
+def described(folder: AdapterFolder) -> dict[str, Any]:
+    """Those fields of a `SavedAdapter` that say what it is of, as its folder has them."""
+    return {
+        "base_model": folder.base_model,
+        "revision": folder.revision,
+        "task_type": folder.task_type,
+        "modules_to_save": folder.modules_to_save(),
+        "model_config": folder.model_config,
+        "base_digest": folder.base_digest(),
+        "base_storage": folder.base_storage(),
+    }
+
+
+def trained_of(folder: AdapterFolder) -> Mapping[str, Tensor]:
+    """What was trained in full, by the parameters' names in the model; each is read when it is asked for."""
+    return OnDemand(folder.trained, lambda name: folder.read(folder.trained[name]))
+
+
+@dataclass(kw_only=True)
+class AdapterFields:
+    """What an adapter in memory has whatever its format; fields as of the folder.
+
+    `modules_to_save` are modules trained in full, `trained` their parameters and single ones by their names in the
+    model, fp32; `stored` those that are not in memory but in a folder, under another name there.
     """
+
+    revision: str | None = None
+    task_type: str | None = "CAUSAL_LM"
+    modules_to_save: list[str] = field(default_factory=list)
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
+    stored: dict[str, tuple[TensorFolder, str]] = field(default_factory=dict)
+    model_config: dict[str, Any] = field(default_factory=dict)
+    base_digest: str = ""
+    base_storage: str = PLAIN.name
+
+
+class SavedAdapter(Protocol):
+    """An adapter in memory (`AdapterFields`): what a run starts from, and what is put on a base to evaluate it."""
 
     base_model: str
     revision: str | None

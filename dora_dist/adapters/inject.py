@@ -1,8 +1,6 @@
 """Which modules of a model become AdaptedLinear."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import nn
@@ -11,7 +9,7 @@ from dora_dist.adapters.adapter_folder import SavedAdapter
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.method import AdapterMethod
 from dora_dist.adapters.methods import for_one_model
-from dora_dist.adapters.patterns import inside, matches
+from dora_dist.adapters.patterns import inside, kinds_of, matches, matching, names_of_each
 from dora_dist.adapters.storage import PLAIN, WeightStorage
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.loading import HeldWeight, initial_values
@@ -102,9 +100,7 @@ def inject(
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if strangers := [name for name in methods if name not in linears]:
         raise UserError(f"the adapter has a module {strangers[0]!r} that this model does not have: another base?")
-    _refuse_shared(
-        model, {name: cast(nn.Parameter, linears[name].weight) for name in methods}, "adapted", "target_modules"
-    )
+    _refuse_shared(model, {name: f"{name}.weight" for name in methods}, "adapted", "target_modules")
     _refuse_inner(methods, trained_modules)
     _refuse_adapted(methods, trained_parameters)
     if packed := [name for name in methods if not linears[name].weight.is_floating_point()]:
@@ -116,8 +112,8 @@ def inject(
     model.requires_grad_(False)
     for name in trained_modules:
         module = model.get_submodule(name).requires_grad_(True)
-        weights = {f"{name}.{inner}": p for inner, p in module.named_parameters()}
-        _refuse_shared(model, weights, "trained", "trained_modules", name)
+        own = [f"{name}.{inner}" for inner, _ in module.named_parameters()]
+        _refuse_shared(model, {n: n for n in own}, "trained", "trained_modules", name)
     shapes = {name: (linears[name].out_features, linears[name].in_features) for name in methods}
     for name, method in for_one_model(methods, shapes).items():
         parent, _, child = name.rpartition(".")
@@ -178,18 +174,14 @@ def _match_all(
     patterns: Sequence[str], linears: Sequence[str], others: Mapping[str, str], field: str, *, apart: Sequence[str]
 ) -> set[str]:
     """The names in `linears` that any pattern matches; `others` are the kinds of all other modules, by name."""
-    matched: set[str] = set()
-    for pattern in patterns:
-        names = {name for name in linears if matches(pattern, name, field, apart=apart)}
-        if not names:
-            kinds = Counter(name.rpartition(".")[2] for name in linears)
-            could = ", ".join(f"{kind} ({count})" for kind, count in kinds.items()) or "none"
-            named = [name for name in others if matches(pattern, name, field, apart=apart)]
-            found = f"{named[0]!r} ({others[named[0]]})" if named else ""
-            instead = f", only {found}; adapter.trained_modules trains such a module in full" if found else ""
-            raise UserError(f"{field}: {pattern!r} matches no linear layer of this model{instead}; it has: {could}")
-        matched |= names
-    return matched
+
+    def otherwise(pattern: str) -> str:
+        named = next((name for name in others if matches(pattern, name, field, apart=apart)), None)
+        found = "" if named is None else f", only {named!r} ({others[named]})"
+        instead = f"{found}; adapter.trained_modules trains such a module in full" if found else ""
+        return f"matches no linear layer of this model{instead}; it has: {kinds_of(linears)}"
+
+    return matching(patterns, linears, field, apart=apart, otherwise=otherwise)
 
 
 def _refuse_inner(adapted: Iterable[str], trained: Sequence[str]) -> None:
@@ -209,17 +201,16 @@ def _refuse_adapted(adapted: Iterable[str], trained: Sequence[str]) -> None:
 
 
 def _refuse_shared(
-    model: nn.Module, weights: dict[str, nn.Parameter], done: str, field: str, within: str | None = None
+    model: nn.Module, weights: Mapping[str, str], done: str, field: str, within: str | None = None
 ) -> None:
-    """Raise UserError if a parameter of `weights` (by module or parameter name) has a name outside of `within`."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for name, weight in weights.items():
-        own = {name, f"{name}.weight"}
-        others = [n for n in owners[id(weight)] if n not in own and not (within and inside(n, within))]
+    """Raise UserError if one of `weights` (parameters' names, by their names in messages) has another name outside of
+    `within`.
+    """
+    names = {name: every for every in names_of_each(model) for name in every}
+    for called, name in weights.items():
+        others = [n for n in names[name] if n != name and not (within and inside(n, within))]
         if others:
             raise UserError(
-                f"adapter.{field}: {name!r} shares its weight with {', '.join(others)}; a tied weight cannot "
+                f"adapter.{field}: {called!r} shares its weight with {', '.join(others)}; a tied weight cannot "
                 f"be {done} in one place only: leave it out of {field}"
             )

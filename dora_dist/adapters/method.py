@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 from torch import Tensor, nn
 
 from dora_dist.adapters.peft_layer import AdapterLayer
-from dora_dist.config.schema import AdapterConfig
+from dora_dist.config.adapter import AdapterConfig
 from dora_dist.runtime.errors import UserError
 
 Shape = tuple[int, int]
@@ -249,6 +249,9 @@ class Update(AdapterMethod):
     of_training: ClassVar[frozenset[str]] = frozenset({"dropout"})
     """Settings that say how it is trained, and not what it computes with given parameters."""
     weight_decomposed = False
+    in_peft = True
+    in_peft_with_magnitude = True
+    """The same of it under a magnitude."""
     dropout: float = 0.0
 
     @classmethod
@@ -312,14 +315,6 @@ class Update(AdapterMethod):
     @property
     def title(self) -> str:
         return self.titles[0]
-
-    @property
-    def in_peft(self) -> bool:
-        return True
-
-    @property
-    def in_peft_with_magnitude(self) -> bool:
-        return self.in_peft
 
     def settings(self) -> dict[str, Any]:
         common = {"weight_decomposed": self.weight_decomposed, "gated": self.components is not None}

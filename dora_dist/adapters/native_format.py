@@ -1,8 +1,8 @@
 """Our own adapter folder, for what PEFT has no format for: dora_dist_adapter.json + adapter.safetensors.
 
-It has no adapter_config.json, so other tools refuse it where they would have to guess. What it holds are a method's own
-parameters, fp32, under the names that they have in the model (`LAYER.magnitude_offset`), and each layer's shape and
-method, which say together what function they stand for. Parameters trained in full are under their names, too.
+Without an adapter_config.json other tools refuse the folder, where they would have to guess. It holds a method's own
+parameters, fp32, under their names in the model (`LAYER.magnitude_offset`), and each layer's shape and method, which
+together say what function they stand for. Parameters trained in full are under their names, too.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME, AdapterFolder
+from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME, AdapterFields, AdapterFolder, described, trained_of
 from dora_dist.adapters.method import AdapterMethod, MergeRows, Shape
 from dora_dist.adapters.methods import for_one_model, of_settings
-from dora_dist.adapters.peft_config import read_json_object
-from dora_dist.adapters.storage import PLAIN
-from dora_dist.config.schema import AdapterConfig
+from dora_dist.config.adapter import AdapterConfig
+from dora_dist.config.names import OWN_ADAPTER
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.folders import new_folder
+from dora_dist.runtime.folders import new_folder, read_json_object, write_json
 from dora_dist.weights.safetensors_io import TensorFolder, TensorWriter
 
-CONFIG_NAME = "dora_dist_adapter.json"
+CONFIG_NAME = OWN_ADAPTER
 WEIGHTS_STEM = "adapter"
 FORMAT = 1
 _REMEDY = "copy the adapter folder again, or save it again"
@@ -60,22 +59,11 @@ class NativeLayer:
 
 
 @dataclass(kw_only=True)
-class NativeAdapter:
-    """An adapter in memory, as `adapter_folder.SavedAdapter` has it; `layers` by module name of the base model.
-
-    `stored`, of what was trained in full, is not in memory but in a folder, under another name there.
-    """
+class NativeAdapter(AdapterFields):
+    """An adapter in memory, as `adapter_folder.SavedAdapter` has it; `layers` by module name of the base model."""
 
     base_model: str
     layers: dict[str, NativeLayer]
-    revision: str | None = None
-    task_type: str | None = "CAUSAL_LM"
-    modules_to_save: list[str] = field(default_factory=list)
-    trained: Mapping[str, Tensor] = field(default_factory=dict)
-    stored: dict[str, tuple[TensorFolder, str]] = field(default_factory=dict)
-    model_config: dict[str, Any] = field(default_factory=dict)
-    base_digest: str = ""
-    base_storage: str = PLAIN.name
     source: AdapterFolder | None = None
 
     def methods(self) -> dict[str, AdapterMethod]:
@@ -119,10 +107,9 @@ class NativeAdapter:
                 for name, (source, theirs) in self.stored.items():
                     for piece in source.in_pieces(theirs, dtype=torch.float32):
                         writer.write(name, piece)
-            (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / CONFIG_NAME, config)
             if self.model_config:
-                text = json.dumps(self.model_config, indent=2) + "\n"
-                (folder / MODEL_CONFIG_NAME).write_text(text, encoding="utf-8")
+                write_json(folder / MODEL_CONFIG_NAME, self.model_config)
 
 
 @dataclass
@@ -215,16 +202,10 @@ class NativeFolder:
     def read_whole(self) -> NativeAdapter:
         """Everything at once."""
         return NativeAdapter(
-            base_model=self.base_model,
             layers={module: self.layer(module) for module in self.modules},
-            revision=self.revision,
-            task_type=self.task_type,
-            modules_to_save=self.modules_to_save(),
-            trained={name: self.read(name) for name in self.trained},
-            model_config=self.model_config,
-            base_digest=self.base_digest(),
-            base_storage=self.base_storage(),
+            trained=dict(trained_of(self)),
             source=self,
+            **described(self),
         )
 
 

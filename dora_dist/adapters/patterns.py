@@ -8,7 +8,7 @@ from torch import nn
 
 from dora_dist.runtime.errors import UserError
 
-TrainedParameters = Callable[[nn.Module], list[str]]
+ParameterPlan = Callable[[nn.Module], list[str]]
 """Given a model, the names of those of its own parameters that are trained as they are."""
 
 
@@ -24,6 +24,34 @@ def matches(pattern: str, name: str, field: str, *, apart: Sequence[str] = ()) -
         raise UserError(f"{field}: {pattern!r} is neither a module name nor a regular expression ({error})") from error
 
 
+def matching(
+    patterns: Sequence[str],
+    names: Collection[str],
+    field: str,
+    *,
+    apart: Sequence[str] = (),
+    otherwise: Callable[[str], str] | None,
+) -> set[str]:
+    """Those of `names` that any pattern matches.
+
+    Raises UserError for a pattern that matches none: `otherwise` says of it what it does, and what there is; with None
+    it may.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in names if matches(pattern, name, field, apart=apart)}
+        if not found and otherwise is not None:
+            raise UserError(f"{field}: {pattern!r} {otherwise(pattern)}")
+        chosen |= found
+    return chosen
+
+
+def kinds_of(names: Iterable[str], steps: int = 1) -> str:
+    """The last `steps` of dotted names with how often they occur, for messages: "q_proj (2), v_proj (2)"."""
+    kinds = Counter(".".join(name.split(".")[-steps:]) for name in names)
+    return ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common()) or "none"
+
+
 def trained_in_full(
     model: nn.Module,
     patterns: Sequence[str],
@@ -31,55 +59,36 @@ def trained_in_full(
     *,
     apart: Sequence[str] = (),
 ) -> list[str]:
-    """The outermost modules with parameters that a pattern names (as in `by_pattern`), in the model's order.
+    """The outermost modules with parameters that a pattern names, in the model's order.
 
     Raises UserError, naming the `field` of the patterns, if one matches none.
     """
     modules = [name for name, m in model.named_modules() if name and next(m.parameters(), None) is not None]
-    matched: set[str] = set()
-    for pattern in patterns:
-        names = {name for name in modules if matches(pattern, name, field, apart=apart)}
-        if not names:
-            outer = ", ".join(name for name in modules if "." not in name)
-            raise UserError(f"{field}: {pattern!r} matches no module with parameters; the outermost are: {outer}")
-        matched |= names
+    outer = ", ".join(name for name in modules if "." not in name)
+    none = f"matches no module with parameters; the outermost are: {outer}"
+    matched = matching(patterns, modules, field, apart=apart, otherwise=lambda pattern: none)
     return outside((name for name in modules if name in matched), matched)
 
 
 def parameters_matching(
     model: nn.Module, patterns: Sequence[str], field: str = "adapter.trained_parameters", *, apart: Sequence[str] = ()
 ) -> list[str]:
-    """The parameters that a pattern names (as in `by_pattern`), in the model's order, each once however many names.
+    """The parameters that a pattern names, in the model's order, each once however many names.
 
     Raises UserError, naming the `field` of the patterns, if one matches none.
     """
-    first: dict[int, str] = {}
-    names = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = {own for name, own in names.items() if matches(pattern, name, field, apart=apart)}
-        if not found:
-            kinds = Counter(".".join(name.split(".")[-2:]) for name in names)
-            there = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
-            raise UserError(f"{field}: {pattern!r} matches no parameter of this model; it has: {there}")
-        chosen |= found
-    return [name for name in dict.fromkeys(names.values()) if name in chosen]
+    names = {name: every[0] for every in names_of_each(model) for name in every}
+    none = f"matches no parameter of this model; it has: {kinds_of(names, steps=2)}"
+    chosen = {names[name] for name in matching(patterns, names, field, apart=apart, otherwise=lambda pattern: none)}
+    return [name for name, _ in model.named_parameters() if name in chosen]
 
 
-def named(patterns: Sequence[str], names: Sequence[str], field: str, *, every: bool = True) -> list[str]:
-    """Those of `names` that any of the patterns matches, in their order; all of them without patterns.
-
-    Raises UserError, naming the `field` of the patterns, if one matches none and `every` one should.
-    """
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = {name for name in names if matches(pattern, name, field)}
-        if not found and every:
-            kinds = Counter(name.rpartition(".")[2] for name in names)
-            there = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
-            raise UserError(f"{field}: {pattern!r} matches none of the layers that can be recorded: {there}")
-        chosen |= found
-    return [name for name in names if name in chosen or not patterns]
+def names_of_each(model: nn.Module) -> list[list[str]]:
+    """All names of each parameter; several where modules share it."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
 
 
 def inside(name: str, outer: str) -> bool:

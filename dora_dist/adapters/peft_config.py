@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dora_dist.adapters.projection import KEYS
+from dora_dist.config.names import PEFT_ADAPTER
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import read_json_object
 
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = PEFT_ADAPTER
 NO_TARGETS = "dummy-target-modules"  # what PEFT takes for an adapter of trained modules alone
 REMEDY = "save the adapter again"
 # Fields that are read here, or that change neither the function of the saved adapter nor its base. Any other field,
@@ -145,17 +146,6 @@ def pattern_value(config: dict[str, Any], patterns: str, default: str, module: s
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return config[default]
-
-
-def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError, which ends with `remedy`, for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object; {remedy}")
-    return value
 
 
 def _named(name: str, patterns: str | list[str] | None) -> bool:

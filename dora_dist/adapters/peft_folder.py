@@ -19,7 +19,6 @@ from dora_dist.adapters.peft_config import (
     CONFIG_NAME,
     REMEDY,
     pattern_value,
-    read_json_object,
     read_peft_config,
     targets,
 )
@@ -27,6 +26,7 @@ from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.adapters.storage import PLAIN
 from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import read_json_object
 from dora_dist.weights.safetensors_io import TensorFolder
 
 WEIGHTS_STEM = "adapter_model"

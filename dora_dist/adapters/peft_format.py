@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME
+from dora_dist.adapters.adapter_folder import MODEL_CONFIG_NAME, AdapterFields, described, trained_of
 from dora_dist.adapters.method import AdapterMethod
 from dora_dist.adapters.methods import of_peft
 from dora_dist.adapters.peft_config import CONFIG_NAME, NO_TARGETS, peft_type
@@ -35,19 +35,16 @@ from dora_dist.adapters.peft_folder import (
 from dora_dist.adapters.peft_layer import AdapterLayer, VeraLayer
 from dora_dist.adapters.peft_vera import PROJECTION_DIGEST, VeraFolder
 from dora_dist.adapters.storage import PLAIN
-from dora_dist.runtime.folders import new_folder
-from dora_dist.weights.safetensors_io import TensorFolder, TensorWriter
+from dora_dist.runtime.folders import new_folder, write_json
+from dora_dist.weights.safetensors_io import TensorWriter
 
 
 @dataclass
-class PeftAdapter:
+class PeftAdapter(AdapterFields):
     """An adapter; `layers` maps module names of the base model to their parameters, in memory or made when asked for.
 
-    `lora_alpha` and `r` are the defaults that single layers may depart from. `modules_to_save` are modules trained
-    in full, `trained` their parameters and single ones by name, fp32, `stored` those of them that are not in memory but
-    in a folder, under another name there; `all_biases` says that every bias of the model is among these. `model_config`
-    is what the model's configuration needs for them, `base_digest` the `sampled_digest` of the base, "" where it is not
-    known, `base_storage` the storage that held it in training, and `source` the folder that it was read from.
+    `lora_alpha` and `r` are the defaults that single layers may depart from. `all_biases` says that every bias of the
+    model was trained, `source` is the folder that it was read from.
     """
 
     base_model: str
@@ -56,15 +53,7 @@ class PeftAdapter:
     dropout: float
     use_dora: bool
     layers: Mapping[str, AdapterLayer]
-    task_type: str | None = "CAUSAL_LM"
-    revision: str | None = None
-    modules_to_save: list[str] = field(default_factory=list)
     all_biases: bool = False
-    trained: Mapping[str, Tensor] = field(default_factory=dict)
-    stored: dict[str, tuple[TensorFolder, str]] = field(default_factory=dict)
-    model_config: dict[str, Any] = field(default_factory=dict)
-    base_digest: str = ""
-    base_storage: str = PLAIN.name
     source: PeftFolder | None = None
 
     def methods(self) -> dict[str, AdapterMethod]:
@@ -99,24 +88,17 @@ def read_peft_folder(path: Path) -> PeftAdapter:
     Raises UserError, naming file and field, for anything that the adapters here cannot express.
     """
     folder = open_peft_folder(path).checked()
-    config = folder.config
     layers = {module: folder.layer(module) for module in folder.modules}
     warn_of_magnitudes(folder.path, {module: layer.odd_magnitudes() for module, layer in layers.items()})
     return PeftAdapter(
-        base_model=config.get("base_model_name_or_path") or "",
         lora_alpha=folder.lora_alpha,
-        r=config["r"],
+        r=folder.config["r"],
         dropout=folder.dropout,
-        use_dora=bool(config.get("use_dora")),
+        use_dora=bool(folder.config.get("use_dora")),
         layers=layers,
-        task_type=config.get("task_type"),
-        revision=config.get("revision"),
-        modules_to_save=folder.modules_to_save(),
-        trained={name: folder.read(stored) for name, stored in folder.trained.items()},
-        model_config=folder.model_config,
-        base_digest=folder.base_digest(),
-        base_storage=folder.base_storage(),
+        trained=dict(trained_of(folder)),
         source=folder,
+        **described(folder),
     )
 
 
@@ -168,10 +150,9 @@ def write_peft_folder(
             for name, (source, theirs) in adapter.stored.items():
                 for piece in source.in_pieces(theirs, dtype=torch.float32):
                     writer.write(trained[name], piece)
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG_NAME, config)
         if adapter.model_config:
-            text = json.dumps(adapter.model_config, indent=2) + "\n"
-            (folder / MODEL_CONFIG_NAME).write_text(text, encoding="utf-8")
+            write_json(folder / MODEL_CONFIG_NAME, adapter.model_config)
 
 
 def _tensors(module: str, layer: AdapterLayer, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ from dora_dist.analysis.points import Panel, Point
 _MARKERS, _LINES, _GREY = "osD^vPX*", ("-", "--", "-.", ":"), "0.35"
 
 
-def draw(panels: Sequence[Panel], path: Path) -> None:
-    """Write the figure; the ending of `path` says the format. Needs matplotlib."""
+def draw(panels: Sequence[Panel], path: Path, form: str) -> None:
+    """Write the figure; `form` is one of matplotlib's formats, such as "png"."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,7 +42,7 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
     ]
     shown += [Line2D([], [], marker="o", linestyle="", color=c, label=name) for (_, name), c in colours.items()]
     figure.legend(handles=shown, loc="outside lower center", ncols=min(len(shown), 2 * columns + 1), frameon=False)
-    figure.savefig(path, dpi=200)
+    figure.savefig(path, dpi=200, format=form)
     pyplot.close(figure)
 
 

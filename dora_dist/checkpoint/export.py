@@ -6,12 +6,12 @@ folder holds the matrices that all layers share once for each layer, so runs do 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dora_dist.adapters.adapter_folder import described, trained_of
 from dora_dist.adapters.folders import CONFIG_NAMES
 from dora_dist.adapters.native_format import NativeFolder
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
@@ -22,6 +22,7 @@ from dora_dist.checkpoint.adapter_folders import open_adapter
 from dora_dist.checkpoint.merge_plan import MergePlan, Output, plan_merge
 from dora_dist.checkpoint.merging import check_place, open_base, row_blocks
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.on_demand import OnDemand
 from dora_dist.weights.digest import sampled_digest, warn_of_another_base
 
 
@@ -65,45 +66,24 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
     }
     method = max((method for method, _ in adapter.modules.values()), key=lambda method: method.r)
     exported = PeftAdapter(
-        base_model=adapter.base_model,
         lora_alpha=method.lora_alpha,
         r=method.r or 1,
         dropout=method.dropout,
         use_dora=method.weight_decomposed,
         all_biases=_all_biases(plan, adapter),
-        layers=_Exported(adapter, norms),
-        task_type=adapter.task_type,
-        revision=adapter.revision,
-        modules_to_save=adapter.modules_to_save(),
-        trained={name: adapter.read(stored) for name, stored in adapter.trained.items()},
-        model_config=adapter.model_config,
-        base_digest=adapter.base_digest(),
-        base_storage=adapter.base_storage(),
+        layers=OnDemand(norms, lambda module: _exported(adapter, module, norms[module])),
+        trained=dict(trained_of(adapter)),
+        **described(adapter),
     )
     write_peft_folder(output, exported, overwrite=overwrite)
     return len(norms)
 
 
-class _Exported(Mapping[str, AdapterLayer]):
-    """The layers of an adapter in PEFT's form, each made when it is asked for and not kept.
-
-    `norms` are the row norms (out,) fp32 of the base's weights; None where a method needs none.
-    """
-
-    def __init__(self, adapter: NativeFolder, norms: Mapping[str, Tensor | None]) -> None:
-        self._adapter, self._norms = adapter, norms
-
-    def __getitem__(self, module: str) -> AdapterLayer:
-        own = self._adapter.layer(module)
-        layer = own.method.to_peft(own.shape, own.values, self._norms[module])
-        assert layer is not None  # a native folder has no layer without parameters
-        return layer
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._norms)
-
-    def __len__(self) -> int:
-        return len(self._norms)
+def _exported(adapter: NativeFolder, module: str, base_norm: Tensor | None) -> AdapterLayer:
+    own = adapter.layer(module)
+    layer = own.method.to_peft(own.shape, own.values, base_norm)
+    assert layer is not None  # a native folder has no layer without parameters
+    return layer
 
 
 def _row_norms(weight: Output, storage: WeightStorage) -> Tensor:

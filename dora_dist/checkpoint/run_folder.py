@@ -24,7 +24,7 @@ from typing import Any
 from dora_dist.checkpoint.manifest import ADAPTER, MANIFEST, NAME, Damaged, is_complete, read_manifest
 from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.folders import write_json
+from dora_dist.runtime.folders import new_file, write_json
 
 CONFIG, TRAINER_STATE, TOKENIZER = "config.json", "trainer_state.json", "tokenizer"
 DEEPSPEED, LOG, TENSORBOARD = "deepspeed.json", "run.log", "tensorboard"
@@ -154,9 +154,8 @@ def _forget_lines_after(path: Path, step: int) -> None:
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if _is_up_to(line, step)]
     if kept != lines:
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        with new_file(path, alone=True) as partial:
+            partial.write_text("".join(kept))
 
 
 def _is_up_to(line: str, step: int) -> bool:

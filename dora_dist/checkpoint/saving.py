@@ -19,13 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dora_dist.adapters.adapter_folder import SavedAdapter
-from dora_dist.adapters.besides import Besides
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.method import AdapterMethod, Method
 from dora_dist.adapters.native_format import NativeAdapter, NativeLayer
 from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.adapters.storage import PLAIN
+from dora_dist.adapters.trained_parameters import TrainedParameters
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.format import Survivors, adapter_ranks, identity
 from dora_dist.checkpoint.manifest import write_manifest
@@ -49,7 +49,7 @@ class Origin:
     revision: str | None = None
     head: Head = CAUSAL_LM
     trained_modules: Sequence[str] = ()
-    besides: Besides = field(default_factory=Besides)
+    trained_parameters: TrainedParameters = field(default_factory=TrainedParameters)
     base_digest: str = ""
     files: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -203,7 +203,7 @@ class Saver:
             "revision": origin.revision,
             "task_type": origin.head.peft_type,
             "model_config": origin.head.kept_config(self._model),
-            "modules_to_save": [*origin.trained_modules, *origin.besides.modules],
+            "modules_to_save": [*origin.trained_modules, *origin.trained_parameters.modules],
             "stored": {n: (masters.state, masters.stored(n)) for n in masters if n not in adapters},
             "base_digest": origin.base_digest,
             "base_storage": next((layer.storage.name for layer in adapted.values()), PLAIN.name),
@@ -217,7 +217,7 @@ class Saver:
             r=method.r or 1,
             dropout=method.dropout,
             use_dora=method.weight_decomposed,
-            all_biases=origin.besides.all_biases,
+            all_biases=origin.trained_parameters.all_biases,
             layers={name: layer for name, layer in layers.items() if layer is not None},
             **common,
         )

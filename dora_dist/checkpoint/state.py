@@ -5,7 +5,7 @@ ranks wrote them.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dora_dist.checkpoint.manifest import read_manifest
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.on_demand import OnDemand
 from dora_dist.weights.pieces import PiecedFolder
 from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder, read_header
 from dora_dist.zero3.state_names import MASTER, MOMENTS
@@ -67,27 +68,14 @@ def as_one(folder: Path, headers: Headers, shapes: Mapping[str, Sequence[int]]) 
     return PiecedFolder.of_headers(folder, here, {f"{n}.{key}": tuple(s) for n, s in shapes.items() for key in KEYS})
 
 
-class Masters(Mapping[str, Tensor]):
-    """The fp32 masters in a state by parameter name; each is read when it is asked for, and not kept."""
+class Masters(OnDemand[Tensor]):
+    """The fp32 masters in a state by parameter name."""
 
     def __init__(self, state: TensorFolder) -> None:
         self.state = state
-        self._names = [name.removesuffix(f".{MASTER}") for name in state.entries if name.endswith(f".{MASTER}")]
+        names = [name.removesuffix(f".{MASTER}") for name in state.entries if name.endswith(f".{MASTER}")]
+        super().__init__(dict.fromkeys(names), lambda name: state.read(self.stored(name)))
 
     def stored(self, name: str) -> str:
         """What the state calls a parameter's master."""
         return f"{name}.{MASTER}"
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self:
-            raise KeyError(name)
-        return self.state.read(self.stored(name))
-
-    def __contains__(self, name: object) -> bool:
-        return f"{name}.{MASTER}" in self.state.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

@@ -2,13 +2,13 @@
 
 Both write what `state.open_files` reads. Adapters go through host memory to rank 0, which writes one file while
 training goes on. That would take a copy of everything for whole models, and 84 GB through one rank for 7 billion
-numbers; there every rank writes its own elements into its own file, in small pieces and without any copy, and training
-stands still while the system's cache takes them. What does not need the state any more (reaching the disk, checksums,
-the manifest) follows while training goes on.
+numbers. There, and where one tensor alone is large, every rank writes its own elements into its own file, in small
+pieces and without any copy, and training stands still while the system's cache takes them. What does not need the state
+any more (reaching the disk, checksums, the manifest) follows while training goes on.
 """
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,8 @@ from dora_dist.zero3.partition import full_numel, full_shape, local_range, shard
 
 SHARDED_FROM_BYTES = 4 << 30
 """States of at least so many bytes (12 for each trained number) are written by every rank: 358 million numbers."""
+LARGEST_GATHERED = 1 << 26
+"""Elements of the largest tensor that rank 0 gathers, whole and in fp32: 268 MB."""
 
 FileEntries = Mapping[str, Mapping[str, Any]]
 """What the manifest is to say of files, by name, as those who wrote them know it."""
@@ -55,8 +57,15 @@ def state_writer(model: nn.Module, group: Any, run_dir: Path) -> StateWriter:
 
     Raises UserError, on every rank, where all ranks are to write and do not see the same folder there.
     """
-    size = sum(full_numel(p) for _, p in trainable(model)) * len(KEYS) * torch.float32.itemsize
-    return ShardFiles(model, group, run_dir) if size >= SHARDED_FROM_BYTES else GatheredFile(model, group)
+    if _is_large([full_numel(p) for _, p in trainable(model)]):
+        return ShardFiles(model, group, run_dir)
+    return GatheredFile(model, group)
+
+
+def _is_large(elements: Sequence[int]) -> bool:
+    """Whether rank 0 is spared a state; `elements` of each trained parameter."""
+    size = sum(elements) * len(KEYS) * torch.float32.itemsize
+    return size >= SHARDED_FROM_BYTES or max(elements, default=0) > LARGEST_GATHERED
 
 
 class GatheredFile:
@@ -131,6 +140,8 @@ class ShardFiles:
         self._model, self._group = model, group
         self._name = state_file(dist.get_rank(), dist.get_world_size())
         self._unfinished = ExitStack()
+        # Copies from a device into pageable memory are several times slower.
+        self._piece: Tensor = get_accelerator().pin_memory(torch.empty(PIECE, dtype=torch.float32))
 
     def take(self, folder: Path, survivors: Survivors) -> None:
         get_accelerator().synchronize()  # views of the state are read, past the engine's own streams
@@ -180,18 +191,23 @@ class ShardFiles:
                 component = torch.arange(*local_range(parameter)) % full_shape(parameter)[-1]
                 yield name, parameter, torch.isin(component, left.cpu()).nonzero().flatten()
 
-    @staticmethod
-    def _append(writer: TensorWriter, name: str, parameter: nn.Parameter, *, key: str, kept: Tensor | None) -> None:
+    def _append(
+        self, writer: TensorWriter, name: str, parameter: nn.Parameter, *, key: str, kept: Tensor | None
+    ) -> None:
         start, stop = local_range(parameter)
         held = held_state(parameter, key)
         for first in range(0, stop - start, PIECE):
             count = min(PIECE, stop - start - first)
-            piece = torch.zeros(count) if held is None else held[first : first + count]
+            piece = torch.zeros(count) if held is None else self._on_host(held[first : first + count])
             if kept is not None:
                 here = kept[(kept >= first) & (kept < first + count)] - first
-                piece = piece.cpu()[here]
+                piece = piece[here]
             if len(piece):
                 writer.write(f"{name}.{key}", piece)
+
+    def _on_host(self, held: Tensor) -> Tensor:
+        """`held` where it is in host memory; else a copy, which the next call overwrites."""
+        return held if held.device.type == "cpu" else self._piece[: len(held)].copy_(held)
 
     def _all_or_none(self, failure: str | None) -> None:
         """Raise UserError, on every rank, if one failed; what this rank has begun to write is then gone."""

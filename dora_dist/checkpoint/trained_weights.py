@@ -6,14 +6,14 @@ read from its state, tensor by tensor, and what it is of from its manifest.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
-from dora_dist.adapters.adapter_folder import AdapterFolder, SavedAdapter, SavedLayer
+from dora_dist.adapters.adapter_folder import SavedAdapter, SavedLayer, described, trained_of
 from dora_dist.adapters.method import Shape
 from dora_dist.adapters.native_format import NativeAdapter
 from dora_dist.adapters.storage import PLAIN
@@ -87,36 +87,9 @@ class TrainedWeights:
 
     def unread(self) -> SavedAdapter:
         """The same for a model to start from; a tensor is read when its turn comes, and not kept."""
-        return NativeAdapter(
-            base_model=self.base_model,
-            layers={},
-            revision=self.revision,
-            task_type=self.task_type,
-            modules_to_save=self.modules_to_save(),
-            trained=_Unread(self),
-            model_config=self.model_config,
-            base_digest=self.base_digest(),
-            base_storage=self.base_storage(),
-            source=self,
-        )
+        return NativeAdapter(layers={}, trained=trained_of(self), source=self, **described(self))
 
     @property
     def _base(self) -> Mapping[str, Any]:
         base: Mapping[str, Any] = self.manifest["base"]
         return base
-
-
-class _Unread(Mapping[str, Tensor]):
-    """The trained parameters of a folder by name."""
-
-    def __init__(self, folder: AdapterFolder) -> None:
-        self._folder = folder
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._folder.read(self._folder.trained[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._folder.trained)
-
-    def __len__(self) -> int:
-        return len(self._folder.trained)

@@ -11,7 +11,7 @@ from dora_dist.cli.options import Commands, declare, positive
 from dora_dist.runtime import extras
 from dora_dist.runtime.console import say
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.folders import disk_errors, write_json
+from dora_dist.runtime.folders import disk_errors, new_file, write_json
 
 if TYPE_CHECKING:
     from dora_dist.analysis.points import Panel
@@ -69,12 +69,8 @@ def _analyze(options: argparse.Namespace) -> None:
     panels = _panels(options)
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(f".partial-{os.getpid()}-{output.name}")
-        try:
-            figure.draw(panels, partial)
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
+        with new_file(output) as partial:
+            figure.draw(panels, partial, output.suffix.removeprefix("."))
         output.with_suffix(".csv").write_text(points.as_csv(panels), encoding="utf-8")
         write_json(output.with_suffix(".json"), points.as_json(panels))
     say(points.as_table(panels))

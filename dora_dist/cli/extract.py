@@ -35,8 +35,8 @@ def declare_extract_features(commands: Commands) -> None:
         type=Path,
         required=True,
         metavar="PLACE",
-        help="HDF5 file (.h5) for pictures, with ID/features; folder for videos, with ID.npz; what is in it is passed "
-        "over, so the same command goes on after an end of any kind",
+        help="HDF5 file (.h5) for pictures, with ID/features; folder for videos, with ID.npz; what is in it already "
+        "is skipped, so the same command resumes after an interruption",
     )
     _add_pictures(command)
     _add_videos(command)
@@ -114,7 +114,7 @@ def _add_work(command: argparse.ArgumentParser) -> None:
         type=lambda text: 0 if text == "0" else positive(text),
         default=0,
         metavar="N",
-        help="processes that read pictures; 0: this one (%(default)s)",
+        help="processes that read pictures or decode videos; 0: this one (%(default)s)",
     )
     command.add_argument("--dtype", choices=DTYPES, default="fp32", help="number format in the tower (%(default)s)")
     command.add_argument(

@@ -19,9 +19,7 @@ def declare_consolidate(commands: Commands) -> None:
         summary="merge an adapter into its base: a plain Hugging Face model folder",
         example="dora-dist consolidate runs/quickstart/train --output merged/",
     )
-    command.add_argument("path", type=Path, metavar="PATH", help="run folder, checkpoint, or adapter folder")
-    add_output(command, "the merged model")
-    command.add_argument("--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)")
+    _add_adapter(command, "the merged model")
     command.add_argument("--dtype", choices=DTYPES, help="number format to write (default: the base's)")
     command.add_argument(
         "--max-shard-size",
@@ -34,16 +32,9 @@ def declare_consolidate(commands: Commands) -> None:
 
 
 def _consolidate(options: argparse.Namespace) -> None:
-    from dora_dist.checkpoint.adapter_folders import find_adapter
     from dora_dist.checkpoint.consolidate import consolidate
 
-    plugins.load(options.plugins, "--plugins")
-    adapter, found = find_adapter(options.path)
-    if (choice := run_folder.chosen(options.path)) is not None:
-        print(f"merging {choice.told(f'consolidate {{}} --output {options.output}')}")
-    base = options.base or found
-    if base is None:
-        raise UserError(f"{options.path}: does not say what its base model is; give it with --base MODEL")
+    adapter, base = _adapter_and_base(options, "merging", "consolidate")
     with ended_by_signals():
         result = consolidate(
             adapter,
@@ -68,26 +59,37 @@ def declare_export_peft(commands: Commands) -> None:
         summary="write an adapter of our own format (DVoRA's) as a PEFT folder",
         example="dora-dist export-peft runs/dvora --output adapter/",
     )
-    command.add_argument("path", type=Path, metavar="PATH", help="run folder, checkpoint, or adapter folder")
-    add_output(command, "PEFT's adapter")
-    command.add_argument("--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)")
+    _add_adapter(command, "PEFT's adapter")
     add_plugins(command)
 
 
 def _export_peft(options: argparse.Namespace) -> None:
-    from dora_dist.checkpoint.adapter_folders import find_adapter
     from dora_dist.checkpoint.export import export_peft
+
+    adapter, base = _adapter_and_base(options, "exporting", "export-peft")
+    with ended_by_signals():
+        modules = export_peft(adapter, base, options.output, overwrite=options.overwrite)
+    say(f"{options.output}: {modules} modules")
+
+
+def _add_adapter(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("path", type=Path, metavar="PATH", help="run folder, checkpoint, or adapter folder")
+    add_output(command, what)
+    command.add_argument("--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)")
+
+
+def _adapter_and_base(options: argparse.Namespace, doing: str, command: str) -> tuple[Path, str]:
+    """The adapter's folder and its base, for a command that says what it is `doing` with a run's checkpoint."""
+    from dora_dist.checkpoint.adapter_folders import find_adapter
 
     plugins.load(options.plugins, "--plugins")
     adapter, found = find_adapter(options.path)
     if (choice := run_folder.chosen(options.path)) is not None:
-        print(f"exporting {choice.told(f'export-peft {{}} --output {options.output}')}")
+        print(f"{doing} {choice.told(f'{command} {{}} --output {options.output}')}")
     base = options.base or found
     if base is None:
         raise UserError(f"{options.path}: does not say what its base model is; give it with --base MODEL")
-    with ended_by_signals():
-        modules = export_peft(adapter, base, options.output, overwrite=options.overwrite)
-    say(f"{options.output}: {modules} modules")
+    return adapter, base
 
 
 def declare_import_gguf(commands: Commands) -> None:

@@ -1,11 +1,11 @@
 """A run's configuration, one JSON file: `RunConfig.load("configs/x.json", ["--adapter.r=8"])`."""
 
+from dora_dist.config.adapter import AdapterConfig
 from dora_dist.config.engine import EngineConfig
 from dora_dist.config.names import is_local
 from dora_dist.config.options import add_arguments, check_names
 from dora_dist.config.run_config import RunConfig
 from dora_dist.config.schema import (
-    AdapterConfig,
     AnalysisConfig,
     BatchPlan,
     CheckpointConfig,

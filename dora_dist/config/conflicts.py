@@ -4,8 +4,9 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
+from dora_dist.config.adapter import AdapterConfig
 from dora_dist.config.engine import EngineConfig
-from dora_dist.config.schema import AdapterConfig, AnalysisConfig, DataConfig, ModelConfig, TrainingConfig
+from dora_dist.config.schema import AnalysisConfig, DataConfig, ModelConfig, TrainingConfig
 
 
 def between_fields(

@@ -5,9 +5,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dora_dist.config.names import DATA_SUFFIXES, PACKED, TABLES, data_set, is_local, listed
+from dora_dist.config.adapter import AdapterConfig
+from dora_dist.config.names import DATA_SUFFIXES, OWN_ADAPTER, PACKED, PEFT_ADAPTER, TABLES, data_set, is_local, listed
 from dora_dist.config.pictures import how_to_get
-from dora_dist.config.schema import AdapterConfig, CheckpointConfig, DataConfig, ModelConfig
+from dora_dist.config.schema import CheckpointConfig, DataConfig, ModelConfig
 from dora_dist.config.source import absence, nearby
 from dora_dist.runtime.errors import UserError
 
@@ -15,9 +16,6 @@ _HOW_TO_MAKE_ONE = (
     "`make demo` creates the quickstart's; `dora-dist import-gguf` makes one of a GGUF file, `assemble-llava` one that "
     "reads pictures, `consolidate` one of a trained run"
 )
-
-
-_ADAPTERS = ("adapter_config.json", "dora_dist_adapter.json")  # PEFT's and our own, as `adapters/folders.py` knows them
 
 
 def check(model: ModelConfig, adapter: AdapterConfig, data: DataConfig, *, checkpoint: CheckpointConfig) -> None:
@@ -111,8 +109,8 @@ def _features(data: DataConfig) -> Iterator[str]:
     for name in dict.fromkeys(listed(data.features)):
         if not Path(name).exists():
             yield (
-                f'data.features = "{name}": no such file or folder{nearby(Path(name))}; give an HDF5 file or a folder '
-                "of .npz files (`dora-dist extract-features` makes them)"
+                f'data.features = "{name}": no such file or folder{nearby(Path(name))}; give an HDF5 file, a '
+                "folder of .h5 or a folder of .npz files (`dora-dist extract-features` makes them)"
             )
 
 
@@ -134,11 +132,12 @@ def _init_from(start: str | None) -> Iterator[str]:
         yield f'adapter.init_from = "{start}": a checkpoint without an adapter; {new_run_from(Path(start))}'
     else:
         hint = f'; did you mean "{inside}"?' if _is_adapter(inside) else nearby(Path(start))
-        yield f'adapter.init_from = "{start}": no adapter_config.json in it; give a PEFT adapter folder{hint}'
+        missing = f"no {PEFT_ADAPTER} or {OWN_ADAPTER} in it"
+        yield f'adapter.init_from = "{start}": {missing}; give an adapter folder{hint}'
 
 
 def _is_adapter(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _ADAPTERS)
+    return any((folder / name).is_file() for name in (PEFT_ADAPTER, OWN_ADAPTER))
 
 
 def _resume(resume: str | None) -> Iterator[str]:

@@ -6,12 +6,16 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 TABLES = (".csv", ".tsv", ".xlsx", ".txt")
 PACKED = (".gz", ".zip", ".xz", ".bz2", ".zst", ".tar", ".tgz", ".7z")
 """Endings of files that records are not read from, which are not taken for names on the hub either."""
+PEFT_ADAPTER, OWN_ADAPTER = "adapter_config.json", "dora_dist_adapter.json"
+"""The file that an adapter folder is known by: PEFT's, or our own for what PEFT has no format for."""
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -39,6 +43,16 @@ def listed(sources: Sources) -> list[str]:
 def by_task(sources: Sources) -> dict[str, list[str]]:
     """The names of each task; none where a field of sources does not say them by task."""
     return {task: listed(names) for task, names in sources.items()} if isinstance(sources, Mapping) else {}
+
+
+def of_task(value: T | Mapping[str, T], task: str) -> T:
+    """What a field says for a task: the same for all, or for each its own. KeyError: nothing for this one."""
+    return value[task] if isinstance(value, Mapping) else value
+
+
+def largest(value: int | Mapping[str, int]) -> int:
+    """The largest number of a field that `of_task` reads."""
+    return max(value.values()) if isinstance(value, Mapping) else value
 
 
 class DataSet(NamedTuple):

@@ -53,7 +53,9 @@ def explain(error: ValidationError, schema: type[BaseModel], origin: str) -> Use
             lines[name] = f"{name}: unknown key{suggestion(name, specs)}"
         elif finding["type"] == ABSURD:
             key = "".join(f', "{inside}"' for inside in path[2:])
-            lines[f"{name}{key}"] = f"{name}{key} = {finding['input']:.15g}: {finding['msg']}"
+            value = finding["input"]
+            given = _shown(value) if isinstance(value, dict) else f"{value:.15g}"
+            lines[f"{name}{key}"] = f"{name}{key} = {given}: {finding['msg']}"
         elif name in specs:
             lines.setdefault(name, _wrong_value(specs[name], finding))
         else:

@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from dora_dist.config import conflicts, engine, files, options, problems, source
+from dora_dist.config.adapter import AdapterConfig
 from dora_dist.config.engine import EngineConfig
 from dora_dist.config.schema import (
-    AdapterConfig,
     AnalysisConfig,
     CheckpointConfig,
     DataConfig,

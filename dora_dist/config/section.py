@@ -6,6 +6,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from dora_dist.config.names import largest
+
 ABSURD = "absurd"
 """The type of pydantic's finding about a number that no run comes near."""
 
@@ -20,7 +22,7 @@ def at_most(most: float) -> AfterValidator:
     """Refuses slips of the hand, before they overflow an int64 or ask for memory; not part of the documented range."""
 
     def check(value: Any) -> Any:
-        if value > most:
+        if largest(value) > most:
             meant = {"most": f"{most:,.15g}"}
             raise PydanticCustomError(ABSURD, "is more than any run needs; give at most {most}", meant)
         return value

@@ -48,7 +48,7 @@ class LabelledReader(Reader):
         return {**super().settings(), "num_labels": self.num_labels}
 
     def check(self) -> None:
-        check_fits(self.tokenizer, cutoff_len=self.data.cutoff_len)
+        check_fits(self.tokenizer, cutoff_len=self.data.longest_text)
 
     def encode(self, records: Sequence[tuple[str, Record]], into: Columns, doubts: Doubts) -> None:
         for place, record in records:
@@ -56,7 +56,7 @@ class LabelledReader(Reader):
             texts = [record[field] for field in self.data.text_fields]
             doubts.look(place, texts, empty=not any(map(str.strip, texts)))
         sides = [[record[field] for _, record in records] for field in self.data.text_fields]
-        cutting = {"truncation": "longest_first", "max_length": self.data.cutoff_len, "verbose": False}
+        cutting = {"truncation": "longest_first", "max_length": self.data.longest_text, "verbose": False}
         for encoding in self.tokenizer(*sides, **cutting).encodings or []:
             into.ragged("starts", tokens=encoding.ids, segments=encoding.type_ids)
             into.values(cut=bool(encoding.overflowing))
@@ -88,7 +88,7 @@ class LabelledReader(Reader):
             samples=len(index),
             tokens=int(self.lengths(table)[index].sum()),
             truncated=int(table["cut"][index].sum()),
-            cutoff_len=self.data.cutoff_len,
+            cutoff_len=self.data.longest_text,
             labels=self._figures(table["labels"][index]),
             first_cut=numbers(index[table["cut"][index]]),
         )

@@ -63,7 +63,7 @@ class ConversationReader(Reader):
             answers = [text for role, text in conversation.turns if role == "assistant"]
             said = (text.replace(MARK, "") for _, text in conversation.turns)
             doubts.look(place, said, empty=not any(map(str.strip, answers)))
-            stop, kept = _fitting(ids, self.stands, self.data.cutoff_len)
+            stop, kept = _fitting(ids, self.stands, self.data.longest_text)
             learnt = zip(ids[:stop], answer[:stop], strict=True)
             labels = [token if a and token != self.stands.token_id else IGNORED for token, a in learnt]
             into.ragged("starts", tokens=ids[:stop], labels=labels)
@@ -76,7 +76,7 @@ class ConversationReader(Reader):
         """A record's conversation, and its text for the model."""
         try:
             conversation = read_conversation(record)
-            if conversation.pictures and self.stands.count >= self.data.cutoff_len:
+            if conversation.pictures and self.stands.count >= self.data.longest_text:
                 raise UserError(self._no_room())
             text = render(conversation, self.data.chat_template, self.tokenizer, self.stands.token, True)
         except UserError as error:
@@ -86,8 +86,8 @@ class ConversationReader(Reader):
 
     def _no_room(self) -> str:
         return (
-            f"a picture is {self.stands.count} tokens, and data.cutoff_len = {self.data.cutoff_len} leaves no room for "
-            "any; raise it (LLaVA-1.5 is trained with 2048)"
+            f"a picture is {self.stands.count} tokens, and data.cutoff_len = {self.data.longest_text} leaves no room "
+            "for any; raise it (LLaVA-1.5 is trained with 2048)"
         )
 
     def opened(self, table: Table, field: str) -> Table:
@@ -110,14 +110,14 @@ class ConversationReader(Reader):
 
     def select(self, table: Table, index: Tensor, where: str) -> tuple[Tensor, ConversationStats]:
         learnt, absent = learnt_tokens(table), table["absent"]
-        cut = table["lengths"] > self.data.cutoff_len
+        cut = table["lengths"] > self.data.longest_text
         complete = index[~absent[index]]
         kept = complete[learnt[complete] > 0]
         if not len(kept):
             raise UserError(
                 f"none of the {len(index)} conversations of {where} has its pictures and a token to learn from "
-                f"within data.cutoff_len = {self.data.cutoff_len} (a picture is {self.stands.count} tokens); raise it, "
-                "or look at the data"
+                f"within data.cutoff_len = {self.data.longest_text} (a picture is {self.stands.count} tokens); raise "
+                "it, or look at the data"
             )
         pictures = table["pictures"].diff()[kept]
         return kept, ConversationStats(
@@ -129,7 +129,7 @@ class ConversationReader(Reader):
             truncated=int(cut[index].sum()),
             without_labels=len(complete) - len(kept),
             without_picture=len(index) - len(complete),
-            cutoff_len=self.data.cutoff_len,
+            cutoff_len=self.data.longest_text,
             first_cut=numbers(index[cut[index]]),
             first_left_out=numbers(index[absent[index] | (learnt[index] == 0)]),
         )

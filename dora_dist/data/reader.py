@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_dist.config import DataConfig
 from dora_dist.config.names import Sources, listed
-from dora_dist.data.columns import Columns, Table, pieces
+from dora_dist.data.columns import Columns, Table, pieces, row_keys
 from dora_dist.data.doubts import Doubts
 from dora_dist.data.preview import Preview, longest
 from dora_dist.data.records import Record, read_records
@@ -139,6 +139,10 @@ class Reader(ABC):
     def contents(self, table: Table, index: Tensor) -> Iterator[bytes]:
         """Each sample as bytes: two that are equal are one sample."""
         return pieces(table[self.tokens[0]], table[self.starts], index)
+
+    def keys(self, table: Table, index: Tensor) -> Tensor:
+        """(k,) int64: samples with equal `contents` have equal keys; others seldom do. Cheap for many samples."""
+        return row_keys(table[self.tokens[0]], table[self.starts], index)
 
     def columns(self, table: Table, index: Tensor) -> dict[str, Tensor | Iterable[str]]:
         """All that samples and metrics follow from, which must be the same on every rank and in a resumed run.

@@ -46,7 +46,7 @@ class SpanReader(Reader):
     learnt = '"question"'
 
     def check(self) -> None:
-        check_fits(self.tokenizer, cutoff_len=self.data.cutoff_len)
+        check_fits(self.tokenizer, cutoff_len=self.data.longest_text)
 
     def encode(self, records: Sequence[tuple[str, Record]], into: Columns, doubts: Doubts) -> None:
         for place, record in records:
@@ -58,7 +58,7 @@ class SpanReader(Reader):
             [record["question"].strip() for _, record in records],
             [record["context"] for _, record in records],
             truncation="only_second",
-            max_length=self.data.cutoff_len,
+            max_length=self.data.longest_text,
             stride=self.data.doc_stride,
             return_overflowing_tokens=True,
             verbose=False,
@@ -82,7 +82,7 @@ class SpanReader(Reader):
             samples=len(index),
             questions=len(table["questions"][index].unique()),
             tokens=int(self.lengths(table)[index].sum()),
-            cutoff_len=self.data.cutoff_len,
+            cutoff_len=self.data.longest_text,
         )
 
     def item(self, table: Table, row: int) -> dict[str, Any]:

@@ -5,8 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from dora_dist.data.preview import Figures, share
+
+
+class Cut(NamedTuple):
+    """How many of so many texts lose their end, for `limit` says so: a field of the configuration and its value."""
+
+    what: str
+    cut: int
+    of: int
+    limit: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +45,9 @@ class Stats(ABC):
         return self.samples + self.left_out
 
     @property
-    def cut(self) -> int:
-        """Samples that lose something to be learnt."""
-        return self.truncated
-
-    @property
-    def limit(self) -> str:
-        """What they were cut at, as a field and its value."""
-        return f"data.cutoff_len = {self.cutoff_len} tokens"
+    def cuts(self) -> tuple[Cut, ...]:
+        """What was cut of what is learnt, or read, separately for each kind of text."""
+        return (Cut("samples", self.truncated, self.records, f"data.cutoff_len = {self.cutoff_len} tokens"),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,41 +153,53 @@ class SpanStats(Stats):
         )
 
 
+class Subset(NamedTuple):
+    """One of several tasks: its samples, targets, and how many texts (left out or not) and targets were cut at what."""
+
+    samples: int
+    texts: Cut
+    targets: Cut
+
+
 @dataclass(frozen=True, kw_only=True)
 class SubtaskStats(Stats):
-    """Counts of records of several tasks; `each`: how many of each task."""
+    """Counts of records of several tasks, `each` by its name. cutoff_len: the largest of all."""
 
     label_tokens: int
-    each: Mapping[str, int]
+    each: Mapping[str, Subset]
     targets: int
-    cut_targets: int
-    target_len: int
     without_features: int  # left out: there are no features of its picture or video
 
     @property
     def left_out(self) -> int:
         return self.without_features
 
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        return tuple(cut for subset in self.each.values() for cut in (subset.texts, subset.targets))
+
     def figures(self) -> Figures:
         return {
             "records": f"{self.records:,}",
             "  left out: features are missing": f"{self.without_features:,}",
-            **{f"  {name}": f"{count:,}" for name, count in self.each.items()},
+            **{f"  {name}": f"{subset.samples:,}" for name, subset in self.each.items()},
             "tokens of texts": f"{self.tokens:,}",
-            f"  cut at cutoff_len = {self.cutoff_len}": f"{self.truncated:,}",
             "targets": f"{self.targets:,}",
             "tokens of targets (learnt)": f"{self.label_tokens:,}",
-            f"  cut at target_len = {self.target_len}": f"{self.cut_targets:,}",
+            **{f"  {each.what} cut at {each.limit.removeprefix('data.')}": f"{each.cut:,}" for each in self._cut()},
         }
 
     def __str__(self) -> str:
-        each = ", ".join(f"{count:,} {name}" for name, count in self.each.items())
+        each = ", ".join(f"{subset.samples:,} {name}" for name, subset in self.each.items())
+        cut = "".join(f", {each.cut:,} {each.what} cut at {each.limit.removeprefix('data.')}" for each in self._cut())
         missing = f", {self.without_features:,} left out: features are missing" if self.without_features else ""
         return (
-            f"{self.samples:,} samples ({each}), {self.tokens:,} tokens of texts ({self.truncated:,} cut at "
-            f"{self.cutoff_len}), {self.label_tokens:,} of {self.targets:,} targets ({self.cut_targets:,} cut at "
-            f"{self.target_len}){missing}"
+            f"{self.samples:,} samples ({each}), {self.tokens:,} tokens of texts, {self.label_tokens:,} of "
+            f"{self.targets:,} targets{cut}{missing}"
         )
+
+    def _cut(self) -> list[Cut]:
+        return [cut for cut in self.cuts if cut.cut]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +211,8 @@ class SummaryStats(Stats):
     target_len: int
 
     @property
-    def limit(self) -> str:
-        return f"data.target_len = {self.target_len} tokens"
+    def cuts(self) -> tuple[Cut, ...]:
+        return (Cut("samples", self.truncated, self.records, f"data.target_len = {self.target_len} tokens"),)
 
     def figures(self) -> Figures:
         return {

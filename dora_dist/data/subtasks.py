@@ -6,11 +6,12 @@ these is a subtask. Its object here is all that the rest knows of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from dora_dist.data.features import About
 from dora_dist.data.files import shown
 from dora_dist.data.records import Record, check_characters
 from dora_dist.metrics.captions import caption_metrics
@@ -24,7 +25,7 @@ _TRUTHS = {"true": "true", "1": "true", "false": "false", "0": "false"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Example:
     """What a record comes to.
 
     visual: ids of its pictures, or of its video. before: text in front of `text`, which is shortened first. targets:
@@ -38,7 +39,7 @@ class Asked:
     before: str = ""
 
 
-class Worded(NamedTuple):
+class PromptedText(NamedTuple):
     """A text as the model reads it. prompt: where in it the prompt is; before: so many characters are shortened first,
     then what is not the prompt.
     """
@@ -52,35 +53,34 @@ class Worded(NamedTuple):
 class Subtask:
     """One of the tasks. metric: the score that counts, of those that `score` gives of answers and references.
 
+    about: what its records are about; the prompt is in front of a text about pictures, and behind one about a video.
     drawn: an epoch has one of a record's targets, drawn by score; otherwise it has each. packages: modules of extras
     that `score` imports.
     """
 
+    about: About
     prompt: str
-    read: Callable[[Record], Asked]
+    read: Callable[[Record], Example]
     score: Callable[[Sequence[str], Sequence[Any]], Scores]
     metric: str
     others: tuple[str, ...] = ()
     drawn: bool = False
-    prompt_last: bool = False
     packages: tuple[str, ...] = field(default=())
 
     @property
     def metrics(self) -> tuple[str, ...]:
         return (self.metric, *self.others)
 
-    def worded(self, asked: Asked, prompt: str | None) -> Worded:
-        """The text with the prompt (None: the subtask's own), in front of it, or behind it for videos."""
+    def prompted(self, example: Example, prompt: str | None) -> PromptedText:
+        """The text with the prompt (None: the subtask's own)."""
         prompt = self.prompt if prompt is None else prompt
-        first = f"{asked.before} " if asked.before else ""
-        if self.prompt_last:
-            own = prompt.strip()
-            whole = first + " ".join(part for part in (asked.text, own) if part)
-            start = len(whole) - len(own)
+        first = f"{example.before} " if example.before else ""
+        if self.about == "videos":
+            whole = first + " ".join(part for part in (example.text, prompt) if part)
+            start = len(whole) - len(prompt)
         else:
-            whole, start = f"{first}{prompt}{asked.text}", len(first)
-            own = prompt.rstrip()
-        return Worded(whole, range(start, start + len(own)), len(asked.before))
+            whole, start = f"{first}{prompt}{example.text}", len(first)
+        return PromptedText(whole, range(start, start + len(prompt)), len(example.before))
 
 
 # --- fields of records ------------------------------------------------------------------------------------------------
@@ -110,17 +110,29 @@ def _id(record: Record, *names: str) -> str:
     return str(value)
 
 
-def _texts(record: Record, *names: str, inside: str = "") -> list[str]:
-    """A text or a list of them; one may be an object that holds its text as `inside`."""
+def _strings(record: Record, *names: str, inside: str = "") -> list[str]:
+    """A text or a list of them, some perhaps empty; one may be an object that holds its text as `inside`."""
     value = _given(record, *names)
     elements = value if isinstance(value, list) else [value]
     said = [element.get(inside) if isinstance(element, dict) else element for element in elements]
-    texts = [text for text in said if isinstance(text, str) and text.strip()]
-    if not texts or len(texts) < len(said):
-        raise UserError(f'"{names[0]}" must be a text or a list of texts, found {shown(value)}')
+    texts = [text for text in said if isinstance(text, str)]
+    if len(texts) < len(said):
+        raise _no_texts(value, names[0])
     for text in texts:
         check_characters(f'"{names[0]}"', text)
     return texts
+
+
+def _texts(record: Record, *names: str, inside: str = "") -> list[str]:
+    """As `_strings`, of which there must be some, and none may be empty."""
+    texts = _strings(record, *names, inside=inside)
+    if not texts or not all(text.strip() for text in texts):
+        raise _no_texts(_given(record, *names), names[0])
+    return texts
+
+
+def _no_texts(value: Any, name: str) -> UserError:
+    return UserError(f'"{name}" must be a text or a list of texts, found {shown(value)}')
 
 
 def _labels(record: Record) -> dict[str, float]:
@@ -141,20 +153,21 @@ def _labels(record: Record) -> dict[str, float]:
 
 
 def _time(record: Record) -> str:
-    """The time stamp as text: "12.5 - 17.25"."""
+    """The time stamp as the record has it: "[TS] (12.5-17.25)", or "[TS] ([12.5, 17.25])"."""
     stamp = record.get("ts")
-    if stamp is None or isinstance(stamp, str):
-        return stamp or ""
+    if stamp is None or stamp == "":
+        return ""
     numbers = isinstance(stamp, list) and len(stamp) == 2 and all(isinstance(value, int | float) for value in stamp)
-    if not numbers:
+    if not numbers and not isinstance(stamp, str):
         raise UserError(f'"ts" must be the two ends of a stretch in seconds, found {shown(stamp)}')
-    return " - ".join(f"{value:.15g}" for value in stamp)
+    return f"[TS] ({stamp})"
 
 
 def _subtitles(record: Record) -> str:
-    """Subtitles, if any: a text, or a list of texts or of {"text": ...}."""
+    """Subtitles, if any: a text, or a list of texts or of {"text": ...}, of which some may be empty."""
     present = next((name for name in ("subtitles", "sub") if record.get(name)), None)
-    return _joined(*_texts(record, present, inside="text")) if present else ""
+    said = _joined(*_strings(record, present, inside="text")) if present else ""
+    return f"[Subs] {said}" if said else ""
 
 
 def _joined(*parts: str) -> str:
@@ -164,11 +177,11 @@ def _joined(*parts: str) -> str:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _question(record: Record) -> Asked:
+def _question(record: Record) -> Example:
     label = _labels(record)
     voted = [text for text, score in label.items() if score > 0]
     answers = _texts(record, "answers", inside="answer") if record.get("answers") is not None else []
-    return Asked(
+    return Example(
         visual=(_id(record, "img_id", "image_id", "imageId", "image"),),
         text=_text(record, "sent", "question"),
         # A question on whose answer nobody agrees teaches nothing, and still counts, as in the authors' runs.
@@ -177,7 +190,7 @@ def _question(record: Record) -> Asked:
     )
 
 
-def _pair(record: Record) -> Asked:
+def _pair(record: Record) -> Example:
     label = record.get("label")
     said = _TRUTHS.get(str(label).lower()) if isinstance(label, str | int) else None  # a bool is an int, too
     if said is None:
@@ -188,15 +201,15 @@ def _pair(record: Record) -> Asked:
         stem = _text(record, "identifier", "img0").rpartition("-")[0]
         pictures = f"{stem}-img0", f"{stem}-img1"
     text = _text(record, "sent", "sentence")
-    return Asked(visual=pictures, text=text, targets=((said, 1.0),), reference=said)
+    return Example(visual=pictures, text=text, targets=((said, 1.0),), reference=said)
 
 
-def _captioned(record: Record) -> Asked:
+def _captioned(record: Record) -> Example:
     captions = _texts(record, "sentences", "captions", "caption", "sent", inside="raw")
     known = any(record.get(name) is not None for name in ("img_id", "image_id"))
     # Karpathy's splits name the file; features are kept by its stem.
     picture = _id(record, "img_id", "image_id") if known else PurePosixPath(_id(record, "filename", "img_id")).stem
-    return Asked(
+    return Example(
         visual=(picture,), text="", targets=tuple((text.strip(), 1.0) for text in captions), reference=captions
     )
 
@@ -204,17 +217,17 @@ def _captioned(record: Record) -> Asked:
 # --- videos -----------------------------------------------------------------------------------------------------------
 
 
-def _multiple_choice(record: Record) -> Asked:
+def _multiple_choice(record: Record) -> Example:
     options = [record[f"a{i}"] for i in range(10) if f"a{i}" in record] or record.get("choices")
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) for o in options):
         raise UserError(f'must have the choices "a0", "a1", ... (or a list "choices"), found {shown(options)}')
     answer = _right_option(record, options)
-    numbered = [f"({i}) {option.strip()}" for i, option in enumerate(options)]
-    return Asked(
+    numbered = [f"a{i}: {option.strip('. ')}." for i, option in enumerate(options)]
+    return Example(
         visual=(_id(record, *_VIDEO_IDS),),
         before=_subtitles(record),
-        text=_joined(_text(record, "q", "question"), _time(record), *numbered),
-        targets=((str(answer), 1.0),),
+        text=_joined("[Q]", _text(record, "q", "question"), _time(record), "[Choices]", *numbered),
+        targets=((f"a{answer}", 1.0),),
         reference={"options": options, "answer": answer},
     )
 
@@ -235,15 +248,19 @@ def _right_option(record: Record, options: Sequence[str]) -> int:
     return answer
 
 
-def _described(record: Record) -> Asked:
+def _described(record: Record) -> Example:
     captions = _texts(record, "descs", "captions", "caption", "desc", inside="desc")
-    return Asked(
+    return Example(
         visual=(_id(record, *_VIDEO_IDS),),
         before=_subtitles(record),
-        text=_time(record),
+        text="",
         targets=tuple((text.strip(), 1.0) for text in captions),
         reference=captions,
     )
+
+
+def _described_stretch(record: Record) -> Example:
+    return replace(_described(record), text=_time(record))
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -285,17 +302,25 @@ _OF_CAPTIONS: Mapping[str, Any] = {
     "packages": ("pycocoevalcap", "nltk"),
 }
 
+_OF_QUESTIONS: Mapping[str, Any] = {"about": "pictures", "read": _question, "metric": "accuracy", "drawn": True}
+_OF_CHOICES: Mapping[str, Any] = {"about": "videos", "read": _multiple_choice, "score": _choice, "metric": "accuracy"}
+
 SUBTASKS: dict[str, Subtask] = {
-    "vqa": Subtask(prompt="vqa: ", read=_question, score=_vqa, metric="accuracy", drawn=True),
+    "vqa": Subtask(prompt="vqa: ", score=_vqa, **_OF_QUESTIONS),
     # So spelt in the authors' runs; data.prompts can say "gqa: ".
-    "gqa": Subtask(prompt="gpa: ", read=_question, score=_exact, metric="accuracy", drawn=True),
-    "nlvr2": Subtask(prompt="nlvr: ", read=_pair, score=_true_or_false, metric="accuracy"),
-    "caption": Subtask(prompt="caption: ", read=_captioned, **_OF_CAPTIONS),
-    "tvqa": Subtask(prompt="tvqa: ", read=_multiple_choice, score=_choice, metric="accuracy", prompt_last=True),
-    "how2qa": Subtask(prompt="how2qa: ", read=_multiple_choice, score=_choice, metric="accuracy", prompt_last=True),
-    "tvc": Subtask(prompt="tvc: ", read=_described, prompt_last=True, **_OF_CAPTIONS),
-    "yc2c": Subtask(prompt="yc2c: ", read=_described, prompt_last=True, **_OF_CAPTIONS),
+    "gqa": Subtask(prompt="gpa: ", score=_exact, **_OF_QUESTIONS),
+    "nlvr2": Subtask(about="pictures", prompt="nlvr: ", read=_pair, score=_true_or_false, metric="accuracy"),
+    "caption": Subtask(about="pictures", prompt="caption: ", read=_captioned, **_OF_CAPTIONS),
+    "tvqa": Subtask(prompt="tvqa: ", **_OF_CHOICES),
+    "how2qa": Subtask(prompt="how2qa: ", **_OF_CHOICES),
+    "tvc": Subtask(about="videos", prompt="tvc: ", read=_described_stretch, **_OF_CAPTIONS),
+    "yc2c": Subtask(about="videos", prompt="yc2c: ", read=_described, **_OF_CAPTIONS),
 }
+
+
+def metrics_of(subtasks: Iterable[str]) -> list[str]:
+    """The names of the scores of these subtasks, as `scores_of` has them; without "average"."""
+    return [f"{name}_{metric}" for name in subtasks for metric in SUBTASKS[name].metrics]
 
 
 def scores_of(subtasks: Sequence[str], answers: Sequence[str], references: Sequence[Any]) -> Scores:

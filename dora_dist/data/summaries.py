@@ -41,7 +41,7 @@ class SummaryReader(Reader):
         return f'"{self.data.text_fields[0]}" or "{self.data.label_field}"'
 
     def check(self) -> None:
-        check_fits(self.tokenizer, cutoff_len=self.data.cutoff_len, target_len=self.data.target_len)
+        check_fits(self.tokenizer, cutoff_len=self.data.longest_text, target_len=self.data.longest_target)
 
     def encode(self, records: Sequence[tuple[str, Record]], into: Columns, doubts: Doubts) -> None:
         for place, record in records:
@@ -49,12 +49,13 @@ class SummaryReader(Reader):
             doubts.look(place, texts, empty=not all(map(str.strip, texts)))
         documents, summaries = ([record[field] for _, record in records] for field in self.fields)
         into.strings("reference starts", references=summaries)
+        longest, most = self.data.longest_text, self.data.longest_target
         cut = {"truncation": True, "verbose": False}
-        for encoding in self.tokenizer(text=documents, max_length=self.data.cutoff_len, **cut).encodings or []:
+        for encoding in self.tokenizer(text=documents, max_length=longest, **cut).encodings or []:
             into.ragged("document starts", documents=encoding.ids)
             into.values(cut_documents=bool(encoding.overflowing))
         # Some tokenizers write what a model reads and what it writes differently.
-        for encoding in self.tokenizer(text_target=summaries, max_length=self.data.target_len, **cut).encodings or []:
+        for encoding in self.tokenizer(text_target=summaries, max_length=most, **cut).encodings or []:
             into.ragged("summary starts", summaries=encoding.ids)
             into.values(cut_summaries=bool(encoding.overflowing))
 
@@ -65,8 +66,8 @@ class SummaryReader(Reader):
             label_tokens=int(table["summary starts"].diff()[index].sum()),
             cut_documents=int(table["cut_documents"][index].sum()),
             truncated=int(table["cut_summaries"][index].sum()),
-            cutoff_len=self.data.cutoff_len,
-            target_len=self.data.target_len,
+            cutoff_len=self.data.longest_text,
+            target_len=self.data.longest_target,
             first_cut=numbers(index[table["cut_summaries"][index]]),
         )
 

@@ -28,12 +28,12 @@ class TokensReader(Reader):
     notes = ("lengths",)
 
     def select(self, table: Table, index: Tensor, where: str) -> tuple[Tensor, TextStats]:
-        learnt, cut = learnt_tokens(table), table["lengths"] > self.data.cutoff_len
+        learnt, cut = learnt_tokens(table), table["lengths"] > self.data.longest_text
         kept = index[learnt[index] > 0]
         if not len(kept):
             raise UserError(
                 f"none of the {len(index)} samples of {where} has a token to learn from within "
-                f"data.cutoff_len = {self.data.cutoff_len} (the shortest has {int(table['lengths'][index].min())} "
+                f"data.cutoff_len = {self.data.longest_text} (the shortest has {int(table['lengths'][index].min())} "
                 "tokens); raise it, or look at the answers in the data"
             )
         return kept, TextStats(
@@ -42,7 +42,7 @@ class TokensReader(Reader):
             label_tokens=int(learnt[kept].sum()),
             truncated=int(cut[index].sum()),
             without_labels=len(index) - len(kept),
-            cutoff_len=self.data.cutoff_len,
+            cutoff_len=self.data.longest_text,
             first_cut=numbers(index[cut[index]]),
             first_left_out=numbers(index[learnt[index] == 0]),
         )
@@ -98,7 +98,7 @@ class TextReader(TokensReader):
         everywhere = self.data.loss_on == "all"
         for ids, answer in encode(self.tokenizer, rendered):
             into.values(lengths=len(ids))
-            ids = ids[: self.data.cutoff_len]
+            ids = ids[: self.data.longest_text]
             labels = [token if everywhere or a else IGNORED for token, a in zip(ids, answer, strict=False)]
             into.ragged("starts", tokens=ids, labels=labels)
 

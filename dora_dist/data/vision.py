@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 
 from dora_dist.config import DataConfig
-from dora_dist.config.names import Sources, by_task, listed
-from dora_dist.data.columns import IGNORED, Columns, Table, counts_between, row_of, taken
+from dora_dist.config.names import Sources, by_task, listed, of_task
+from dora_dist.data.columns import IGNORED, Columns, Table, counts_between, row_keys, row_of, taken
 from dora_dist.data.doubts import Doubts
-from dora_dist.data.features import FeatureFile, Features, Visual
+from dora_dist.data.features import FeatureFile, FeatureFiles, Visual
 from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.reader import Reader, check_fits
 from dora_dist.data.records import Record, read_records
 from dora_dist.data.sampler import EpochOrder, subtask_order
-from dora_dist.data.stats import SubtaskStats
+from dora_dist.data.stats import Cut, Subset, SubtaskStats
 from dora_dist.data.strings import pack, unpack
-from dora_dist.data.subtasks import SUBTASKS, Asked, Worded
+from dora_dist.data.subtasks import SUBTASKS, Example, PromptedText
 from dora_dist.runtime.errors import UserError
 
 _OF = "task"  # the field that a record gets, for data.train says which task its source is of
 _NAMES = tuple(SUBTASKS)
+_SOME = 16  # of a file's features, evenly spaced over the samples, tell whether a resumed run has the same file
 
 
 class VisionReader(Reader):
@@ -51,28 +52,28 @@ class VisionReader(Reader):
         super().__init__(data, tokenizer)
         # The width that all features must have, and who says so: the configuration, or the first that are read.
         self._width = None if width is None else (width, "model.feature_dim is")
-        self._features: dict[str, Features] = {}
+        self._features: dict[str, FeatureFiles] = {}
 
-    def features(self, subtask: str) -> Features:
+    def features(self, subtask: str) -> FeatureFiles:
         """The feature files of a subtask. Raises UserError."""
         if subtask not in self._features:
-            of_tasks = by_task(self.data.features)
-            field = f'data.features, "{subtask}"' if of_tasks else "data.features"
-            self._features[subtask] = Features(of_tasks.get(subtask) or listed(self.data.features), field)
+            field = f'data.features, "{subtask}"' if by_task(self.data.features) else "data.features"
+            paths = listed(of_task(self.data.features, subtask))
+            self._features[subtask] = FeatureFiles(paths, field, of=SUBTASKS[subtask].about)
         return self._features[subtask]
 
     # --- records --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        check_fits(self.tokenizer, cutoff_len=self.data.cutoff_len, target_len=self.data.target_len)
+        check_fits(self.tokenizer, cutoff_len=self.data.longest_text, target_len=self.data.longest_target)
         for subtask in dict.fromkeys([*by_task(self.data.train), *by_task(self.data.validation)]):
             self.features(subtask)
-            prompt = self.data.prompts.get(subtask, SUBTASKS[subtask].prompt)
-            if (length := len(self.tokenizer(text=prompt.strip()).input_ids)) > self.data.cutoff_len:
-                raise UserError(
-                    f"data.cutoff_len = {self.data.cutoff_len}: the prompt of {subtask} alone is {length} tokens; "
-                    "raise it"
-                )
+            prompt, most = self.data.prompts.get(subtask, SUBTASKS[subtask].prompt), self._cutoff(subtask)
+            if (length := len(self.tokenizer(text=prompt).input_ids)) > most:
+                raise UserError(f"data.cutoff_len = {most}: the prompt of {subtask} alone is {length} tokens; raise it")
+
+    def _cutoff(self, subtask: str) -> int:
+        return of_task(self.data.cutoff_len, subtask)
 
     def records(self, sources: Sources, split: str) -> Iterator[tuple[str, Record]]:
         for subtask, names in by_task(sources).items():
@@ -80,29 +81,29 @@ class VisionReader(Reader):
                 yield place, {**record, _OF: subtask}
 
     def encode(self, records: Sequence[tuple[str, Record]], into: Columns, doubts: Doubts) -> None:
-        asked = [self._asked(place, record) for place, record in records]
+        examples = [self._example(place, record) for place, record in records]
         prompts = self.data.prompts
-        texts = [SUBTASKS[r[_OF]].worded(a, prompts.get(r[_OF])) for a, (_, r) in zip(asked, records, strict=True)]
-        targets = [text for a in asked for text, _ in a.targets]
+        texts = [SUBTASKS[r[_OF]].prompted(a, prompts.get(r[_OF])) for a, (_, r) in zip(examples, records, strict=True)]
+        targets = [text for a in examples for text, _ in a.targets]
         read = self.tokenizer(text=[each.text for each in texts], verbose=False).encodings
-        cut = {"truncation": True, "max_length": self.data.target_len, "verbose": False}
-        written = iter(self.tokenizer(text_target=targets, **cut).encodings)
-        for (place, record), a, encoding, text in zip(records, asked, read, texts, strict=True):
+        written = iter(self.tokenizer(text_target=targets, verbose=False).encodings)
+        for (place, record), a, encoding, text in zip(records, examples, read, texts, strict=True):
+            subtask = record[_OF]
             said = [*(text for text, _ in a.targets), a.before, a.text]
             doubts.look(place, said, empty=not any(text.strip() for text, _ in a.targets))
-            into.ragged("starts", tokens=_shortened(encoding, text, self.data.cutoff_len))
-            into.values(lengths=len(encoding.ids), subtasks=_NAMES.index(record[_OF]))
+            into.ragged("starts", tokens=_shortened(encoding, text, self._cutoff(subtask)))
+            into.values(lengths=len(encoding.ids), subtasks=_NAMES.index(subtask))
             into.bounds("sample targets", len(a.targets))
             for _, score in a.targets:
-                target = next(written)
-                into.ragged("target starts", targets=target.ids)
-                into.values(scores=score, cut_targets=bool(target.overflowing))
+                target, longest = next(written), of_task(self.data.target_len, subtask)
+                into.ragged("target starts", targets=_shortened(target, PromptedText("", range(0), 0), longest))
+                into.values(scores=score, cut_targets=len(target.ids) > longest)
             into.bounds("sample visuals", len(a.visual))
             into.strings("visual starts", visuals=a.visual)
             into.strings("place starts", places=[place])
             into.strings("reference starts", references=[json.dumps(a.reference)])
 
-    def _asked(self, place: str, record: Record) -> Asked:
+    def _example(self, place: str, record: Record) -> Example:
         try:
             return SUBTASKS[record[_OF]].read(record)
         except UserError as error:
@@ -131,7 +132,7 @@ class VisionReader(Reader):
         return {**table, "files": files, "absent": absent, "made": made, "made starts": starts}
 
     def _about_files(self, table: Table, of: Tensor) -> Iterator[str]:
-        """Of each file that is needed: its task, the settings of its extraction, and a digest of its first features.
+        """Of each file that is needed: its task, the settings of its extraction, and a digest of some of its features.
 
         of: (places,), the subtask of each picture or video. Raises UserError for a file whose first features are of
         another width than those of the files before, or than the configured one.
@@ -139,25 +140,28 @@ class VisionReader(Reader):
         for kind in of.unique().tolist():
             features = self.features(_NAMES[kind])
             for number, file in enumerate(features.files):
-                places = ((of == kind) & (table["files"] == number)).nonzero()[:, 0].tolist()
-                first = self._first(file, (self._visual_id(table, place) for place in places))
-                if first is not None:
-                    self._check_width(first, f"{features.field}: {file.path} has features", file)
-                    digest = hashlib.sha256(first.features.numpy().tobytes() + first.boxes.numpy().tobytes())
+                places = ((of == kind) & (table["files"] == number)).nonzero()[:, 0]
+                some = places[torch.arange(count := min(_SOME, len(places))) * len(places) // max(count, 1)]
+                found = list(self._readable(file, (self._visual_id(table, place) for place in some.tolist())))
+                if found:
+                    self._check_width(found[0], f"{features.field}: {file.path} has features", file)
+                    digest = hashlib.sha256()
+                    for visual in found:
+                        digest.update(visual.features.numpy().tobytes() + visual.boxes.numpy().tobytes())
                     yield f"{_NAMES[kind]} {file.made_with()} {digest.hexdigest()[:12]}"
 
-    def _first(self, file: FeatureFile, ids: Iterable[str]) -> Visual | None:
-        """The first features that can be read. With data.bad_images = "error" those that cannot be are a UserError."""
+    def _readable(self, file: FeatureFile, ids: Iterable[str]) -> Iterator[Visual]:
+        """Those features that can be read. With data.bad_images = "error" the first must be: UserError; others that
+        cannot be are problems of their samples."""
         try:
-            for id in ids:
+            for number, id in enumerate(ids):
                 try:
-                    return file(id)
+                    yield file(id)
                 except UserError:
-                    if self.data.bad_images == "error":
+                    if number == 0 and self.data.bad_images == "error":
                         raise
         finally:
             file.close()  # for a process that is forked must not have it open
-        return None
 
     def _check_width(self, visual: Visual, what: str, file: FeatureFile) -> None:
         width = visual.features.shape[1]
@@ -191,27 +195,51 @@ class VisionReader(Reader):
             )
 
     def select(self, table: Table, index: Tensor, where: str) -> tuple[Tensor, SubtaskStats]:
-        absent, cut = table["absent"], table["lengths"] > self.data.cutoff_len
+        absent, cut = table["absent"], self._cut(table)
         kept = index[~absent[index]]
         if not len(kept):
             raise UserError(f"there are features of none of the {len(index)} records of {where}; look at data.features")
-        counts = table["subtasks"][kept].bincount(minlength=len(_NAMES)).tolist()
         lengths, bounds = table["target starts"].diff(), table["sample targets"]
-        cut_targets, _ = taken(table["cut_targets"], bounds, kept)
         return kept, SubtaskStats(
             samples=len(kept),
-            each={name: count for name, count in zip(_NAMES, counts, strict=True) if count},
+            each={name: self._subset(table, index[of], name) for name, of in self._by_subtask(table, index)},
             tokens=int(self.lengths(table)[kept].sum()),
             targets=int(bounds.diff()[kept].sum()),
             label_tokens=int(taken(lengths, bounds, kept)[0].sum()),
             truncated=int(cut[index].sum()),
-            cut_targets=int(cut_targets.sum()),
             without_features=len(index) - len(kept),
-            cutoff_len=self.data.cutoff_len,
-            target_len=self.data.target_len,
+            cutoff_len=self.data.longest_text,
             first_cut=numbers(index[cut[index]]),
             first_left_out=numbers(index[absent[index]]),
         )
+
+    def _subset(self, table: Table, index: Tensor, subtask: str) -> Subset:
+        """Counts of the rows of one subtask."""
+        kept = index[~table["absent"][index]]
+        targets, _ = taken(table["cut_targets"], table["sample targets"], kept)
+        target_len = of_task(self.data.target_len, subtask)
+        return Subset(
+            samples=len(kept),
+            texts=Cut(
+                f"texts of {subtask}",
+                int(self._cut(table)[index].sum()),
+                len(index),
+                f"data.cutoff_len = {self._cutoff(subtask)} tokens",
+            ),
+            targets=Cut(
+                f"targets of {subtask}", int(targets.sum()), len(targets), f"data.target_len = {target_len} tokens"
+            ),
+        )
+
+    def _by_subtask(self, table: Table, index: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Each subtask, and (k,) bool: which rows of `index` are its."""
+        kinds = table["subtasks"][index]
+        for kind in kinds.unique().tolist():
+            yield _NAMES[kind], kinds == kind
+
+    def _cut(self, table: Table) -> Tensor:
+        """(n,) bool: which texts lost their end."""
+        return table["lengths"] > self.lengths(table)
 
     # --- samples --------------------------------------------------------------------------------------------------
 
@@ -281,13 +309,18 @@ class VisionReader(Reader):
             ids = unpack(table["visuals"], table["visual starts"], bounds[row], bounds[row + 1])
             yield text + json.dumps([int(table["subtasks"][row]), ids]).encode()
 
+    def keys(self, table: Table, index: Tensor) -> Tensor:
+        """Many pictures have the same questions."""
+        seen = row_keys(table["visuals"], table["visual starts"][table["sample visuals"]], index)
+        return super().keys(table, index) * 31 + seen
+
     def references(self, table: Table, index: Tensor) -> list[tuple[str, Any]]:
         """The task of each sample, and what its answers are compared with."""
         texts = unpack(table["references"], table["reference starts"])
         return [(_NAMES[int(table["subtasks"][i])], json.loads(texts[i])) for i in index.tolist()]
 
     def columns(self, table: Table, index: Tensor) -> dict[str, Tensor | Iterable[str]]:
-        """Tasks by name. Of the content of features, the first of each file is looked at."""
+        """Tasks by name. Of the content of features, some of each file are looked at."""
         kinds = [_NAMES[kind] for kind in table["subtasks"].tolist()]
         texts = unpack(table["references"], table["reference starts"])
         return {**super().columns(table, index), "subtasks": kinds, "references": texts}
@@ -308,7 +341,7 @@ class VisionReader(Reader):
         return torch.tensor([subtask.drawn for subtask in SUBTASKS.values()])[kinds]
 
 
-def _shortened(encoding: Any, text: Worded, most: int) -> list[int]:
+def _shortened(encoding: Any, text: PromptedText, most: int) -> list[int]:
     """Token ids of a text, at most so many: the end of what is shortened first goes first, then the text's end.
 
     Its prompt stays, and what the tokenizer puts around a text.
@@ -316,8 +349,8 @@ def _shortened(encoding: Any, text: Worded, most: int) -> list[int]:
     excess = len(encoding.ids) - most
     if excess <= 0:
         return list(encoding.ids)
-    own = [(i, *encoding.offsets[i]) for i, special in enumerate(encoding.special_tokens_mask) if not special]
-    may_go = [(i, stop) for i, start, stop in own if start >= text.prompt.stop or stop <= text.prompt.start]
+    own = [(i, encoding.offsets[i][1]) for i, special in enumerate(encoding.special_tokens_mask) if not special]
+    may_go = [(i, stop) for i, stop in own if stop > text.prompt.stop or stop <= text.prompt.start]
     first = [i for i, stop in reversed(may_go) if stop <= text.before]
     rest = [i for i, stop in reversed(may_go) if stop > text.before]
     gone = {*[*first, *rest][:excess]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -26,18 +25,18 @@ def warn_of_the_whole(data: DataConfig, tokenized: TokenizedData, *, batch: int 
             f"data.train has {samples:,} samples and training.global_batch_size = {batch}: every step sees all of them "
             f"and {batch - samples:,} places stay empty; lower it, or give more data"
         )
-    if stats.cut > MANY * stats.records:
-        warn(
-            f"data.train: {stats.cut:,} of {stats.records:,} samples ({stats.cut / stats.records:.0%}) are longer than "
-            f"{stats.limit} and lose their end; raise it, or shorten the data"
-        )
+    for what, cut, of, limit in stats.cuts:
+        if cut > MANY * of:
+            warn(
+                f"data.train: {cut:,} of {of:,} {what} ({cut / of:.0%}) are longer than {limit} and lose their end; "
+                "raise it, or shorten the data"
+            )
     if data.validation is not None and tokenized.validation is not None and is_first():  # only its warning is heard
         _warn_of_overlap(data, tokenized.train, tokenized.validation)
 
 
 def _warn_of_overlap(data: DataConfig, train: RaggedDataset, validation: RaggedDataset) -> None:
-    trained = {_digest(content) for content in train.contents()}
-    known = sum(_digest(content) in trained for content in validation.contents())
+    known = validation.in_both(train)
     if not known:
         return
     same = [name for name in listed(data.validation) if any(_one_file(name, other) for other in listed(data.train))]
@@ -46,10 +45,6 @@ def _warn_of_overlap(data: DataConfig, train: RaggedDataset, validation: RaggedD
         f"data.validation: {known:,} of its {len(validation):,} samples are in data.train, too{why}; what is "
         "measured on them says nothing about new data"
     )
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _one_file(name: str, other: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.folders import disk_errors
+from dora_dist.runtime.folders import disk_errors, new_file
 
 _NOT_SHOWN = ("file", "without_answer", "seconds", "max_new_tokens", "predictions")
 
@@ -26,8 +26,9 @@ def check_output(output: Path) -> None:
         raise UserError(f"--output {output}: is there already and is not a result of evaluate; give another name")
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        _partial(output).touch()
-        _partial(output).unlink()
+        probe = output.with_name(f".{output.name}.probe-{os.getpid()}")
+        probe.touch()
+        probe.unlink()
 
 
 def _is_result(file: Path) -> bool:
@@ -38,23 +39,15 @@ def _is_result(file: Path) -> bool:
     return isinstance(found, dict) and {"model", "tasks", "settings"} <= set(found)
 
 
-def _partial(output: Path) -> Path:
-    return output.with_name(f".{output.name}.partial-{os.getpid()}")
-
-
 def write_result(result: Mapping[str, Any], output: Path) -> None:
     """Write the result of `evaluate` as JSON; a file takes its name only when it is whole. Raises UserError."""
     text = json.dumps(result, indent=2) + "\n"
-    partial = _partial(output)
     with disk_errors(output):
         if output.exists() and not output.is_file():
             output.write_text(text, encoding="utf-8")
             return
-        try:
+        with new_file(output) as partial:
             partial.write_text(text, encoding="utf-8")
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def as_table(result: Mapping[str, Any]) -> str:

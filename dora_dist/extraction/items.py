@@ -132,11 +132,3 @@ def _check_id(place: str, name: str) -> None:
             f"{place}: the name {name!r} cannot be used: 1 to {_LONGEST} bytes without / and \\, not starting with a "
             'dot; give another "id"'
         )
-
-
-def missing_files(items: Items) -> list[Item]:
-    """Those whose file is not there."""
-    from dora_dist.data.pictures import missing_pictures
-
-    missing = missing_pictures(items.folder, (item.path for item in items.items))
-    return [item for item in items.items if item.path in missing]

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from dora_dist.data.features import FRAMES, GRID
 from dora_dist.extraction.items import Item
-from dora_dist.extraction.store import Features
+from dora_dist.extraction.store import Arrays
 from dora_dist.runtime.errors import UserError
 
 
@@ -46,7 +46,7 @@ class ExtractionOptions:
     batch_size: int = 32
     """Pictures or frames in the tower at a time."""
     num_workers: int = 0
-    """Processes that read pictures; 0: this one."""
+    """Processes that read pictures, or videos; 0: this one."""
 
 
 def option(name: str) -> str:
@@ -54,7 +54,7 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-Outcome = tuple[Item, Features | UserError]
+Outcome = tuple[Item, Arrays | UserError]
 """An item with its features in fp32, or why there are none."""
 
 
@@ -68,4 +68,4 @@ class Extractor(Protocol):
         """Raise UserError where no file at all could be made features of: of a layer or a size that is not there."""
 
     def outcomes(self, items: Sequence[Item]) -> Iterator[Outcome]:
-        """What comes out of each item, in order."""
+        """What comes out of each item, in any order."""

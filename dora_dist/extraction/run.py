@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from dora_dist.config import is_local
-from dora_dist.data.pictures import PictureReader
-from dora_dist.extraction.items import Item, Items, find_items, missing_files
+from dora_dist.data.pictures import PictureReader, missing_pictures
+from dora_dist.extraction.items import Item, Items, find_items
 from dora_dist.extraction.options import ExtractionOptions, Extractor, option
 from dora_dist.extraction.pictures import PictureExtractor
-from dora_dist.extraction.store import Features, FeatureStore
+from dora_dist.extraction.store import Arrays, FeatureStore
 from dora_dist.extraction.videos import VideoExtractor
 from dora_dist.models.vision_tower import VisionTower
 from dora_dist.runtime import console, extras
@@ -63,9 +63,8 @@ def extract_features(
     if options.bad_images == "error":
         _refuse_missing(own)
     extractor.check()
-    store.open()
-    present = store.names()
-    wanted = [item for item in own.items if item.id not in present]
+    missing = store.open(item.id for item in own.items)
+    wanted = [item for item in own.items if item.id in missing]
     skipped = _write(extractor, wanted, store, options, bar=_bar(own, wanted, progress))
     complete = store.complete([item.id for item in items.items])
     there = len(own.items) - len(wanted)
@@ -97,9 +96,11 @@ def _settings(items: Items, folder: Path, extractor: Extractor, options: Extract
 
 
 def _refuse_missing(own: Items) -> None:
-    if missing := missing_files(own):
+    paths = [item.path for item in own.items]
+    if missing := missing_pictures(own.folder, paths):
+        first = next(path for path in paths if path in missing)
         raise UserError(
-            f"{own.folder / missing[0].path}: does not exist ({len(missing):,} files are missing in all); set "
+            f"{own.folder / first}: does not exist ({len(missing):,} files are missing in all); set "
             "--image-folder to where they are, or leave them out with --bad-images skip"
         )
 
@@ -127,7 +128,7 @@ def _write(
     return skipped
 
 
-def _stored(item: Item, features: Features, options: ExtractionOptions) -> dict[str, NDArray[np.floating]]:
+def _stored(item: Item, features: Arrays, options: ExtractionOptions) -> dict[str, NDArray[np.floating]]:
     """Features in the number format of the files. Raises UserError if a number does not fit into it, or is NaN."""
     with np.errstate(over="ignore"):
         stored = {key: np.asarray(values, _STORED[options.store]) for key, values in features.items()}

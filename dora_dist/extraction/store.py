@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from dora_dist.data.features import DAMAGED, HDF5_SUFFIXES, MADE_WITH, is_hdf5
 from dora_dist.extraction.items import Kind
 from dora_dist.runtime import extras
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.folders import DISK_IS_FULL, disk_errors
+from dora_dist.runtime.folders import DISK_IS_FULL, disk_errors, fsync, new_file, read_json_object
 
 SETTINGS = f"{MADE_WITH}.json"
 """In a folder of features: how they were made. An HDF5 file has the same as its attribute."""
 _ANOTHERS = "is there already and was not made by extract-features; choose another output"
 _SKIPPED = ".skipped"
 """Ends the name of a file that says why an item has no features."""
-Features = Mapping[str, NDArray[np.floating]]
+Arrays = Mapping[str, NDArray[np.floating]]
 """What is kept of one item: "features" (L, d), and perhaps "boxes" (L, 4)."""
 
 
@@ -44,13 +44,14 @@ class FeatureFolder:
         """Make the folder, or go on with it. Raises UserError if its features were made with other settings."""
         file = self.folder / SETTINGS
         if file.is_file():
-            check_settings(self.folder, json.loads(file.read_text(encoding="utf-8")), settings)
+            there = read_json_object(file, f"delete {self.folder} and start the command again")
+            check_settings(self.folder, there, settings)
             return
         if self.folder.exists() and not (self.folder.is_dir() and all(map(_hidden, self.folder.iterdir()))):
             raise UserError(f"{self.folder}: {_ANOTHERS}")
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with self._appearing(file) as partial:
+        with _appearing(file) as partial:
             partial.write_text(json.dumps(dict(settings), indent=2) + "\n", encoding="utf-8")
 
     def names(self) -> set[str]:
@@ -69,33 +70,24 @@ class FeatureFolder:
             return set()
         return {name.removesuffix(ending) for name in names if name.endswith(ending) and not name.startswith(".")}
 
-    def write(self, name: str, features: Features) -> None:
-        with self._appearing(self.folder / f"{name}.npz") as file, file.open("wb") as sink:
+    def write(self, name: str, features: Arrays) -> None:
+        with _appearing(self.folder / f"{name}.npz") as file, file.open("wb") as sink:
             np.savez(sink, allow_pickle=False, **features)
         (self.folder / f"{name}{_SKIPPED}").unlink(missing_ok=True)  # of an earlier try
 
     def skip(self, name: str, why: str) -> None:
-        with self._appearing(self.folder / f"{name}{_SKIPPED}") as file:
+        with _appearing(self.folder / f"{name}{_SKIPPED}") as file:
             file.write_text(f"{why}\n", encoding="utf-8")
+
+    def retry(self, names: Iterable[str]) -> None:
+        """Of these, what could not be read before counts as not yet tried."""
+        for name in names:
+            (self.folder / f"{name}{_SKIPPED}").unlink(missing_ok=True)
 
     def read(self, name: str) -> dict[str, NDArray[np.floating]]:
         file = self.folder / f"{name}.npz"
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return {key: arrays[key] for key in arrays.files}
-        except DAMAGED as error:
-            raise UserError(f"{file}: is damaged ({error}); delete it and start the command again") from error
-
-    @contextmanager
-    def _appearing(self, target: Path) -> Iterator[Path]:
-        """A file to write, which gets its own name when it is whole."""
-        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            with disk_errors(target, only=DISK_IS_FULL):
-                yield partial
-                partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with _damage(file), np.load(file, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
 
 
 class FeatureStore:
@@ -112,11 +104,18 @@ class FeatureStore:
             extras.need("h5py", purpose=f"--output {output}")
             _check_file(output, settings)
         self.parts = FeatureFolder(output.with_name(f"{output.name}.parts") if self.is_file else output)
+        self._packed = output.with_name(f".{output.name}.parts.packed")  # parts that are being deleted
 
-    def open(self) -> None:
-        """Make what is not there yet."""
+    def open(self, wanted: Iterable[str] = ()) -> set[str]:
+        """Make what is not there yet; those of `wanted` that have no features.
+
+        They count as not yet tried, so that no other part takes the work for done while this one reads them again.
+        """
         with self._alone():
             self.parts.open(self.settings)
+            missing = set(wanted) - self.names()
+            self.parts.retry(missing)
+            return missing
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -146,19 +145,20 @@ class FeatureStore:
                 return False
             if new := self.parts.names():
                 self._pack(sorted(new))
-            shutil.rmtree(self.parts.folder)
+            shutil.rmtree(self._packed, ignore_errors=True)  # of a process that was killed here
+            self.parts.folder.rename(self._packed)  # half a folder of parts would be taken for somebody else's
+            shutil.rmtree(self._packed)
             return True
 
     def _pack(self, new: list[str]) -> None:
         """Make the file, or make it again with what is new; it replaces what was there only when it is on the disk."""
         import h5py
 
-        partial = self.output.with_name(f".{self.output.name}.partial")
-        try:
-            with disk_errors(self.output, only=DISK_IS_FULL), h5py.File(partial, "w") as file:
+        with disk_errors(self.output, only=DISK_IS_FULL), new_file(self.output, alone=True) as partial:
+            with h5py.File(partial, "w") as file:
                 file.attrs[MADE_WITH] = json.dumps(self.settings)
                 if self.output.exists():
-                    with h5py.File(self.output, "r") as before:
+                    with _damage(self.output), h5py.File(self.output, "r") as before:
                         for name in before:
                             if name not in new:
                                 before.copy(name, file)
@@ -166,10 +166,7 @@ class FeatureStore:
                     group = file.create_group(name)
                     for key, values in self.parts.read(name).items():
                         group.create_dataset(key, data=values)
-            _flush(partial)
-            partial.replace(self.output)
-        finally:
-            partial.unlink(missing_ok=True)
+            fsync(partial)
 
 
 def check_settings(place: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -189,11 +186,36 @@ def _check_file(output: Path, settings: Mapping[str, Any]) -> None:
         return
     if not output.is_file() or not h5py.is_hdf5(output):
         raise UserError(f"{output}: is there already and is not an HDF5 file; choose another output")
-    with h5py.File(output, "r") as file:
-        made = file.attrs.get(MADE_WITH)
-    if not isinstance(made, str):
-        raise UserError(f"{output}: {_ANOTHERS}")
-    check_settings(output, json.loads(made), settings)
+    with _damage(output):
+        with h5py.File(output, "r") as file:
+            made = file.attrs.get(MADE_WITH)
+        if not isinstance(made, str):
+            raise UserError(f"{output}: {_ANOTHERS}")
+        there = json.loads(made)
+        if not isinstance(there, dict):
+            raise ValueError("its settings are not a JSON object")
+    check_settings(output, there, settings)
+
+
+@contextmanager
+def _damage(place: Path) -> Iterator[None]:
+    """Name the file whose damage keeps it from being read. A full disk is not damage."""
+    try:
+        yield
+    except UserError:
+        raise
+    except DAMAGED as error:
+        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+            raise
+        raise UserError(f"{place}: is damaged ({error}); delete it and start the command again") from error
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A file to write, which gets its own name when it is whole, on the disk."""
+    with disk_errors(target, only=DISK_IS_FULL), new_file(target) as partial:
+        yield partial
+        fsync(partial)
 
 
 def _hidden(path: Path) -> bool:
@@ -206,13 +228,5 @@ def _names_in(output: Path) -> set[str]:
 
     if not output.exists():
         return set()
-    with h5py.File(output, "r") as file:
+    with _damage(output), h5py.File(output, "r") as file:
         return set(file)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

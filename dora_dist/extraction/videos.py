@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dora_dist.data.features import pooled_in_time
 from dora_dist.data.pictures import PictureReader
@@ -42,19 +44,54 @@ class VideoExtractor:
         self.tower.embedding(torch.zeros(1, 3, self.tower.side, self.tower.side))
 
     def outcomes(self, items: Sequence[Item]) -> Iterator[Outcome]:
-        for item in items:
-            try:
-                yield item, {"features": self._features(self.reader.folder / item.path).cpu().numpy()}
-            except UserError as error:
-                yield item, error
+        """A batch of frames is in memory at a time, and those that loader processes have read ahead."""
+        device = self.tower.model.device
+        loader: DataLoader[_Piece] = DataLoader(
+            _Frames(items, self.reader, self.options),
+            batch_size=None,
+            num_workers=self.options.num_workers,
+            pin_memory=device.type == "cuda",
+        )
+        vectors: dict[int, list[Tensor]] = defaultdict(list)
+        for number, pixels, why in loader:
+            if pixels is not None:
+                vectors[number].append(self.tower.embedding(pixels.to(device, non_blocking=True)).float())
+                continue
+            own = vectors.pop(number, [])
+            if why:
+                yield items[number], UserError(why)
+            else:
+                pooled = pooled_in_time(torch.cat(own), self.options.most_frames)
+                yield items[number], {"features": pooled.cpu().numpy()}
 
-    def _features(self, file: Path) -> Tensor:
-        """(T, d) fp32; a batch of frames is in memory at a time."""
-        frames = read_frames(file, self.options.frames_per_second, self.reader)
-        vectors = []
-        while some := [self.reader.pixels(image) for image in islice(frames, self.options.batch_size)]:
-            vectors.append(self.tower.embedding(torch.stack(some)).float())
-        return pooled_in_time(torch.cat(vectors), self.options.most_frames)
+
+_Piece = tuple[int, Tensor | None, str]
+"""An item's number with pixels of its next frames, (b, 3, side, side); without any it has ended, perhaps with why it
+cannot be read."""
+
+
+class _Frames(IterableDataset[_Piece]):
+    """Frames of each item, a batch at a time; each of several loader processes takes every n-th item."""
+
+    def __init__(self, items: Sequence[Item], reader: PictureReader, options: ExtractionOptions) -> None:
+        self._items, self._reader, self._options = items, reader, options
+
+    def __iter__(self) -> Iterator[_Piece]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for number in range(first, len(self._items), step):
+            why = ""
+            try:
+                for pixels in self._pixels(self._reader.folder / self._items[number].path):
+                    yield number, pixels, ""
+            except UserError as error:
+                why = str(error)
+            yield number, None, why
+
+    def _pixels(self, file: Path) -> Iterator[Tensor]:
+        frames = read_frames(file, self._options.frames_per_second, self._reader)
+        while some := [self._reader.pixels(image) for image in islice(frames, self._options.batch_size)]:
+            yield torch.stack(some)
 
 
 def read_frames(file: Path, per_second: float, reader: PictureReader) -> Iterator[Any]:

@@ -30,17 +30,18 @@ def _plain(text: str) -> str:
 
 
 def chosen_option(text: str, options: Sequence[str]) -> int | None:
-    """The position from 0 that a generated text means: a number alone, the very text of one option, a number in
-    front, in this order.
+    """The position from 0 that a generated text means: a number alone ("a1", "1", "(1)"), the very text of one option,
+    a number in front, in this order.
     """
     text, numbers = text.strip(), [str(number) for number in range(len(options))]
-    if (alone := re.fullmatch(r"\(?(\d+)\)?", text)) and alone[1] in numbers:
+    if (alone := re.fullmatch(r"\(?a?(\d+)\)?", text)) and alone[1] in numbers:
         return numbers.index(alone[1])
     plain = [_plain(option) for option in options]
     if plain.count(_plain(text)) == 1:
         return plain.index(_plain(text))
-    marked = re.match(r"\(?(\d+)\)?\s", text)
-    return numbers.index(marked[1]) if marked and marked[1] in numbers else None
+    marked = re.match(r"(?:a(\d+):|\(?(\d+)\)?)\s", text)
+    said = marked and (marked[1] or marked[2])
+    return numbers.index(said) if said in numbers else None
 
 
 def choice_metrics(found: Sequence[str | None], right: Sequence[str]) -> dict[str, float]:

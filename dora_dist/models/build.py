@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from dora_dist.adapters.adapter_folder import SavedAdapter
-from dora_dist.adapters.besides import Besides
 from dora_dist.adapters.inject import AdapterPlan, held_weights, initial_fills, inject, weight_count
 from dora_dist.adapters.norms import NormRefresher
-from dora_dist.adapters.patterns import TrainedParameters, trained_in_full
+from dora_dist.adapters.patterns import ParameterPlan, trained_in_full
 from dora_dist.adapters.recompute import keeping_outputs
 from dora_dist.adapters.storage import PLAIN, WeightStorage
+from dora_dist.adapters.trained_parameters import TrainedParameters
 from dora_dist.models import start
 from dora_dist.models.families import family_of_model
 from dora_dist.models.family import Family
@@ -38,33 +38,46 @@ from dora_dist.weights.placement import Placement
 
 
 @dataclass(kw_only=True)
-class AdaptedModel:
-    """A model ready to train: `norms` is attached to it, `base` is the folder that its weights came
-    from, `source` its tensors.
+class InjectedModel:
+    """A skeleton with its adapters.
 
-    `trained` are the modules trained in full, `besides` what is trained as it is besides these, `fresh` the
-    modules' parameters that the folder did not have, and `resized` those among these that it had in another shape, as
-    {name: (shape there, shape here)}. `untied` are weights
-    that other modules of the base share, and that have copies of their own here because they are trained or adapted.
-    `base_digest` is the `sampled_digest` of the base, on the first process alone, `weights` the number of parameters,
-    frozen and trained.
+    `source` is where each parameter is read, `trained` are the modules trained in full, `trained_parameters` those
+    outside of these. `untied` are weights that other modules of the base share, and that have copies of their own here
+    because they are trained or adapted. `shapes` are the whole ones of what is trained (shards have none), `weights` is
+    the number of parameters, frozen and trained.
+    """
+
+    family: Family
+    source: Source
+    adapted: list[str]
+    trained: list[str]
+    trained_parameters: TrainedParameters
+    untied: list[str]
+    shapes: dict[str, torch.Size]
+    weights: int
+
+
+@dataclass(kw_only=True)
+class AdaptedModel(InjectedModel):
+    """A model ready to train: `norms` is attached to it, `base` is the folder that its weights came from.
+
+    `fresh` are parameters of `trained` that the folder did not have. `base_digest` is the `sampled_digest` of the base,
+    on the first process alone.
     """
 
     model: nn.Module
     norms: NormRefresher
-    adapted: list[str]
     base: Path
-    source: Source
     base_bytes_read: int
     base_digest: str
-    family: Family
     head: Head
-    trained: list[str]
-    besides: Besides
     fresh: list[str]
-    resized: dict[str, tuple[list[int], list[int]]]
-    untied: list[str]
-    weights: int
+
+    @property
+    def resized(self) -> dict[str, tuple[list[int], list[int]]]:
+        """Those of `fresh` that the folder has in another shape: (shape there, shape here)."""
+        there = {n: self.source.folder.entries[own].shape for n in self.fresh if (own := self.source.locate(n))}
+        return {name: (list(shape), list(self.shapes[name])) for name, shape in there.items()}
 
 
 def build_model(
@@ -77,7 +90,7 @@ def build_model(
     head: Head = CAUSAL_LM,
     storage: WeightStorage = PLAIN,
     trained_modules: Sequence[str] | None = None,
-    trained_parameters: TrainedParameters = lambda model: [],
+    trained_parameters: ParameterPlan = lambda model: [],
     start_from: SavedAdapter | None = None,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
@@ -117,43 +130,15 @@ def build_model(
         start.assign(model, start_from, placement)
         norms.refresh()
     return AdaptedModel(
+        **vars(made),
         model=model,
         norms=norms,
-        adapted=made.adapted,
         base=base,
-        source=made.source,
         base_bytes_read=folder.tensors.bytes_read,
         base_digest=digest,
-        family=made.family,
         head=head,
-        trained=made.trained,
-        besides=made.besides,
         fresh=fresh,
-        resized=made.resized(fresh),
-        untied=made.untied,
-        weights=made.weights,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Injected:
-    """A skeleton with its adapters: fields as `AdaptedModel` has them, where each parameter is read, and the whole
-    shapes of those that are trained (shards have none).
-    """
-
-    family: Family
-    adapted: list[str]
-    trained: list[str]
-    besides: Besides
-    untied: list[str]
-    source: Source
-    shapes: dict[str, torch.Size]
-    weights: int
-
-    def resized(self, fresh: Sequence[str]) -> dict[str, tuple[list[int], list[int]]]:
-        """Those of the parameters `fresh` that the folder has in another shape: (shape there, shape here)."""
-        there = {name: self.source.folder.entries[own].shape for name in fresh if (own := self.source.locate(name))}
-        return {name: (list(shape), list(self.shapes[name])) for name, shape in there.items()}
 
 
 def _inject(
@@ -164,8 +149,8 @@ def _inject(
     head: Head,
     storage: WeightStorage,
     trained_modules: Sequence[str] | None,
-    trained_parameters: TrainedParameters,
-) -> _Injected:
+    trained_parameters: ParameterPlan,
+) -> InjectedModel:
     """Adapt a skeleton in place: find its tensors, untie what is trained or adapted from the rest, freeze all else."""
     tensors, family = folder.tensors, family_of_model(model)
     _, stored = untie_different(model, tensors, stored_names(tensors.entries, family.rename(model)))
@@ -175,18 +160,18 @@ def _inject(
     else:
         trained = trained_in_full(model, trained_modules, apart=family.apart)
     untied, stored = untie(model, [*trained, *plan(model)], stored)
-    besides = Besides.of(model, trained_parameters(model), trained)
-    adapted = inject(model, plan, trained, trained_parameters=besides.parameters, storage=storage)
+    own = TrainedParameters.of(model, trained_parameters(model), trained)
+    adapted = inject(model, plan, trained, trained_parameters=own.names, storage=storage)
     if not adapted and storage is not PLAIN:
         raise UserError(
             f'model.storage = "{storage.name}": adapted layers alone are held so, and no layer is adapted; set it to '
             f'"{PLAIN.name}"'
         )
-    return _Injected(
+    return InjectedModel(
         family=family,
         adapted=adapted,
         trained=trained,
-        besides=besides,
+        trained_parameters=own,
         untied=untied,
         source=Source(tensors, stored, model.base_model_prefix),
         shapes={name: p.shape for name, p in model.named_parameters() if p.requires_grad},

@@ -10,7 +10,7 @@ from torch import nn
 
 from dora_dist.adapters.inject import AdapterPlan, by_pattern
 from dora_dist.adapters.method import AdapterMethod, Method
-from dora_dist.adapters.patterns import TrainedParameters, parameters_matching
+from dora_dist.adapters.patterns import ParameterPlan, parameters_matching
 from dora_dist.models.family import Family
 from dora_dist.models.folder import transformers_config
 from dora_dist.models.llava.family import LLAVA
@@ -94,7 +94,7 @@ def adapter_plan(
 
 def trained_parameters(
     method: Method, target_modules: Sequence[str] | None = None, patterns: Sequence[str] = ()
-) -> TrainedParameters:
+) -> ParameterPlan:
     """What a method trains of a model's own parameters, and those that `patterns` name besides."""
 
     def names(model: nn.Module) -> list[str]:

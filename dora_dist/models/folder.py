@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dora_dist.adapters.peft_config import read_json_object
 from dora_dist.config.names import is_local
 from dora_dist.config.source import absence
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import read_json_object
 from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder
 
 if TYPE_CHECKING:

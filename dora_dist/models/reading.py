@@ -47,7 +47,7 @@ def read_model(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' table of tensors, of which ours are the words."""
+    """Without transformers' table of tensors: the errors here say what is in it."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

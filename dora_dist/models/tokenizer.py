@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.adapters.peft_config import read_json_object
 from dora_dist.models.folder import own_code_needed, reason
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

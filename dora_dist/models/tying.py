@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dora_dist.adapters.patterns import names_of_each
 from dora_dist.runtime.console import warn
 from dora_dist.weights.names import locate
 from dora_dist.weights.safetensors_io import TensorFolder
@@ -18,18 +19,14 @@ _PIECE = 4 << 20  # elements
 
 def parted_names(model: nn.Module, modules: Iterable[str]) -> list[tuple[list[str], list[str]]]:
     """Weights that some of `modules` share with the rest of the model: (names inside one module, all names), each."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    shared = [names for names in owners.values() if len(names) > 1]
+    shared = [names for names in names_of_each(model) if len(names) > 1]
     inside = [([n for n in names if n.startswith(f"{module}.")], names) for module in modules for names in shared]
     return [(here, names) for here, names in inside if here and len(here) < len(names)]
 
 
 def names_of(model: nn.Module, name: str) -> list[str]:
     """All names of the parameter `name`; none where the model does not have it."""
-    every = dict(model.named_parameters(remove_duplicate=False))
-    return [other for other, parameter in every.items() if name in every and parameter is every[name]]
+    return next((names for names in names_of_each(model) if name in names), [])
 
 
 def untie(model: Any, modules: Iterable[str], stored: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:

@@ -29,7 +29,7 @@ _PROJECTION = "visual_projection.weight"
 def tower_config(folder: Path, option: str) -> Any:
     """The configuration of the tower in a folder: of a tower, or of a model with one (CLIP, SigLIP, LLaVA).
 
-    `option` named the folder. Raises UserError for a model that does not see.
+    `option` named the folder. Raises UserError for a model without a tower.
     """
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -116,10 +116,6 @@ class VisionTower:
         made = self.processor.to_dict()
         normalised = {key: list(made[key]) for key in ("image_mean", "image_std")}
         return {"image_size": self.side, **normalised, "resample": int(made["resample"])}
-
-    def to(self, device: torch.device) -> VisionTower:
-        self.model.to(device)
-        return self
 
     def patches(self, pixels: Tensor, layer: int) -> Tensor:
         """(b, d, rows, columns): what a layer's patches are, without class token and registers.

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and errors of a disk that cannot take them, in words."""
+"""Folders and files that appear whole or not at all, and errors of a disk that cannot take them, in words."""
 
 from __future__ import annotations
 
@@ -74,14 +74,15 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         with disk_errors(path):
             for folder, _, files in os.walk(partial):
                 for name in (*files, "."):
-                    _fsync(Path(folder, name))
+                    fsync(Path(folder, name))
             _swap_in(partial, path)
-            _fsync(path.parent)
+            fsync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Return once a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,8 +105,32 @@ def _swap_in(partial: Path, path: Path) -> None:
     shutil.rmtree(old)
 
 
+@contextmanager
+def new_file(path: Path, *, alone: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write, which becomes `path` when the block ends well, else is removed.
+
+    alone: no other process writes `path` meanwhile, so that what a killed one left is written over.
+    """
+    partial = path.with_name(f".{path.name}.partial" + ("" if alone else f"-{os.getpid()}"))
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    """Write JSON; readers see the old file or the new one."""
+    with new_file(path, alone=True) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError, which ends with `remedy`, for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; {remedy}")
+    return value

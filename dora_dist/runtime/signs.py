@@ -52,6 +52,10 @@ class SignsOfLife:
         # A connection of its own: a watch must not wait for what the main thread asks the store.
         store: Any = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"watch/{SignsOfLife._runs}", store.clone())
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
+        self.in_a_file = isinstance(store, dist.FileStore)
+        """Whether the store outlives every rank; else it lives in rank 0, or in the launcher."""
         self._number = 0
         self._names = [f"sign/{rank}" for rank in range(world.world_size)]
         self._lock, self._question = threading.Lock(), 0

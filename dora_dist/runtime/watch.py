@@ -230,7 +230,7 @@ class Watch:
             self._signs.say_ended()
             if wait:
                 self._signs.wait_for_the_others(2 * FAREWELL_S + INTERVAL_S)
-        if self._world.first:
+        if self._world.first and not self._signs.in_a_file:
             time.sleep(INTERVAL_S / 2)  # the others' last question
 
     def _no_store(self, error: BaseException) -> str:

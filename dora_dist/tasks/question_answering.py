@@ -25,9 +25,9 @@ class QuestionAnswering(Task):
     def problems(self, config: RunConfig) -> Iterator[str]:
         yield from super().problems(config)
         data = config.data
-        if data.doc_stride >= data.cutoff_len // 2:
+        if data.doc_stride >= data.longest_text // 2:
             yield (
-                f"data.doc_stride = {data.doc_stride}: must be below half of data.cutoff_len = {data.cutoff_len}, or "
+                f"data.doc_stride = {data.doc_stride}: must be below half of data.cutoff_len = {data.longest_text}, or "
                 "windows would hardly move on"
             )
 
@@ -44,4 +44,4 @@ class QuestionAnswering(Task):
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.tasks.objectives.spans import SpanFinding
 
-        return SpanFinding(processor, data.cutoff_len)
+        return SpanFinding(processor, data.longest_text)

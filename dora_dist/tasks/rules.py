@@ -64,12 +64,14 @@ def _not_together(task: Task, of_data: Task, format: str) -> Iterator[str]:
 
 
 def _by_task(task: Task, data: DataConfig) -> Iterator[str]:
-    """Sources that are said by task, where records are of one kind alone."""
-    for field in ("train", "validation"):
+    """Values that are said by task, where records are of one kind alone."""
+    remedies = dict.fromkeys(("train", "validation"), "a file, or a list of files")
+    remedies |= dict.fromkeys(("cutoff_len", "target_len"), "a number")
+    for field, remedy in remedies.items():
         if not task.several and isinstance(getattr(data, field), dict):
             yield (
                 f'data.{field} = {json.dumps(getattr(data, field))}: records of data.format = "{data.format}" are of '
-                "one kind; give a file, or a list of files"
+                f"one kind; give {remedy}"
             )
 
 

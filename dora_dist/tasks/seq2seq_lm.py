@@ -44,4 +44,4 @@ class Seq2SeqLM(Task):
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.tasks.objectives.summaries import Summarising
 
-        return Summarising(processor, model, data.target_len, training.num_beams)
+        return Summarising(processor, model, data.longest_target, training.num_beams)

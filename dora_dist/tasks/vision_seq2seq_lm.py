@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from dora_dist.tasks.objectives.base import Objective
 
 
+_NUMBER = "one for each task, or a number for all"
+_EACH = {
+    "features": "an HDF5 file, a folder of .h5 or a folder of .npz files, or one for each task "
+    "(`dora-dist extract-features` makes them)",
+    "cutoff_len": _NUMBER,
+    "target_len": _NUMBER,
+}
+"""Fields that hold one value for all tasks, or one for each; and what to give."""
+
+
 class VisionSeq2SeqLM(Task):
     name = "vision_seq2seq_lm"
     formats = ("vision_text",)
@@ -27,22 +37,21 @@ class VisionSeq2SeqLM(Task):
     several = True
 
     def metrics(self, model: ModelConfig) -> tuple[str, ...]:
-        from dora_dist.data.subtasks import SUBTASKS
+        from dora_dist.data.subtasks import SUBTASKS, metrics_of
 
-        own = (f"{name}_{metric}" for name, subtask in SUBTASKS.items() for metric in subtask.metrics)
-        return ("average", *own)
+        return ("average", *metrics_of(SUBTASKS))
 
     def problems(self, config: RunConfig) -> Iterator[str]:
-        yield from super().problems(config)
-        from dora_dist.data.subtasks import SUBTASKS
+        from dora_dist.data.subtasks import SUBTASKS, metrics_of
 
+        yield from super().problems(config)
         data, metric = config.data, config.training.metric
         named = by_task(data.validation) or (by_task(data.train) if data.validation_samples else {})
         measured = [name for name in named if name in SUBTASKS]
         packages = {package for name in measured for package in SUBTASKS[name].packages}
         if (remedy := extras.missing(*sorted(packages))) is not None:
             yield f"data.validation: scoring captions {remedy}"
-        known = [f"{name}_{each}" for name in measured for each in SUBTASKS[name].metrics]
+        known = metrics_of(measured)
         if metric in self.metrics(config.model) and metric not in ("average", *known):
             yield f'training.metric = "{metric}": the run is not validated on that task; use {", ".join(known)}'
 
@@ -57,19 +66,17 @@ class VisionSeq2SeqLM(Task):
                     f"data.{field} = {json.dumps(sources)}: say which task each file is of, such as "
                     f'{{"vqa": {json.dumps(sources)}}} (tasks: {names})'
                 )
-        for field in ("train", "validation", "features", "prompts"):
+        for field in ("train", "validation", "prompts", *_EACH):
             value = getattr(data, field)
             for name in set(value if isinstance(value, dict) else ()) - set(SUBTASKS):
-                yield f'data.{field}: "{name}" is no task of vision_text records; use {names}'
-        features = by_task(data.features)
+                yield f'data.{field}: "{name}" is not a task of vision_text records; use {names}'
         needed = dict.fromkeys([*by_task(data.train), *by_task(data.validation)])
-        without = [name for name in needed if name not in features]
-        if data.features is None or (features and without):
-            missing = "is not set" if data.features is None else f"has none for {', '.join(without)}"
-            yield (
-                f"data.features {missing}; give an HDF5 file or a folder of .npz files, or one for each task "
-                "(`dora-dist extract-features` makes them)"
-            )
+        for field, remedy in _EACH.items():
+            value = getattr(data, field)
+            without = [name for name in needed if name not in value] if isinstance(value, dict) else []
+            if value is None or without:
+                missing = "is not set" if value is None else f"has none for {', '.join(without)}"
+                yield f"data.{field} {missing}; give {remedy}"
 
     def sources(self, name: str, file: str) -> Any:
         return {name: file}
@@ -88,10 +95,10 @@ class VisionSeq2SeqLM(Task):
         """A task of the training set may have no sample in the validation set, where that was held out by chance."""
         if data.validation is None or not training.eval_every:
             return
-        from dora_dist.data.subtasks import SUBTASKS
+        from dora_dist.data.subtasks import metrics_of
 
         measured = data.validation.parts
-        known = [f"{name}_{each}" for name in measured for each in SUBTASKS[name].metrics]
+        known = metrics_of(measured)
         if training.metric not in ("loss", "average", *known):
             raise UserError(
                 f'training.metric = "{training.metric}": no validation sample is of that task; hold out more with '
@@ -106,4 +113,4 @@ class VisionSeq2SeqLM(Task):
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.tasks.objectives.vision import VisionWriting
 
-        return VisionWriting(processor, model, data.target_len, training.num_beams)
+        return VisionWriting(processor, model, data.longest_target, training.num_beams)

@@ -13,6 +13,7 @@ from torch import nn
 
 from dora_dist.adapters.folders import is_native
 from dora_dist.adapters.methods import chosen
+from dora_dist.adapters.patterns import kinds_of
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.resuming import optimizer_steps
 from dora_dist.config import AdapterConfig, CheckpointConfig, DataConfig, RunConfig, TrainingConfig
@@ -67,10 +68,10 @@ def about_model(config: RunConfig, run: AdaptedModel, world: World, *, parts: Ma
     where = f" on {len(run.adapted)} modules ({', '.join(_kinds(run.adapted))})" if run.adapted else ""
     share = f"{_number(trained)} parameters are trained ({trained / run.weights:.2%})"
     line("adapter" if run.adapted else "method", f"{_method(adapter)}{where}; {share}")
-    if run.adapted and run.besides.parameters:
-        single = Counter(".".join(name.split(".")[-2:]) for name in run.besides.parameters)
-        line("besides", ", ".join(f"{kind} ({count})" for kind, count in single.most_common()))
-    if run.trained and (run.adapted or run.fresh or not run.besides.parameters):
+    single = run.trained_parameters.names
+    if run.adapted and single:
+        line("besides", kinds_of(single, steps=2))
+    if run.trained and (run.adapted or run.fresh or not single):
         new = f"; new, not in the base: {', '.join(run.fresh)}" if run.fresh else ""
         line("in full", f"{', '.join(run.trained)}{new}")
     plan = config.training.batch_plan(world.world_size)

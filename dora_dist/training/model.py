@@ -10,7 +10,7 @@ from dora_dist.adapters.folders import read_adapter
 from dora_dist.adapters.inject import AdapterPlan
 from dora_dist.adapters.methods import chosen
 from dora_dist.adapters.norms import NormRefresher
-from dora_dist.adapters.patterns import TrainedParameters
+from dora_dist.adapters.patterns import ParameterPlan
 from dora_dist.adapters.storage import storage_of
 from dora_dist.config import AdapterConfig, ModelConfig, is_local
 from dora_dist.models import build, families
@@ -121,6 +121,6 @@ def adapter_plan(adapter: AdapterConfig) -> AdapterPlan:
     return families.adapter_plan(chosen(adapter), adapter.target_modules, adapter.magnitude_only_modules)
 
 
-def trained_parameters(adapter: AdapterConfig) -> TrainedParameters:
+def trained_parameters(adapter: AdapterConfig) -> ParameterPlan:
     """Which of a model's own parameters the section trains as they are."""
     return families.trained_parameters(chosen(adapter), adapter.target_modules, adapter.trained_parameters)

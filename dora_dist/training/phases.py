@@ -233,7 +233,7 @@ def _build_model(config: RunConfig, inputs: Inputs, phase: Phase, *, deepspeed: 
         deepspeed=deepspeed,
         start_from=inputs.start_from,
         seed=training.seed,
-        inspect=lambda model: doubts.of_model(model, training, config.data.cutoff_len, inputs.data),
+        inspect=lambda model: doubts.of_model(model, training, config.data.longest_text, inputs.data),
     )
     adapted.family.prepare_for_training(adapted.model)
     if training.activation_checkpointing:
@@ -256,7 +256,7 @@ def _open_checkpoints(
         revision=model.revision,
         head=adapted.head,
         trained_modules=adapted.trained,
-        besides=adapted.besides,
+        trained_parameters=adapted.trained_parameters,
         base_digest=adapted.base_digest,
         files=files,
     )

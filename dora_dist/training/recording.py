@@ -1,5 +1,6 @@
 """The weight-decomposition analysis while a run trains: what moved how far, every so many steps, into a file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from dora_dist.adapters.layer import adapted_layers
-from dora_dist.adapters.patterns import named
-from dora_dist.analysis.decomposition import Recording, moved
+from dora_dist.adapters.patterns import kinds_of, matching
+from dora_dist.analysis.decomposition import Moved, Recording, moved
 from dora_dist.checkpoint.run_folder import ANALYSIS
 from dora_dist.config import AnalysisConfig
 from dora_dist.models.build import AdaptedModel
-from dora_dist.runtime.distributed import World
+from dora_dist.runtime.distributed import World, together
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import disk_errors
 from dora_dist.zero3.row_changes import TrainedWeight, row_changes
@@ -40,7 +41,10 @@ class AnalysisCallback(TrainerCallback):
                 f"analysis.every = {options.every}: this run neither adapts nor trains a linear layer that the base "
                 "has; set it to 0"
             )
-        chosen = set(named(options.modules, [*adapted, *trained], "analysis.modules", every=not pruned))
+        layers = [*adapted, *trained]
+        none = f"matches none of the layers that can be recorded: {kinds_of(layers)}"
+        otherwise = None if pruned else lambda pattern: none
+        chosen = matching(options.modules or [".*"], layers, "analysis.modules", otherwise=otherwise)
         self.adapted = {name: layer for name, layer in adapted.items() if name in chosen}
         self.trained = {name: weight for name, weight in trained.items() if name in chosen}
 
@@ -49,9 +53,13 @@ class AnalysisCallback(TrainerCallback):
             return
         changes = self._norms.record(self.adapted) if self.adapted else {}
         matrices = moved(changes | row_changes(self.trained, self._base))
+        with together("writing the analysis"):  # or the other ranks would go on, and wait for rank 0
+            self._write(state.global_step, matrices)
+
+    def _write(self, step: int, matrices: Mapping[str, Moved]) -> None:
         if self._world.first:
             with disk_errors(self._file), self._file.open("a", encoding="utf-8") as file:
-                file.write(Recording(state.global_step, self._method, matrices).line())
+                file.write(Recording(step, self._method, matrices).line())
 
 
 def _trained_weights(run: AdaptedModel) -> dict[str, TrainedWeight]:

@@ -3,6 +3,7 @@
 import json
 import resource
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dora_dist.checkpoint.run_folder import METRICS
 from dora_dist.config import LoggingConfig
 from dora_dist.models.build import AdaptedModel
 from dora_dist.runtime.console import progress, say, width
-from dora_dist.runtime.distributed import World
+from dora_dist.runtime.distributed import World, together
 from dora_dist.runtime.folders import disk_errors
 from dora_dist.training.pruning import Pruning
 from dora_dist.training.table import Table
@@ -80,13 +81,17 @@ class ReportCallback(TrainerCallback):
             logs.update(self._clock(state))
         for unwanted in ("total_flos", "train_samples_per_second", "train_steps_per_second"):
             logs.pop(unwanted, None)
-        if self._world.first:
-            record: dict[str, Any] = {"step": state.global_step, **logs}
-            if "components_kept" in logs:
-                record["components_by_layer"] = self._pruning.events[-1].by_layer
-            with disk_errors(self._file), self._file.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            self._show(record)
+        # Every rank has a loss to log; of the rest some is rank 0's alone.
+        with together("writing the log") if "loss" in logs else nullcontext():
+            if self._world.first:
+                self._write({"step": state.global_step, **logs})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if "components_kept" in record:
+            record["components_by_layer"] = self._pruning.events[-1].by_layer
+        with disk_errors(self._file), self._file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self._show(record)
 
     def _show(self, record: dict[str, Any]) -> None:
         if "loss" in record:

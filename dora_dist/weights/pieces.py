@@ -14,8 +14,8 @@ from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder
 class PiecedFolder(TensorFolder):
     """A folder whose tensors are cut: the row-major flattened tensor is its pieces, in the order of the files.
 
-    `entries` are the whole tensors, each with the place of its first piece. No file knows how many others there are to
-    be, so a tensor may lack in some, and be read back in any other ranges than it was cut into.
+    `entries` are the whole tensors, each with the place of its first piece. No file says how many others there are,
+    so a tensor may be absent from some, and any range of it can be read, however it was cut.
     """
 
     def __init__(self, path: Path, entries: dict[str, TensorEntry], pieces: Mapping[str, list[TensorEntry]]) -> None:

@@ -54,22 +54,23 @@ class ShardedNormRefresher(NormRefresher):
             with gathered([p for name in bucket for p in _needed(every[name], name in recorded)]) as received:
                 self.bytes_received += received
                 for name in bucket:
-                    layer, own = every[name], products.get(name)
-                    both = None if own is None else own.view(2, -1)
-                    add_update_sums(layer, local_piece(layer), change=changes.get(name), products=both)
-                    if both is not None:
+                    layer, piece = every[name], local_piece(every[name])
+                    add_update_sums(layer, piece, change=changes.get(name), products=products.get(name))
+                    if name in recorded:
                         offsets[name] = magnitude_offset(layer)
         self._all_reduce(flat_changes)
         self._all_reduce(flat_products)
         for name in every:
-            own = products.get(name)
-            yield name, RowSums(changes.get(name), None if own is None else own.view(2, -1), offsets.get(name))
+            yield name, RowSums(changes.get(name), products.get(name), offsets.get(name))
 
     def _buffer(self, layers: Mapping[str, AdaptedLinear], sums: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
-        """One flat fp32 buffer of so many sums over each of the layers' rows, and each layer's (sums·out,) view."""
+        """One flat fp32 buffer of so many sums over each of the layers' rows, and each layer's view, (sums, out) or, of
+        one sum, (out,).
+        """
         sizes = [sums * layer.out_features for layer in layers.values()]
         flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
-        return flat, dict(zip(layers, flat.split(sizes), strict=True))
+        views = (part.view(sums, -1).squeeze(0) for part in flat.split(sizes))
+        return flat, dict(zip(layers, views, strict=True))
 
     def _all_reduce(self, flat: Tensor) -> None:
         if not flat.numel():

@@ -29,7 +29,7 @@ class TrainedWeight(NamedTuple):
 
 
 def row_changes(weights: Mapping[str, TrainedWeight], base: TensorFolder) -> dict[str, RowChange]:
-    """What has become of each weight's rows (collective): W0 as the model was given it, V as the fp32 masters are.
+    """How each weight's rows have changed (collective): W0 is what the model was loaded with, V the fp32 masters.
 
     What the model computes with is V rounded to its own format, which hides changes below a bf16's last digit.
 

@@ -258,7 +258,7 @@ def no_tensors(folder: Folder) -> Words:
     return folder.run("--adapter.init_from", adapter(folder, lambda tensors: tensors.clear()))
 
 
-@CASES.bad(says='adapter.init_from = "base": no adapter_config.json in it; give a PEFT adapter folder')
+@CASES.bad(says='adapter.init_from = "base": no adapter_config.json or dora_dist_adapter.json in it; give an adapter')
 def a_whole_model(folder: Folder) -> Words:
     return folder.run("--adapter.init_from", "base")
 

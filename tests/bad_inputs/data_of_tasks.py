@@ -436,4 +436,4 @@ visual("features_damaged", "pictures.h5 cannot be read as HDF5", spoil=lambda fi
 visual("features_nan", "pictures.h5: the features of 'p0' hold NaN or infinity; extract them again", spoil=_with_nan)
 visual("features_nowhere", 'data.features = "other.h5": no such file or folder', features="other.h5")
 visual("question_without_picture", 'a.jsonl, line 3: as a record of vqa, has no "img_id"', change={"img_id": None})
-visual("task_unknown", 'data.train: "okvqa" is no task of vision_text records', train={"okvqa": "a.jsonl"})
+visual("task_unknown", 'data.train: "okvqa" is not a task of vision_text records', train={"okvqa": "a.jsonl"})

@@ -36,7 +36,8 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[..., Tensor]]]
     "vera": ({"projection_prng_key": 7}, {"learning_rate": 0.03}, vera_delta),
 }
 """By name in configurations: settings, what else training needs, and ΔW in fp64 of a layer's parameters."""
-RECIPES = ["llama7b_dvora"]
+RECIPES = {"llama7b_dvora": {"adapter.r": 8}, "llama2_7b_mora": {}, "llama7b_full": {}}
+"""And what makes each small, besides what does so for all."""
 RUNS = [f"{over}{name}" for name in METHODS for over in ("", "d-")]
 
 
@@ -89,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scaled_down(folder: Path, name: str) -> list[str]:
     """Overrides with which a recipe is two steps of a toy."""
     places = {"model.path": folder / "base", "data.train": folder / "data.json", "checkpoint.run_dir": folder / name}
-    small = {"adapter.r": 8, "data.validation_samples": 2, "training.global_batch_size": 4, "training.eval_every": 2}
+    small = {"data.validation_samples": 2, "training.global_batch_size": 4, "training.eval_every": 2, **RECIPES[name]}
     return training_runs.options({**places, **small, "training.max_steps": 2, "logging.every": 1})
 
 

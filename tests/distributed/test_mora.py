@@ -20,6 +20,8 @@ from tests.ranks import run_ranks
 KINDS: dict[str, dict[str, Any]] = {
     "sharing": {"settings": {"type": 1}, "weight_decomposed": False},
     "over-rotation": {"settings": {"type": 6}, "norm_gradient": "full"},
+    "over-sharing": {"settings": {"type": 1}, "norm_gradient": "full"},
+    "rotation": {"settings": {"type": 6}, "weight_decomposed": False},
 }
 
 
@@ -95,12 +97,19 @@ def test_losses_are_the_same_at_every_world_size(trained: Any, kind: str) -> Non
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_norms_from_shards_are_those_of_the_whole_weight(trained: Any, world: int) -> None:
     assert all(max(errors) <= 1e-6 for errors in trained[1][world])
-    assert all(errors[1] > 0 for errors in trained[1][world])  # measured, in the run with magnitudes
+    for errors in trained[1][world]:  # measured, in runs with magnitudes
+        found = dict(zip(KINDS, errors, strict=False))
+        assert all((found[kind] > 0) == kind.startswith("over-") for kind in KINDS)
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(trained: Any) -> None:
     whole, resumed = (metrics(trained[0] / name)["losses"] for name in ("over-rotation-2", "resumed"))
     assert resumed == {step: whole[step] for step in (4, 5, 6)}
+    states = [
+        load_file(trained[0] / name / "checkpoint-6" / "state.safetensors") for name in ("over-rotation-2", "resumed")
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(values, states[1][name]) for name, values in states[0].items())
 
 
 def test_a_run_takes_up_an_adapter_of_our_own_format(trained: Any) -> None:

@@ -1,6 +1,7 @@
 """Row norms from ZeRO-3 shards: exact at every world size, refreshed once per optimizer step, blind to padding."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.weights.placement import in_place
+from tests.mora_by_formula import change
 from tests.ranks import run_ranks
 
 SHAPES = [(11, 6), (6, 11), (1, 2), (3, 1), (64, 129)]  # cut rows, and ranks that hold nothing but padding
+OTHERS = [(9, 8), (8, 10)]  # VeRA and MoRA, in what is recorded
 R, ALPHA = 3, 5.0
 
 
 class Chain(nn.Module):
     """Linear layers of odd shapes; the activations between them are cut or padded to fit."""
 
-    def __init__(self) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, int]] = SHAPES) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o, bias=False) for o, i in SHAPES)
+        self.layers = nn.ModuleList(nn.Linear(i, o, bias=False) for o, i in shapes)
 
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         from torch.utils.checkpoint import checkpoint
@@ -129,7 +132,8 @@ def recorded(config: dict[str, Any]) -> dict[str, Any]:
 
     from dora_dist.adapters.inject import inject
     from dora_dist.adapters.layer import adapted_layers
-    from dora_dist.adapters.methods import DynamicRank, LowRank, NoUpdate, WeightDecomposed
+    from dora_dist.adapters.methods import DynamicRank, LowRank, Mora, NoUpdate, Vera, WeightDecomposed
+    from dora_dist.adapters.projection import Projection
     from dora_dist.analysis.decomposition import moved
     from dora_dist.runtime.errors import UserError
     from dora_dist.weights.safetensors_io import TensorFolder
@@ -139,12 +143,14 @@ def recorded(config: dict[str, Any]) -> dict[str, Any]:
     from tests.unit.test_analysis import defined
 
     torch.manual_seed(1)
-    model = Chain()
+    model = Chain([*SHAPES, *OTHERS])
     with torch.no_grad():
         model.layers[4].weight[2] = 0  # has no direction, until it is trained
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     kinds = [WeightDecomposed(LowRank(R, ALPHA)), LowRank(R, ALPHA), WeightDecomposed(DynamicRank(R, ALPHA))]
     methods = {f"layers.{i}": method for i, method in enumerate([*kinds, WeightDecomposed(NoUpdate())])}
+    methods["layers.5"] = WeightDecomposed(Vera(R).for_model(OTHERS[:1]))
+    methods["layers.6"] = WeightDecomposed(Mora(R, type=6))
     inject(model, lambda model: methods, ["layers.4"])
     place_everything(model, ShardedPlacement(config), weights)
     norms = ShardedNormRefresher(model)
@@ -178,6 +184,11 @@ def recorded(config: dict[str, Any]) -> dict[str, Any]:
         v = own["weight"]
         if "lora_A" in own:
             v = w0 + ALPHA / R * (own["lora_B"] * own.get("lora_gates", 1)) @ own["lora_A"].T
+        if "vera_lambda_d" in own:
+            A, B = (drawn.double() for drawn in Projection.over(OTHERS[:1], key=0, r=R).drawn())
+            v = w0 + own["vera_lambda_b"].diag() @ B @ own["vera_lambda_d"].diag() @ A
+        if "mora_M" in own:
+            v = w0 + change(layer.shape, own["mora_M"], kind=6)
         magnitude = w0.norm(dim=1) + own["magnitude_offset"] if "magnitude_offset" in own else v.norm(dim=1)
         expected[name] = (*defined(w0[kept], v[kept], magnitude[kept]), int(kept.sum()))
     return {
@@ -238,9 +249,10 @@ def test_recording_takes_the_place_of_a_refresh_and_moves_no_norm(ranks: list[di
     for rank in ranks:
         assert rank["unmoved"]
         assert rank["recording_refreshes"] == 1  # none for the forward that came after it
-        with_norms = sum(o for i, (o, _) in enumerate(SHAPES[:4]) if i != 1)
-        sums = 4 * (with_norms + 2 * sum(o for o, _ in SHAPES[:4])) + 4 * SHAPES[1][0]  # LoRA's rowsum(W0²), once
-        factors = 4 * sum(R * (o + i) + R + o for o, i in SHAPES[:4])
+        adapted = [*SHAPES[:4], *OTHERS]
+        with_norms = sum(o for i, (o, _) in enumerate(adapted) if i != 1)
+        sums = 4 * (with_norms + 2 * sum(o for o, _ in adapted)) + 4 * SHAPES[1][0]  # LoRA's rowsum(W0²), once
+        factors = 4 * sum(R * (o + i) + R + o for o, i in adapted)
         assert sums <= rank["recording_bytes"] <= sums + factors
 
 

@@ -278,9 +278,12 @@ def test_a_run_folder_that_is_in_use_is_refused(runs: dict[str, Any], folder: Pa
 
 
 def test_a_disk_that_is_full_stops_every_rank_and_leaves_nothing_half_written(folder: Path) -> None:
-    raw = toy_config(folder, "full")
-    messages = run_ranks(fails_with_small_files, 2, raw)
-    assert all("cannot be written" in m for m in messages)
+    raw = toy_config(folder, "full", analysis={"every": 1})
+    first, second = run_ranks(fails_where_nothing_can_be_written, 2, raw)
+    for what, on_first, on_second in zip(("log", "analysis"), first, second, strict=False):
+        assert f"gone/{what}: cannot be written: No such file" in on_first
+        assert f"writing the {what} failed on rank 0: " in on_second and on_first in on_second
+    assert all("cannot be written" in messages[2] for messages in (first, second))
     assert [p.name for p in (folder / "full").glob("*checkpoint*")] == []
 
 
@@ -314,10 +317,19 @@ def without_space_at_first(raw: dict[str, Any]) -> None:
     run(raw)
 
 
-def fails_with_small_files(raw: dict[str, Any]) -> str:
-    """As `fails`, with files limited to 20 kB: the kernel refuses the rest, as it does on a full disk."""
+def fails_where_nothing_can_be_written(raw: dict[str, Any]) -> list[str]:
+    """As `fails`: without the folder of the log, of the analysis, and with files limited to 20 kB, of which the kernel
+    refuses the rest, as it does on a full disk."""
+    from dora_dist.training import recording, reporting
+
+    said = []
+    for module, name, file in ((reporting, "METRICS", "gone/log"), (recording, "ANALYSIS", "gone/analysis")):
+        elsewhere = {**raw["checkpoint"], "run_dir": f"{raw['checkpoint']['run_dir']}-{name}"}
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(module, name, file)
+            said.append(fails({**raw, "checkpoint": elsewhere}))
     limit_file_size(20_000)
-    return fails(raw)
+    return [*said, fails(raw)]
 
 
 def limit_file_size(size: int) -> None:

@@ -16,6 +16,8 @@ SIZES = f"--hidden {HIDDEN} --ffn {FFN} --heads 4 --layers {LAYERS} --tokens 32 
 # At this width the engine would keep every weight resident, or fetch the whole model ahead of its first use.
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 1000, "stage3_prefetch_bucket_size": 0}}
 TOWER = {"hidden": 32, "ffn": 512, "heads": 2, "layers": 3}
+COMPARED = ["dora", "lora", "none", "peft-lora", "peft-dora"]
+VARIANTS = [*COMPARED, "gated", "dynamic", "closed", "compacted", "full", "deepspeed-full", "recorded"]
 SHAPES = [(HIDDEN, HIDDEN)] * 4 + [(FFN, HIDDEN)] * 2 + [(HIDDEN, FFN)]
 
 
@@ -32,28 +34,45 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one round of every variant writes."""
     output = tmp_path_factory.mktemp("benchmark")
-    done = run("--rounds", "1", "--warmup", "2", "--steps", "2", "--output", str(output))
+    flags = ("--rounds", "1", "--warmup", "2", "--steps", "2", "--variants", *VARIANTS)
+    done = run(*flags, "--output", str(output))
     assert done.returncode == 0, done.stderr
     assert "this project, DoRA" in done.stdout
+    return output
+
+
+@pytest.fixture(scope="module")
+def variants(output: Path) -> dict[str, Any]:
+    """What was measured of each variant."""
+    return json.loads((output / "step.json").read_text())["variants"]
+
+
+def test_the_plot_is_drawn(output: Path) -> None:
     assert (output / "step.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((output / "step.json").read_text())
 
 
-def test_all_variants_train_the_same_model(report: dict[str, Any]) -> None:
-    variants = report["variants"]
-    assert list(variants) == ["dora", "lora", "none", "peft-lora", "peft-dora"]
-    for entry in variants.values():
+def test_without_options_adapters_are_compared_with_pefts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from stepbench.settings import parse
+
+    assert parse([])[1].variants == COMPARED
+
+
+def test_all_variants_train_the_same_model(variants: dict[str, Any]) -> None:
+    assert list(variants) == list(VARIANTS)
+    for name, entry in variants.items():
         assert len(entry["seconds"]) == 2
         assert len(entry["losses"]) == 2 + 2 + 1  # warm-up, measured, the one with bytes counted
-        assert all(math.isfinite(loss) for loss in entry["losses"])
+        assert all(math.isfinite(loss) for loss in entry["losses"]), name
         assert entry["first_loss"] == pytest.approx(variants["none"]["first_loss"], rel=2**-8)
         assert entry["peak_rss_bytes"] >= entry["peak_rss_steps_bytes"] > 0
 
 
-def test_our_adapters_have_the_sizes_of_pefts(report: dict[str, Any]) -> None:
-    trainable = {name: entry["trainable"] for name, entry in report["variants"].items()}
+def test_our_adapters_have_the_sizes_of_pefts(variants: dict[str, Any]) -> None:
+    trainable = {name: entry["trainable"] for name, entry in variants.items()}
     factors = LAYERS * sum(R * (out + into) for out, into in SHAPES)
     magnitudes = LAYERS * sum(out for out, _ in SHAPES)
     assert trainable["lora"] == trainable["peft-lora"] == factors
@@ -61,18 +80,18 @@ def test_our_adapters_have_the_sizes_of_pefts(report: dict[str, Any]) -> None:
     assert trainable["none"] == HIDDEN
 
 
-def test_bytes_are_counted(report: dict[str, Any]) -> None:
+def test_bytes_are_counted(variants: dict[str, Any]) -> None:
     """A weight is gathered three times a step with recompute, PEFT's DoRA does it twice more for its norms.
 
     A rank of two receives half of each: in bf16 as many bytes as the weight has elements.
     """
     weights = LAYERS * sum(out * into for out, into in SHAPES)
-    for name, entry in report["variants"].items():
-        times = entry["received_bytes_by_kind"]["all_gather_into_tensor"] / weights
+    for name in COMPARED:
+        times = variants[name]["received_bytes_by_kind"]["all_gather_into_tensor"] / weights
         expected = 5 if name == "peft-dora" else 3
         assert expected <= times <= expected + 0.5, name  # the rest: adapters, embedding, head
     rows = LAYERS * sum(out for out, _ in SHAPES)
-    norm_bytes = {name: entry["norm_refresh_bytes"] for name, entry in report["variants"].items()}
+    norm_bytes = {name: variants[name]["norm_refresh_bytes"] for name in COMPARED}
     assert norm_bytes == {"dora": 4 * rows, "lora": 0, "none": 0, "peft-lora": 0, "peft-dora": 0}
 
 
@@ -94,29 +113,27 @@ def test_of_a_llava_projector_and_language_model_train_and_the_tower_is_read_onc
         assert 1 <= rest / in_tower <= 1.6, name  # a tower with gradients, or recomputed, would be gathered twice
 
 
-def test_scoring_and_pruning_are_measured_beside_the_same_layer_without_them(tmp_path: Path) -> None:
-    # In the same run: full fine-tuning, here and as plain DeepSpeed does it; and recording for the analysis.
-    flags = ("--rounds", "1", "--warmup", "1", "--steps", "1", "--variants", "gated", "dynamic")
-    done = run(*flags, "full", "deepspeed-full", "recorded", "--output", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    variants = json.loads((tmp_path / "step.json").read_text())["variants"]
+def test_full_fine_tuning_trains_all_that_plain_deepspeed_does(variants: dict[str, Any]) -> None:
     whole = [variants[name]["trainable"] for name in ("full", "deepspeed-full")]
     norms, vocabulary = (2 * LAYERS + 1) * HIDDEN, 2 * 50 * HIDDEN
     assert whole == [LAYERS * sum(out * into for out, into in SHAPES) + norms + vocabulary] * 2
     assert variants["full"]["losses"] == pytest.approx(variants["deepspeed-full"]["losses"], rel=2**-8)
+
+
+def test_recording_for_the_analysis_receives_three_numbers_a_row(variants: dict[str, Any]) -> None:
     rows = LAYERS * sum(out for out, _ in SHAPES)
-    assert variants["recorded"]["norm_refresh_bytes"] >= 3 * 4 * rows  # three numbers a row, where norms take one
+    assert variants["recorded"]["norm_refresh_bytes"] >= 3 * 4 * rows  # where norms take one
+
+
+def test_scoring_and_pruning_are_measured_beside_the_same_layer_without_them(variants: dict[str, Any]) -> None:
     assert variants["gated"]["scoring_share"] == 0 < variants["dynamic"]["scoring_share"]
     assert variants["gated"]["trainable"] == variants["dynamic"]["trainable"]
 
 
-def test_compaction_drops_exactly_what_closed_gates_leave_idle(tmp_path: Path) -> None:
-    flags = ("--rounds", "1", "--warmup", "1", "--steps", "1", "--variants", "gated", "closed", "compacted")
-    done = run(*flags, "--output", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    variants = json.loads((tmp_path / "step.json").read_text())["variants"]
+def test_compaction_drops_exactly_what_closed_gates_leave_idle(variants: dict[str, Any]) -> None:
     start, modules = 3 * R // 2, LAYERS * len(SHAPES)
-    assert [variants[name]["open_components"] // modules for name in variants] == [start, start // 2, start // 2]
+    opened = [variants[name]["open_components"] // modules for name in ("gated", "closed", "compacted")]
+    assert opened == [start, start // 2, start // 2]
     for name, r in (("gated", start), ("closed", start), ("compacted", start // 2)):
         numels = LAYERS * [numel for out, into in SHAPES for numel in (r * into, r * out, r, out)]
         assert variants[name]["trainable"] == sum(numels)

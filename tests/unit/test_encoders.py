@@ -99,7 +99,9 @@ def test_a_head_in_the_folder_is_read(tmp_path: Path) -> None:
 
 def test_labels_are_counted_by_the_rows_of_what_was_trained_a_single_number_has_none(tmp_path: Path) -> None:
     trained = {"scale": torch.tensor(1.0), "classifier.weight": torch.ones(3, 20)}
-    adapter = PeftAdapter("base", 2, 2, 0.0, False, {}, "SEQ_CLS", modules_to_save=["classifier"], trained=trained)
+    adapter = PeftAdapter(
+        "base", 2, 2, 0.0, False, {}, task_type="SEQ_CLS", modules_to_save=["classifier"], trained=trained
+    )
     write_peft_folder(tmp_path / "adapter", adapter)
     assert head_at(str(tmp_path / "adapter")).num_labels == 3
 

@@ -19,7 +19,7 @@ def test_a_models_folder_is_evaluated_by_task(tmp_path: Path, capsys: pytest.Cap
     text.save_pretrained(folder / "model")
     files = subtasks.write(folder, 3, ("vqa", "nlvr2"))
     pictures = str(folder / "pictures.h5")
-    with pytest.raises(UserError, match='data.train: "dev" is no task of vision_text records; use "vqa", "gqa"'):
+    with pytest.raises(UserError, match='data.train: "dev" is not a task of vision_text records; use "vqa", "gqa"'):
         evaluate(folder / "model", {"dev": files["vqa"]}, fields={"features": pictures}, progress=False)
     with pytest.raises(UserError, match="data.features is not set; give an HDF5 file"):
         evaluate(folder / "model", {"vqa": files["vqa"]}, progress=False)

@@ -1,6 +1,7 @@
 """Features of pictures and videos: those of transformers' own towers, kept whole, gone on with, refused by name."""
 
 import json
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from dora_dist.config import DataConfig
 from dora_dist.data import VisionReader
 from dora_dist.data import read as read_data
 from dora_dist.data.pictures import PictureReader
-from dora_dist.extraction import store
+from dora_dist.extraction import store, videos
 from dora_dist.extraction.items import find_items
 from dora_dist.extraction.options import ExtractionOptions, option
 from dora_dist.extraction.run import extract_features
@@ -155,12 +156,30 @@ def test_an_extraction_that_was_killed_goes_on_and_leaves_the_same_file(
     (parts / ".p4.npz.partial-1").write_bytes(b"half")  # what a SIGKILL leaves
     assert not output.exists()
     with monkeypatch.context() as patched, pytest.raises(Killed):  # killed while the file is made
-        patched.setattr(store, "_flush", lambda path: (_ for _ in ()).throw(Killed))
+        fsync = store.fsync
+
+        def killed_in_a_flush(path: Path) -> None:
+            if path.name == ".f.h5.partial":
+                raise Killed
+            fsync(path)
+
+        patched.setattr(store, "fsync", killed_in_a_flush)
         extract_features(pictures, tower, output, OPTIONS)
     assert not output.exists() and len(list(parts.glob("[!.]*.npz"))) == 8
+
+    def killed_in_a_deletion(folder: Path, **options: Any) -> None:
+        if folder.exists():
+            (folder / store.SETTINGS).unlink()
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(store.shutil, "rmtree", killed_in_a_deletion)
+        extract_features(pictures, tower, output, OPTIONS)
+    assert len(read(output)) == 8
     done = extract_features(pictures, tower, output, OPTIONS)
     assert (done.new, done.present, done.complete, parts.exists()) == (0, 8, True, False)
     same(read(output), read(tmp_path / "whole.h5"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["f.h5", "whole.h5"]
 
 
 def test_what_is_there_is_passed_over_and_more_is_added(
@@ -218,6 +237,40 @@ def test_parts_that_start_together_share_one_folder(tmp_path: Path) -> None:
             list(pool.map(start, range(6)))
         assert store.FeatureStore(outputs, {"layer": -2}, "image").complete([f"p{number}" for number in range(6)])
         assert list(read(outputs)) == [f"p{number}" for number in range(6)]
+
+
+def test_what_another_part_is_about_to_read_again_is_not_done(tmp_path: Path) -> None:
+    output, settings = tmp_path / "f.h5", {"layer": -2}
+    first, second = (store.FeatureStore(output, settings, "image") for _ in range(2))
+    assert first.open(["a", "b"]) == {"a", "b"}
+    first.parts.skip("b", "cannot be read")
+    assert first.open(["b"]) == {"b"}  # the file is there now
+    assert second.open(["c"]) == {"c"}
+    second.parts.write("c", {"features": np.ones((4, 3))})
+    first.parts.write("a", {"features": np.ones((4, 3))})
+    assert not second.complete(["a", "b", "c"])
+    first.parts.write("b", {"features": np.ones((4, 3))})
+    assert first.complete(["a", "b", "c"]) and list(read(output)) == ["a", "b", "c"]
+
+
+def test_damaged_outputs_are_refused_by_name(towers: Path, pictures: Path, tmp_path: Path) -> None:
+    tower, output = str(towers / "clip"), tmp_path / "f.h5"
+    extract_features(pictures / "0", tower, output, OPTIONS)
+    whole = output.read_bytes()
+    output.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"f\.h5: is damaged \(.*; delete it and start the command again"):
+        extract_features(pictures, tower, output, OPTIONS)
+    output.write_bytes(whole)
+    for said in ("{", "[]"):
+        with h5py.File(output, "r+") as file:
+            file.attrs[store.MADE_WITH] = said
+        with pytest.raises(UserError, match=r"f\.h5: is damaged"):
+            extract_features(pictures, tower, output, OPTIONS)
+    folder = tmp_path / "videos"
+    store.FeatureFolder(folder).open({})
+    (folder / store.SETTINGS).write_text("")
+    with pytest.raises(UserError, match=r"extraction\.json: not readable as JSON \(.*; delete .*videos and start"):
+        store.FeatureFolder(folder).open({})
 
 
 def test_records_name_their_features(towers: Path, pictures: Path, tmp_path: Path) -> None:
@@ -358,6 +411,36 @@ def test_a_video_is_the_embeddings_of_its_frames(towers: Path, tmp_path: Path) -
     np.testing.assert_array_equal(pooled, np.stack([every[:7].max(0), every[6:14].max(0), every[13:].max(0)]))
 
 
+def test_loader_processes_decode_videos_to_the_same_features(
+    towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    films = tmp_path / "films"
+    films.mkdir()
+    for number in range(3):
+        video(films / f"{number}.mp4", "china.jpg", frames=10 + 10 * number)
+    (films / "cut.mp4").write_bytes((films / "0.mp4").read_bytes()[:200])
+    options = replace(OPTIONS, frames_per_second=5.0, batch_size=4, bad_images="skip")
+    alone = extract_features(films, str(towers / "dinov2"), tmp_path / "alone", options)
+    monkeypatch.setattr(videos, "read_frames", in_another_process(videos.read_frames))
+    shared = extract_features(films, str(towers / "dinov2"), tmp_path / "shared", replace(options, num_workers=2))
+    assert alone == shared and [name for name, _ in shared.skipped] == ["cut"]
+    for number in range(3):
+        found, expected = (np.load(tmp_path / name / f"{number}.npz")["features"] for name in ("shared", "alone"))
+        assert len(expected) == 5 + 5 * number
+        np.testing.assert_array_equal(found, expected)
+
+
+def in_another_process(read: Any) -> Any:
+    """The same; fails in the process of the test."""
+    here = os.getpid()
+
+    def checked(*arguments: Any) -> Any:
+        assert os.getpid() != here
+        return read(*arguments)
+
+    return checked
+
+
 def frames_of(film: Path, max_pixels: int = 10_000) -> list[np.ndarray]:
     reader = PictureReader(film.parent, CLIPImageProcessorPil(), pad=True, max_pixels=max_pixels, named=option)
     return [np.asarray(image) for image in read_frames(film, 10.0, reader)]
@@ -421,7 +504,7 @@ def test_a_vl_bart_learns_from_films(towers: Path, tmp_path: Path) -> None:
         for number, name in enumerate(films)
     ]
     listed(tmp_path, *records)
-    base = summaries.base_model(tmp_path / "base", [json.dumps(records), "tvqa: (0) (1) 0 1"])
+    base = summaries.base_model(tmp_path / "base", [json.dumps(records), "tvqa: a0: a1:"])
     data = DataConfig(
         train={"tvqa": str(tmp_path / "list.json")},
         features=str(tmp_path / "features"),
@@ -437,7 +520,8 @@ def test_a_vl_bart_learns_from_films(towers: Path, tmp_path: Path) -> None:
     model = build_model(base, plan, WholePlacement(), dtype="fp32", head=VISION_SEQ2SEQ_LM.with_features(12)).model
     aim = VisionWriting(tokenizer, model, data.target_len, 1)
     batch = aim.prepared(aim.collator([samples[0], samples[1]]))
-    assert batch["visual_features"].shape == (2, 2, 12)  # two seconds, a frame of each
+    seen = batch["visual_features"]
+    assert seen.shape == (2, 64, 12) and seen[:, :2].any(2).all() and not seen[:, 2:].any()  # a frame of each second
     labels = batch.pop("labels")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)

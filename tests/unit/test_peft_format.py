@@ -281,8 +281,8 @@ def test_single_parameters_are_in_the_folder_and_peft_loads_them(tmp_path: Path)
     """All biases and norms of a BART, as VL-BART trains them; a tied embedding, and a norm's weight alone."""
     from transformers import BartConfig, BartForConditionalGeneration
 
-    from dora_dist.adapters.besides import Besides
     from dora_dist.adapters.patterns import parameters_matching
+    from dora_dist.adapters.trained_parameters import TrainedParameters
 
     def bart() -> Any:
         torch.manual_seed(0)
@@ -302,10 +302,10 @@ def test_single_parameters_are_in_the_folder_and_peft_loads_them(tmp_path: Path)
     layer = AdapterLayer(torch.zeros(2, 32), torch.zeros(32, 2), None, 1.0)
     for number, patterns in enumerate((["bias", r".*norm.*\.weight"], ["lm_head.weight", "final_layer_norm.weight"])):
         expected, trained = with_values(patterns)
-        besides = Besides.of(expected, list(trained), [])
+        own = TrainedParameters.of(expected, list(trained), [])
         adapter = PeftAdapter("", 2.0, 2, 0.0, False, {q_proj: layer}, task_type="SEQ_2_SEQ_LM", trained=trained)
-        adapter.modules_to_save, adapter.all_biases = list(besides.modules), besides.all_biases
-        assert besides.all_biases == (number == 0) == bool(besides.modules)
+        adapter.modules_to_save, adapter.all_biases = list(own.modules), own.all_biases
+        assert own.all_biases == (number == 0) == bool(own.modules)
         write_peft_folder(tmp_path / str(number), adapter)
         with torch.no_grad():
             logits = expected(TOKENS).logits

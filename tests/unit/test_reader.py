@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from dora_dist.config import DataConfig
 from dora_dist.data import RaggedDataset, Reader, read
 from dora_dist.data.collate import Collator
-from dora_dist.data.columns import Columns, Table
+from dora_dist.data.columns import Columns, Table, row_keys
 from dora_dist.data.doubts import Doubts
 from dora_dist.data.preview import Part, Preview
 from dora_dist.data.stats import LabelledStats
@@ -90,6 +90,36 @@ def test_the_first_records_have_all_of_their_samples(tmp_path: Path) -> None:
     first = train.first(3)
     assert len(first) == 9 and texts(first) == texts(train)[:9]
     assert len(train.first(100)) == len(train)
+
+
+class Looked(Words):
+    """Counts the samples whose contents were looked at."""
+
+    count = 0
+
+    def contents(self, table: Table, index: Tensor) -> Iterator[bytes]:
+        self.count += len(index)
+        return super().contents(table, index)
+
+
+def test_samples_of_both_sets_are_found_without_looking_at_each(tmp_path: Path) -> None:
+    train = load(tmp_path, ROWS, Looked).train
+    words = "word3 unheard one wordy4 word5 word5 ones"
+    other = load(tmp_path, [{"text": words, "weight": 1}], Looked).train
+    assert other.in_both(train) == sum(text in texts(train) for text in texts(other)) == 4
+    assert train.in_both(other) == 8  # "one" is six of them
+    assert (train.reader.count, other.reader.count) == (2 * 8, 2 * 4)  # of 18 and 7
+
+
+def test_rows_have_keys_that_follow_from_them_alone() -> None:
+    rows = [[], [5], [5], [], [7, 8], list(range(40)), [], list(range(40)), [9] * 40, []]
+    column = Columns()
+    for row in rows:
+        column.ragged("starts", tokens=row)
+    table = column.table()
+    keys = row_keys(table["tokens"], table["starts"], torch.arange(len(rows))).tolist()
+    assert all((keys[i] == keys[j]) == (rows[i] == rows[j]) for i in range(10) for j in range(10))
+    assert row_keys(table["tokens"][:0], torch.tensor([0, 0]), torch.tensor([0])).tolist() == keys[:1]
 
 
 def test_all_columns_but_notes_are_in_the_fingerprint(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from dora_dist.adapters.layer import AdaptedLinear
 from dora_dist.adapters.methods import LowRank
 from dora_dist.checkpoint.saving import Saved, _own, _peft_layer
+from dora_dist.checkpoint.state_writers import _is_large
 from dora_dist.config import CheckpointConfig
 from dora_dist.runtime.errors import UserError
 from dora_dist.training.checkpoints import Checkpoints
@@ -67,3 +68,9 @@ def test_the_thread_that_saves_looks_up_no_parameter() -> None:
     saved = _peft_layer(layer, _own("layer", layer, masters))
     assert saved is not None and saved.lora_A is not None
     assert torch.equal(saved.lora_A, masters["layer.lora_A"].t())
+
+
+def test_neither_a_large_state_nor_one_large_tensor_goes_through_rank_0() -> None:
+    head = 128_256 * 2048  # of Llama 3, trained besides adapters: a state of 3.2 GB, a third of which would be gathered
+    assert _is_large([head, 1000]) and not _is_large([head // 4, 1000])
+    assert _is_large([1 << 26] * 6) and not _is_large([1 << 26] * 5) and not _is_large([])

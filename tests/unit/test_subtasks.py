@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dora_dist.data.subtasks import SUBTASKS, Asked, scores_of
+from dora_dist.data.subtasks import SUBTASKS, Example, scores_of
 from dora_dist.metrics.choices import chosen_option
 from dora_dist.runtime.errors import UserError
 
@@ -58,34 +58,34 @@ READ: dict[str, tuple[str, dict[str, Any], str, str, tuple[tuple[str, float], ..
     "caption": ("caption", {"img_id": "i.1", "sent": "a cat"}, "caption: ", "", (("a cat", 1),), ("i.1",)),
     "tvqa": (
         "tvqa",
-        {**CHOICES, "sub": [{"text": "Bye!"}, {"text": "Door."}]},
-        "who left? 1.5 - 12 (0) Ann (1) Bob tvqa:",
-        "Bye! Door.",
-        (("1", 1),),
+        {**CHOICES, "sub": [{"text": "Bye! "}, {"text": " "}, {"text": "Door."}]},
+        "[Q] who left? [TS] ([1.5, 12]) [Choices] a0: Ann. a1: Bob. tvqa: ",
+        "[Subs] Bye! Door.",
+        (("a1", 1),),
         ("v1",),
     ),
     "how2qa": (
         "how2qa",
-        {**CHOICES, "answer_idx": "Ann", "ts": "0-3"},
-        "who left? 0-3 (0) Ann (1) Bob how2qa:",
+        {**CHOICES, "a0": ". Ann. ", "answer_idx": ". Ann. ", "ts": "0-3"},
+        "[Q] who left? [TS] (0-3) [Choices] a0: Ann. a1: Bob. how2qa: ",
         "",
-        (("0", 1),),
+        (("a0", 1),),
         ("v1",),
     ),
     "how2qa by number in a text": (
         "how2qa",
         {"vid_name": "v1", "q": "how many?", "choices": ["3", "1", "0"], "answer_idx": "0"},
-        "how many? (0) 3 (1) 1 (2) 0 how2qa:",
+        "[Q] how many? [Choices] a0: 3. a1: 1. a2: 0. how2qa: ",
         "",
-        (("0", 1),),
+        (("a0", 1),),
         ("v1",),
     ),
     "how2qa by answer": (
         "how2qa",
-        {"vid_name": "v1", "q": "how many?", "choices": ["3", "1", "0"], "answer": "0"},
-        "how many? (0) 3 (1) 1 (2) 0 how2qa:",
+        {"vid_name": "v1", "q": "how many?", "choices": ["3", "1", "0"], "answer": "0", "sub": ["", " "]},
+        "[Q] how many? [Choices] a0: 3. a1: 1. a2: 0. how2qa: ",
         "",
-        (("2", 1),),
+        (("a2", 1),),
         ("v1",),
     ),
     "tvc": (
@@ -96,32 +96,39 @@ READ: dict[str, tuple[str, dict[str, Any], str, str, tuple[tuple[str, float], ..
             "descs": [{"desc": "Ann goes."}, {"desc": "She leaves."}],
             "subtitles": "Bye!",
         },
-        "3 - 4 tvc:",
-        "Bye!",
+        "[TS] ([3, 4]) tvc: ",
+        "[Subs] Bye!",
         (("Ann goes.", 1), ("She leaves.", 1)),
         ("v2",),
     ),
-    "yc2c": ("yc2c", {"video_id": "v3", "captions": ["cut it"]}, "yc2c:", "", (("cut it", 1),), ("v3",)),
+    "yc2c": (
+        "yc2c",
+        {"video_id": "v3", "captions": ["cut it"], "ts": [3, 4], "sub": "Cut!"},
+        "yc2c: ",
+        "[Subs] Cut!",
+        (("cut it", 1),),
+        ("v3",),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", READ)
 def test_each_task_reads_its_records(case: str) -> None:
     name, record, text, before, targets, ids = READ[case]
-    asked = SUBTASKS[name].read(record)
-    found = SUBTASKS[name].worded(asked, None)
+    example = SUBTASKS[name].read(record)
+    found = SUBTASKS[name].prompted(example, None)
     assert found.text == " ".join(part for part in (before, text) if part) and found.before == len(before)
-    assert found.text[found.prompt.start : found.prompt.stop] == SUBTASKS[name].prompt.strip()
-    assert (asked.before, asked.visual) == (before, ids)
-    assert asked.targets == tuple((target, pytest.approx(score)) for target, score in targets)
+    assert found.text[found.prompt.start : found.prompt.stop] == SUBTASKS[name].prompt
+    assert (example.before, example.visual) == (before, ids)
+    assert example.targets == tuple((target, pytest.approx(score)) for target, score in targets)
     assert {READ[each][0] for each in READ} == set(SUBTASKS)
 
 
 def test_a_prompt_can_be_another() -> None:
-    asked = Asked(visual=(), text="why?", targets=(), reference=None)
-    assert SUBTASKS["gqa"].worded(asked, "gqa: ").text == "gqa: why?"
-    assert SUBTASKS["tvqa"].worded(asked, "which?").text == "why? which?"
-    assert SUBTASKS["tvqa"].worded(asked, "") == ("why?", range(4, 4), 0)
+    example = Example(visual=(), text="why?", targets=(), reference=None)
+    assert SUBTASKS["gqa"].prompted(example, "gqa: ").text == "gqa: why?"
+    assert SUBTASKS["tvqa"].prompted(example, "which?").text == "why? which?"
+    assert SUBTASKS["tvqa"].prompted(example, "") == ("why?", range(4, 4), 0)
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -141,6 +148,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "empty caption": ("caption", {"img_id": "a", "sent": " "}, "must be a text or a list of texts"),
     "one choice": ("tvqa", {"vid_name": "v", "q": "x", "a0": "y", "answer_idx": 0}, 'the choices "a0", "a1"'),
     "answer beyond": ("tvqa", {**CHOICES, "answer_idx": 2}, '"answer_idx" must be a number from 0 to 1, found 2'),
+    "subtitles of a number": ("tvqa", {**CHOICES, "sub": [{"text": 3}]}, '"sub" must be a text or a list of texts'),
     "half a stretch": ("how2qa", {**CHOICES, "ts": [1]}, '"ts" must be the two ends of a stretch'),
     "no description": ("tvc", {"vid_name": "v"}, 'has no "descs"'),
     "half a character": ("yc2c", {"vid_name": "v", "descs": ["\ud800"]}, "holds half a character"),
@@ -166,7 +174,7 @@ def test_scores_by_hand() -> None:
         ("gqa", "", {"label": {}, "answers": []}, 0),  # nobody knows
         ("nlvr2", "True", "true", 1),
         ("nlvr2", "no", "false", 0),
-        ("tvqa", "(1)", {"options": ["x", "y"], "answer": 1}, 1),
+        ("tvqa", "a1", {"options": ["x", "y"], "answer": 1}, 1),
         ("tvqa", "X.", {"options": ["x", "y"], "answer": 0}, 1),
         ("tvqa", "7", {"options": ["x", "y"], "answer": 0}, 0),
     ]
@@ -180,6 +188,10 @@ def test_scores_by_hand() -> None:
 @pytest.mark.parametrize(
     ("text", "options", "expected"),
     [
+        ("a1", ["x", "y"], 1),
+        ("a1: y.", ["x", "z"], 1),
+        ("a2", ["x", "y"], None),
+        ("a 1", ["x", "y"], None),
         ("1", ["x", "y"], 1),
         ("(1)", ["x", "y"], 1),
         ("(1) y", ["x", "z"], 1),

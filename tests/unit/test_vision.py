@@ -22,6 +22,7 @@ from dora_dist.data import (
     VisionReader,
     read,
     text_filler,
+    warn_of_the_whole,
 )
 from dora_dist.data.collate import Collator
 from dora_dist.data.features import FRAMES, REGIONS
@@ -62,11 +63,12 @@ def test_samples_are_texts_targets_and_features(folder: Path) -> None:
     assert first["vqa"]["input_ids"] == TEXT("vqa: what colour is it?").input_ids
     assert (decoded(first["vqa"]["labels"]), first["vqa"]["score"]) == ("green", 1.0)
     assert decoded(first["gqa"]["input_ids"]) == "gpa: is it green?"
-    assert decoded(first["tvqa"]["input_ids"]).startswith("look here what was it? 1 - 3.5 (0) a red one")
-    assert decoded(first["tvqa"]["input_ids"]).endswith("tvqa:") and decoded(first["tvqa"]["labels"]) == "1"
+    asked = "[Subs] look here [Q] what was it? [TS] ([1, 3.5]) [Choices] a0: a red one. a1"
+    assert decoded(first["tvqa"]["input_ids"]).startswith(asked)
+    assert decoded(first["tvqa"]["input_ids"]).endswith(" tvqa: ") and decoded(first["tvqa"]["labels"]) == "a1"
     assert [len(visual.features) for visual in first["nlvr2"]["visual"]] == [REGIONS, REGIONS]
     [frames] = first["tvc"]["visual"]
-    assert frames.features.shape == (4, subtasks.WIDTH) and len(frames.features) < FRAMES
+    assert frames.features.shape == (FRAMES, subtasks.WIDTH) and not frames.features[4:].any()
     other = train[1 + len(train)]  # its second target
     assert (decoded(other["labels"]), other["score"]) == ("blue", 0.3)
     with pytest.raises(IndexError):
@@ -77,25 +79,54 @@ def test_a_long_text_loses_its_subtitles_first_and_its_prompt_never(folder: Path
     record = subtasks.record("tvqa", 1) | {"subtitles": "look here " * 30}
     file = folder / "long.json"
     file.write_text(json.dumps([record]))
-    whole = TEXT("look here " * 30 + "what was it?", verbose=False).input_ids
-    data = DataConfig(**subtasks.section(folder, {"tvqa": str(file)}, cutoff_len=60))
+    whole = TEXT("[Subs]" + " look here" * 30 + " [Q] what was it?", verbose=False).input_ids
+    data = DataConfig(**subtasks.section(folder, {"tvqa": str(file)}))
     found = read(VisionReader(data, TEXT), data, seed=0, progress=False)
     ids = found.train[0]["input_ids"]
-    assert len(ids) == 60 and ids[0] == TEXT.bos_token_id and ids[-1] == TEXT.eos_token_id
-    assert decoded(ids).startswith("look here look here") and ids[:8] == whole[:8]
+    assert len(ids) == 64 and ids[0] == TEXT.bos_token_id and ids[-1] == TEXT.eos_token_id
+    assert decoded(ids).startswith("[Subs] look here") and ids[:8] == whole[:8]
     assert decoded(ids).endswith(
-        " what was it? 1 - 3.5 (0) a red one (1) a green one (2) a blue one (3) a white one tvqa:"
+        " [Q] what was it? [TS] ([1, 3.5]) "
+        "[Choices] a0: a red one. a1: a green one. a2: a blue one. a3: a white one. tvqa: "
     )
     assert found.train_stats.truncated == 1 and "cut" in found.train.preview(0).facts
     cut = DataConfig(**subtasks.section(folder, {"tvqa": str(file)}, cutoff_len=12))
     short = read(VisionReader(cut, TEXT), cut, seed=0, progress=False).train[0]["input_ids"]
-    assert len(short) == 12 and decoded(short).strip().startswith("what was") and short[-1] == TEXT.eos_token_id
-    assert decoded(short).endswith("tvqa:")
+    assert len(short) == 12 and decoded(short).strip().startswith("[Q] what") and short[-1] == TEXT.eos_token_id
+    assert decoded(short).endswith("tvqa: ")
     small = DataConfig(
         **subtasks.section(folder, {"tvqa": str(file)}, cutoff_len=8, prompts={"tvqa": "so it goes " * 4})
     )
     with pytest.raises(UserError, match=r"data.cutoff_len = 8: the prompt of tvqa alone is \d+ tokens; raise it"):
         read(VisionReader(small, TEXT), small, seed=0, progress=False)
+
+
+def test_each_task_is_cut_at_its_own_lengths_and_warned_of_by_itself(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = {"cutoff_len": {"vqa": 64, "nlvr2": 8, "caption": 20}, "target_len": {"vqa": 12, "nlvr2": 2, "caption": 4}}
+    file = folder / "sentences.json"
+    rows = [subtasks.record("nlvr2", i) | {"sent": "both have one colour" + " indeed" * (i < 2)} for i in range(12)]
+    file.write_text(json.dumps(rows))
+    sources = {**subtasks.write(folder, 12, ("vqa", "caption")), "nlvr2": str(file)}
+    data = DataConfig(**subtasks.section(folder, sources, **limits))
+    assert (data.longest_text, data.longest_target) == (64, 12)
+    found = read(VisionReader(data, TEXT), data, seed=0, progress=False)
+    texts = {len(found.train[i]["input_ids"]) for i in range(24, 36)}
+    assert texts == {8} and decoded(found.train[24]["input_ids"]) == "nlvr: both have one colour"
+    caption = TEXT("a red thing").input_ids
+    assert len(caption) == 5 and found.train[12]["labels"] == [*caption[:3], TEXT.eos_token_id]
+    cuts = {cut.what: (cut.cut, cut.of, cut.limit) for cut in found.train_stats.cuts}
+    assert cuts["texts of vqa"] == (0, 12, "data.cutoff_len = 64 tokens") and cuts["targets of vqa"][0] == 0
+    assert cuts["texts of nlvr2"] == (2, 12, "data.cutoff_len = 8 tokens")
+    assert cuts["targets of caption"] == (24, 24, "data.target_len = 4 tokens")
+    assert found.train_stats.truncated == 2 < 0.1 * len(found.train) and "vqa cut" not in str(found.train_stats)
+    assert ", 2 texts of nlvr2 cut at cutoff_len = 8 tokens" in str(found.train_stats)
+    assert found.train_stats.figures()["  texts of nlvr2 cut at cutoff_len = 8 tokens"] == "2"
+    warn_of_the_whole(data, found)
+    said = capsys.readouterr().err
+    assert "data.train: 2 of 12 texts of nlvr2 (17%) are longer than data.cutoff_len = 8 tokens and lose" in said
+    assert "24 of 24 targets of caption (100%) are longer than data.target_len = 4 tokens" in said and "vqa" not in said
 
 
 def test_records_are_held_out_cached_and_known_by_all_their_columns(folder: Path, tmp_path: Path) -> None:
@@ -126,7 +157,8 @@ def test_previews_show_a_sample_of_each_task(folder: Path) -> None:
     assert found.facts == {"task": "vqa", "features 1": "p0 (36, 7)"}
     assert [part.name for part in found.parts] == ["text", "target, score 1", "target, score 0.3"]
     stats = load(folder).train_stats
-    assert stats.each == dict.fromkeys(ALL, 12) and stats.targets == 12 * (2 + 1 + 1 + 2 + 1 + 1 + 2 + 1)
+    assert {name: subset.samples for name, subset in stats.each.items()} == dict.fromkeys(ALL, 12)
+    assert stats.targets == 12 * (2 + 1 + 1 + 2 + 1 + 1 + 2 + 1)
     assert stats.figures()["  vqa"] == "12" and "96 samples (12 vqa, 12 gqa" in str(stats)
 
 
@@ -138,7 +170,8 @@ def test_batches_are_padded_with_masks(folder: Path) -> None:
     assert torch.equal(batch["visual_images"][0], torch.tensor([0] * 36 + [1] * 36))
     assert torch.equal(batch["visual_objects"][0], torch.arange(36).repeat(2))
     assert torch.equal(batch["visual_features"][0, 36:], train[4]["visual"][1].features)
-    assert batch["visual_mask"].sum(1).tolist() == [72, 4, 0] and not batch["visual_features"][1, 4:].any()
+    # The zeros behind a short video's 4 frames are read as frames are.
+    assert batch["visual_mask"].sum(1).tolist() == [72, FRAMES, 0] and not batch["visual_features"][1, 4:].any()
     assert batch["scores"].tolist() == [1, 1, 0] and batch["labels"][2].unique().tolist() == [-100]
     assert collate([text_filler(1)])["visual_mask"].tolist() == [[0]]
 
@@ -177,16 +210,25 @@ def test_validation_files_have_the_width_of_the_training_files(folder: Path, tmp
         load(folder, ("vqa",), features=places, validation=held_out, validation_samples=0)
 
 
-def test_data_are_others_where_features_were_extracted_in_another_way(tmp_path: Path) -> None:
-    place = subtasks.features(tmp_path / "features", 3)
-    found = [load(place, ("vqa",), count=3).train.fingerprint()]
-    with h5py.File(place / "pictures.h5", "a") as file:
-        file.attrs["extraction"] = '{"layer": -2}'
-    found.append(load(place, ("vqa",), count=3).train.fingerprint())
-    with h5py.File(place / "pictures.h5", "a") as file:
-        file["p0/features"][0, 0] += 1
-    found.append(load(place, ("vqa",), count=3).train.fingerprint())
-    assert len({*found}) == 3 and load(place, ("vqa",), count=3).train.fingerprint() == found[-1]
+@pytest.mark.parametrize("layout", ["pictures.h5", "pictures"])
+def test_data_are_others_where_features_were_extracted_in_another_way(layout: str, tmp_path: Path) -> None:
+    place = subtasks.features(tmp_path / "features", 40)
+
+    def fingerprint() -> str:
+        return load(place, ("vqa",), count=40, features=str(place / layout)).train.fingerprint()
+
+    found = [fingerprint()]
+    if layout == "pictures":
+        (place / layout / "extraction.json").write_text('{"layer": -2}')
+    else:
+        with h5py.File(place / layout, "a") as file:
+            file.attrs["extraction"] = '{"layer": -2}'
+    found.append(fingerprint())
+    for id in ("p0", "p20"):  # of 16 that are looked at
+        with h5py.File(place / layout / f"{id}.h5" if layout == "pictures" else place / layout, "a") as file:
+            file[f"{id}/features"][0, 0] += 1
+        found.append(fingerprint())
+    assert len({*found}) == 4 and fingerprint() == found[-1]
 
 
 def test_first_features_that_cannot_be_read_can_be_left_out(tmp_path: Path) -> None:
@@ -356,7 +398,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "unknown task": (
         {**VQA, "train": {"okvqa": "a.json"}},
         {},
-        'data.train: "okvqa" is no task of vision_text records',
+        'data.train: "okvqa" is not a task of vision_text records',
     ),
     "no features": ({"format": "vision_text", "train": {"vqa": "a.json"}}, {}, "data.features is not set"),
     "features of others": (
@@ -364,7 +406,21 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "data.features has none for vqa",
     ),
-    "prompt of none": ({**VQA, "train": {"vqa": "a.json"}, "prompts": {"x": "y"}}, {}, 'data.prompts: "x" is no task'),
+    "lengths of others": (
+        {**VQA, "cutoff_len": {"gqa": 20}, "target_len": {"vqa": 20, "okvqa": 3}, "train": {"vqa": "a.json"}},
+        {},
+        "data.cutoff_len has none for vqa; give one for each task, or a number for all",
+    ),
+    "lengths by task of texts": (
+        {"format": "alpaca", "train": "a.json", "cutoff_len": {"vqa": 20}},
+        {},
+        'data.cutoff_len = {"vqa": 20}: records of data.format = "alpaca" are of one kind; give a number',
+    ),
+    "prompt of none": (
+        {**VQA, "train": {"vqa": "a.json"}, "prompts": {"x": "y"}},
+        {},
+        'data.prompts: "x" is not a task',
+    ),
     "metric of another": (
         {**VQA, "train": {"vqa": "a.json"}, "validation_samples": 2},
         {"metric": "gqa_accuracy"},

@@ -13,7 +13,7 @@ from dora_dist.adapters.methods.mora import Mora
 from dora_dist.adapters.methods.vera import Vera
 from dora_dist.adapters.methods.weight_decomposed import NoUpdate, WeightDecomposed
 from dora_dist.adapters.peft_layer import AdapterLayer, VeraLayer
-from dora_dist.config.schema import AdapterConfig
+from dora_dist.config.adapter import AdapterConfig
 from dora_dist.runtime.errors import UserError
 
 __all__ = [

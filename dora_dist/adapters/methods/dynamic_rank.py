@@ -17,7 +17,7 @@ from dora_dist.adapters.method import Components, Initial, Layer, Shape, Tensors
 from dora_dist.adapters.methods.lora import LowRank
 from dora_dist.adapters.methods.sums import column_dot
 from dora_dist.adapters.peft_layer import AdapterLayer
-from dora_dist.config.schema import AdapterConfig
+from dora_dist.config.adapter import AdapterConfig
 
 ComponentInit = Literal["paper", "lora"]
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from dora_dist.adapters.method import Method, register
 from dora_dist.adapters.patterns import parts_in, trained_in_full
-from dora_dist.config.schema import AdapterConfig
+from dora_dist.config.adapter import AdapterConfig
 from dora_dist.runtime.errors import UserError
 
 # weight_decomposed is true unless a configuration says otherwise, and says nothing here.

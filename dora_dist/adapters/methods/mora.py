@@ -46,7 +46,7 @@ class Stripe(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pattern(ABC):
+class Tiling(ABC):
     """How M fills a ΔW of `shape` (out, in); `size` is r̂. Arguments `m` are M (r̂, r̂)."""
 
     shape: Shape
@@ -106,7 +106,7 @@ class Pattern(ABC):
             position = end
 
 
-class Sharing(Pattern):
+class Sharing(Tiling):
     """Type 1: every tile is M."""
 
     def down(self, x_ti: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class Sharing(Pattern):
         return own
 
 
-class Rotation(Pattern):
+class Rotation(Tiling):
     """Type 6: one tile for each group of outputs, M·R_b over the inputs of group b; M·R_b is M's rows turned by −b.
 
     All tiles are multiplied at once, so that a GPU has few kernels to start: the last group is filled up with zeros.
@@ -281,7 +281,7 @@ class Rotation(Pattern):
         return torch.cat((one * cos - two * sin, two * cos + one * sin), dim=-1)
 
 
-PATTERNS: dict[int, type[Pattern]] = {1: Sharing, 6: Rotation}
+TILINGS: dict[int, type[Tiling]] = {1: Sharing, 6: Rotation}
 
 
 @register
@@ -298,11 +298,12 @@ class Mora(Update):
     name = "mora"
     titles = ("MoRA", "MoRA with magnitudes")
     scaling = 1.0
+    in_peft = False
     r: int = 8
     type: int = 6
 
     def __post_init__(self) -> None:
-        if type(self.type) is not int or self.type not in PATTERNS:
+        if type(self.type) is not int or self.type not in TILINGS:
             raise UserError(
                 f"adapter.settings: type = {self.type!r} is none of MoRA's; it has 1 (sharing) and 6 (rotation)"
             )
@@ -311,35 +312,31 @@ class Mora(Update):
     def lora_alpha(self) -> float:
         return float(self.r)
 
-    @property
-    def in_peft(self) -> bool:
-        return False
-
     def largest_useful_r(self, shape: Shape) -> int:
-        return PATTERNS[self.type].largest_useful_r(shape)
+        return TILINGS[self.type].largest_useful_r(shape)
 
     def parameters(self, shape: Shape) -> dict[str, Initial]:
-        size = self._pattern(shape).size
+        size = self._tiling(shape).size
         return {MATRIX: Initial((size, size))}
 
     def down(self, layer: Layer, x_ti: Tensor) -> Tensor:
-        return self._pattern(layer.shape).down(x_ti)
+        return self._tiling(layer.shape).down(x_ti)
 
     def add_up(self, layer: Layer, hidden: Tensor | None, y_to: Tensor) -> None:
         assert hidden is not None
-        self._pattern(layer.shape).add_up(hidden, _matrix(layer), y_to)
+        self._tiling(layer.shape).add_up(hidden, _matrix(layer), y_to)
 
     def gradients(
         self, layer: Layer, x_ti: Tensor, hidden: Tensor | None, *, grad_to: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         assert hidden is not None
-        found, grad_hidden = self._pattern(layer.shape).gradients(hidden, _matrix(layer), grad_to)
+        found, grad_hidden = self._tiling(layer.shape).gradients(hidden, _matrix(layer), grad_to)
         return {MATRIX: found}, grad_hidden
 
     def input_gradient(self, layer: Layer, grad_hidden: Tensor, onto: Tensor | None) -> Tensor:
         if onto is None:
             onto = grad_hidden.new_zeros(len(grad_hidden), layer.shape[1])
-        self._pattern(layer.shape).add_input_gradient(grad_hidden, _matrix(layer), onto)
+        self._tiling(layer.shape).add_input_gradient(grad_hidden, _matrix(layer), onto)
         return onto
 
     def add_norm_gradient(self, layer: Layer, row_scale: Tensor, gradients: dict[str, Tensor]) -> None:
@@ -347,20 +344,20 @@ class Mora(Update):
         rows, columns = layer.shape
         step = max(1, CHUNK_ELEMENTS // columns)
         base = ((start, layer.weight_rows(start, min(start + step, rows))) for start in range(0, rows, step))
-        gradients[MATRIX].add_(self._pattern(layer.shape).norm_gradient(_matrix(layer).float(), row_scale, base))
+        gradients[MATRIX].add_(self._tiling(layer.shape).norm_gradient(_matrix(layer).float(), row_scale, base))
 
     def row_products(self, shape: Shape, parameters: Tensors) -> RowProducts:
         """The second product is charged to a row's first element."""
-        return self._pattern(shape).row_products(parameters[MATRIX].float())
+        return self._tiling(shape).row_products(parameters[MATRIX].float())
 
     def merger(self, shape: Shape, values: Tensors) -> MergeRows:
-        return self._pattern(shape).merger(values[MATRIX])
+        return self._tiling(shape).merger(values[MATRIX])
 
     def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> None:
         raise TypeError("PEFT has no format for MoRA")
 
-    def _pattern(self, shape: Shape) -> Pattern:
-        kind = PATTERNS[self.type]
+    def _tiling(self, shape: Shape) -> Tiling:
+        kind = TILINGS[self.type]
         return kind(shape, kind.size_of(shape, self.r))
 
 

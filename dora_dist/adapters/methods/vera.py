@@ -35,6 +35,7 @@ class Vera(Update):
     titles = ("VeRA", "DVoRA")
     of_training = frozenset({"dropout", "d_initial"})
     scaling = 1.0
+    in_peft_with_magnitude = False  # as LoRA each layer has its own A and B, too much for every checkpoint
     r: int = 256
     projection_prng_key: int = 0
     d_initial: float = 0.1
@@ -115,11 +116,6 @@ class Vera(Update):
             return cross, ((scaled @ gram) * scaled).sum(1).mul_(b[rows].square())
 
         return products
-
-    @property
-    def in_peft_with_magnitude(self) -> bool:
-        """It has, as LoRA whose factors are each layer's own: A and B many times over, too much for each checkpoint."""
-        return False
 
     def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> VeraLayer:
         return VeraLayer(

@@ -38,6 +38,7 @@ from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.adapters.recompute import kept_output
 from dora_dist.adapters.row_norms import give_norms, row_norms
 
+OFFSET = "magnitude_offset"
 NormGradient = Literal["detached", "full"]
 DropoutMode = Literal["exact", "adapter"]
 
@@ -105,7 +106,7 @@ class WeightDecomposed(AdapterMethod):
     """
 
     weight_decomposed = True
-    magnitude = "magnitude_offset"
+    magnitude = OFFSET
     update: Update = NoUpdate()
     dropout_mode: DropoutMode = "exact"
     norm_gradient: NormGradient = "detached"
@@ -151,7 +152,7 @@ class WeightDecomposed(AdapterMethod):
         return self.update.largest_useful_r(shape)
 
     def parameters(self, shape: Shape) -> dict[str, Initial]:
-        return self.update.parameters(shape) | {"magnitude_offset": Initial((shape[0],))}
+        return self.update.parameters(shape) | {OFFSET: Initial((shape[0],))}
 
     def magnitude_excess(self, layer: Layer) -> Tensor:
         """g − 1 per output row (out,), fp32: 0 exactly at initialisation, and where ‖V'‖ = 0."""
@@ -160,7 +161,7 @@ class WeightDecomposed(AdapterMethod):
                 "this layer's row norms were never computed: attach a NormRefresher to the model "
                 "(dora_dist.adapters.norms) before the first forward"
             )
-        excess = (layer.base_norm + layer.adapter_parameters()["magnitude_offset"].float() - layer.norm) / layer.norm
+        excess = (layer.base_norm + layer.adapter_parameters()[OFFSET].float() - layer.norm) / layer.norm
         return torch.where(layer.norm > 0, excess, 0.0)
 
     def forward(self, layer: Layer, x_ti: Tensor, dropped_ti: Tensor | None) -> tuple[Tensor, Saved]:
@@ -204,7 +205,7 @@ class WeightDecomposed(AdapterMethod):
             row_scale = -_safe_divide(m_over_n * q_o, layer.norm.square())
             self.update.add_norm_gradient(layer, row_scale, found)
         self.update.add_penalty(layer, found)
-        found["magnitude_offset"] = _safe_divide(q_o, layer.norm)
+        found[OFFSET] = _safe_divide(q_o, layer.norm)
         return self.update.with_input_gradient(layer, grad_hidden, Gradients(grad_x, grad_dropped, found), needs=needs)
 
     def norm_parameters(self, shape: Shape) -> Sequence[str]:
@@ -217,7 +218,7 @@ class WeightDecomposed(AdapterMethod):
         return self.update.row_squares(shape, _without_magnitude(parameters))
 
     def merger(self, shape: Shape, values: Tensors) -> MergeRows:
-        merge_update, offset = self.update.merger(shape, _without_magnitude(values)), values["magnitude_offset"]
+        merge_update, offset = self.update.merger(shape, _without_magnitude(values)), values[OFFSET]
 
         def merge(weight: Tensor, start: int) -> None:
             magnitude = row_norms(weight) + offset[start : start + len(weight)]
@@ -228,7 +229,7 @@ class WeightDecomposed(AdapterMethod):
 
     @property
     def in_peft(self) -> bool:
-        return self.update.in_peft_with_magnitude
+        return self.update.in_peft and self.update.in_peft_with_magnitude
 
     @property
     def expressible_in_peft(self) -> bool:
@@ -237,7 +238,7 @@ class WeightDecomposed(AdapterMethod):
     def to_peft(self, shape: Shape, values: Tensors, base_norm: Tensor | None) -> AdapterLayer:
         assert base_norm is not None
         layer = self.update.to_peft(shape, _without_magnitude(values), base_norm)
-        magnitude = base_norm + values["magnitude_offset"]
+        magnitude = base_norm + values[OFFSET]
         if layer is None:
             return AdapterLayer(None, None, magnitude, self.scaling, shape[1])
         return layer.with_magnitude(magnitude)
@@ -245,7 +246,7 @@ class WeightDecomposed(AdapterMethod):
     def from_peft(self, theirs: AdapterLayer, base_norm: Tensor | None) -> dict[str, Tensor]:
         assert theirs.magnitude is not None and base_norm is not None
         offset = theirs.magnitude.to(base_norm.device) - base_norm
-        return self.update.from_peft(theirs, base_norm) | {"magnitude_offset": offset}
+        return self.update.from_peft(theirs, base_norm) | {OFFSET: offset}
 
     def differences(self, theirs: AdapterLayer) -> Iterator[str]:
         if theirs.magnitude is None:
@@ -261,7 +262,7 @@ class WeightDecomposed(AdapterMethod):
 
 
 def _without_magnitude(values: Tensors) -> dict[str, Tensor]:
-    return {name: value for name, value in values.items() if name != "magnitude_offset"}
+    return {name: value for name, value in values.items() if name != OFFSET}
 
 
 def _safe_divide(a: Tensor, b: Tensor) -> Tensor:

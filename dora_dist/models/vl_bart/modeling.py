@@ -33,7 +33,7 @@ class VLBartConfig(BartConfig):
 class VisualEmbedding(nn.Module):
     """LN(W·features) + LN(U·(box, area)) + the image's embedding + the object's, which is passed in.
 
-    The object's is a row of the token table, which is no part of this module: the module is trained, the table is not.
+    The object's is a row of the token table, which is not part of this module: the module is trained, the table is not.
     LayerNorms have torch's eps of 1e-5, as BART's have, and both linear layers have a bias.
     """
 

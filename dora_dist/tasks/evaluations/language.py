@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -83,7 +84,8 @@ class LanguageEvaluation(Evaluation):
         asking = self.asking
         located = _read(name, file, asking, self._limit)
         kind = FreeAnswers if asking.free else Choices
-        return kind(name, located, asking, positions=self._positions, tokenizer=self._subject.tokenizer)
+        tokenizer = self._subject.tokenizer
+        return kind(task=name, located=located, asking=asking, positions=self._positions, tokenizer=tokenizer)
 
     def loaded(self, model: Any) -> None:
         if self.asking.mode == "generate" and model.generation_config.do_sample:
@@ -126,32 +128,36 @@ def _read(task: str, file: str, asking: Asking, limit: int | None) -> Located:
     return located
 
 
-class Choices(Asked):
-    """Records whose answers are one of a few. Raises UserError, naming the record, for what does not fit."""
+@dataclass(kw_only=True)
+class AskedOfText(Asked):
+    """Records of a task with their places. Raises UserError, naming the record, for what does not fit."""
 
-    def __init__(
-        self,
-        task: str,
-        located: Located,
-        asking: Asking,
-        *,
-        positions: int | None,
-        tokenizer: PreTrainedTokenizerFast,
-    ) -> None:
-        self._task, self._asking, self._tokenizer = task, asking, tokenizer
-        self._records = [record for _, record in located]
-        lengths = []
-        for place, record in located:
-            texts = texts_of(task, place, record, mode=asking.mode, format=asking.format, tokenizer=tokenizer)
-            longest = max(texts, key=lambda each: len(each.text))
-            lengths.append(_length(tokenizer, longest.text, longest.complete))
+    task: str
+    located: Located
+    asking: Asking
+    positions: int | None
+    tokenizer: PreTrainedTokenizerFast
+
+    @abstractmethod
+    def __post_init__(self) -> None:
+        """Check each record, and whether it fits into the model's positions."""
+
+
+class Choices(AskedOfText):
+    """Records whose answers are one of a few."""
+
+    def __post_init__(self) -> None:
+        asking, lengths = self.asking, []
+        for place, record in self.located:
+            how: dict[str, Any] = {"mode": asking.mode, "format": asking.format, "tokenizer": self.tokenizer}
+            longest = max(texts_of(self.task, place, record, **how), key=lambda each: len(each.text))
+            lengths.append(_length(self.tokenizer, longest.text, longest.complete))
         new = asking.max_new_tokens if asking.mode == "generate" else None
-        check_lengths([place for place, _ in located], lengths, positions, new_tokens=new or 0)
+        check_lengths([place for place, _ in self.located], lengths, self.positions, new_tokens=new or 0)
 
     def score(self, model: Any, *, progress: bool) -> dict[str, Any]:
-        asking = self._asking
-        how: dict[str, Any] = {"mode": asking.mode, "progress": progress, **asking.settings}
-        score = score_task(model, self._tokenizer, self._records, self._task, **how)
+        how: dict[str, Any] = {"mode": self.asking.mode, "progress": progress, **self.asking.settings}
+        score = score_task(model, self.tokenizer, [record for _, record in self.located], self.task, **how)
         return {
             "accuracy": score.accuracy,
             "correct": score.correct,
@@ -160,41 +166,33 @@ class Choices(Asked):
         }
 
 
-class FreeAnswers(Asked):
-    """Records whose answers are texts of any kind. Raises UserError, naming the record, for what does not fit."""
+class FreeAnswers(AskedOfText):
+    """Records whose answers are texts of any kind."""
 
-    def __init__(
-        self,
-        task: str,
-        located: Located,
-        asking: Asking,
-        *,
-        positions: int | None,
-        tokenizer: PreTrainedTokenizerFast,
-    ) -> None:
-        self._task, self._asking, self._tokenizer = task, asking, tokenizer
-        self._places = [place for place, _ in located]
-        self._exchanges = [_exchange(place, record, asking.format, tokenizer) for place, record in located]
+    def __post_init__(self) -> None:
+        asking, tokenizer = self.asking, self.tokenizer
+        self._places = [place for place, _ in self.located]
+        self._exchanges = [_exchange(place, record, asking.format, tokenizer) for place, record in self.located]
         self._gold = [each.words for each in self._exchanges]
         prompts = [_length(tokenizer, each.prompt, each.complete) for each in self._exchanges]
         wholes = [_length(tokenizer, each.text, each.complete) + 1 for each in self._exchanges]
-        check_lengths(self._places, wholes, positions)
+        check_lengths(self._places, wholes, self.positions)
         longest = max(whole - prompt for whole, prompt in zip(wholes, prompts, strict=True))
         self._new = asking.max_new_tokens or min(longest + 1, LONGEST)
         if asking.mode == "generate":
-            records = [record for _, record in located]
-            self._gold = gold_answers(task, self._places, records, self._exchanges)
-            check_lengths(self._places, prompts, positions, new_tokens=self._new)
+            records = [record for _, record in self.located]
+            self._gold = gold_answers(self.task, self._places, records, self._exchanges)
+            check_lengths(self._places, prompts, self.positions, new_tokens=self._new)
 
     def score(self, model: Any, *, progress: bool) -> dict[str, Any]:
-        asking, total = self._asking, len(self._exchanges)
-        with console.progress(total, f"{self._task} ({asking.mode})", " records", shown=progress) as bar:
+        asking, total = self.asking, len(self._exchanges)
+        with console.progress(total, f"{self.task} ({asking.mode})", " records", shown=progress) as bar:
             scores = score_answers(
                 model,
-                self._tokenizer,
+                self.tokenizer,
                 self._exchanges,
                 gold=self._gold,
-                task=self._task,
+                task=self.task,
                 generate=asking.mode == "generate",
                 batch_size=asking.batch_size,
                 num_beams=asking.num_beams,
