@@ -11,9 +11,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Tests start hundreds of interpreters: none should compile the same modules again, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-# Two tests at a time: importing libraries, starting ranks and waiting for a cluster leave half of two cores idle. A file's
-# tests stay in one process, where they share runs; long files come first, so that none is left alone at the end. What
-# depends on how long something takes, or on a port that others would take, has the machine to itself.
+# Two tests at a time: importing libraries and starting ranks leave half of two cores idle. A file's tests stay in one
+# process, where they share runs; long files come first, so that none is left alone at the end. What depends on how long
+# something takes, or on a port that others would take, has the machine to itself, as the cluster has.
 SMALL_TESTS := tests/unit
 CLUSTER_TESTS := tests/cluster
 ALONE_TESTS := $(filter-out %/test_benchmark.py %/test_dynamic_rank.py,$(sort $(wildcard tests/launch/test_*.py)))
@@ -42,8 +42,7 @@ test: lint docs  ## set up, then lint, type-check, build the documents and run e
 		trap 'echo "NOT RUN: tests/cluster, the tests on a Slurm cluster; the reason is above" >&2' EXIT; fi; \
 	$(BIN)/python -m pytest --numprocesses 2 $(SMALL_TESTS) || status=$$?; \
 	$(SIDE_BY_SIDE) $(LONG_TESTS) $(RANKS_TESTS) || status=$$?; \
-	if [ "$$cluster" ]; then $(SIDE_BY_SIDE) $$cluster || status=$$?; fi; \
-	$(BIN)/python -m pytest $(ALONE_TESTS) || status=$$?; \
+	$(BIN)/python -m pytest $$cluster $(ALONE_TESTS) || status=$$?; \
 	exit $$status
 
 test-cluster: $(VENV)/.installed-test  ## the tests on a Slurm cluster of two nodes inside this machine (root on Debian or Ubuntu)

@@ -101,6 +101,7 @@ def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
     from dora_dist.adapters.inject import by_pattern
     from dora_dist.adapters.methods import DynamicRank, LowRank, WeightDecomposed
     from dora_dist.models import build
+    from dora_dist.zero3.norms import ShardedNormRefresher
     from dora_dist.zero3.placement import ShardedPlacement
 
     r, alpha = settings.start_rank if variant in GATED else settings.r, settings.alpha
@@ -109,7 +110,9 @@ def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
     update = (DynamicRank if variant in GATED else LowRank)(r, alpha, dropout=settings.dropout)
     method = update if variant == "lora" else WeightDecomposed(update)
     placement = ShardedPlacement(settings.deepspeed_config())
-    adapted = build.build_model(base, by_pattern(method, [TARGETS]), placement, head=_head(settings))
+    adapted = build.build_model(
+        base, by_pattern(method, [TARGETS]), placement, refresher=ShardedNormRefresher, head=_head(settings)
+    )
     if settings.pictures:
         adapted.family.prepare_for_training(adapted.model)
     return adapted.model, adapted.norms

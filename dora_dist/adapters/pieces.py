@@ -50,16 +50,23 @@ class WeightPiece(NamedTuple):
 
 
 def whole_piece(layer: AdaptedLinear) -> WeightPiece:
-    """The piece that is the whole weight, of a layer that is not sharded."""
-    return WeightPiece([held.data.reshape(-1) for held in layer.held()], 0)
+    """The piece that is the whole weight. Raises RuntimeError for a layer that is sharded."""
+    piece = WeightPiece([held.data.reshape(-1) for held in layer.held()], 0)
+    if _stop(layer, piece) < layer.out_features * layer.in_features:
+        raise RuntimeError("this layer's weight is a shard: its norms need zero3.norms.ShardedNormRefresher")
+    return piece
+
+
+def _stop(layer: AdaptedLinear, piece: WeightPiece) -> int:
+    """The element of the weight at which a piece ends, or beyond: its last record may go further than the weight."""
+    stored = next(iter(layer.storage.tensors.values()))
+    return piece.start + piece.tensors[0].numel() // stored.elements * layer.storage.record
 
 
 def blocks(layer: AdaptedLinear, piece: WeightPiece, device: torch.device) -> Iterator[tuple[Rectangle, Tensor]]:
     """The rectangles of `layer`'s weight that `piece` covers, each with its values (rows, cols), fp32 on `device`."""
-    storage = layer.storage
-    first, stored = piece.tensors[0], next(iter(storage.tensors.values()))
-    stop = piece.start + first.numel() // stored.elements * storage.record
-    # The last record may go beyond the weight's end, and a shard's padding does.
-    for block in rectangles(piece.start, min(stop, layer.out_features * layer.in_features), layer.in_features):
+    # A shard's padding goes beyond the weight's end, too.
+    stop = min(_stop(layer, piece), layer.out_features * layer.in_features)
+    for block in rectangles(piece.start, stop, layer.in_features):
         span = (block.offset, block.offset + block.rows * block.cols)
-        yield block, storage.to_fp32(piece.tensors, *span, device=device).view(block.rows, block.cols)
+        yield block, layer.storage.to_fp32(piece.tensors, *span, device=device).view(block.rows, block.cols)

@@ -86,7 +86,7 @@ class Watch:
         self.expect_no_steps()
         self._over, self._left = threading.Event(), threading.Event()
         self._judge, self._broken = Judge(world.world_size), 0
-        self._holder = "rank 0"
+        self._holder = _UNKNOWN
         if world.world_size > 1:
             self._signs = SignsOfLife(world)
             self._threads = [
@@ -146,7 +146,8 @@ class Watch:
     # --- the threads -----------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        while not self._over.wait(INTERVAL_S):
+        # Soon at first: a rank 0 that is lost within the first second is to be named, too.
+        while not self._over.wait(INTERVAL_S / 5 if self._holder == _UNKNOWN else INTERVAL_S):
             try:
                 self._signs.give()
                 self._look()
@@ -159,7 +160,7 @@ class Watch:
     def _look(self) -> None:
         """Rank 0 looks at everyone's signs; so does a rank whose collective broke without an exception."""
         broken = broken_collective()
-        if self._holder == "rank 0":
+        if self._holder == _UNKNOWN:
             self._holder = self._signs.describe([0])
         if not self._world.first and broken is None:
             return
@@ -236,6 +237,10 @@ class Watch:
     def _no_store(self, error: BaseException) -> str:
         first_line = str(error).partition("\n")[0]
         return f"lost {self._holder}, or whatever holds the store that the ranks met in ({first_line}){_last_words()}"
+
+
+_UNKNOWN = "rank 0"
+"""Who holds the store, until its host and process are known."""
 
 
 def _last_words() -> str:

@@ -505,7 +505,7 @@ def assemble(folder: Folder, *options: str, vision: str = "tower", language: str
     return ["assemble-llava", "--vision", vision, "--language", language, "--output", "llava", *options]
 
 
-@CASES.bad(says="--vision base: 'llama' is not a vision tower that LLaVA takes")
+@CASES.bad(says="--vision base: 'llama' is not a vision tower")
 def language_model_as_tower(folder: Folder) -> Words:
     return assemble(folder, vision="base")
 

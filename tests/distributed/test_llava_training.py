@@ -270,6 +270,7 @@ def step_and_compare(base: str, batch: dict[str, Tensor], text: Tensor) -> dict[
     from dora_dist.models.build import build_model
     from dora_dist.models.families import adapter_plan, family_of_model
     from dora_dist.models.heads import IMAGE_TEXT_TO_TEXT
+    from dora_dist.zero3.norms import ShardedNormRefresher
     from dora_dist.zero3.partition import local_values
     from dora_dist.zero3.placement import ShardedPlacement
 
@@ -283,7 +284,8 @@ def step_and_compare(base: str, batch: dict[str, Tensor], text: Tensor) -> dict[
         "zero_allow_untested_optimizer": True,
     }
     plan = adapter_plan(WeightDecomposed(LowRank(4, 8.0)))
-    run = build_model(Path(base), plan, ShardedPlacement(engine_json), dtype="fp32", head=IMAGE_TEXT_TO_TEXT)
+    placement, head = ShardedPlacement(engine_json), IMAGE_TEXT_TO_TEXT
+    run = build_model(Path(base), plan, placement, refresher=ShardedNormRefresher, dtype="fp32", head=head)
     family_of_model(run.model).prepare_for_training(run.model)
     trained = [p for p in run.model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=run.model, optimizer=torch.optim.AdamW(trained, lr=0.1), config=engine_json)

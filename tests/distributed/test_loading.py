@@ -33,11 +33,13 @@ def build(base: str, dtype: str = "fp32") -> Any:
     from dora_dist.adapters.methods import LowRank, WeightDecomposed
     from dora_dist.models.build import build_model
     from dora_dist.models.families import adapter_plan
+    from dora_dist.zero3.norms import ShardedNormRefresher
     from dora_dist.zero3.placement import ShardedPlacement
 
     deepspeed.init_distributed("gloo", verbose=False)
     placement = ShardedPlacement(engine_json(dist.get_world_size(), dtype))
-    return build_model(Path(base), adapter_plan(WeightDecomposed(LowRank(4, 8.0))), placement, dtype=dtype)
+    plan = adapter_plan(WeightDecomposed(LowRank(4, 8.0)))
+    return build_model(Path(base), plan, placement, refresher=ShardedNormRefresher, dtype=dtype)
 
 
 def logits(bases: list[tuple[str, str]]) -> list[torch.Tensor]:

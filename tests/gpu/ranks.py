@@ -73,6 +73,7 @@ def step_0(base: str, task: str, dtype: str) -> dict[str, Any]:
     from dora_dist.models.build import DTYPES, build_model
     from dora_dist.models.families import adapter_plan
     from dora_dist.tasks import task_named
+    from dora_dist.zero3.norms import ShardedNormRefresher
     from dora_dist.zero3.placement import ShardedPlacement
 
     settings = {
@@ -83,9 +84,8 @@ def step_0(base: str, task: str, dtype: str) -> dict[str, Any]:
     }
     device, head = get_accelerator().current_device_name(), task_named(task).head(ModelConfig(path=base))
     plain = head.reading_class().from_pretrained(base, dtype=DTYPES[dtype]).to(device).eval()
-    adapted = build_model(
-        Path(base), adapter_plan(WeightDecomposed(LowRank(4, 8.0))), ShardedPlacement(settings), dtype=dtype, head=head
-    )
+    plan, placement = adapter_plan(WeightDecomposed(LowRank(4, 8.0))), ShardedPlacement(settings)
+    adapted = build_model(Path(base), plan, placement, refresher=ShardedNormRefresher, dtype=dtype, head=head)
     trained = [p for p in adapted.model.parameters() if p.requires_grad]
     engine = deepspeed.initialize(model=adapted.model, optimizer=torch.optim.AdamW(trained), config=settings)[0]
     inputs = {name: values.to(device) for name, values in _inputs(plain.config, DTYPES[dtype]).items()}

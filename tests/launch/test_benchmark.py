@@ -207,4 +207,4 @@ def test_profile_prints_the_operations() -> None:
     done = run("--profile", "dora", "--warmup", "1")
     assert done.returncode == 0, done.stderr
     assert "aten::mm" in done.stdout
-    assert "_DoraFunction" in done.stdout
+    assert "_AdaptedProduct" in done.stdout

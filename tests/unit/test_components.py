@@ -10,7 +10,7 @@ from dora_dist.adapters.components import Budget, ComponentPruner
 from dora_dist.adapters.layer import AdaptedLinear
 from dora_dist.adapters.methods import DynamicRank, WeightDecomposed, chosen
 from dora_dist.adapters.norms import NormRefresher
-from dora_dist.config.schema import AdapterConfig
+from dora_dist.config.adapter import AdapterConfig
 from tests.toy import relative_error
 
 START_R, R, ALPHA = 6, 4, 8.0
