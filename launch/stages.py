@@ -86,6 +86,18 @@ def losses(run_dir: Path) -> tuple[float, float]:
     return found[0], found[-1]
 
 
+def trained_numbers(run_dir: Path) -> int:
+    """How many numbers are trained at the end of a run: those that its newest checkpoint holds a master of."""
+    from dora_dist.checkpoint import run_folder
+    from dora_dist.checkpoint.state import Masters, open_state
+
+    newest = run_folder.newest_checkpoint(run_dir)
+    assert newest is not None
+    state = open_state(newest)
+    masters = Masters(state)
+    return sum(state.entries[masters.stored(name)].numel for name in masters)
+
+
 def set_environment() -> None:
     """For this process and all that it starts: this installation's commands, no hub, the accelerator.
 

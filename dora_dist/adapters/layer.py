@@ -115,6 +115,15 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
 
 
+def parameter_kinds(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The adapters' parameters of a model by kind, which is the name that a layer's method has for one."""
+    kinds: dict[str, list[nn.Parameter]] = {}
+    for layer in adapted_layers(model).values():
+        for kind, parameter in layer.adapter_parameters().items():
+            kinds.setdefault(kind, []).append(parameter)
+    return kinds
+
+
 def before_any_forward(model: nn.Module, act: Callable[[], None], prepend: bool = False) -> list[RemovableHandle]:
     """Have `act()` run before the forward of every AdaptedLinear of `model` and of every module around one.
 

@@ -62,7 +62,7 @@ RULES: dict[Rule, dict[str, str]] = {
     },
     Rule.SHAPE: {
         "model": "task num_labels feature_dim storage",
-        "adapter": "method settings weight_decomposed r lora_alpha dynamic_rank",
+        "adapter": "method settings weight_decomposed r lora_alpha dynamic_rank component_init component_scale",
     },
     Rule.ORDER: {"training": "global_batch_size seed"},
     Rule.FIRST: {"adapter": "init_from"},

@@ -222,8 +222,10 @@ class TrainingConfig(Section):
     learning_rate: Rate = Field(default=2e-4, description="Peak learning rate")
     learning_rates: dict[str, Rate] = Field(
         default={},
-        description="Peak learning rates of single modules where they are others, by pattern as in "
-        'adapter.trained_modules: {"multi_modal_projector": 2e-5}',
+        description="Peak learning rates that are others: of modules and parameters, by pattern as in "
+        'adapter.trained_modules ({"multi_modal_projector": 2e-5}), or of one kind of adapter parameters in all layers '
+        '({"lora_B": 4e-3, "lora_gates": 1e-2, "magnitude_offset": 1e-3}); of several that name one parameter, the '
+        "last",
     )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear",

@@ -5,7 +5,7 @@ components goes on from the checkpoint that the first phase ended with.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ class Phase:
     """What differs from the run that wrote the checkpoint."""
 
 
-def run(config: RunConfig, ranks: Ranks, log: RunLog) -> Path:
+def run(config: RunConfig, ranks: Ranks, log: RunLog, *, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Train from the beginning, or from a checkpoint, to the last step (collective); returns the newest checkpoint."""
     world, run_dir = ranks.world, Path(config.checkpoint.run_dir)
     check_agreement(world, of_code() | of_plugins(config.plugins) | of_configuration(config))
@@ -86,7 +86,7 @@ def run(config: RunConfig, ranks: Ranks, log: RunLog) -> Path:
         inputs = read_inputs(config, world)
         phase: Phase | None = first_phase(config, inputs, world, resume=resume)
         while phase is not None:
-            phase = train_phase(config, inputs, phase, ranks=ranks, log=log, in_use=in_use)
+            phase = train_phase(config, inputs, phase, ranks=ranks, log=log, in_use=in_use, callbacks=callbacks)
             collect()  # the engine that was: the next one needs its memory
     newest = [run_folder.newest_checkpoint(run_dir)]
     dist.broadcast_object_list(newest)  # other nodes need not see rank 0's folder unless they resume from it
@@ -113,7 +113,14 @@ def first_phase(config: RunConfig, inputs: Inputs, world: World, *, resume: Path
 
 
 def train_phase(
-    config: RunConfig, inputs: Inputs, phase: Phase, *, ranks: Ranks, log: RunLog, in_use: InUse
+    config: RunConfig,
+    inputs: Inputs,
+    phase: Phase,
+    *,
+    ranks: Ranks,
+    log: RunLog,
+    in_use: InUse,
+    callbacks: Sequence[TrainerCallback],
 ) -> Phase | None:
     """Build a phase's model and train it to the phase's end (collective). Returns the next phase; None after the last.
 
@@ -121,7 +128,7 @@ def train_phase(
     """
     world, run_dir = ranks.world, Path(config.checkpoint.run_dir)
     ranks.stop.can_save = False
-    trainer = build_trainer(config, inputs, phase, ranks)
+    trainer = build_trainer(config, inputs, phase, ranks=ranks, callbacks=callbacks)
     with together("writing the run folder"):  # only now: a run that cannot start leaves nothing behind
         if world.first:
             in_use.claim()
@@ -155,7 +162,9 @@ def compacted_phase(phase: Phase, pruning: Pruning, run_dir: Path, world: World)
     return replace(phase, checkpoint=checkpoint, ranks=manifest["adapter_ranks"], changed={})
 
 
-def build_trainer(config: RunConfig, inputs: Inputs, phase: Phase, ranks: Ranks) -> DoraTrainer:
+def build_trainer(
+    config: RunConfig, inputs: Inputs, phase: Phase, *, ranks: Ranks, callbacks: Sequence[TrainerCallback]
+) -> DoraTrainer:
     """The model of a phase, adapted and sharded, and what trains it (collective)."""
     world, training, data = ranks.world, config.training, inputs.data
     deepspeed = config.deepspeed_config(world.world_size)
@@ -178,12 +187,12 @@ def build_trainer(config: RunConfig, inputs: Inputs, phase: Phase, ranks: Ranks)
     run_dir = Path(config.checkpoint.run_dir)
     report = ReportCallback(world, adapted, pruning, run_dir=run_dir, options=config.logging)
     # Deadlines end before the report draws what only rank 0 draws.
-    callbacks: list[TrainerCallback] = [Randomness(training.seed, world.rank), Deadlines(ranks.watch, config.engine)]
+    ours: list[TrainerCallback] = [Randomness(training.seed, world.rank), Deadlines(ranks.watch, config.engine)]
     if config.analysis.every:
-        callbacks.append(_recorder(config, adapted, phase, world))
-    callbacks.append(report)
+        ours.append(_recorder(config, adapted, phase, world))
+    ours.append(report)
     if config.logging.tensorboard:
-        callbacks.append(_tensorboard(run_dir))
+        ours.append(_tensorboard(run_dir))
     elsewhere = phase.checkpoint is not None and phase.checkpoint.resolve().parent != run_dir.resolve()
     return DoraTrainer(
         adapted,
@@ -196,7 +205,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, phase: Phase, ranks: Ranks)
         pruning=pruning,
         unreadable=Unreadable(objective.problems, config.data.bad_images, world),
         report=report,
-        callbacks=callbacks,
+        callbacks=[*ours, *callbacks],
         open_checkpoints=partial(_open_checkpoints, config, inputs, phase, world=world, adapted=adapted),
         forget_best=forgets_best(phase.changed) or elsewhere,
     )

@@ -1,4 +1,4 @@
-"""Learning rates: those of single modules, and the schedule of a run that is resumed."""
+"""Learning rates: those of single modules and kinds of parameters, and the schedule of a run that is resumed."""
 
 from collections.abc import Mapping
 
@@ -6,13 +6,20 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from dora_dist.adapters.layer import parameter_kinds
 from dora_dist.adapters.patterns import matches
 from dora_dist.models.families import family_of_model
 from dora_dist.runtime.errors import UserError
 
 
 def rated(model: nn.Module, pattern: str) -> list[nn.Parameter]:
-    """The trained parameters that a pattern names, or that are in the modules it names; UserError for none."""
+    """The trained parameters of a kind that adapters have, else those that a pattern or its modules name.
+
+    Raises UserError for none.
+    """
+    kinds = parameter_kinds(model)
+    if pattern in kinds:
+        return kinds[pattern]
     field, apart = "training.learning_rates", family_of_model(model).apart
     modules = [module for name, module in model.named_modules() if name and matches(pattern, name, field, apart=apart)]
     named = [p for module in modules for p in module.parameters()]
@@ -20,14 +27,15 @@ def rated(model: nn.Module, pattern: str) -> list[nn.Parameter]:
     named += [p for name, p in every if matches(pattern, name, field, apart=apart)]
     if not named:
         outer = ", ".join(dict.fromkeys(name.partition(".")[0] for name, _ in model.named_parameters()))
-        raise UserError(f"{field}: {pattern!r} matches no module with parameters; the outermost are: {outer}")
+        ours = f"; kinds of adapter parameters: {', '.join(kinds)}" if kinds else ""
+        raise UserError(f"{field}: {pattern!r} matches no module with parameters; the outermost are: {outer}{ours}")
     if not (found := [p for p in named if p.requires_grad]):
         raise UserError(f"{field}: nothing in {pattern!r} is trained; leave it out, or train it")
     return found
 
 
 def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Move the trained parameters of the modules that a pattern names into groups with its peak rate.
+    """Move the trained parameters that a kind or a pattern names (`rated`) into groups with its peak rate.
 
     To be called before a schedule is made: it takes each group's rate for its peak. Of two patterns that name one
     parameter, the later one holds. Raises UserError for a pattern that names nothing that is trained.

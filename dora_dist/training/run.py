@@ -2,7 +2,9 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dora_dist.config import RunConfig
 from dora_dist.runtime import distributed, plugins
@@ -14,12 +16,17 @@ from dora_dist.runtime.watch import Watch
 from dora_dist.training.checks import check
 from dora_dist.training.ranks import Ranks
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
-def train(config: RunConfig) -> Path:
+
+def train(config: RunConfig, callbacks: "Sequence[TrainerCallback]" = ()) -> Path:
     """Fine-tune as a configuration says, on however many ranks the launcher started.
 
     Args:
         config: the run: `RunConfig.load(FILE, OVERRIDES)` or `RunConfig.from_dict(DICT)`.
+        callbacks: Hugging Face's, told of every step after the run's own. With dynamic rank they see two trainings, of
+            a model and of the smaller one that goes on from it.
 
     Returns: the folder of the newest checkpoint, `RUN_DIR/checkpoint-STEP`; its `adapter/` is a PEFT folder.
 
@@ -44,7 +51,7 @@ def train(config: RunConfig) -> Path:
 
         run_dir = Path(config.checkpoint.run_dir)
         with Watch(world, config.engine.start_timeout_s) as watch, disk_errors(run_dir, only=DISK_IS_FULL):
-            checkpoint = phases.run(config, Ranks(world, watch, stop), log)
+            checkpoint = phases.run(config, Ranks(world, watch, stop), log, callbacks=callbacks)
         if world.first:
             blocks.closing(checkpoint, time.perf_counter() - started)
     return checkpoint

@@ -21,6 +21,7 @@ from tests.toy import relative_error
 SHAPES = [(11, 6), (6, 11), (1, 2), (3, 1), (64, 129)]  # cut rows, and ranks that hold nothing but padding
 START_R, R = 5, 3
 QUIET = {"max_grad_norm": 0.0}  # else gradients of closed gates, which are gone after compaction, move the clipping
+KINDS = {"lora_B": 4e-3, "lora_gates": 2e-2, "magnitude_offset": 3e-3}
 DYNAMIC = {"dynamic_rank": True, "r": 4, "prune_start": 0.2, "prune_stop": 0.6, "prune_every": 2, "dem_weight": 0.1}
 
 
@@ -114,7 +115,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 @pytest.fixture(scope="module")
 def runs(files: tuple[Path, Path, Path]) -> dict[str, Path]:
-    """The same dynamic-rank run at worlds 1, 2 and 3 (union), without magnitudes, and resumed in and after pruning."""
+    """The same dynamic-rank run at worlds 1, 2 and 3 (union), without magnitudes, and resumed in and after pruning.
+
+    At every world size also one that starts as LoRA does, with rates for kinds of parameters.
+    """
     base, data, folder = files
 
     def described(name: str, steps: int = 10, adapter: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -125,12 +129,20 @@ def runs(files: tuple[Path, Path, Path]) -> dict[str, Path]:
     def resumed(step: int) -> dict[str, Any]:
         return described(f"from{step}", checkpoint={"resume": str(folder / "world2" / f"checkpoint-{step}")})
 
+    def as_lora(name: str, **more: Any) -> dict[str, Any]:
+        start = {"component_init": "lora", "component_scale": "budget"}
+        training = {"max_steps": 10, "learning_rates": KINDS, **QUIET}
+        return described(name, adapter=start, training=training, **more)
+
     whole = described("whole", adapter={"compact": False})
-    run_ranks(run, 1, described("world1"), whole)
+    run_ranks(run, 1, described("world1"), whole, as_lora("lora1"))
     by_epochs = described("epochs", training={"epochs": 2.5, "max_steps": None})  # 35 samples in batches of 6
-    run_ranks(run, 2, described("world2"), described("plain", adapter={"weight_decomposed": False}), by_epochs)
-    run_ranks(run, 3, described("world3"), resumed(3), resumed(6), resumed(9))
-    names = ("world1", "whole", "world2", "world3", "plain", "epochs", "from3", "from6", "from9")
+    plain = described("plain", adapter={"weight_decomposed": False})
+    run_ranks(run, 2, described("world2"), plain, by_epochs, as_lora("lora2"))
+    lora_from6 = as_lora("lora3from6", checkpoint={"resume": str(folder / "lora2" / "checkpoint-6")})
+    run_ranks(run, 3, described("world3"), resumed(3), resumed(6), resumed(9), as_lora("lora3"), lora_from6)
+    names = ["world1", "whole", "world2", "world3", "plain", "epochs", "from3", "from6", "from9"]
+    names += ["lora1", "lora2", "lora3", "lora3from6"]
     return {name: folder / name for name in names}
 
 
@@ -152,6 +164,21 @@ def test_a_run_prunes_alike_at_every_world_size_and_after_a_resume(runs: dict[st
     assert events(runs["from3"]) == one[1:]
     assert events(runs["from6"]) == events(runs["from9"]) == []
     assert events(runs["whole"]) == one
+
+
+def test_components_that_start_as_lora_does_train_alike_at_every_world_size(runs: dict[str, Path]) -> None:
+    one, paper = metrics(runs["lora1"])["losses"], metrics(runs["world1"])["losses"]
+    assert one[1] == paper[1]  # both start at the base
+    assert one[10] != paper[10]
+    for name in ("lora2", "lora3", "lora3from6"):
+        losses = metrics(runs[name])["losses"]
+        assert losses == pytest.approx({step: one[step] for step in losses}, abs=1e-5)
+        assert events(runs[name]) == (events(runs["lora1"]) if name != "lora3from6" else [])
+    assert events(runs["lora1"])[-1]["components_kept"] == 8 * 4
+    for step in (3, 9):  # before compaction and after it
+        manifest = json.loads((runs["lora3"] / f"checkpoint-{step}" / "manifest.json").read_text())
+        rates = sorted({round(rate / manifest["learning_rates"][0], 6) for rate in manifest["learning_rates"]})
+        assert len(rates) == 1 + len(KINDS)
 
 
 def test_the_budget_counts_steps_as_the_trainer_does(runs: dict[str, Path]) -> None:

@@ -37,7 +37,8 @@ CONFIG_OPTIONS = {
     "adapter": (
         "method settings weight_decomposed r lora_alpha dropout dropout_mode norm_gradient target_modules "
         "magnitude_only_modules trained_modules trained_parameters init_from dynamic_rank start_rank_factor "
-        "prune_start prune_stop prune_every prune_schedule importance_beta dem_weight dem_form pruned_moments compact"
+        "component_init component_scale prune_start prune_stop prune_every prune_schedule importance_beta dem_weight "
+        "dem_form pruned_moments compact"
     ),
     "data": (
         "train validation validation_samples format text_fields label_field loss_on cutoff_len target_len doc_stride "

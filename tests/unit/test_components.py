@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from dora_dist.adapters.components import Budget, ComponentPruner
 from dora_dist.adapters.layer import AdaptedLinear
-from dora_dist.adapters.methods import DynamicRank, WeightDecomposed
+from dora_dist.adapters.methods import DynamicRank, WeightDecomposed, chosen
 from dora_dist.adapters.norms import NormRefresher
+from dora_dist.config.adapter import AdapterConfig
 from tests.toy import relative_error
 
 START_R, R, ALPHA = 6, 4, 8.0
@@ -20,10 +21,10 @@ STEPS = 60
 class Chain(nn.Module):
     """Gated layers with a non-linearity between them."""
 
-    def __init__(self, weight_decomposed: bool) -> None:
+    def __init__(self, weight_decomposed: bool, init: Any = "paper") -> None:
         super().__init__()
         torch.manual_seed(0)
-        update = DynamicRank(START_R, ALPHA)
+        update = DynamicRank(START_R, ALPHA, init)
         method = WeightDecomposed(update) if weight_decomposed else update
         self.layers = nn.ModuleList(AdaptedLinear.from_linear(nn.Linear(i, o), method) for i, o in SHAPES)
         for parameter in self.parameters():
@@ -98,9 +99,37 @@ def test_windows_without_a_step_are_refused() -> None:
         Budget.of_run(4, 6, 1, every=10, schedule="dora")
 
 
-def reference_run(weight_decomposed: bool, dem: float) -> list[dict[str, Any]]:
+def test_components_start_as_the_paper_says_or_as_lora_does() -> None:
+    for init, gate in (("paper", 0.0), ("lora", 1.0)):
+        for (in_features, _), layer in zip(SHAPES, Chain(weight_decomposed=False, init=init).layers, strict=True):
+            assert isinstance(layer, AdaptedLinear)
+            bounds = {"lora_A": (6 / in_features) ** 0.5, "lora_B": (6 / START_R) ** 0.5}  # kaiming_uniform(a=0)
+            if init == "lora":  # kaiming_uniform(a=sqrt(5)), and 0
+                bounds = {"lora_A": in_features**-0.5, "lora_B": 0.0}
+            own = layer.adapter_parameters()
+            assert own["lora_gates"].tolist() == [gate] * START_R
+            for name, bound in bounds.items():
+                assert 0.8 * bound <= own[name].abs().max() <= bound
+            x = torch.randn(3, in_features)
+            assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_the_scale_is_alpha_over_the_components_at_the_start_or_over_the_budget() -> None:
+    for decomposed in (False, True):
+        section: dict[str, Any] = {"weight_decomposed": decomposed, "dynamic_rank": True, "r": 4, "lora_alpha": 8.0}
+        paper = chosen(AdapterConfig(**section))
+        budget = chosen(AdapterConfig(**section, component_scale="budget"))
+        for method, scaling in ((paper, 8 / 6), (budget, 8 / 4)):
+            assert isinstance(method, DynamicRank | WeightDecomposed)
+            assert method.r == 6
+            assert method.scaling == pytest.approx(scaling)
+            left = method.resized(3)
+            assert left is not None and left.scaling == pytest.approx(scaling)  # what pruning leaves does not jump
+
+
+def reference_run(weight_decomposed: bool, dem: float, init: Any) -> list[dict[str, Any]]:
     """methods.md parts 2 and 3 as they read, in fp64 with autograd: what each step leaves."""
-    model = Chain(weight_decomposed)
+    model = Chain(weight_decomposed, init)
     layers = [
         {
             "w": layer.weight.double(),
@@ -162,15 +191,17 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("weight_decomposed", [False, True])
 @pytest.mark.parametrize("dem", [0.0, 0.5])
-@pytest.mark.parametrize("backwards", [1, 2])
-def test_a_run_follows_the_plain_reference_step_by_step(weight_decomposed: bool, dem: float, backwards: int) -> None:
-    model = Chain(weight_decomposed)
+@pytest.mark.parametrize(("init", "backwards"), [("paper", 1), ("paper", 2), ("lora", 2)])
+def test_a_run_follows_the_plain_reference_step_by_step(
+    weight_decomposed: bool, dem: float, init: str, backwards: int
+) -> None:
+    model = Chain(weight_decomposed, init)
     if weight_decomposed:
         NormRefresher(model)
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2, weight_decay=0.01)
     budget = Budget.of_run(R, START_R, STEPS, every=4, schedule="dora")
     pruner = ComponentPruner(model, optimizer, budget, dem=dem, backwards=backwards)
-    for step, expected in enumerate(reference_run(weight_decomposed, dem), start=1):
+    for step, expected in enumerate(reference_run(weight_decomposed, dem, init), start=1):
         x, target = batch(step)
         for part, wanted in zip(x.chunk(backwards), target.chunk(backwards), strict=True):
             ((model(part) - wanted).square().mean() / backwards).backward()

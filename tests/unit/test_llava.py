@@ -21,6 +21,7 @@ from dora_dist.models.llava.assemble import assemble_llava
 from dora_dist.models.llava.placeholders import tokens_per_picture
 from dora_dist.models.tokenizer import load_tokenizer
 from dora_dist.runtime.errors import UserError
+from dora_dist.training.rates import rated
 from dora_dist.weights.placement import WholePlacement
 from dora_dist.weights.safetensors_io import TensorFolder
 from tests import llava
@@ -120,8 +121,10 @@ def test_only_the_language_model_is_adapted_unless_the_tower_is_named(folders: P
         "model.multi_modal_projector.linear_2",
     }
     assert len(build(folders / "clip", ["q_proj"]).adapted) == 2
-    both = build(folders / "clip", ["q_proj", r".*vision_tower\..*\.q_proj"]).adapted
-    assert len(both) == 2 + 3
+    both = build(folders / "clip", ["q_proj", r".*vision_tower\..*\.q_proj"])
+    assert len(both.adapted) == 2 + 3
+    assert len(rated(both.model, "lora_B")) == 2 + 3  # a kind is one wherever the adapter is
+    assert len(rated(both.model, "q_proj.lora_B")) == 2  # a pattern is not
 
 
 def test_a_frozen_tower_stays_in_evaluation_mode(folders: Path) -> None:

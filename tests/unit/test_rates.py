@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from dora_dist.adapters.inject import by_pattern, inject
+from dora_dist.adapters.layer import parameter_kinds
+from dora_dist.adapters.methods import DynamicRank, Mora, WeightDecomposed
 from dora_dist.runtime.errors import UserError
 from dora_dist.training.rates import set_rates
 
@@ -69,3 +72,26 @@ def test_a_pattern_that_trains_nothing_is_refused(model: nn.Module) -> None:
         set_rates(optimizer, model, {"layers.1": 0.1})
     with pytest.raises(UserError, match=r"training.learning_rates: 'head' matches no module with parameters; .*tower"):
         set_rates(optimizer, model, {"head": 0.1})
+
+
+def test_a_kind_is_the_same_parameter_of_every_adapter(model: nn.Module) -> None:
+    inject(model, by_pattern(WeightDecomposed(DynamicRank(3, 6.0)), [".*"]))
+    optimizer = optimizer_of(model)
+    set_rates(optimizer, model, {"lora_B": 0.4, "lora_gates": 0.02, "magnitude_offset": 0.03, "tower": 0.01})
+    rates = {name: rate for name, (rate, _) in settings(optimizer, model).items()}
+    assert len(rates) == 5 * 4  # the tower's own rate, which is given last, holds for all of it
+    for name, rate in rates.items():
+        kind = {"lora_A": 0.1, "lora_B": 0.4, "lora_gates": 0.02, "magnitude_offset": 0.03}[name.rpartition(".")[2]]
+        assert rate == (0.01 if name.startswith("tower") else kind)
+    with pytest.raises(UserError, match=r"'vera_lambda_d' .*; kinds of adapter parameters: lora_A, lora_B, lora_gates"):
+        set_rates(optimizer, model, {"vera_lambda_d": 0.1})
+
+
+def test_kinds_are_what_the_methods_call_their_parameters(model: nn.Module) -> None:
+    method = WeightDecomposed(Mora(1))
+    inject(model, by_pattern(method, ["projector.0"], ["layers.0"]))
+    kinds = parameter_kinds(model)
+    assert list(kinds) == list(method.parameters((3, 2)))
+    assert kinds["magnitude_offset"] == [
+        model.get_parameter(f"{name}.magnitude_offset") for name in ("projector.0", "layers.0")
+    ]

@@ -2,10 +2,14 @@
 
 Mao et al., "DoRA: Enhancing Parameter-Efficient Fine-Tuning with Dynamic Rank Distribution", ACL 2024
 (arXiv 2405.17357). ΔW = s·B·diag(c)·Aᵀ; component i is c_i·B_i·A_i. `components.py` scores and prunes them.
+
+The paper starts with c = 0 between two random factors, and divides alpha by the components that there are then. Each
+has another form here, which is LoRA's: B = 0 and c = 1, and alpha over the components that are left on average.
 """
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from torch import Tensor
 
@@ -13,22 +17,40 @@ from dora_dist.adapters.method import Components, Initial, Layer, Shape, Tensors
 from dora_dist.adapters.methods.lora import LowRank
 from dora_dist.adapters.methods.sums import column_dot
 from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.config.adapter import AdapterConfig
+
+ComponentInit = Literal["paper", "lora"]
 
 
 @register
 @dataclass(frozen=True)
 class DynamicRank(LowRank):
-    """The gated low-rank update: LoRA's factors and `lora_gates` c (r,); `r` is the rank that training starts from."""
+    """The gated low-rank update: LoRA's factors and `lora_gates` c (r,); `r` is the rank that training starts from.
+
+    `component_init` "paper": the gates are 0, both factors have kaiming_uniform(a=0) (Mao, section 3.1); "lora": the
+    gates are 1, the factors start as LoRA's do, B at 0, so that whole matrices learn from the first step on.
+    """
 
     name = "dynamic_rank"
     titles = ("LoRA with dynamic rank", "DoRA with dynamic rank")
+    of_training = LowRank.of_training | {"component_init"}
+    component_init: ComponentInit = "paper"
+
+    @classmethod
+    def from_config(cls, adapter: AdapterConfig) -> Self:
+        """adapter.component_scale "budget": lora_alpha is over adapter.r, not over the r that training starts from."""
+        method = super().from_config(adapter)
+        if adapter.component_scale == "paper" or adapter.r is None:
+            return method
+        return replace(method, lora_alpha=adapter.lora_alpha * method.r / adapter.r)
 
     @property
     def components(self) -> Components:
         return Components("lora_A", "lora_B", "lora_gates")
 
     def parameters(self, shape: Shape) -> dict[str, Initial]:
-        """The gates are 0, both factors have kaiming_uniform(a=0) (Mao, section 3.1)."""
+        if self.component_init == "lora":
+            return super().parameters(shape) | {"lora_gates": Initial((self.r,), value=1.0)}
         out_features, in_features = shape
         A = Initial((in_features, self.r), bound=math.sqrt(6 / in_features))
         B = Initial((out_features, self.r), bound=math.sqrt(6 / self.r))

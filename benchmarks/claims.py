@@ -1,0 +1,157 @@
+"""The claims of both DoRA papers on real text: methods, tasks, seeds, learning rates. `--help` lists the flags.
+
+SmolLM2-135M learns questions with answers to choose from. Compared are LoRA, DoRA, dynamic rank, both together, DVoRA,
+MoRA and full fine-tuning: those with a size at the numbers that a LoRA of --r trains (dynamic rank at its end), and at
+half. Each method gets its own learning rate: the best of --rates on validation questions, with a seed of its own, for
+each task; where the best is the lowest or highest, the next beyond it is tried as well. Test questions are asked once,
+of runs with other seeds. The runs of one seed and task see the same texts in the same order, so that methods can be
+compared seed by seed and question by question.
+
+Each run has one core, two run at a time. Finished runs are kept as JSON and not repeated; one that was interrupted
+starts again. --variant adds a method with other settings to all tables, such as
+"from-lora dynamic --adapter.component_init=lora".
+"""
+
+import argparse
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from claimbench.methods import METHODS, REFERENCE, Method, with_variants
+from claimbench.report import Found, Row, plot, tables
+from claimbench.runs import Run, Settings, accuracy_of_base, results
+from claimbench.texts import available, prepare
+from quickstart import MEMBERS
+from stages import start
+
+from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import write_json
+
+SWEEP_SEED = 0
+Rates = Mapping[float, float]
+"""Validation accuracy by learning rate."""
+
+
+def main(options: argparse.Namespace) -> None:
+    output: Path = options.output.absolute()
+    packages, data = options.packages.absolute(), options.data and options.data.absolute()
+    methods = {name: options.known[name] for name in options.methods}
+    prepare(output, packages, options.tasks, data=data, test=options.test, validation=options.validation)
+    settings = Settings(output, options.steps, options.batch, options.parallel)
+    sweeps = sweep(methods, options, settings)
+    finals = [
+        run
+        for (task, name), rates in sweeps.items()
+        for r in sizes(methods[name], options.r, half=options.half)
+        for run in _runs(task, name, methods[name], r, best(rates or _single(methods[name], options)), options.seeds)
+    ]
+    found = Found(settings, methods, options.r, list(options.seeds), dict(sweeps))
+    found.base = {task: accuracy_of_base(task, settings) for task in options.tasks}
+    for run, result in results(finals, settings).items():
+        row = found.rows.setdefault((run.task, run.name, run.r), Row(run.rate))
+        row.add(result)
+    table = tables(found)
+    (output / "claims.md").write_text(table, encoding="utf-8")
+    write_json(output / "claims.json", found.as_json())
+    plot(found, output / "claims.png")
+    print(table)
+    print(f"written: {output}/claims.md, .json and .png; results/ has every run")
+
+
+def sweep(
+    methods: Mapping[str, Method], options: argparse.Namespace, settings: Settings
+) -> Mapping[tuple[str, str], Rates]:
+    """Validation accuracies by task and method; range after range, until none has its best at an end of those tried.
+
+    Nothing is tried where options.rates is a single one.
+    """
+    tried: dict[tuple[str, str], dict[float, float]] = {(t, name): {} for t in options.tasks for name in methods}
+    if len(options.rates) == 1:
+        return tried
+    wanted = {key: [rate * methods[key[1]].rate_factor for rate in options.rates] for key in tried}
+    for _ in range(1 + options.extend):
+        runs = [
+            Run(task, name, methods[name], options.r, rate, SWEEP_SEED, "validation")
+            for (task, name), rates in wanted.items()
+            for rate in rates
+        ]
+        for run, result in results(runs, settings).items():
+            tried[run.task, run.name][run.rate] = result["accuracy"]
+        wanted = {key: beyond(rates) for key, rates in tried.items()}
+    return tried
+
+
+def beyond(rates: Rates) -> list[float]:
+    """The rate past the best one, by a factor of 2, where that is the lowest or highest of several."""
+    top = best(rates)
+    if min(rates) < top < max(rates):
+        return []
+    return [top * 2 if top == max(rates) else top / 2]
+
+
+def best(rates: Rates) -> float:
+    """The rate of the highest accuracy; of several the lowest."""
+    return max(sorted(rates), key=rates.__getitem__)
+
+
+def _single(method: Method, options: argparse.Namespace) -> Rates:
+    """The one rate that there is, of which no accuracy is known."""
+    return {options.rates[0] * method.rate_factor: 0.0}
+
+
+def sizes(method: Method, r: int, *, half: bool) -> list[int]:
+    return [r, r // 2] if method.sized and half and r > 1 else [r]
+
+
+def _runs(task: str, name: str, method: Method, r: int, rate: float, seeds: Iterable[int]) -> list[Run]:
+    return [Run(task, name, method, r, rate, seed, "test") for seed in seeds]
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The flags. Raises UserError for names that nothing has."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--tasks", nargs="+", default=list(MEMBERS), help="(default: %(default)s)")
+    parser.add_argument("--methods", nargs="+", help=f"default: {' '.join(METHODS)}, and all variants")
+    parser.add_argument(
+        "--variant", action="append", default=[], metavar='"NAME METHOD --section.field=VALUE ..."', help="repeatable"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the test runs (%(default)s)")
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=[5e-4, 1e-3, 2e-3, 4e-3],
+        help="learning rates of LoRA and of methods alike; full fine-tuning's are 1/16, DVoRA's 8 times as high",
+    )
+    parser.add_argument("--extend", type=int, default=3, help="most rates tried beyond those (%(default)s)")
+    parser.add_argument("--r", type=int, default=16, help="components of a LoRA's layer (%(default)s)")
+    parser.add_argument("--no-half", dest="half", action="store_false", help="leave out half the size")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of a run (%(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="questions a step (%(default)s)")
+    parser.add_argument("--test", type=int, default=1000, help="most test questions of a task (%(default)s)")
+    parser.add_argument("--validation", type=int, default=400, help="most validation questions (%(default)s)")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, of one core each (%(default)s)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder with further tasks: NAME.json or NAME.train.json, records as Liu et al. train on",
+    )
+    parser.add_argument("--packages", type=Path, default=Path("runs/quickstart/cache"), help="folder for downloads")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-claims"), help="texts, runs and tables")
+    options = parser.parse_args(words)
+    options.known = with_variants(options.variant)
+    options.methods = list(dict.fromkeys(options.methods or options.known))
+    for field, names, known in (
+        ("--methods", options.methods, options.known),
+        ("--tasks", options.tasks, available(options.data)),
+    ):
+        if strangers := [name for name in names if name not in known]:
+            raise UserError(f"{field} {strangers[0]}: is none of {', '.join(known)}")
+    if REFERENCE not in options.methods:
+        raise UserError(f"--methods: {REFERENCE} is missing, which all others are compared with")
+    return options
+
+
+if __name__ == "__main__":
+    start(lambda: main(parse()))
