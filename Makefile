@@ -16,13 +16,13 @@ export PYTHONDONTWRITEBYTECODE :=
 # something takes, or on a port that others would take, has the machine to itself, as the cluster has.
 SMALL_TESTS := tests/unit
 CLUSTER_TESTS := tests/cluster
-ALONE_TESTS := $(filter-out %/test_benchmark.py %/test_dynamic_rank.py,$(sort $(wildcard tests/launch/test_*.py)))
+ALONE_TESTS := $(filter-out %/test_benchmark.py,$(sort $(wildcard tests/launch/test_*.py)))
 ALONE_TESTS += $(addprefix tests/distributed/,test_together.py test_watch.py)
 LONG_TESTS := tests/bad_inputs/test_tables.py $(addprefix tests/distributed/test_,engine_options.py llava_training.py vision.py)
 RANKS_TESTS := $(filter-out $(LONG_TESTS) $(ALONE_TESTS) $(SMALL_TESTS)/% $(CLUSTER_TESTS)/%,$(sort $(wildcard tests/*/test_*.py)))
 SIDE_BY_SIDE := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo demo-llava demo-vlbart test test-cluster test-gpu lint docs hooks bench-step bench-rank bench-analysis bench-claims clean
+.PHONY: help demo demo-llava demo-vlbart test test-cluster test-gpu lint docs hooks bench-step bench-analysis bench-claims clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -68,9 +68,6 @@ hooks: $(VENV)/.installed-test $(VENV)/.installed-hooks  ## let git run ruff, my
 
 bench-step: $(VENV)/.installed-bench  ## time one training step against PEFT's LoRA and DoRA; ARGS="--help" for its flags
 	$(BIN)/python benchmarks/step.py $(ARGS)
-
-bench-rank: $(VENV)/.installed-bench  ## train dynamic rank and LoRA on real text, several seeds; ARGS="--help" for its flags
-	$(BIN)/python benchmarks/dynamic_rank.py $(ARGS)
 
 bench-analysis: $(VENV)/.installed-bench  ## how magnitudes and directions move under three methods; ARGS="--help" for its flags
 	$(BIN)/python benchmarks/analysis.py $(ARGS)

@@ -1,11 +1,12 @@
 """The claims of both DoRA papers on real text: methods, tasks, seeds, learning rates. `--help` lists the flags.
 
-SmolLM2-135M learns questions with answers to choose from. Compared are LoRA, DoRA, dynamic rank, both together, DVoRA,
-MoRA and full fine-tuning: those with a size at the numbers that a LoRA of --r trains (dynamic rank at its end), and at
-half. Each method gets its own learning rate: the best of --rates on validation questions, with a seed of its own, for
-each task; where the best is the lowest or highest, the next beyond it is tried as well. Test questions are asked once,
-of runs with other seeds. The runs of one seed and task see the same texts in the same order, so that methods can be
-compared seed by seed and question by question.
+SmolLM2-135M learns questions with answers to choose from (sarcasm, socialiqa, quartz), MiniLM whether texts are liked
+(snippets, news, tweets, reviews). Compared are LoRA, DoRA, dynamic rank, both together, DVoRA, MoRA and full
+fine-tuning: those with a size at the numbers that a LoRA of --r trains (dynamic rank at its end), and at half. Each
+method gets its own learning rate: the best of --rates on validation texts, with a seed of its own, for each task; where
+the best is the lowest or highest, the next beyond it is tried as well. Test texts are asked once, of runs with other
+seeds. The runs of one seed and task see the same texts in the same order, so that methods can be compared seed by seed
+and text by text.
 
 Each run has one core, two run at a time. Finished runs are kept as JSON and not repeated; one that was interrupted
 starts again. --variant adds a method with other settings to all tables, such as
@@ -13,15 +14,17 @@ starts again. --variant adds a method with other settings to all tables, such as
 """
 
 import argparse
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from claimbench.methods import METHODS, REFERENCE, Method, with_variants
+from claimbench.packages import ENCODERS
 from claimbench.report import Found, Row, plot, tables
-from claimbench.runs import Run, Settings, accuracy_of_base, results
-from claimbench.texts import available, prepare
-from quickstart import MEMBERS
-from stages import start
+from claimbench.runs import Run, Settings, baseline, results
+from claimbench.tasks import TASKS, Task, available, prepare
+from stages import set_environment
 
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
@@ -32,22 +35,25 @@ Rates = Mapping[float, float]
 
 
 def main(options: argparse.Namespace) -> None:
-    output: Path = options.output.absolute()
-    packages, data = options.packages.absolute(), options.data and options.data.absolute()
+    output, packages = options.output.absolute(), options.packages.absolute()
     methods = {name: options.known[name] for name in options.methods}
-    prepare(output, packages, options.tasks, data=data, test=options.test, validation=options.validation)
+    tasks = chosen(options)
+    set_environment()
+    prepare(output, packages, tasks, test=options.test, validation=options.validation)
     settings = Settings(output, options.steps, options.batch, options.parallel)
-    sweeps = sweep(methods, options, settings)
+    sweeps = sweep(tasks, methods, options, settings)
     finals = [
         run
         for (task, name), rates in sweeps.items()
         for r in sizes(methods[name], options.r, half=options.half)
         for run in _runs(task, name, methods[name], r, best(rates or _single(methods[name], options)), options.seeds)
     ]
-    found = Found(settings, methods, options.r, list(options.seeds), dict(sweeps))
-    found.base = {task: accuracy_of_base(task, settings) for task in options.tasks}
+    named = {(task.name, name): rates for (task, name), rates in sweeps.items()}
+    found = Found(settings, methods, options.r, list(options.seeds), named)
+    found.baselines = {task.name: baseline(task, settings) for task in tasks}
+    found.steps = {task.name: options.steps * task.longer for task in tasks}
     for run, result in results(finals, settings).items():
-        row = found.rows.setdefault((run.task, run.name, run.r), Row(run.rate))
+        row = found.rows.setdefault((run.task.name, run.name, run.r), Row(run.rate))
         row.add(result)
     table = tables(found)
     (output / "claims.md").write_text(table, encoding="utf-8")
@@ -57,14 +63,21 @@ def main(options: argparse.Namespace) -> None:
     print(f"written: {output}/claims.md, .json and .png; results/ has every run")
 
 
+def chosen(options: argparse.Namespace) -> list[Task]:
+    """The tasks that are named, those of texts by the encoder that is."""
+    known = available(options.data and options.data.absolute())
+    found = [known[name] for name in options.tasks]
+    return [replace(task, model=options.encoder) if task.model in ENCODERS else task for task in found]
+
+
 def sweep(
-    methods: Mapping[str, Method], options: argparse.Namespace, settings: Settings
-) -> Mapping[tuple[str, str], Rates]:
+    tasks: Sequence[Task], methods: Mapping[str, Method], options: argparse.Namespace, settings: Settings
+) -> Mapping[tuple[Task, str], Rates]:
     """Validation accuracies by task and method; range after range, until none has its best at an end of those tried.
 
     Nothing is tried where options.rates is a single one.
     """
-    tried: dict[tuple[str, str], dict[float, float]] = {(t, name): {} for t in options.tasks for name in methods}
+    tried: dict[tuple[Task, str], dict[float, float]] = {(task, name): {} for task in tasks for name in methods}
     if len(options.rates) == 1:
         return tried
     wanted = {key: [rate * methods[key[1]].rate_factor for rate in options.rates] for key in tried}
@@ -102,7 +115,7 @@ def sizes(method: Method, r: int, *, half: bool) -> list[int]:
     return [r, r // 2] if method.sized and half and r > 1 else [r]
 
 
-def _runs(task: str, name: str, method: Method, r: int, rate: float, seeds: Iterable[int]) -> list[Run]:
+def _runs(task: Task, name: str, method: Method, r: int, rate: float, seeds: Iterable[int]) -> list[Run]:
     return [Run(task, name, method, r, rate, seed, "test") for seed in seeds]
 
 
@@ -111,7 +124,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--tasks", nargs="+", default=list(MEMBERS), help="(default: %(default)s)")
+    parser.add_argument(
+        "--tasks", nargs="+", default=["sarcasm", "socialiqa", "snippets"], help=f"of {', '.join(TASKS)}, and of --data"
+    )
     parser.add_argument("--methods", nargs="+", help=f"default: {' '.join(METHODS)}, and all variants")
     parser.add_argument(
         "--variant", action="append", default=[], metavar='"NAME METHOD --section.field=VALUE ..."', help="repeatable"
@@ -127,16 +142,19 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--extend", type=int, default=3, help="most rates tried beyond those (%(default)s)")
     parser.add_argument("--r", type=int, default=16, help="components of a LoRA's layer (%(default)s)")
     parser.add_argument("--no-half", dest="half", action="store_false", help="leave out half the size")
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of a run (%(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="questions a step (%(default)s)")
-    parser.add_argument("--test", type=int, default=1000, help="most test questions of a task (%(default)s)")
-    parser.add_argument("--validation", type=int, default=400, help="most validation questions (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=120, help="optimizer steps of a run, thrice for MiniLM (%(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="texts a step (%(default)s)")
+    parser.add_argument("--test", type=int, default=2000, help="most test texts of a task (%(default)s)")
+    parser.add_argument("--validation", type=int, default=800, help="most validation texts (%(default)s)")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time, of one core each (%(default)s)")
     parser.add_argument(
         "--data",
         type=Path,
-        help="folder with further tasks: NAME.json or NAME.train.json, records as Liu et al. train on",
+        help="folder with further questions: NAME.json or NAME.train.json, records as Liu et al. train on",
     )
+    parser.add_argument("--encoder", choices=ENCODERS, default="minilm", help="what learns sentiment (%(default)s)")
     parser.add_argument("--packages", type=Path, default=Path("runs/quickstart/cache"), help="folder for downloads")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-claims"), help="texts, runs and tables")
     options = parser.parse_args(words)
@@ -154,4 +172,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    start(lambda: main(parse()))
+    try:
+        main(parse())
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -22,9 +22,8 @@ from typing import Any
 
 from claimbench.methods import Method, with_variants
 from claimbench.runs import Run, Settings, call, made
-from claimbench.texts import available, prepare
-from quickstart import MEMBERS
-from stages import start
+from claimbench.tasks import TASKS, Task, available, prepare
+from stages import set_environment
 
 from dora_dist.analysis.decomposition import read_recordings
 from dora_dist.checkpoint.run_folder import ANALYSIS
@@ -39,9 +38,11 @@ _STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 5)))
 def main(options: argparse.Namespace) -> None:
     output, packages = options.output.absolute(), options.packages.absolute()
     data = options.data and options.data.absolute()
-    prepare(output, packages, [options.task], data=data, test=options.test, validation=options.validation)
+    task = available(data)[options.task]
+    set_environment()
+    prepare(output, packages, [task], test=options.test, validation=options.validation)
     settings = Settings(output, options.steps, options.batch, parallel=1)
-    found = {name: recorded(name, options.known[name], options, settings) for name in options.methods}
+    found = {name: recorded(task, name, options.known[name], options, settings) for name in options.methods}
     place = output / f"first-steps-{options.task}"
     table = as_table(found)
     place.with_suffix(".md").write_text(table, encoding="utf-8")
@@ -50,9 +51,9 @@ def main(options: argparse.Namespace) -> None:
     print(f"written: {place}.md and .png; {output}/first-steps/ has every step")
 
 
-def recorded(name: str, method: Method, options: argparse.Namespace, settings: Settings) -> Steps:
+def recorded(task: Task, name: str, method: Method, options: argparse.Namespace, settings: Settings) -> Steps:
     """The first steps of one run, in a process of its own; or what is known, if it was found with the same settings."""
-    run = Run(options.task, name, method, options.r, options.rate * method.rate_factor, options.seed, "validation")
+    run = Run(task, name, method, options.r, options.rate * method.rate_factor, options.seed, "validation")
     folder, file = (
         settings.folder / "runs" / f"{run.label}-first",
         settings.folder / "first-steps" / f"{run.label}.json",
@@ -145,19 +146,19 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--task", default="sarcasm", help=f"{', '.join(MEMBERS)}, or one of --data (%(default)s)")
+    parser.add_argument("--task", default="sarcasm", help=f"{', '.join(TASKS)}, or one of --data (%(default)s)")
     parser.add_argument("--methods", nargs="+", default=["lora", "dynamic"], help="(%(default)s), or variants")
     parser.add_argument(
         "--variant", action="append", default=[], metavar='"NAME METHOD --section.field=VALUE ..."', help="repeatable"
     )
     parser.add_argument("--record", type=int, default=50, help="steps to record (%(default)s)")
     parser.add_argument("--steps", type=int, default=175, help="steps that the whole run would have (%(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="questions a step (%(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="texts a step (%(default)s)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate, as in claims.py (%(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--r", type=int, default=16, help="components of a LoRA's layer (%(default)s)")
-    parser.add_argument("--test", type=int, default=1000, help="questions set apart, as in claims.py (%(default)s)")
-    parser.add_argument("--validation", type=int, default=400, help="(%(default)s)")
+    parser.add_argument("--test", type=int, default=2000, help="texts set apart, as in claims.py (%(default)s)")
+    parser.add_argument("--validation", type=int, default=800, help="(%(default)s)")
     parser.add_argument("--data", type=Path, help="folder with further tasks, as in claims.py")
     parser.add_argument("--packages", type=Path, default=Path("runs/quickstart/cache"), help="folder for downloads")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-claims"), help="that of claims.py will do")
@@ -174,4 +175,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    start(lambda: main(parse()))
+    try:
+        main(parse())
+    except UserError as error:
+        sys.exit(f"error: {error}")

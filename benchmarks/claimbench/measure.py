@@ -1,23 +1,43 @@
-"""Which questions a run, or a plain model, answers right, by answer likelihood: `measure.py MODEL QUESTIONS OUTPUT`."""
+"""Which records a run, or a plain model, is right about: `measure.py MODEL RECORDS OUTPUT`."""
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from dora_dist.data.records import load_records
+import torch
+
 from dora_dist.evaluation.inference import load_for_inference
 from dora_dist.tasks.evaluations.labels import score_task
 
+Record = dict[str, Any]
+BATCH = 16
 
-def main(model: str, questions: Path, output: Path) -> None:
-    """Write a string of "1" and "0", one for each question."""
-    records = load_records([questions], "completion")
+
+def main(model: str, file: Path, output: Path) -> None:
+    """Write a string of "1" and "0", one for each record."""
     net, tokenizer = load_for_inference(model)
-    score = score_task(
-        net, tokenizer, records, "", mode="likelihood", format="completion", batch_size=16, progress=False
-    )
-    right = (found == record["completion"] for found, record in zip(score.predictions, records, strict=True))
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    right = (_answered if "choices" in records[0] else _labelled)(net, tokenizer, records)
     output.write_text(json.dumps("".join("1" if each else "0" for each in right)), encoding="utf-8")
+
+
+def _answered(net: Any, tokenizer: Any, records: list[Record]) -> Iterator[bool]:
+    """Of questions: is the likeliest answer the right one?"""
+    asked: dict[str, Any] = {"mode": "likelihood", "format": "completion", "batch_size": BATCH, "progress": False}
+    found = score_task(net, tokenizer, records, "", **asked).predictions
+    return (prediction == record["completion"] for prediction, record in zip(found, records, strict=True))
+
+
+def _labelled(net: Any, tokenizer: Any, records: list[Record]) -> Iterator[bool]:
+    """Of texts with labels: is the likeliest label the right one?"""
+    for start in range(0, len(records), BATCH):
+        batch = records[start : start + BATCH]
+        texts = tokenizer([record["sentence"] for record in batch], padding=True, return_tensors="pt").to(net.device)
+        with torch.inference_mode():
+            labels = net(**texts).logits.argmax(-1).tolist()
+        yield from (label == record["label"] for label, record in zip(labels, batch, strict=True))
 
 
 if __name__ == "__main__":

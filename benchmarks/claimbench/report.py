@@ -12,7 +12,7 @@ from claimbench.runs import Result, Settings
 
 @dataclass
 class Row:
-    """A method at a size on a task: the learning rate, and by seed the accuracies and which questions are right."""
+    """A method at a size on a task: the learning rate, and by seed the accuracies and which texts are right."""
 
     rate: float
     accuracies: list[float] = field(default_factory=list)
@@ -38,7 +38,8 @@ class Found:
     r: int
     seeds: list[int]
     sweeps: dict[tuple[str, str], Any]
-    base: dict[str, float] = field(default_factory=dict)
+    baselines: dict[str, tuple[str, float]] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
     rows: dict[Key, Row] = field(default_factory=dict)
 
     @property
@@ -57,10 +58,10 @@ class Found:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "steps": self.settings.steps,
+            "steps": self.steps,
             "batch": self.settings.batch,
             "seeds": self.seeds,
-            "base": self.base,
+            "baselines": {task: dict([found]) for task, found in self.baselines.items()},
             "variants": {name: list(m.options) for name, m in self.methods.items() if m.options},
             "validation": [
                 {"task": task, "method": name, "accuracy_by_rate": rates} for (task, name), rates in self.sweeps.items()
@@ -75,24 +76,24 @@ class Found:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two methods, paired: the mean, the standard deviation over seeds, and what other questions would change."""
+    """Of two methods, paired: the mean, the standard deviation over seeds, and what other texts would change."""
 
     mean: float
     spread: float
-    of_questions: float
+    of_texts: float
 
     @classmethod
     def of(cls, row: Row, other: Row) -> "Difference":
-        """The mean of row − other over seeds. `of_questions` is the standard error of that mean over questions, each
+        """The mean of row − other over seeds. `of_texts` is the standard error of that mean over texts, each
         of which has the difference of how often both rows have it right."""
         by_seed = [a - b for a, b in zip(row.accuracies, other.accuracies, strict=True)]
         pairs = [list(zip(a, b, strict=True)) for a, b in zip(row.right, other.right, strict=True)]
-        by_question = [statistics.mean(int(a) - int(b) for a, b in same) for same in zip(*pairs, strict=True)]
-        error = spread(by_question) / len(by_question) ** 0.5
+        by_text = [statistics.mean(int(a) - int(b) for a, b in same) for same in zip(*pairs, strict=True)]
+        error = spread(by_text) / len(by_text) ** 0.5
         return cls(statistics.mean(by_seed), spread(by_seed), error)
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} ± {self.spread:.4f} ({self.of_questions:.4f})"
+        return f"{self.mean:+.4f} ± {self.spread:.4f} ({self.of_texts:.4f})"
 
 
 def spread(values: Sequence[float]) -> float:
@@ -104,9 +105,8 @@ def tables(found: Found) -> str:
     """Markdown: one table for each task, one over all tasks, one of the validation."""
     seeds = ", ".join(map(str, found.seeds))
     lines = [
-        f"{found.settings.steps} steps of {found.settings.batch}, seeds {seeds}. Accuracy: mean ± standard deviation "
-        "over seeds. Differences: of the same seed, mean ± standard deviation; in brackets the standard error over "
-        "test questions.",
+        f"Seeds {seeds}. Accuracy: mean ± standard deviation over seeds. Differences: of the same seed, mean ± "
+        "standard deviation; in brackets the standard error over test texts.",
         "",
     ]
     for task in found.tasks:
@@ -115,9 +115,10 @@ def tables(found: Found) -> str:
 
 
 def _of_task(found: Found, task: str) -> list[str]:
-    questions = len(found.rows[task, REFERENCE, found.r].right[0])
+    texts = len(found.rows[task, REFERENCE, found.r].right[0])
+    words, untrained = found.baselines[task]
     lines = [
-        f"{task}: {questions:,} test questions; before training {found.base[task]:.4f}",
+        f"{task}: {found.steps[task]} steps of {found.settings.batch}; {texts:,} test texts; {words} {untrained:.4f}",
         "",
         f"| | trained numbers | learning rate | accuracy | less LoRA of its size | less LoRA, r = {found.r} |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""One run: trained as a user would train it, measured on questions that it never saw, and kept as one JSON file."""
+"""One run: trained as a user would train it, measured on texts that it never saw, and kept as one JSON file."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import IO, Any
 from stages import ROOT, losses, trained_numbers
 
 from claimbench.methods import Method, as_options
-from claimbench.texts import split_file
+from claimbench.tasks import Task, model_folder, split_file
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
 
@@ -25,7 +26,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs share. Runs, texts and the base are in `folder`; each run has one core, `parallel` run at once."""
+    """What all runs share. Runs, texts and models are in `folder`; each run has one core, `parallel` run at once."""
 
     folder: Path
     steps: int
@@ -37,7 +38,7 @@ class Settings:
 class Run:
     """A method at a size, with a learning rate and a seed, on a task; `split` is what it is measured on."""
 
-    task: str
+    task: Task
     name: str
     method: Method
     r: int
@@ -48,7 +49,7 @@ class Run:
     @property
     def label(self) -> str:
         size = f"-r{self.r}" if self.method.sized else ""
-        return f"{self.task}-{self.name}{size}-{self.rate:g}-seed{self.seed}-{self.split}"
+        return f"{self.task.name}-{self.name}{size}-{self.rate:g}-seed{self.seed}-{self.split}"
 
 
 def results(runs: Iterable[Run], settings: Settings) -> dict[Run, Result]:
@@ -100,37 +101,43 @@ def result(run: Run, settings: Settings) -> Result:
     return found
 
 
-def accuracy_of_base(task: str, settings: Settings) -> float:
-    """What the model answers right of a task's test questions before it is trained."""
-    file = settings.folder / "results" / f"{task}-base.json"
-    questions = split_file(settings.folder, task, "test")
-    digest = _digest(questions)
-    if file.exists():
-        known = json.loads(file.read_text(encoding="utf-8"))
-        if known["texts"] == digest:
-            return float(known["accuracy"])
-    log = settings.folder / "runs" / f"{task}-base.log"
-    for path in (log, file):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as out:
-        right = _measured(settings.folder / "base", questions, out, log)
-    accuracy = right.count("1") / len(right)
-    write_json(file, {"texts": digest, "accuracy": accuracy, "right": right})
-    return accuracy
+def baseline(task: Task, settings: Settings) -> tuple[str, float]:
+    """What a task's test records are to be compared with, in words, and its accuracy: the model before it is trained;
+    where training makes the model's head, the most frequent label.
+    """
+    texts = split_file(settings.folder, task, "test")
+    records = [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines()]
+    if "label" in records[0]:
+        (_, count), *_ = Counter(record["label"] for record in records).most_common()
+        return "most frequent label", count / len(records)
+    file = settings.folder / "results" / f"{task.name}-untrained.json"
+    digest = _digest(texts)
+    if not file.exists() or (known := json.loads(file.read_text(encoding="utf-8")))["texts"] != digest:
+        log = settings.folder / "runs" / f"{task.name}-untrained.log"
+        for path in (log, file):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w", encoding="utf-8") as out:
+            right = _measured(model_folder(settings.folder, task), texts, out, log)
+        known = {"texts": digest, "accuracy": right.count("1") / len(right), "right": right}
+        write_json(file, known)
+    return "before training", known["accuracy"]
 
 
 def options_of(run: Run, settings: Settings, folder: Path) -> list[str]:
     """What departs from the method's recipe, as `dora-dist train` takes it."""
+    steps = settings.steps * run.task.longer
     fields = {
-        "model.path": settings.folder / "base",
+        "model.path": model_folder(settings.folder, run.task),
         "data.train": split_file(settings.folder, run.task, "train"),
         "training.learning_rate": run.rate,
-        "training.max_steps": settings.steps,
-        "training.warmup_steps": max(1, settings.steps // 16),
+        "training.max_steps": steps,
+        "training.warmup_steps": max(1, steps // 16),
         "training.global_batch_size": settings.batch,
+        "training.micro_batch_size": settings.batch,
         "training.seed": run.seed,
         "checkpoint.run_dir": folder,
         "logging.progress_bar": False,
+        **run.task.fields,
         **run.method.at(run.r),
     }
     words = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}

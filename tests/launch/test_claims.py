@@ -1,4 +1,5 @@
-"""benchmarks/claims.py and first_steps.py as a user types them, scaled down: a toy model on yes/no questions."""
+"""benchmarks/claims.py and first_steps.py as a user types them, scaled down: a toy model on yes/no questions, BERT-tiny
+on sentences of editorials that people rated."""
 
 import json
 import os
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests import toy
+from tests import real, toy
 
 ROOT = Path(__file__).parents[2]
 VARIANT = (
@@ -38,30 +39,39 @@ def typed(script: str, folder: Path, flags: str) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("claims")
-    toy.base_model(folder / "out" / "base")
+    toy.base_model(folder / "out" / "models" / "smollm2")
     toy.write_records(folder / "even.json", 60)
     return folder
 
 
 def test_methods_are_compared_and_finished_runs_are_kept(folder: Path) -> None:
-    flags = "--tasks even --methods lora short --seeds 1 --rates 1e-2 --steps 6 --no-half"
+    flags = "--tasks even news --methods lora short --seeds 1 --rates 1e-2 --steps 6 --no-half --test 40"
+    flags += f" --encoder bert-tiny --packages {real.CACHE}"
     said = typed("claims.py", folder, flags)
     found = json.loads((folder / "out" / "claims.json").read_text())
-    lora, short = found["test"]
+    lora, short, *encoders = found["test"]
     widths = sum(layer[0] + layer[1] for layer in _shapes()) * toy.SIZES["num_hidden_layers"]
     assert lora["trained_numbers"] == [2 * widths]
     assert lora["trained_numbers"][0] / 2 < short["trained_numbers"][0] < 1.5 * lora["trained_numbers"][0]  # 3 pruned
-    for row in (lora, short):
+    assert found["steps"] == {"even": 6, "news": 18}
+    assert [(row["task"], row["method"]) for row in encoders] == [("news", "lora"), ("news", "short")]
+    texts = {"even": 15, "news": 40}
+    for row in (lora, short, *encoders):
         assert row["learning_rate"] == 1e-2
         assert f"{row['accuracy'][0]:.4f}" in said
-        result = folder / "out" / "results" / f"even-{row['method']}-r2-0.01-seed1-test.json"
+        result = folder / "out" / "results" / f"{row['task']}-{row['method']}-r2-0.01-seed1-test.json"
         right = json.loads(result.read_text())["right"]
-        assert len(right) == 15
-        assert right.count("1") / 15 == row["accuracy"][0]
+        assert len(right) == texts[row["task"]]
+        assert right.count("1") / len(right) == row["accuracy"][0]
+    liked = [json.loads(line)["label"] for line in (folder / "out" / "texts" / "news-test.jsonl").open()]
+    most = max(liked.count(0), liked.count(1)) / 40
+    assert found["baselines"]["news"] == {"most frequent label": most}
+    head = 2 * 128 + 2
+    assert encoders[0]["trained_numbers"] == [2 * 2 * (4 * (128 + 128) + 2 * (128 + 512)) + head]
     assert (folder / "out" / "claims.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob("out/runs/*/checkpoint-*"))
     before = {path: path.stat().st_mtime_ns for path in folder.glob("out/results/*")}
-    assert len(before) == 3
+    assert len(before) == 5
     typed("claims.py", folder, flags)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("out/results/*")} == before
 

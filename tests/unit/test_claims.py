@@ -1,6 +1,7 @@
 """The parts of benchmarks/claims.py: what is compared and how, texts, and differences beside their definitions."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,23 @@ def test_every_method_is_a_configuration_at_both_sizes(tmp_path: Path) -> None:
     import claims
     from claimbench.methods import METHODS
     from claimbench.runs import Run, Settings, options_of
+    from claimbench.tasks import TASKS
 
+    settings = Settings(tmp_path, 120, 16, 2)
     kinds: dict[str, Any] = {}
     for name, method in METHODS.items():
         for r in claims.sizes(method, 16, half=True):
-            run = Run("sarcasm", name, method, r, 1e-3, 1, "test")
-            options = options_of(run, Settings(tmp_path, 120, 16, 2), tmp_path / "run")
+            run = Run(TASKS["sarcasm"], name, method, r, 1e-3, 1, "test")
+            options = options_of(run, settings, tmp_path / "run")
             config = RunConfig.load(ROOT / method.recipe, options)
             kinds[name, r] = chosen(config.adapter)
             if method.sized:
                 assert config.adapter.r == r
                 assert config.adapter.lora_alpha == (2 * r if method.scaled else 32)
             assert config.training.max_steps == 120
+            RunConfig.load(
+                ROOT / method.recipe, options_of(replace(run, task=TASKS["news"]), settings, tmp_path / "run")
+            )
     assert len(kinds) == 2 * 5 + 2
     assert isinstance(kinds["full", 16], FullFineTuning)
     dvora = kinds["dvora", 16]
@@ -55,11 +61,12 @@ def test_every_method_is_a_configuration_at_both_sizes(tmp_path: Path) -> None:
 def test_variants_are_methods_with_options_of_their_own(tmp_path: Path) -> None:
     from claimbench.methods import METHODS, with_variants
     from claimbench.runs import Run, Settings, options_of
+    from claimbench.tasks import TASKS
 
     rates = "'--training.learning_rates={\"lora_gates\": 2e-2}'"
     methods = with_variants([f"gates dynamic --adapter.component_init=lora {rates}"])
     assert list(methods) == [*METHODS, "gates"]
-    run = Run("sarcasm", "gates", methods["gates"], 8, 1e-3, 1, "test")
+    run = Run(TASKS["sarcasm"], "gates", methods["gates"], 8, 1e-3, 1, "test")
     config = RunConfig.load(ROOT / run.method.recipe, options_of(run, Settings(tmp_path, 120, 16, 2), tmp_path))
     assert config.adapter.component_init == "lora" and config.adapter.dynamic_rank
     assert config.training.learning_rates == {"lora_gates": 2e-2}
@@ -103,7 +110,7 @@ LISTED = (
 
 
 def test_records_of_the_papers_tasks_become_questions_with_choices() -> None:
-    from claimbench.texts import of_instructions
+    from claimbench.tasks import of_instructions
 
     listed, even = of_instructions("t", [{"instruction": LISTED, "answer": "answer2"}, toy.records(2)[1]])
     assert listed["prompt"] == "Question: Who?\n\nAnswer1: he Answer2: she: her\nAnswer:"
@@ -116,14 +123,15 @@ def test_records_of_the_papers_tasks_become_questions_with_choices() -> None:
 
 
 def test_splits_share_no_question_and_are_the_same_every_time(tmp_path: Path) -> None:
-    from claimbench.texts import SPLITS, prepare, split_file
+    from claimbench.tasks import SPLITS, available, prepare, split_file
 
     toy.write_records(tmp_path / "even.json", 100)
-    (tmp_path / "out" / "base").mkdir(parents=True)  # else one is fetched
+    (tmp_path / "out" / "models" / "smollm2").mkdir(parents=True)  # else one is fetched
+    even = available(tmp_path)["even"]
     texts = []
     for _ in range(2):
-        prepare(tmp_path / "out", tmp_path / "cache", ["even"], data=tmp_path, test=1000, validation=4)
-        texts.append([split_file(tmp_path / "out", "even", split).read_text().splitlines() for split in SPLITS])
+        prepare(tmp_path / "out", tmp_path / "cache", [even], test=1000, validation=4)
+        texts.append([split_file(tmp_path / "out", even, split).read_text().splitlines() for split in SPLITS])
     assert texts[0] == texts[1]
     assert [len(lines) for lines in texts[0]] == [25, 4, 71]  # at most a quarter to test
     assert len({json.loads(line)["prompt"] for lines in texts[0] for line in lines}) == 100
@@ -138,7 +146,7 @@ def found(tmp_path: Path) -> Any:
 
     methods = {name: METHODS[name] for name in ("lora", "dora")}
     found = Found(Settings(tmp_path, 10, 4, 2), methods, 16, [1, 2], {("t", "lora"): {1e-3: 0.5}, ("t", "dora"): {}})
-    found.base = {"t": 0.25}
+    found.baselines, found.steps = {"t": ("before training", 0.25)}, {"t": 10}
     rights = {("lora", 16): ("1000", "1100"), ("lora", 8): ("0000", "1000"), ("dora", 16): ("1110", "1101")}
     for (name, r), right in rights.items():
         row = found.rows.setdefault(("t", name, r), Row(2e-3))
@@ -147,15 +155,15 @@ def found(tmp_path: Path) -> Any:
     return found
 
 
-def test_differences_are_paired_by_seed_and_by_question(found: Any) -> None:
+def test_differences_are_paired_by_seed_and_by_text(found: Any) -> None:
     from claimbench.report import Difference
 
     difference = Difference.of(found.rows["t", "dora", 16], found.rows["t", "lora", 16])
     by_seed = torch.tensor([0.75 - 0.25, 0.75 - 0.5])
-    by_question = torch.tensor([[0.0, 1, 1, 0], [0, 0, 0, 1]]).mean(0)
-    assert difference.mean == pytest.approx(float(by_seed.mean())) == pytest.approx(float(by_question.mean()))
+    by_text = torch.tensor([[0.0, 1, 1, 0], [0, 0, 0, 1]]).mean(0)
+    assert difference.mean == pytest.approx(float(by_seed.mean())) == pytest.approx(float(by_text.mean()))
     assert difference.spread == pytest.approx(float(by_seed.std()))
-    assert difference.of_questions == pytest.approx(float(by_question.std() / 2))
+    assert difference.of_texts == pytest.approx(float(by_text.std() / 2))
 
 
 def test_the_table_has_every_method_at_its_sizes(found: Any, tmp_path: Path) -> None:
