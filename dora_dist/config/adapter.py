@@ -78,15 +78,15 @@ class AdapterConfig(Section):
     start_rank_factor: Annotated[float, Field(ge=1), at_most(1000)] = Field(
         default=1.5, description="Dynamic rank: layers start with this times r components, rounded up"
     )
-    component_init: Literal["paper", "lora"] = Field(
-        default="paper",
-        description="Dynamic rank: how components start. paper: gates 0 between two random factors; lora: gates 1 and "
-        "B 0, as LoRA starts",
+    component_init: Literal["lora", "paper"] = Field(
+        default="lora",
+        description="Dynamic rank: how components start. lora: gates 1 and B 0, as LoRA starts; paper: gates 0 between "
+        "two random factors",
     )
-    component_scale: Literal["paper", "budget"] = Field(
-        default="paper",
-        description="Dynamic rank: what lora_alpha is divided by. paper: the components of a layer when training "
-        "starts; budget: r, which are left on average. Pruning does not change it",
+    component_scale: Literal["budget", "paper"] = Field(
+        default="budget",
+        description="Dynamic rank: what lora_alpha is divided by. budget: r, which are left on average; paper: the "
+        "components of a layer when training starts. Pruning does not change it",
     )
     prune_start: float = Field(
         default=0.15, ge=0, lt=1, description="Dynamic rank: pruning begins at this share of all optimizer steps"

@@ -23,6 +23,7 @@ START_R, R = 5, 3
 QUIET = {"max_grad_norm": 0.0}  # else gradients of closed gates, which are gone after compaction, move the clipping
 KINDS = {"lora_B": 4e-3, "lora_gates": 2e-2, "magnitude_offset": 3e-3}
 DYNAMIC = {"dynamic_rank": True, "r": 4, "prune_start": 0.2, "prune_stop": 0.6, "prune_every": 2, "dem_weight": 0.1}
+DYNAMIC |= {"component_init": "paper", "component_scale": "paper"}
 
 
 def score_and_prune(persistence: int) -> dict[str, Any]:

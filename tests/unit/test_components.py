@@ -117,8 +117,8 @@ def test_components_start_as_the_paper_says_or_as_lora_does() -> None:
 def test_the_scale_is_alpha_over_the_components_at_the_start_or_over_the_budget() -> None:
     for decomposed in (False, True):
         section: dict[str, Any] = {"weight_decomposed": decomposed, "dynamic_rank": True, "r": 4, "lora_alpha": 8.0}
-        paper = chosen(AdapterConfig(**section))
-        budget = chosen(AdapterConfig(**section, component_scale="budget"))
+        paper = chosen(AdapterConfig(**section, component_scale="paper"))
+        budget = chosen(AdapterConfig(**section))
         for method, scaling in ((paper, 8 / 6), (budget, 8 / 4)):
             assert isinstance(method, DynamicRank | WeightDecomposed)
             assert method.r == 6

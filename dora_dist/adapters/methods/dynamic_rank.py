@@ -3,8 +3,8 @@
 Mao et al., "DoRA: Enhancing Parameter-Efficient Fine-Tuning with Dynamic Rank Distribution", ACL 2024
 (arXiv 2405.17357). ΔW = s·B·diag(c)·Aᵀ; component i is c_i·B_i·A_i. `components.py` scores and prunes them.
 
-The paper starts with c = 0 between two random factors, and divides alpha by the components that there are then. Each
-has another form here, which is LoRA's: B = 0 and c = 1, and alpha over the components that are left on average.
+The paper starts with c = 0 between two random factors, and divides alpha by the components that there are then. Here
+both are LoRA's unless they are asked for: B = 0 and c = 1, and alpha over the components that are left on average.
 """
 
 import math
@@ -19,7 +19,7 @@ from dora_dist.adapters.methods.sums import column_dot
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.config.adapter import AdapterConfig
 
-ComponentInit = Literal["paper", "lora"]
+ComponentInit = Literal["lora", "paper"]
 
 
 @register
@@ -27,14 +27,14 @@ ComponentInit = Literal["paper", "lora"]
 class DynamicRank(LowRank):
     """The gated low-rank update: LoRA's factors and `lora_gates` c (r,); `r` is the rank that training starts from.
 
-    `component_init` "paper": the gates are 0, both factors have kaiming_uniform(a=0) (Mao, section 3.1); "lora": the
-    gates are 1, the factors start as LoRA's do, B at 0, so that whole matrices learn from the first step on.
+    `component_init` "lora": the gates are 1, the factors start as LoRA's do, B at 0, so that whole matrices learn from
+    the first step on; "paper": the gates are 0, both factors have kaiming_uniform(a=0) (Mao, section 3.1).
     """
 
     name = "dynamic_rank"
     titles = ("LoRA with dynamic rank", "DoRA with dynamic rank")
     of_training = LowRank.of_training | {"component_init"}
-    component_init: ComponentInit = "paper"
+    component_init: ComponentInit = "lora"
 
     @classmethod
     def from_config(cls, adapter: AdapterConfig) -> Self:
