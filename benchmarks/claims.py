@@ -10,7 +10,7 @@ and text by text.
 
 Each run has one core, two run at a time. Finished runs are kept as JSON and not repeated; one that was interrupted
 starts again. --variant adds a method with other settings to all tables, such as
-"from-lora dynamic --adapter.component_init=lora".
+"paper dynamic --adapter.component_init=paper --adapter.component_scale=paper".
 """
 
 import argparse

@@ -5,11 +5,10 @@ steps. Written are, for every step, the loss, how far the weights have turned (Î
 all adapted layers), and for each kind of parameter (gates, A, B, magnitudes) the root mean squares of its numbers, of
 their gradients and of what the step added to them. Finished runs are kept and not repeated. Hypotheses are variants:
 
-    python benchmarks/first_steps.py --methods lora dynamic start scale rate no-dem \\
-        --variant "start dynamic --adapter.component_init=lora" \\
-        --variant "scale dynamic --adapter.component_scale=budget" \\
-        --variant "no-dem dynamic --adapter.dem_weight=0" \\
-        --variant "rate dynamic '--training.learning_rates={\\"lora_gates\\": 2e-2}'"
+    python benchmarks/first_steps.py --methods lora dynamic paper gates \\
+        --variant "paper dynamic --adapter.component_init=paper --adapter.component_scale=paper" \\
+        --variant "gates dynamic --adapter.component_init=paper --adapter.component_scale=paper
+                   '--training.learning_rates={\\"lora_gates\\": 2e-2}'"
 """
 
 import argparse
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from claimbench.methods import Method, with_variants
-from claimbench.runs import Run, Settings, call, made
+from claimbench.runs import Run, Settings, call, made, options_of
 from claimbench.tasks import TASKS, Task, available, prepare
 from stages import set_environment
 
@@ -58,7 +57,8 @@ def recorded(task: Task, name: str, method: Method, options: argparse.Namespace,
         settings.folder / "runs" / f"{run.label}-first",
         settings.folder / "first-steps" / f"{run.label}.json",
     )
-    described = {**made(run, settings, folder), "record": options.record}
+    words = [*options_of(run, settings, folder), "--logging.every=1", "--analysis.every=1"]
+    described = {**made(run, settings, words), "record": options.record}
     if file.exists():
         known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if known["made"] == described:
@@ -70,10 +70,9 @@ def recorded(task: Task, name: str, method: Method, options: argparse.Namespace,
         path.parent.mkdir(parents=True, exist_ok=True)
     kinds, log = folder.with_name(f"{folder.name}.jsonl"), folder.with_name(f"{folder.name}.log")
     kinds.unlink(missing_ok=True)
-    each = ["--logging.every=1", "--analysis.every=1"]
     recorder = [sys.executable, "-m", "claimbench.recorder", kinds, str(options.record), method.recipe]
     with log.open("w", encoding="utf-8") as out:
-        call([*recorder, *described["options"], *each], out, log)
+        call([*recorder, *words], out, log)
     steps = joined(kinds, folder, options.record)
     write_json(file, {"made": described, "steps": steps})
     shutil.rmtree(folder)

@@ -12,13 +12,15 @@ import platform
 import random
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from package_archives import extract_member, fetch_package
 from stages import (
     LANGUAGE_MODEL,
+    as_options,
     import_language_model,
     losses,
     run,
@@ -51,27 +53,27 @@ SEED = 0
 Record = dict[str, Any]
 
 
-class Method(NamedTuple):
-    """One that can be compared: its configuration, where it is trained, and the options that differ."""
+@dataclass(frozen=True)
+class Method:
+    """One that can be compared: its recipe, the folder that it is trained in, and the fields that differ."""
 
     title: str
-    config: str
+    recipe: str
     run_dir: Path
-    options: tuple[str, ...] = ()
+    fields: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def elsewhere(cls, title: str, config: str, name: str, *options: str) -> "Method":
-        """One whose run folder is not the configuration's."""
-        run_dir = FOLDER / f"train-{name}"
-        return cls(title, config, run_dir, (*options, f"--checkpoint.run_dir={run_dir}"))
+    @property
+    def options(self) -> list[str]:
+        """What departs from the recipe, the folder too, as `dora-dist train` takes it."""
+        return as_options({**self.fields, "checkpoint.run_dir": str(self.run_dir)}) if self.fields else []
 
 
-_PLAIN = "--adapter.weight_decomposed=false"
+_PLAIN = {"adapter.weight_decomposed": False}
 METHODS = {
-    "lora": Method.elsewhere("LoRA", CONFIG, "lora", _PLAIN),
+    "lora": Method("LoRA", CONFIG, FOLDER / "train-lora", _PLAIN),
     "dora": Method("DoRA", CONFIG, TRAINED),
-    "dynamic": Method.elsewhere("dynamic rank", DYNAMIC, "dynamic", _PLAIN),
-    "union": Method.elsewhere("DoRA, dynamic rank", DYNAMIC, "union"),
+    "dynamic": Method("dynamic rank", DYNAMIC, FOLDER / "train-dynamic-lora", _PLAIN),
+    "union": Method("DoRA, dynamic rank", DYNAMIC, FOLDER / "train-dynamic"),
 }
 
 
@@ -86,7 +88,7 @@ def main(tasks: list[str], methods: list[str]) -> None:
     for name in methods:
         method = METHODS[name]
         with stage("train" if len(methods) == 1 else f"train {name}", stages):
-            train(method.config, method.run_dir, *method.options)
+            train(method.recipe, method.run_dir, *method.options)
     if len(methods) == 1:
         with stage("consolidate", stages):
             run("dora-dist", "consolidate", METHODS[methods[0]].run_dir, "--output", MERGED, "--overwrite")
@@ -208,8 +210,8 @@ def report(stages: dict[str, float], results: dict[str, dict[str, float]], metho
     if len(methods) == 1:
         print(f"{FOLDER / 'summary.json'} has the numbers; {MERGED} is a plain Hugging Face model")
         return
-    chance_error = 0.5 / HELD_OUT**0.5
-    print(f"{total:.0f} s in all; another {HELD_OUT} questions would move each accuracy by up to {chance_error:.3f}")
+    standard_error = 0.5 / HELD_OUT**0.5
+    print(f"{total:.0f} s in all; another {HELD_OUT} questions would move each accuracy by up to {standard_error:.3f}")
     print(f"(standard error), another seed as well; {FOLDER / 'summary.json'} has the numbers")
 
 

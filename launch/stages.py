@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,11 @@ def train(config: str, run_dir: Path, *options: str) -> None:
     if on_cpu and shutil.which("numactl"):
         launcher.append("--bind_cores_to_rank")
     run(*launcher, "launch/train.py", "--config", config, *options)
+
+
+def as_options(fields: Mapping[str, Any]) -> list[str]:
+    """--section.field=VALUE as `dora-dist train` takes them."""
+    return [f"--{name}={v if isinstance(v, str) else json.dumps(v, default=str)}" for name, v in fields.items()]
 
 
 def import_language_model(archive: Path, output: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from claimbench.tasks import CUTOFF
 from dora_dist.evaluation.inference import load_for_inference
 from dora_dist.tasks.evaluations.labels import score_task
 
@@ -34,9 +35,10 @@ def _labelled(net: Any, tokenizer: Any, records: list[Record]) -> Iterator[bool]
     """Of texts with labels: is the likeliest label the right one?"""
     for start in range(0, len(records), BATCH):
         batch = records[start : start + BATCH]
-        texts = tokenizer([record["sentence"] for record in batch], padding=True, return_tensors="pt").to(net.device)
+        sentences = [record["sentence"] for record in batch]
+        texts = tokenizer(sentences, padding=True, truncation=True, max_length=CUTOFF, return_tensors="pt")
         with torch.inference_mode():
-            labels = net(**texts).logits.argmax(-1).tolist()
+            labels = net(**texts.to(net.device)).logits.argmax(-1).tolist()
         yield from (label == record["label"] for label, record in zip(labels, batch, strict=True))
 
 

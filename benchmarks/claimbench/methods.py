@@ -1,10 +1,11 @@
 """What is compared: methods by name, and variants of them that the command line gives."""
 
-import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import quickstart
 
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
@@ -12,7 +13,6 @@ from dora_dist.runtime.errors import UserError
 
 Fields = dict[str, Any]
 """Fields of a run's configuration by their whole names."""
-RECIPE, DYNAMIC_RECIPE = "configs/quickstart.json", "configs/quickstart_dynamic.json"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Method:
     """
 
     title: str
-    recipe: str = RECIPE
+    recipe: str = quickstart.CONFIG
     fields: Fields = field(default_factory=dict, hash=False)
     sized: bool = True
     scaled: bool = True
@@ -38,14 +38,10 @@ class Method:
         return size | alpha | self.fields
 
 
-_PLAIN: Fields = {"adapter.weight_decomposed": False}
 METHODS = {
-    "lora": Method("LoRA", fields=_PLAIN),
-    "dora": Method("DoRA"),
-    "dynamic": Method("dynamic rank", DYNAMIC_RECIPE, _PLAIN),
-    "union": Method("DoRA, dynamic rank", DYNAMIC_RECIPE),
+    **{name: Method(method.title, method.recipe, method.fields) for name, method in quickstart.METHODS.items()},
     "dvora": Method("DVoRA", fields={"adapter.method": "vera", "adapter.r": 256}, sized=False, rate_factor=8),
-    "mora": Method("MoRA", fields={**_PLAIN, "adapter.method": "mora"}, scaled=False),
+    "mora": Method("MoRA", fields={"adapter.weight_decomposed": False, "adapter.method": "mora"}, scaled=False),
     "full": Method(
         "full fine-tuning",
         fields={"adapter.method": "full", "adapter.target_modules": None, "adapter.r": None},
@@ -69,7 +65,7 @@ def with_variants(texts: Iterable[str]) -> dict[str, Method]:
         if len(rest) < 2 or name in methods or rest[0] not in METHODS:
             raise UserError(
                 f'--variant "{text}": give a name of its own, one of {", ".join(METHODS)}, and options: '
-                '"from-lora dynamic --adapter.component_init=lora"'
+                '"paper dynamic --adapter.component_init=paper"'
             )
         base, *options = rest
         for option in options:
@@ -78,8 +74,3 @@ def with_variants(texts: Iterable[str]) -> dict[str, Method]:
                 raise UserError(f'--variant "{text}": {option!r} is not --section.field=VALUE of a configuration')
         methods[name] = replace(METHODS[base], title=name, options=tuple(options))
     return methods
-
-
-def as_options(fields: Mapping[str, Any]) -> list[str]:
-    """--section.field=VALUE as `dora-dist train` takes them."""
-    return [f"--{name}={v if isinstance(v, str) else json.dumps(v, default=str)}" for name, v in fields.items()]

@@ -120,14 +120,14 @@ def _of_task(found: Found, task: str) -> list[str]:
     lines = [
         f"{task}: {found.steps[task]} steps of {found.settings.batch}; {texts:,} test texts; {words} {untrained:.4f}",
         "",
-        f"| | trained numbers | learning rate | accuracy | less LoRA of its size | less LoRA, r = {found.r} |",
+        f"| | trained numbers | learning rate | accuracy | minus LoRA of its size | minus LoRA, r = {found.r} |",
         "|---|---|---|---|---|---|",
     ]
     for name, r in found.kinds:
         row = found.rows[task, name, r]
         numbers = statistics.mean(row.trained_numbers)
         accuracy = f"{statistics.mean(row.accuracies):.4f} ± {spread(row.accuracies):.4f}"
-        own = _difference(found, (task, name, r), r)
+        own = _difference(found, (task, name, r), r) if found.methods[name].sized else None
         whole = _difference(found, (task, name, r), found.r)
         lines.append(
             f"| {found.title(name, r)} | {numbers:,.0f} | {row.rate:g} | {accuracy} | {own or ''} | {whole or ''} |"
@@ -148,12 +148,12 @@ def _over_tasks(found: Found) -> list[str]:
     lines = [
         f"Over {len(found.tasks)} tasks: the mean difference of each seed, ± its standard deviation over seeds",
         "",
-        f"| | less LoRA of its size | less LoRA, r = {found.r} |",
+        f"| | minus LoRA of its size | minus LoRA, r = {found.r} |",
         "|---|---|---|",
     ]
     for name, r in found.kinds:
-        cells = [_mean_over_tasks(found, name, r, size) for size in (r, found.r)]
-        lines.append(f"| {found.title(name, r)} | {cells[0]} | {cells[1]} |")
+        own = _mean_over_tasks(found, name, r, r) if found.methods[name].sized else ""
+        lines.append(f"| {found.title(name, r)} | {own} | {_mean_over_tasks(found, name, r, found.r)} |")
     return lines
 
 

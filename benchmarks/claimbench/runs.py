@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from stages import ROOT, losses, trained_numbers
+from stages import ROOT, as_options, losses, trained_numbers
 
-from claimbench.methods import Method, as_options
+from claimbench.methods import Method
 from claimbench.tasks import Task, model_folder, split_file
+from dora_dist.config import RunConfig
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
 
@@ -73,7 +74,8 @@ def result(run: Run, settings: Settings) -> Result:
     step that was logged.
     """
     folder, file = settings.folder / "runs" / run.label, settings.folder / "results" / f"{run.label}.json"
-    described = made(run, settings, folder)
+    options = options_of(run, settings, folder)
+    described = made(run, settings, options)
     if file.exists():
         known: Result = json.loads(file.read_text(encoding="utf-8"))
         if known["made"] == described:
@@ -83,7 +85,7 @@ def result(run: Run, settings: Settings) -> Result:
     log = folder.with_name(f"{folder.name}.log")  # the name has dots of its own
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as out:
-        call(["dora-dist", "train", "--config", run.method.recipe, *described["options"]], out, log)
+        call(["dora-dist", "train", "--config", run.method.recipe, *options], out, log)
         questions = split_file(settings.folder, run.task, run.split)
         right = _measured(folder, questions, out, log)
     found = {
@@ -127,6 +129,8 @@ def options_of(run: Run, settings: Settings, folder: Path) -> list[str]:
     """What departs from the method's recipe, as `dora-dist train` takes it."""
     steps = settings.steps * run.task.longer
     fields = {
+        **run.task.fields,
+        **run.method.at(run.r),
         "model.path": model_folder(settings.folder, run.task),
         "data.train": split_file(settings.folder, run.task, "train"),
         "training.learning_rate": run.rate,
@@ -137,22 +141,16 @@ def options_of(run: Run, settings: Settings, folder: Path) -> list[str]:
         "training.seed": run.seed,
         "checkpoint.run_dir": folder,
         "logging.progress_bar": False,
-        **run.task.fields,
-        **run.method.at(run.r),
     }
     words = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
     return [*as_options(words), *run.method.options]
 
 
-def made(run: Run, settings: Settings, folder: Path) -> dict[str, Any]:
-    """All that a result of a run in `folder` depends on, but the code."""
+def made(run: Run, settings: Settings, options: list[str]) -> dict[str, Any]:
+    """All that a result depends on, but the code: the whole configuration, defaults too, and the texts."""
+    config = RunConfig.load(ROOT / run.method.recipe, options)
     texts = [split_file(settings.folder, run.task, split) for split in ("train", run.split)]
-    recipe = json.loads((ROOT / run.method.recipe).read_text(encoding="utf-8"))
-    return {
-        "recipe": recipe,
-        "options": options_of(run, settings, folder),
-        "texts": [_digest(path) for path in texts],
-    }
+    return {"configuration": json.loads(config.to_json()), "texts": [_digest(path) for path in texts]}
 
 
 def _digest(path: Path) -> str:

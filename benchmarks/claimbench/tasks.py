@@ -20,6 +20,8 @@ Record = dict[str, Any]
 SPLITS = ("test", "validation", "train")
 _ANSWERS = re.compile(r"\s*\b(?:Answer|Solution|Ending|Option)\d+: ")
 _ASKED = re.compile(r"^Please [^:]*?(?:true or false, question|to the question|following sentence|questions?): ")
+CUTOFF = 48
+"""Tokens of a text at most."""
 UNCLEAR = 0.5
 """Texts whose rating, from -4 to 4, is within this of 0 are neither liked nor disliked."""
 
@@ -53,7 +55,7 @@ def sentiment(name: str, kind: str) -> Task:
         "data.format": "classification",
         "data.text_fields": "sentence",
         "data.label_field": "label",
-        "data.cutoff_len": 48,
+        "data.cutoff_len": CUTOFF,
     }
     return Task(name, "minilm", partial(_liked, kind), fields, longer=3)
 
@@ -84,8 +86,10 @@ TASKS = {
 
 def available(data: Path | None) -> dict[str, Task]:
     """TASKS, and those in the files NAME.json or NAME.train.json of `data`: records as Liu et al. train on."""
-    files = sorted(data.glob("*.json")) if data is not None else []
-    return TASKS | {_stem(file): question(_stem(file), partial(_of_file, file)) for file in files}
+    files = {_stem(file): file for file in sorted(data.glob("*.json"))} if data is not None else {}
+    if taken := sorted(files.keys() & TASKS.keys()):
+        raise UserError(f"--data: {files[taken[0]]} has the name of another task; give it a name of its own")
+    return TASKS | {name: question(name, partial(_of_file, file)) for name, file in files.items()}
 
 
 def _stem(file: Path) -> str:

@@ -153,7 +153,8 @@ def _check_identity(folder: Path, manifest: dict[str, Any], model: nn.Module) ->
         if abs(theirs.get("scalings", {}).get(name, scaling) - scaling) > 1e-6 * scaling:
             raise UserError(
                 f"checkpoint.resume: {folder} scales the update of {name!r} by {theirs['scalings'][name]:g}, here it "
-                f"is {scaling:g}; set adapter.lora_alpha and adapter.r back, or start a new run with adapter.init_from"
+                f"is {scaling:g}; set adapter.lora_alpha, adapter.r and adapter.component_scale back (of runs that did "
+                'not have the last: "paper"), or start a new run with adapter.init_from'
             )
     if theirs.get("shared", ours["shared"]) != ours["shared"]:
         raise UserError(

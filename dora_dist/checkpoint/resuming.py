@@ -54,24 +54,22 @@ RULES: dict[Rule, dict[str, str]] = {
     },
     Rule.CONTENT: {
         "model": "path revision tokenizer",
-        # checkpoint/format.py compares the parameters that these come to, and the pruning budget.
+        # checkpoint/format.py compares what these come to: parameters, their scale, the pruning budget. How components
+        # start is over.
         "adapter": "target_modules magnitude_only_modules trained_modules trained_parameters start_rank_factor "
-        "prune_start prune_stop prune_every prune_schedule component_init",
+        "prune_start prune_stop prune_every prune_schedule component_init component_scale",
         "data": "train validation validation_samples format text_fields label_field loss_on cutoff_len doc_stride "
         "prompts chat_template group_by_modality_length",
     },
     Rule.SHAPE: {
         "model": "task num_labels feature_dim storage",
-        "adapter": "method settings weight_decomposed r lora_alpha dynamic_rank component_scale",
+        "adapter": "method settings weight_decomposed r lora_alpha dynamic_rank",
     },
     Rule.ORDER: {"training": "global_batch_size seed"},
     Rule.FIRST: {"adapter": "init_from"},
     Rule.PLACE: {"checkpoint": "run_dir resume"},
 }
 """Every field of the configuration, by rule and section ("": outside of the sections)."""
-
-_ONCE = {"adapter.component_init": "paper", "adapter.component_scale": "paper"}
-"""What fields came to in runs with dynamic rank that did not have them yet; today's defaults are others."""
 
 _BEST = ("training.metric", "validation data")
 """What the values are of that say which checkpoint is the best."""
@@ -261,12 +259,8 @@ def finished(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> st
 
 
 def _changed(manifest: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Name, value there, and value here, of every field that differs. A field that was not known then has its value of
-    `_ONCE`, or else is left out.
-    """
+    """Name, value there, and value here, of every field that differs. A field that was not known then is left out."""
     theirs = values(manifest["trained_with"]["configuration"], type(config))
-    if theirs.get("adapter.dynamic_rank"):
-        theirs = _ONCE | theirs
     ours = values(json.loads(located(config).to_json()), type(config))
     for name, rule in rules().items():
         before, now = theirs.get(name, ours[name]), ours[name]

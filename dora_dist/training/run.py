@@ -25,8 +25,9 @@ def train(config: RunConfig, callbacks: "Sequence[TrainerCallback]" = ()) -> Pat
 
     Args:
         config: the run: `RunConfig.load(FILE, OVERRIDES)` or `RunConfig.from_dict(DICT)`.
-        callbacks: Hugging Face's, told of every step after the run's own. With dynamic rank they see two trainings, of
-            a model and of the smaller one that goes on from it.
+        callbacks: Hugging Face's, told of every step after the run's own, on every rank; what one asks for by `control`
+            it asks for on all ranks, or they would wait for each other. With dynamic rank they see two trainings, of a
+            model and of the smaller one that goes on from it.
 
     Returns: the folder of the newest checkpoint, `RUN_DIR/checkpoint-STEP`; its `adapter/` is a PEFT folder.
 

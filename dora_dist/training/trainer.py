@@ -52,8 +52,9 @@ class DoraTrainer(Trainer):
         open_checkpoints: Callable[[Any], Checkpoints],
         forget_best: bool,
     ) -> None:
-        """`learning_rates` are those of single modules (training.learning_rates), `open_checkpoints` makes what writes
-        the checkpoints of an engine, and `forget_best` says that a resumed run's earlier metrics do not count.
+        """`learning_rates` are those of modules and of kinds of parameters (training.learning_rates),
+        `open_checkpoints` makes what writes the checkpoints of an engine, and `forget_best` says that a resumed run's
+        earlier metrics do not count.
         """
         self.run, self.stopping, self.pruning = run, False, pruning
         self._loaders, self._ranks, self._run_dir = loaders, ranks, run_dir

@@ -90,17 +90,13 @@ def configuration(name: str, folder: Path, run_dir: Path) -> dict[str, Any]:
 
 
 def resumed(name: str, folder: Path, run_dir: Path) -> dict[str, Any]:
-    """The config.json that the run wrote, for its files that are in `folder` now.
-
-    Components are as they were before there was a choice, which a run that goes on has to say.
-    """
+    """The config.json that the run wrote, for its files that are in `folder` now."""
     raw: dict[str, Any] = json.loads((run_dir / "config.json").read_text())
     changes = configuration(name, folder, run_dir)
     raw["model"]["path"] = changes["model"]["path"]
     raw["data"]["train"] = changes["data"]["train"]
     raw["data"]["image_folder"] = changes["data"].get("image_folder")
     raw["checkpoint"] |= {"run_dir": str(run_dir), "resume": "auto"}
-    raw["adapter"] = {"component_init": "paper", "component_scale": "paper"} | raw["adapter"]
     return raw
 
 

@@ -26,6 +26,8 @@ def gone_on(folder: Path) -> dict[str, dict[int, float]]:
     for name in cases.CASES:
         shutil.copytree(folder / name, folder / "resumed" / name)
     runs = {name: cases.resumed(name, folder, folder / "resumed" / name) for name in cases.CASES}
+    for raw in runs.values():  # which had no other form; a run that goes on has to say so
+        raw["adapter"] |= {"component_scale": "paper"}
     runs["started"] = cases.started(folder, folder / "started")
     return dict(zip(runs, run_ranks(cases.train, 2, *runs.values())[0], strict=True))
 

@@ -23,7 +23,7 @@ START_R, R = 5, 3
 QUIET = {"max_grad_norm": 0.0}  # else gradients of closed gates, which are gone after compaction, move the clipping
 KINDS = {"lora_B": 4e-3, "lora_gates": 2e-2, "magnitude_offset": 3e-3}
 DYNAMIC = {"dynamic_rank": True, "r": 4, "prune_start": 0.2, "prune_stop": 0.6, "prune_every": 2, "dem_weight": 0.1}
-DYNAMIC |= {"component_init": "paper", "component_scale": "paper"}
+PAPER = {"component_init": "paper", "component_scale": "paper"}
 
 
 def score_and_prune(persistence: int) -> dict[str, Any]:
@@ -123,7 +123,11 @@ def runs(files: tuple[Path, Path, Path]) -> dict[str, Path]:
     base, data, folder = files
 
     def described(name: str, steps: int = 10, adapter: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-        changes = {"adapter": {**DYNAMIC, **(adapter or {})}, "training": {"max_steps": steps, **QUIET}, **more}
+        changes = {
+            "adapter": {**DYNAMIC, **PAPER, **(adapter or {})},
+            "training": {"max_steps": steps, **QUIET},
+            **more,
+        }
         changes["checkpoint"] = {"keep_last": 9, **changes.get("checkpoint", {})}
         return config(base, data, folder / name, **changes)
 

@@ -14,7 +14,8 @@ from tests import real, toy
 
 ROOT = Path(__file__).parents[2]
 VARIANT = (
-    "short dynamic --adapter.prune_every=1 --adapter.prune_start=0.2 --adapter.prune_stop=0.6 "
+    "short dynamic --adapter.component_init=paper "
+    "--adapter.prune_every=1 --adapter.prune_start=0.2 --adapter.prune_stop=0.6 "
     "'--training.learning_rates={\"lora_gates\": 0.1}'"
 )
 

@@ -64,11 +64,11 @@ def test_variants_are_methods_with_options_of_their_own(tmp_path: Path) -> None:
     from claimbench.tasks import TASKS
 
     rates = "'--training.learning_rates={\"lora_gates\": 2e-2}'"
-    methods = with_variants([f"gates dynamic --adapter.component_init=lora {rates}"])
+    methods = with_variants([f"gates dynamic --adapter.component_init=paper {rates}"])
     assert list(methods) == [*METHODS, "gates"]
     run = Run(TASKS["sarcasm"], "gates", methods["gates"], 8, 1e-3, 1, "test")
     config = RunConfig.load(ROOT / run.method.recipe, options_of(run, Settings(tmp_path, 120, 16, 2), tmp_path))
-    assert config.adapter.component_init == "lora" and config.adapter.dynamic_rank
+    assert config.adapter.component_init == "paper" and config.adapter.dynamic_rank
     assert config.training.learning_rates == {"lora_gates": 2e-2}
     for wrong, says in {
         "lora dynamic --adapter.r=3": "give a name of its own",

@@ -463,6 +463,7 @@ def test_glue_recipe_validates_and_has_the_papers_numbers(name: str) -> None:
     numbers = (training.learning_rate, training.global_batch_size, training.epochs, model.num_labels, training.metric)
     assert (*numbers, adapter.dem_weight, adapter.prune_every) == GLUE[name]
     assert adapter.dynamic_rank and not adapter.weight_decomposed
+    assert (adapter.component_init, adapter.component_scale) == ("paper", "paper")
     assert (adapter.lora_alpha, adapter.dropout, adapter.target_modules, adapter.trained_modules) == (
         8,
         0.1,
@@ -482,8 +483,9 @@ def test_glue_recipe_validates_and_has_the_papers_numbers(name: str) -> None:
 @pytest.mark.parametrize(("name", "rate"), [("squad", 5e-3), ("squad_v2", 3.4e-3)])
 def test_squad_recipe_validates_and_has_the_papers_numbers(name: str, rate: float) -> None:
     config = RunConfig.load(REPOSITORY / "configs" / f"{name}.json", check_files=True)
-    training = config.training
+    adapter, training = config.adapter, config.training
     assert (training.learning_rate, training.global_batch_size, training.epochs) == (rate, 16, 14)
+    assert (adapter.component_init, adapter.component_scale) == ("paper", "paper")
     assert (config.model.task, config.data.format, training.metric) == ("question_answering", "squad", "f1")
     assert config.data.train == f"rajpurkar/{name}"
 
@@ -494,6 +496,7 @@ def test_xsum_recipe_validates_and_has_the_papers_numbers() -> None:
     assert (model.path, model.task) == ("facebook/bart-base", "seq2seq_lm")
     assert (training.learning_rate, training.global_batch_size, training.epochs) == (3.4e-3, 16, 15)
     assert (adapter.dem_weight, adapter.prune_every, adapter.target_modules) == (0.1, 100, None)
+    assert (adapter.component_init, adapter.component_scale) == ("paper", "paper")
     assert adapter.dynamic_rank and not adapter.weight_decomposed
     assert (training.weight_decay, training.max_grad_norm, training.warmup_ratio) == (0.01, 1.0, 0.06)
     assert (data.train, data.format, training.metric) == ("EdinburghNLP/xsum", "summarisation", "rouge2")

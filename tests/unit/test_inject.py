@@ -121,9 +121,10 @@ def test_a_model_with_weights_starts_as_pefts_freshly_adapted_one() -> None:
     assert (theirs(ids).logits - before).abs().max() < 1e-5
 
 
-def test_gates_start_at_zero_on_a_model_with_weights() -> None:
+def test_gates_of_the_papers_form_start_at_zero_on_a_model_with_weights() -> None:
     model = llama()
-    inject(model, by_pattern(WeightDecomposed(DynamicRank(4, 8.0)), ["q_proj"], ["o_proj"]))
+    method = WeightDecomposed(DynamicRank(4, 8.0, component_init="paper"))
+    inject(model, by_pattern(method, ["q_proj"], ["o_proj"]))
     layer = model.model.layers[0].self_attn
     assert not layer.q_proj.lora_gates.any()
     assert layer.q_proj.lora_A.any()

@@ -39,18 +39,6 @@ def test_a_checkpoint_from_before_a_field_existed_is_compared_without_it(tmp_pat
     assert list(resuming._changed(manifest, config)) == [("plugins", [], ["mine"])]
 
 
-def test_components_were_as_the_paper_has_them_before_there_was_a_choice(tmp_path: Path) -> None:
-    sections = {"model": {"path": "lab/base"}, "data": {"train": "lab/records"}, "adapter": {"dynamic_rank": True}}
-    config = RunConfig.from_dict(sections)
-    written = json.loads(config.to_json())
-    del written["adapter"]["component_init"], written["adapter"]["component_scale"]
-    manifest = {"trained_with": {"configuration": written}}
-    with pytest.raises(UserError, match=r'adapter.component_scale = "paper", this run has "budget": .* set it back'):
-        resuming.check_settings(tmp_path, manifest, config)
-    paper = {"dynamic_rank": True, "component_init": "paper", "component_scale": "paper"}
-    resuming.check_settings(tmp_path, manifest, RunConfig.from_dict(sections | {"adapter": paper}))
-
-
 def test_a_new_run_starts_from_a_checkpoints_adapter_or_from_the_whole_model_that_was_trained(tmp_path: Path) -> None:
     config = RunConfig.from_dict({"model": {"path": "lab/base"}, "data": {"train": "lab/records"}})
     written = json.loads(config.to_json())
