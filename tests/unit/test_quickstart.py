@@ -3,6 +3,7 @@
 import json
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "FOLDER", tmp_path)
     for name, size in (("lora", 2), ("dora", 3)):
         run_dir = tmp_path / name
-        monkeypatch.setitem(quickstart.METHODS, name, quickstart.METHODS[name]._replace(run_dir=run_dir))
+        monkeypatch.setitem(quickstart.METHODS, name, replace(quickstart.METHODS[name], run_dir=run_dir))
         checkpoint = run_dir / "checkpoint-10"
         checkpoint.mkdir(parents=True)
         lines = [{"step": 5, "loss": 3.5}, {"step": 10, "loss": 0.75 + size / 4}, {"step": 10, "train_loss": 2.0}]
@@ -153,7 +154,7 @@ def test_methods_are_what_their_options_make_of_the_configurations(tmp_path: Pat
         "union": (True, True),
     }.items():
         method = quickstart.METHODS[name]
-        config = RunConfig.load(stages.ROOT / method.config, list(method.options))
+        config = RunConfig.load(stages.ROOT / method.recipe, method.options)
         assert (config.adapter.dynamic_rank, config.adapter.weight_decomposed) == (dynamic, decomposed)
         assert Path(config.checkpoint.run_dir) == method.run_dir
         assert config.data.train == str(quickstart.FOLDER / "data" / "train.jsonl")
