@@ -45,7 +45,7 @@ def main(options: argparse.Namespace) -> None:
     finals = [
         run
         for (task, name), rates in sweeps.items()
-        for r in sizes(methods[name], options.r, half=options.half)
+        for r in sizes(methods[name], options.r, half=name in options.half)
         for run in _runs(task, name, methods[name], r, best(rates or _single(methods[name], options)), options.seeds)
     ]
     named = {(task.name, name): rates for (task, name), rates in sweeps.items()}
@@ -141,7 +141,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--extend", type=int, default=3, help="most rates tried beyond those (%(default)s)")
     parser.add_argument("--r", type=int, default=16, help="components of a LoRA's layer (%(default)s)")
-    parser.add_argument("--no-half", dest="half", action="store_false", help="leave out half the size")
+    parser.add_argument(
+        "--half", nargs="*", metavar="METHOD", help="which are run at half the size, too (all that have one)"
+    )
     parser.add_argument(
         "--steps", type=int, default=120, help="optimizer steps of a run, thrice for MiniLM (%(default)s)"
     )
@@ -160,8 +162,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(words)
     options.known = with_variants(options.variant)
     options.methods = list(dict.fromkeys(options.methods or options.known))
+    options.half = options.methods if options.half is None else options.half
     for field, names, known in (
         ("--methods", options.methods, options.known),
+        ("--half", options.half, options.methods),
         ("--tasks", options.tasks, available(options.data)),
     ):
         if strangers := [name for name in names if name not in known]:

@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_methods_are_compared_and_finished_runs_are_kept(folder: Path) -> None:
-    flags = "--tasks even news --methods lora short --seeds 1 --rates 1e-2 --steps 6 --no-half --test 40"
+    flags = "--tasks even news --methods lora short --half --seeds 1 --rates 1e-2 --steps 6 --test 40"
     flags += f" --encoder bert-tiny --packages {real.CACHE}"
     said = typed("claims.py", folder, flags)
     found = json.loads((folder / "out" / "claims.json").read_text())

@@ -95,6 +95,7 @@ def test_names_that_nothing_has_are_refused(tmp_path: Path) -> None:
     for words, says in {
         "--methods lora loha": "--methods loha: is none of lora, dora, ",
         "--methods dora": "--methods: lora is missing",
+        "--methods lora --half dora": "--half dora: is none of lora",
         "--tasks boolq": "--tasks boolq: is none of socialiqa, sarcasm, quartz",
     }.items():
         with pytest.raises(UserError, match=says):
