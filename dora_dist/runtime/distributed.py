@@ -223,8 +223,8 @@ def _failures(mine: Exception | None, group: Any) -> dict[int, tuple[str, bool]]
 
     Texts are gathered where there are any: usually one number says that there are none.
     """
-    devices = (group or dist.group.WORLD)._device_types
-    cpu = torch.device("cpu")
+    asked: Any = group or dist.group.WORLD
+    devices, cpu = asked._device_types, torch.device("cpu")
     any_failed = torch.tensor(int(mine is not None), device=cpu if cpu in devices else devices[0])
     dist.all_reduce(any_failed, op=dist.ReduceOp.MAX, group=group)
     if not any_failed.item():
