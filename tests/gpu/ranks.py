@@ -69,8 +69,11 @@ def train_sharded(**source: Any) -> dict[str, Any]:
 
     from dora_dist.checkpoint import format, state_writers
 
-    small = {"SHARDED_FROM_BYTES": 0, "PIECE": 100}
-    with patch.multiple(state_writers, **small), patch.object(format, "PIECE", 100):
+    with (
+        patch.object(state_writers, "SHARDED_FROM_BYTES", 0),
+        patch.object(state_writers, "PIECE", 100),
+        patch.object(format, "PIECE", 100),
+    ):
         return train(**source)
 
 
