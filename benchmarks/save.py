@@ -6,7 +6,6 @@ whole model: every time once while nothing else happens, and once while training
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stepbench.measure import peak_rss, reset_peak_rss
+from stepbench.measure import join, peak_rss, reset_peak_rss
 from stepbench.models import TARGETS, write_base
 from stepbench.settings import Settings, default_ranks
 
@@ -72,19 +71,13 @@ def full(options: argparse.Namespace) -> tuple[Settings, dict[str, Any]]:
 
 
 def rank_main(rank: int, settings: Settings, adapter: dict[str, Any], saves: int, folder: Path) -> None:
-    size = str(settings.ranks)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
-    from dora_dist.runtime import distributed
-
-    distributed.choose_accelerator("auto")  # before DeepSpeed is imported, which settles on one
-    world = distributed.start()
+    join(rank, settings.ranks, folder)
     run = Run(settings, adapter, folder)
     result = run.measured(saves)
-    if world.first:
+    if rank == 0:
         (folder / "result.json").write_text(json.dumps(result))
     run.saver.close()
-    distributed.stop()
+    torch.distributed.destroy_process_group()
 
 
 class Run:

@@ -127,11 +127,19 @@ def extract(vision: Path) -> None:
 def evaluate(name: str, path: Path) -> float:
     """Accuracy on questions about held-out pictures, of the task that was new to the model."""
     output, task = FOLDER / "evaluation" / f"{name.lower()}.json", emoji_questions.UNSEEN
-    settings = ("--cutoff-len", "24", "--num-beams", "1", "--max-new-tokens", "12", "--batch-size", "50")
+    data = data_section()
+    lengths = ("--cutoff-len", str(data["cutoff_len"]), "--max-new-tokens", str(data["target_len"]))
+    settings = (*lengths, "--num-beams", "1", "--batch-size", "50")
     file = f"{task}={DATA / task}-held-out.jsonl"
     run("dora-dist", "evaluate", path, "--tasks", file, "--features", FEATURES, *settings, "--output", output)
     accuracy: float = json.loads(output.read_text(encoding="utf-8"))["tasks"][task][f"{task}_accuracy"]
     return accuracy
+
+
+def data_section() -> dict[str, Any]:
+    """How the records of the new task are read, as its configuration has it."""
+    section: dict[str, Any] = json.loads(Path(CONFIGS[1]).read_text(encoding="utf-8"))["data"]
+    return section
 
 
 def report(stages: dict[str, float], scores: dict[str, float]) -> None:
@@ -194,9 +202,10 @@ def answers(path: Path, chosen: Sequence[int]) -> list[str]:
     from dora_dist.tasks.objectives.vision import VisionWriting
 
     model, tokenizer = load_for_inference(str(path), "fp32")
-    fields = json.loads(Path(CONFIGS[1]).read_text(encoding="utf-8"))["data"]
     task = emoji_questions.UNSEEN
-    data = DataConfig(**{**fields, "train": {task: str(DATA / f"{task}-held-out.jsonl")}, "validation_samples": 0})
+    data = DataConfig(
+        **{**data_section(), "train": {task: str(DATA / f"{task}-held-out.jsonl")}, "validation_samples": 0}
+    )
     samples = read(VisionReader(data, tokenizer), data, seed=SEED, progress=False).train
     aim = VisionWriting(tokenizer, model, data.longest_target, 1)
     batch = aim.prepared(aim.collator([samples[place] for place in chosen]))

@@ -24,11 +24,20 @@ from stepbench.settings import Settings
 def rank_main(rank: int, variant: str, base: Path, settings: Settings, folder: Path, profile: bool) -> None:
     """Measure `variant` as one of `settings.ranks` ranks; writes `folder`/<rank>.json."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    size = str(settings.ranks)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # never bound: the file store is the meeting point
     _quiet()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.ranks))
+    join(rank, settings.ranks, folder)
+    result = Run(variant, base, settings).measure(profile)
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def join(rank: int, ranks: int, folder: Path) -> None:
+    """Make this process one of so many ranks, which meet at a file in `folder`: no port can be taken."""
+    size = str(ranks)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # never bound
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
     distributed.choose_accelerator("auto")  # before DeepSpeed is imported, which settles on one
 
@@ -42,12 +51,8 @@ def rank_main(rank: int, variant: str, base: Path, settings: Settings, folder: P
     else:
         accelerator.set_device(rank)
     backend = accelerator.communication_backend_name()
-    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=settings.ranks)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     deepspeed.init_distributed(backend)
-    result = Run(variant, base, settings).measure(profile)
-    (folder / f"{rank}.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _end_with_parent() -> None:

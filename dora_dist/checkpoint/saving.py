@@ -8,6 +8,7 @@ a large one goes into the rank's own file. A thread of every rank does the rest,
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class Saver:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s), group_desc="saving")
         self._state = state_writer(model, self._group, run_dir)
         self._thread: threading.Thread | None = None
-        self._ended: Saved | None = None
+        self._ended: deque[Saved] = deque()
 
     def save(
         self,
@@ -114,7 +115,7 @@ class Saver:
                 self._state.take(partial, survivors)
                 unfinished = opened.pop_all()
         except UserError as error:  # on every rank
-            self._ended = Saved(folder, time.perf_counter() - started, 0.0, str(error))
+            self._ended.append(Saved(folder, time.perf_counter() - started, 0.0, str(error)))
             return
         stall = time.perf_counter() - started
 
@@ -132,14 +133,16 @@ class Saver:
         self._thread.start()
 
     @property
-    def failed(self) -> bool:
-        """Whether the last save has ended, and badly. Ranks learn it at about the same time, not at the same step."""
-        return self._ended is not None and self._ended.failure is not None
+    def any_ended(self) -> bool:
+        """Whether a save has ended that `ended` has not given yet; not collective. Ranks learn it at about the same
+        time, not at the same step."""
+        return bool(self._ended)
 
     def ended(self) -> Saved | None:
-        """The last save, once, if it has ended since this was asked."""
-        ended, self._ended = self._ended, None
-        return ended
+        """The first save that this has not given yet, when it has ended; None if there is none."""
+        if not self._ended:
+            self.wait()
+        return self._ended.popleft() if self._ended else None
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until the save that is going on has ended, well or badly, or the time is over."""
@@ -191,7 +194,7 @@ class Saver:
             failure = outcome[0]
         except Exception as error:  # a lost rank: training will notice as well, and say which
             failure = f"the ranks lost each other: {error}"
-        self._ended = Saved(folder, stall, time.perf_counter() - started, failure)
+        self._ended.append(Saved(folder, stall, time.perf_counter() - started, failure))
 
     def _adapter(self, method: AdapterMethod, masters: Masters) -> SavedAdapter:
         """What trained, in PEFT's format, or in our own where PEFT has none for the method."""

@@ -18,11 +18,11 @@ from dora_dist.data.reader import Reader
 from dora_dist.data.reading import read
 from dora_dist.data.records import load_records
 from dora_dist.data.sampler import FILLER, EpochBatches, EpochDataLoader
+from dora_dist.data.set_warnings import warn_of_the_whole
 from dora_dist.data.spans import SpanReader
 from dora_dist.data.summaries import SummaryReader
 from dora_dist.data.texts import TextReader
 from dora_dist.data.vision import VisionReader
-from dora_dist.data.whole import warn_of_the_whole
 
 __all__ = [
     "FILLER",

@@ -221,8 +221,9 @@ def _multiple_choice(record: Record) -> Example:
     options = [record[f"a{i}"] for i in range(10) if f"a{i}" in record] or record.get("choices")
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) for o in options):
         raise UserError(f'must have the choices "a0", "a1", ... (or a list "choices"), found {shown(options)}')
+    options = [_bare(option) for option in options]
     answer = _right_option(record, options)
-    numbered = [f"a{i}: {option.strip('. ')}." for i, option in enumerate(options)]
+    numbered = [f"a{i}: {option}." for i, option in enumerate(options)]
     return Example(
         visual=(_id(record, *_VIDEO_IDS),),
         before=_subtitles(record),
@@ -232,8 +233,13 @@ def _multiple_choice(record: Record) -> Example:
     )
 
 
+def _bare(option: str) -> str:
+    """As the model reads it: full stops and spaces around it are left out."""
+    return option.strip(". ")
+
+
 def _right_option(record: Record, options: Sequence[str]) -> int:
-    """Its number from 0, as a field says by number, by number in a text, or by the very text of one option.
+    """Its number from 0, as a field says by number, by number in a text, or by the very text of one (bare) option.
 
     "0" is a number first in a field for numbers, and the text of an option first in "answer".
     """
@@ -241,8 +247,8 @@ def _right_option(record: Record, options: Sequence[str]) -> int:
     numbers = [str(number) for number in range(len(options))]
     by_number = any(record.get(name) is not None for name in ("answer_idx", "answer_id"))
     for known in (numbers, options) if by_number else (options, numbers):
-        if isinstance(answer, str) and known.count(answer) == 1:
-            return known.index(answer)
+        if isinstance(answer, str) and known.count(_bare(answer)) == 1:
+            return known.index(_bare(answer))
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
         raise UserError(f'"answer_idx" must be a number from 0 to {len(options) - 1}, found {shown(answer)}')
     return answer

@@ -84,6 +84,10 @@ class FeatureFolder:
         for name in names:
             (self.folder / f"{name}{_SKIPPED}").unlink(missing_ok=True)
 
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            (self.folder / f"{name}.npz").unlink()
+
     def read(self, name: str) -> dict[str, NDArray[np.floating]]:
         file = self.folder / f"{name}.npz"
         with _damage(file), np.load(file, allow_pickle=False) as arrays:
@@ -139,15 +143,17 @@ class FeatureStore:
         if not self.is_file:
             return not set(wanted) - self.names() - self.parts.skipped()
         with self._alone():
-            if not self.parts.folder.is_dir():  # another part has just found the same
-                return not set(wanted) - self.names()
-            if set(wanted) - self.names() - self.parts.skipped():
+            skipped = self.parts.skipped() & set(wanted)
+            if set(wanted) - self.names() - skipped:
                 return False
             if new := self.parts.names():
                 self._pack(sorted(new))
-            shutil.rmtree(self._packed, ignore_errors=True)  # of a process that was killed here
-            self.parts.folder.rename(self._packed)  # half a folder of parts would be taken for somebody else's
-            shutil.rmtree(self._packed)
+            if skipped:  # which must be known to a part that ends later, or is started again
+                self.parts.delete(new)
+            elif self.parts.folder.is_dir():  # or another part has just found the same
+                shutil.rmtree(self._packed, ignore_errors=True)  # of a process that was killed here
+                self.parts.folder.rename(self._packed)  # half a folder of parts would be taken for somebody else's
+                shutil.rmtree(self._packed)
             return True
 
     def _pack(self, new: list[str]) -> None:

@@ -206,16 +206,30 @@ def together(what: str, patience: timedelta | None = None) -> Iterator[None]:
         if failure is not None:
             raise failure
         return
-    found: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
-    mine = None if failure is None else (str(failure), isinstance(failure, UserError))
-    dist.all_gather_object(found, mine, group=waiting)
+    failed = _failures(failure, waiting)
     if waiting is not None:
         dist.destroy_process_group(waiting)
-    failed = {rank: text for rank, text in enumerate(found) if text is not None}
     if not failed:
         return
     if failure is not None and dist.get_rank() == min(failed):
         raise failure
     rank, (text, users) = min(failed.items())
-    where = "every rank" if len(failed) == len(found) else f"rank {rank}"
+    where = "every rank" if len(failed) == dist.get_world_size() else f"rank {rank}"
     raise (UserError if users else RuntimeError)(f"{what} failed on {where}: {text}") from failure
+
+
+def _failures(mine: Exception | None, group: Any) -> dict[int, tuple[str, bool]]:
+    """Of each rank that failed the text, and whether it is a UserError (collective).
+
+    Texts are gathered where there are any: usually one number says that there are none.
+    """
+    asked: Any = group or dist.group.WORLD
+    devices, cpu = asked._device_types, torch.device("cpu")
+    any_failed = torch.tensor(int(mine is not None), device=cpu if cpu in devices else devices[0])
+    dist.all_reduce(any_failed, op=dist.ReduceOp.MAX, group=group)
+    if not any_failed.item():
+        return {}
+    found: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
+    text = None if mine is None else (str(mine), isinstance(mine, UserError))
+    dist.all_gather_object(found, text, group=group)
+    return {rank: text for rank, text in enumerate(found) if text is not None}

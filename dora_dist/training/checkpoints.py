@@ -18,7 +18,7 @@ from dora_dist.training.pruning import Pruning
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run. Methods are collective, but for `wait` and `failed`."""
+    """Writes the checkpoints of one run. Methods are collective, but for `wait` and `any_ended`."""
 
     def __init__(
         self,
@@ -59,16 +59,16 @@ class Checkpoints:
         self._saver.save(folder, fields, _plain(asdict(state)), survivors=pruning.survivors(), afterwards=once_complete)
 
     @property
-    def failed(self) -> bool:
-        """Whether this rank knows that the last save failed."""
-        return self._saver.failed
+    def any_ended(self) -> bool:
+        """Whether this rank knows of a save that has ended, and that `ended` has not told of."""
+        return self._saver.any_ended
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until the save that is under way has ended; also where ranks end too early to agree on anything."""
         self._saver.wait(timeout_s)
 
     def ended(self, *, last: bool = False, steps_left: bool = True) -> dict[str, float]:
-        """What to log of a save that has ended since this was asked; {} if none has, and on other ranks than 0.
+        """What to log of the first save that this has not told of yet, which is waited for; {} if there is none.
 
         Raises UserError if it failed, unless the run goes on without it (checkpoint.on_failure) and it is not the
         `last` one, which holds the result.
@@ -78,16 +78,14 @@ class Checkpoints:
             return {}
         if saved.failure is None:
             step = float(run_folder.step_of(saved.folder))
-            found = {"saved_step": step, "save_stall_seconds": saved.stall_s, "save_seconds": saved.write_s}
-            return found if self._world.first else {}
+            return {"saved_step": step, "save_stall_seconds": saved.stall_s, "save_seconds": saved.write_s}
         text = f"saving {saved.folder} failed: {saved.failure}. Earlier checkpoints are as they were"
         stops = self._options.on_failure == "stop"
         if stops or last:
             hint = '. checkpoint.on_failure = "continue" would let training go on' if stops and steps_left else ""
             raise UserError(f"{text}{hint}")
-        if not self._world.first:
-            return {}
-        warn(f"{text}; training goes on (checkpoint.on_failure)")
+        if self._world.first:
+            warn(f"{text}; training goes on (checkpoint.on_failure)")
         return {"save_failed": 1.0}
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 import json
 import resource
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from dora_dist.config import LoggingConfig
 from dora_dist.models.build import AdaptedModel
 from dora_dist.runtime.console import progress, say, width
 from dora_dist.runtime.distributed import World, together
-from dora_dist.runtime.folders import disk_errors
+from dora_dist.runtime.folders import DISK_IS_FULL, disk_errors
 from dora_dist.training.pruning import Pruning
 from dora_dist.training.table import Table
 
@@ -70,19 +69,24 @@ class ReportCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.close()
         events, budget = self._pruning.events, self._pruning.budget
-        if events and budget is not None and self._world.first:
-            say(f"\nadapter ranks after step {events[-1].step}:\n{rank_table(events[-1])}")
-            write_rank_map(events, budget, self._file.with_name("rank_map.png"))
+        if not events or budget is None:
+            return
+        picture = self._file.with_name("rank_map.png")
+        with together("drawing the rank map"):
+            if self._world.first:
+                say(f"\nadapter ranks after step {events[-1].step}:\n{rank_table(events[-1])}")
+                with disk_errors(picture, only=DISK_IS_FULL):
+                    write_rank_map(events, budget, picture)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Collective: every rank logs the same kinds of lines."""
         logs = dict(logs or {})
         if "loss" in logs:
             logs.update(self._throughput(state, args.device))
             logs.update(self._clock(state))
         for unwanted in ("total_flos", "train_samples_per_second", "train_steps_per_second"):
             logs.pop(unwanted, None)
-        # Every rank has a loss to log; of the rest some is rank 0's alone.
-        with together("writing the log") if "loss" in logs else nullcontext():
+        with together("writing the log"):  # or the other ranks would go on, and wait for rank 0
             if self._world.first:
                 self._write({"step": state.global_step, **logs})
 

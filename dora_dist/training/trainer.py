@@ -110,17 +110,16 @@ class DoraTrainer(Trainer):
     def agree(self) -> None:
         """Learn what any rank knows, and act on it on every rank, in every optimizer step (collective)."""
         device, checkpoints = self.args.device, self._checkpoints
-        known = [self._ranks.stop.signal is not None, checkpoints.failed, self._unreadable.any]
+        known = [self._ranks.stop.signal is not None, checkpoints.any_ended, self._unreadable.any]
         anywhere = torch.cat([torch.tensor(known, device=device).float(), self._losses.not_finite(device)[None]])
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
-        self.stopping, save_failed, unreadable, not_finite = map(bool, anywhere.tolist())  # the step's one wait
+        self.stopping, save_ended, unreadable, not_finite = map(bool, anywhere.tolist())  # the step's one wait
         if unreadable:
             self.log(self._unreadable.settle())
         if not_finite:
             refuse_loss(self._losses, self.state.global_step + 1, self._ranks.world, self._run_dir)
-        if save_failed:
-            checkpoints.wait()
-        self._log_if_any(checkpoints.ended())
+        if save_ended:
+            self._log_if_any(checkpoints.ended())
 
     def settle(self) -> None:
         """After an optimizer step, which is refused if the engine skipped it: prune, if that is due (collective)."""
@@ -220,7 +219,8 @@ class DoraTrainer(Trainer):
         if self._together is not None:
             self._together.close()
         steps_left = self.state.global_step < self.state.max_steps
-        self._log_if_any(self._checkpoints.ended(last=True, steps_left=steps_left))
+        while line := self._checkpoints.ended(last=True, steps_left=steps_left):
+            self.log(line)
 
     def close(self) -> None:
         """Let go of the engine (collective): its memory is free once nothing refers to this trainer any more."""
@@ -229,6 +229,7 @@ class DoraTrainer(Trainer):
         release(self.model_wrapped)
 
     def _log_if_any(self, line: dict[str, float]) -> None:
+        """Every rank has a line, or none has: logging is collective."""
         if line:
             self.log(line)
 

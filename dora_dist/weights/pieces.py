@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder
+
+_OPEN_FILES = 64
+"""Descriptors that are kept at most: a checkpoint may have thousands of files, a process often 1,024 descriptors."""
+
+
+class _OpenFile:
+    """A file to read, closed when nothing refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 class PiecedFolder(TensorFolder):
     """A folder whose tensors are cut: the row-major flattened tensor is its pieces, in the order of the files.
 
     `entries` are the whole tensors, each with the place of its first piece. No file says how many others there are,
-    so a tensor may be absent from some, and any range of it can be read, however it was cut.
+    so a tensor may be absent from some, and any range of it can be read, however it was cut. Files stay open between
+    reads: each holds pieces of all the tensors.
     """
 
     def __init__(self, path: Path, entries: dict[str, TensorEntry], pieces: Mapping[str, list[TensorEntry]]) -> None:
         super().__init__(path, entries)
         self._pieces = pieces
+        self._open_file = lru_cache(_OPEN_FILES)(_OpenFile)
 
     @classmethod
     def of_headers(
@@ -49,3 +66,8 @@ class PiecedFolder(TensorFolder):
 
     def pieces(self, name: str) -> Sequence[TensorEntry]:
         return self._pieces[name]
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[int]:
+        file = self._open_file(path)  # referred to while it is read, whatever is opened meanwhile
+        yield file.descriptor

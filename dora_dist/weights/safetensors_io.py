@@ -12,6 +12,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,8 @@ class TensorFolder:
         for piece in self.pieces(name):
             begin, end = max(start, first), min(stop, first + piece.numel)
             if begin < end:
-                _read_piece(piece, begin - first, out.detach()[begin - start : end - start])
+                with self._opened(piece.path) as descriptor:
+                    _read_piece(descriptor, piece, begin - first, out.detach()[begin - start : end - start])
             first += piece.numel
         self.bytes_read += (stop - start) * entry.dtype.itemsize
         return out
@@ -130,6 +132,15 @@ class TensorFolder:
     def pieces(self, name: str) -> Sequence[TensorEntry]:
         """Where the flattened tensor lies, from its first element to its last: here in one place."""
         return [self.entry(name)]
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[int]:
+        """A descriptor to read a file by."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The whole tensor in its shape, as `dtype` (None: as on disk)."""
@@ -230,22 +241,18 @@ class TensorWriter:
         self._partial.unlink(missing_ok=True)
 
 
-def _read_piece(piece: TensorEntry, start: int, out: Tensor) -> None:
+def _read_piece(descriptor: int, piece: TensorEntry, start: int, out: Tensor) -> None:
     """Elements of one place on disk, from `start` on, into `out` (1-D, contiguous, on the CPU), in its dtype."""
     itemsize = piece.dtype.itemsize
-    descriptor = os.open(piece.path, os.O_RDONLY)
-    try:
-        if out.dtype == piece.dtype:
-            _pread_into(descriptor, out, piece, start * itemsize)
-            return
-        chunk = min(_STAGING_BYTES // itemsize, out.numel())
-        staging = torch.empty(chunk, dtype=piece.dtype)
-        for first in range(0, out.numel(), chunk):
-            part = staging[: min(chunk, out.numel() - first)]
-            _pread_into(descriptor, part, piece, (start + first) * itemsize)
-            out[first : first + part.numel()].copy_(part)
-    finally:
-        os.close(descriptor)
+    if out.dtype == piece.dtype:
+        _pread_into(descriptor, out, piece, start * itemsize)
+        return
+    chunk = min(_STAGING_BYTES // itemsize, out.numel())
+    staging = torch.empty(chunk, dtype=piece.dtype)
+    for first in range(0, out.numel(), chunk):
+        part = staging[: min(chunk, out.numel() - first)]
+        _pread_into(descriptor, part, piece, (start + first) * itemsize)
+        out[first : first + part.numel()].copy_(part)
 
 
 def did_you_mean(name: str, known: Mapping[str, object] | Sequence[str]) -> str:

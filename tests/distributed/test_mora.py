@@ -23,7 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "over-sharing": {"settings": {"type": 1}, "norm_gradient": "full"},
     "rotation": {"settings": {"type": 6}, "weight_decomposed": False},
 }
-
+RESUMED = ("over-rotation", "sharing")
 
 R = 3  # the layers here have an even r̂ then, so that both types have the same matrices
 
@@ -68,18 +68,21 @@ def norm_error(norms: Any, kind: int) -> float:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[list[float]]]]:
-    """Every kind at each world; one resumed on two ranks, and one started from another's adapter on three."""
+    """Every kind at each world; two resumed on two ranks, and one started from another's adapter on three."""
     folder = toy.training_folder(tmp_path_factory.mktemp("mora"))
 
     def described(kind: str, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
         adapter = {"method": "mora", "r": R, **KINDS[kind], **changes.pop("adapter", {})}
         return config(folder / "base", folder / "data.json", folder / name, adapter=adapter, **changes)
 
-    again: dict[str, dict[str, Any]] = {"checkpoint": {"resume": str(folder / "over-rotation-2" / "checkpoint-3")}}
+    def resumed(kind: str) -> dict[str, Any]:
+        checkpoint = {"resume": str(folder / f"{kind}-2" / "checkpoint-3")}
+        return described(kind, f"{kind}-resumed", checkpoint=checkpoint)
+
     start = {"init_from": str(folder / "over-rotation-2" / "checkpoint-6" / "adapter")}
     still: dict[str, Any] = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-30}
     further = {
-        2: [described("over-rotation", "resumed", **again)],
+        2: [resumed(kind) for kind in RESUMED],
         3: [described("over-rotation", "taken-up", adapter=start, training=still)],
     }
     errors = {
@@ -106,12 +109,12 @@ def test_norms_from_shards_are_those_of_the_whole_weight(trained: Any, world: in
         assert all((found[kind] > 0) == kind.startswith("over-") for kind in KINDS)
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(trained: Any) -> None:
-    whole, resumed = (metrics(trained[0] / name)["losses"] for name in ("over-rotation-2", "resumed"))
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_resumed_run_goes_on_bit_for_bit(trained: Any, kind: str) -> None:
+    runs = [trained[0] / name for name in (f"{kind}-2", f"{kind}-resumed")]
+    whole, resumed = (metrics(run)["losses"] for run in runs)
     assert resumed == {step: whole[step] for step in (4, 5, 6)}
-    states = [
-        load_file(trained[0] / name / "checkpoint-6" / "state.safetensors") for name in ("over-rotation-2", "resumed")
-    ]
+    states = [load_file(run / "checkpoint-6" / "state.safetensors") for run in runs]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(values, states[1][name]) for name, values in states[0].items())
 

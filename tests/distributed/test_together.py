@@ -27,6 +27,31 @@ def test_the_others_wait_for_a_download_longer_than_for_a_collective() -> None:
         run_ranks(one_is_slow, 2, None)
 
 
+def fails_on_two_of_three() -> str:
+    import torch.distributed as dist
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delattr(dist, "all_gather_object")  # needs many times what one number does
+        with together("nothing"):
+            pass
+        with together("nothing", PATIENCE):
+            pass
+    try:
+        with together("counting"):
+            if dist.get_rank() > 0:
+                raise ValueError(f"{dist.get_rank()} is too many")
+    except RuntimeError as error:
+        return str(error)
+    except ValueError as error:
+        return f"its own: {error}"
+    raise AssertionError("no failure was told of")
+
+
+def test_texts_are_gathered_only_where_a_rank_failed() -> None:
+    of_the_first = "counting failed on rank 1: 1 is too many"
+    assert run_ranks(fails_on_two_of_three, 3) == [of_the_first, "its own: 1 is too many", of_the_first]
+
+
 def one_dies() -> None:
     import torch.distributed as dist
 

@@ -287,6 +287,40 @@ def test_a_disk_that_is_full_stops_every_rank_and_leaves_nothing_half_written(fo
     assert [p.name for p in (folder / "full").glob("*checkpoint*")] == []
 
 
+LINES: dict[str, dict[str, dict[str, Any]]] = {
+    "of an evaluation": {"training": {"eval_every": 1}},
+    "of a pruning": {"adapter": {"dynamic_rank": True, "prune_every": 1}},
+    "of a save": {"checkpoint": {"save_every": 1}},
+    "the rank map": {"adapter": {"dynamic_rank": True, "prune_every": 1}},
+}
+"""What rank 0 writes besides losses, by runs that write it first."""
+
+
+def test_whatever_rank_0_cannot_write_stops_every_rank(folder: Path) -> None:
+    runs = [
+        toy_config(folder, f"unwritten {name}", logging={"every": 100}, **{"training": {"max_steps": 4}, **changes})
+        for name, changes in LINES.items()
+    ]
+    picture = Path(runs[-1]["checkpoint"]["run_dir"]) / "rank_map.png"
+    picture.mkdir(parents=True)
+    first, second = run_ranks(fails_with_a_log_that_is_full, 2, *runs)
+    for on_first, on_second in zip(first[:-1], second[:-1], strict=True):
+        assert on_first.startswith("/dev/full: cannot be written: No space left")
+        assert on_second == f"writing the log failed on rank 0: {on_first}"
+    assert f"drawing the rank map failed: [Errno 21] Is a directory: '{picture}'" in first[-1]
+    assert second[-1] == f"drawing the rank map failed on rank 0: {first[-1]}"
+
+
+def fails_with_a_log_that_is_full(*runs: dict[str, Any]) -> list[str]:
+    """As `fails`, of each; the last one has a log that is not."""
+    from dora_dist.training import reporting
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reporting, "METRICS", "/dev/full")
+        said = [fails(raw) for raw in runs[:-1]]
+    return [*said, fails(runs[-1])]
+
+
 def test_a_save_that_fails_can_be_gone_on_without(folder: Path) -> None:
     raw = toy_config(folder, "continue", checkpoint={"save_every": 2, "on_failure": "continue"})
     run_ranks(without_space_at_first, 2, raw)

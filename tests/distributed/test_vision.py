@@ -40,7 +40,7 @@ def several(folder: Path, name: str, micro: int, resume: str | None = None, **da
             "metric": "average",
             "num_beams": 2,
         },
-        checkpoint={"save_every": 6, "keep_last": 3, "resume": resume and str(folder / resume)},
+        checkpoint={"save_every": 6, "keep_last": 3, "keep_best": True, "resume": resume and str(folder / resume)},
         engine={"param_persistence_threshold": 400},
     )
 
@@ -67,6 +67,10 @@ def test_losses_and_metrics_do_not_know_the_ranks(world: int, runs: Path) -> Non
     assert {"eval_average", "eval_caption_cider", "eval_tvc_cider", "eval_yc2c_bleu4"} <= set(evaluated[0])
     for key, value in evaluated[1].items():
         assert evaluated[0][key] == pytest.approx(value, abs=1e-5), key
+    counting = [evaluated[0][f"eval_{task}_{SUBTASKS[task].metric}"] for task in ALL]
+    assert evaluated[0]["eval_average"] == pytest.approx(sum(counting) / len(ALL))
+    best = json.loads((runs / f"at-{world}" / "best.json").read_text())
+    assert best == {"checkpoint": f"checkpoint-{STEPS}", "eval_average": evaluated[0]["eval_average"]}
 
 
 def test_resuming_inside_an_epoch_is_exact(runs: Path) -> None:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dora_dist.analysis.decomposition import read_recordings
+from dora_dist.checkpoint.state import open_state, state_file
 from dora_dist.runtime.exit_codes import LOST_RANK
 from tests import toy
 from tests.conftest import ROOT
@@ -189,6 +191,11 @@ def runs(here: Machine, models: Path, folder: Path) -> dict[str, Any]:
     actions = {
         "plain": action("plain"),
         "resumed": action("resumed", checkpoint={"resume": str(folder / "plain" / "checkpoint-3")}),
+        "sharded": {**action("sharded"), "do": "train_sharded"},
+        "sharded, resumed": {
+            **action("sharded, resumed", checkpoint={"resume": str(folder / "sharded" / "checkpoint-3")}),
+            "do": "train_sharded",
+        },
         "pruned": action("pruned", adapter=pruned),
         "pruned and offloaded": action("pruned and offloaded", adapter=pruned, engine=OPTIONS["both offloaded"]),
     }
@@ -200,6 +207,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(runs: dict[str, Any], record_pro
     plain, resumed = result(runs, "plain")["losses"], result(runs, "resumed")["losses"]
     record_property("", f"3 losses within {apart(resumed, plain[3:]):.0e}")
     assert resumed == plain[3:]
+
+
+def test_a_checkpoint_that_every_rank_writes_holds_what_rank_0s_does(
+    here: Machine, runs: dict[str, Any], folder: Path, record_property: Note
+) -> None:
+    plain = result(runs, "plain")["losses"]
+    assert result(runs, "sharded")["losses"] == plain and result(runs, "sharded, resumed")["losses"] == plain[3:]
+    one, *several = (open_state(folder / name / "checkpoint-6") for name in ("plain", "sharded", "sharded, resumed"))
+    for state in several:
+        assert state.entries.keys() == one.entries.keys()
+        assert all(torch.equal(state.read(name), one.read(name)) for name in one.entries)
+    files = sorted(path.name for path in (folder / "sharded" / "checkpoint-6").glob("state*"))
+    assert files == [state_file(rank, here.ranks) for rank in range(here.ranks)]
+    record_property("", f"{len(one.entries)} tensors in {len(files)} files, equal bit for bit")
 
 
 @pytest.mark.parametrize("name", OPTIONS)

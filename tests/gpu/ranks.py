@@ -63,6 +63,20 @@ def train(**source: Any) -> dict[str, Any]:
     }
 
 
+def train_sharded(**source: Any) -> dict[str, Any]:
+    """As `train`, where every rank writes its own part of each checkpoint, in many pieces."""
+    from unittest.mock import patch
+
+    from dora_dist.checkpoint import format, state_writers
+
+    with (
+        patch.object(state_writers, "SHARDED_FROM_BYTES", 0),
+        patch.object(state_writers, "PIECE", 100),
+        patch.object(format, "PIECE", 100),
+    ):
+        return train(**source)
+
+
 def step_0(base: str, task: str, dtype: str) -> dict[str, Any]:
     """How far the adapted model's logits on the engine are from the base's by transformers alone, before training."""
     import deepspeed
@@ -134,7 +148,7 @@ def _inputs(config: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.cat([places, ids], dim=1), "pixel_values": pixels.to(dtype)}
 
 
-ACTIONS = {"train": train, "step_0": step_0, "merged": merged, "evaluate": evaluate}
+ACTIONS = {"train": train, "train_sharded": train_sharded, "step_0": step_0, "merged": merged, "evaluate": evaluate}
 
 if __name__ == "__main__":
     main()

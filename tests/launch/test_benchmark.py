@@ -141,8 +141,9 @@ def test_compaction_drops_exactly_what_closed_gates_leave_idle(variants: dict[st
         assert variants[name]["optimizer_bytes"] == 3 * 4 * shards + 4
 
 
-def test_the_benchmark_of_saves_measures_both_kinds_of_saves(tmp_path: Path) -> None:
-    small = ["--millions", "0.3", "--saves", "1"]
+@pytest.mark.parametrize("whole", [[], ["--full"]])
+def test_the_benchmark_of_saves_measures_both_kinds_of_saves(whole: list[str], tmp_path: Path) -> None:
+    small = ["--millions", "0.3", "--saves", "1", *whole]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "save.py", *small, "--output", tmp_path],
@@ -155,7 +156,7 @@ def test_the_benchmark_of_saves_measures_both_kinds_of_saves(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "save.json").read_text())
     assert len(found["synchronous_s"]) == len(found["stall_s"]) == 1
-    assert found["save_peak_bytes"] >= 0 and found["load_peak_bytes"] >= 0
+    assert max(found["save_peak_bytes"], found["load_peak_bytes"]) <= found["state_bytes"] + 300e6
     assert found["bytes"] > 12 * found["trained"] > 12 * 200_000  # fp32 master and two moments, and the adapter itself
 
 

@@ -12,16 +12,21 @@ FakeTensorMode would have no values: nothing that asks for one (a mask's sum, th
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from dora_dist.checkpoint.state import open_state, state_file
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tests.rehearsal import pretend
 from tests.rehearsal.cases import CASES, offloaded
+
+PIECE = 100  # elements
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +41,14 @@ def rehearse(device: Path, store: Path, *runs: dict[str, Any]) -> list[dict[str,
     sys.path.insert(0, str(ROOT / "examples"))
     with pretend.ranks(device, store):
         return training_runs.run(*runs)
+
+
+def rehearse_sharded(device: Path, store: Path, *runs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same, where every rank writes its own part of each checkpoint, in several pieces."""
+    from dora_dist.checkpoint import format, state_writers
+
+    state_writers.SHARDED_FROM_BYTES, state_writers.PIECE, format.PIECE = 0, PIECE, PIECE
+    return rehearse(device, store, *runs)
 
 
 def score(device: Path, store: Path, names: Sequence[str], *evaluations: dict[str, Any]) -> list[dict[str, Any]]:
@@ -58,20 +71,41 @@ def test_a_run_and_its_evaluation(device: Path, tmp_path: Path, name: str) -> No
         run_ranks(score, 1, device, tmp_path / "store-1", case.plugins, *case.scored)
 
 
+Offloaded = tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]
+"""The metrics of runs, and what their last checkpoints hold."""
+
+
 @pytest.fixture(scope="module")
-def without_offload(device: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return _offloaded(device, tmp_path_factory.mktemp("without-offload"), "none", "none")
+def without_offload(device: Path, tmp_path_factory: pytest.TempPathFactory) -> Offloaded:
+    """With checkpoints that every rank writes from its device, where the others have one file of rank 0."""
+    folder = tmp_path_factory.mktemp("without-offload")
+    found = _offloaded(device, folder, "none", "none", rehearse_sharded)
+    files = [path.name for path in (folder / "run" / "checkpoint-3").glob("state*")]
+    assert sorted(files) == [state_file(rank, 2) for rank in range(2)]
+    return found
 
 
 @pytest.mark.parametrize(("parameters", "optimizer"), [("cpu", "none"), ("none", "cpu"), ("cpu", "cpu")])
 def test_offload_with_dynamic_rank_changes_no_number(
-    device: Path, tmp_path: Path, without_offload: list[dict[str, Any]], parameters: str, optimizer: str
+    device: Path, tmp_path: Path, without_offload: Offloaded, parameters: str, optimizer: str
 ) -> None:
-    assert _offloaded(device, tmp_path, parameters, optimizer) == without_offload
+    metrics, states = _offloaded(device, tmp_path, parameters, optimizer)
+    assert metrics == without_offload[0] and states.keys() == without_offload[1].keys()
+    for name, state in states.items():
+        expected = without_offload[1][name]
+        assert state and state.keys() == expected.keys()
+        assert [key for key in state if not torch.equal(state[key], expected[key])] == []
 
 
-def _offloaded(device: Path, folder: Path, parameters: str, optimizer: str) -> list[dict[str, Any]]:
-    """The losses of a rank whose engine keeps parameters and optimizer there."""
+def _offloaded(
+    device: Path, folder: Path, parameters: str, optimizer: str, on_ranks: Callable[..., Any] = rehearse
+) -> Offloaded:
+    """What comes of runs whose engine keeps parameters and optimizer there."""
     case = offloaded(parameters, optimizer)(folder)
-    metrics: list[dict[str, Any]] = run_ranks(rehearse, case.ranks, device, folder / "store", *case.runs)[0]
-    return metrics
+    metrics: list[dict[str, Any]] = run_ranks(on_ranks, case.ranks, device, folder / "store", *case.runs)[0]
+    opened = {str(path.parent): open_state(path.parent) for path in sorted(folder.glob("*/checkpoint-*/manifest.json"))}
+    states = {
+        str(Path(name).relative_to(folder)): {key: state.read(key) for key in state.entries}
+        for name, state in opened.items()
+    }
+    return metrics, states

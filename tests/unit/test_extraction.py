@@ -253,6 +253,22 @@ def test_what_another_part_is_about_to_read_again_is_not_done(tmp_path: Path) ->
     assert first.complete(["a", "b", "c"]) and list(read(output)) == ["a", "b", "c"]
 
 
+def test_what_one_part_skipped_the_others_need_not_wait_for(tmp_path: Path) -> None:
+    output, wanted = tmp_path / "f.h5", ["a", "b", "c"]
+    first, second = (store.FeatureStore(output, {"layer": -2}, "image") for _ in range(2))
+    assert first.open(["a", "b"]) == {"a", "b"} and second.open(["c"]) == {"c"}
+    first.parts.write("a", {"features": np.ones((4, 3))})
+    first.parts.skip("b", "cannot be read")
+    second.parts.write("c", {"features": np.ones((4, 3))})
+    assert second.complete(wanted) and list(read(output)) == ["a", "c"]
+    assert first.complete(wanted)  # it has ended later
+    assert not second.open(["c"]) and second.complete(wanted)  # and one that is started again
+    assert first.open(["b"]) == {"b"} and not second.complete(wanted)
+    first.parts.write("b", {"features": np.ones((4, 3))})
+    assert first.complete(wanted) and list(read(output)) == wanted
+    assert [path.name for path in tmp_path.iterdir()] == ["f.h5"]
+
+
 def test_damaged_outputs_are_refused_by_name(towers: Path, pictures: Path, tmp_path: Path) -> None:
     tower, output = str(towers / "clip"), tmp_path / "f.h5"
     extract_features(pictures / "0", tower, output, OPTIONS)

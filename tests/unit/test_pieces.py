@@ -1,5 +1,6 @@
 """Tensors in pieces: whatever way they are cut, any range reads as from the whole."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.checkpoint.manifest import FORMAT_OF_SHARDS, Damaged, file_entry, read_manifest, write_manifest
 from dora_dist.checkpoint.state import KEYS, STATE, Masters, open_files, open_state, state_file
 from dora_dist.runtime.errors import UserError
+from dora_dist.weights import pieces
 from dora_dist.weights.pieces import PiecedFolder
 from dora_dist.weights.safetensors_io import read_header
 
@@ -43,6 +45,23 @@ def test_every_range_reads_as_from_the_whole(tmp_path: Path, count: int) -> None
         for start in range(tensor.numel() + 1):
             for stop in range(start, tensor.numel() + 1):
                 assert torch.equal(folder.read_flat(name, start, stop), tensor.flatten()[start:stop])
+
+
+def test_a_file_is_opened_once_and_closed_with_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened() -> list[str]:
+        links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return sorted(Path(link).name for link in links if link.startswith(str(tmp_path)))
+
+    folder = PiecedFolder.of_headers(tmp_path, cut(tmp_path, 3), SHAPES)
+    for _ in range(2):
+        assert torch.equal(folder.read("matrix"), WHOLE["matrix"])
+        assert opened() == ["0.safetensors", "1.safetensors", "2.safetensors"]
+    del folder
+    assert opened() == []
+    monkeypatch.setattr(pieces, "_OPEN_FILES", 2)
+    folder = PiecedFolder.of_headers(tmp_path, cut(tmp_path, 3), SHAPES)
+    assert torch.equal(folder.read("matrix"), WHOLE["matrix"])
+    assert opened() == ["1.safetensors", "2.safetensors"]
 
 
 def test_pieces_that_are_not_the_whole_are_refused_by_name(tmp_path: Path) -> None:

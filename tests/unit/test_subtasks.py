@@ -72,6 +72,14 @@ READ: dict[str, tuple[str, dict[str, Any], str, str, tuple[tuple[str, float], ..
         (("a0", 1),),
         ("v1",),
     ),
+    "how2qa by the text of a bare option": (
+        "how2qa",
+        {**CHOICES, "a0": ". Ann. ", "answer_idx": "Ann"},
+        "[Q] who left? [TS] ([1.5, 12]) [Choices] a0: Ann. a1: Bob. how2qa: ",
+        "",
+        (("a0", 1),),
+        ("v1",),
+    ),
     "how2qa by number in a text": (
         "how2qa",
         {"vid_name": "v1", "q": "how many?", "choices": ["3", "1", "0"], "answer_idx": "0"},
@@ -205,6 +213,12 @@ def test_scores_by_hand() -> None:
 )
 def test_the_option_that_a_text_means(text: str, options: list[str], expected: int | None) -> None:
     assert chosen_option(text, options) == expected
+
+
+def test_a_choice_is_compared_as_the_prompt_has_it() -> None:
+    reference = SUBTASKS["how2qa"].read({**CHOICES, "a0": ". Ann. "}).reference
+    assert reference == {"options": ["Ann", "Bob"], "answer": 1}
+    assert SUBTASKS["how2qa"].score(["Ann"], [{**reference, "answer": 0}]) == {"accuracy": 1.0}
 
 
 def test_captions_are_scored_by_cider() -> None:
