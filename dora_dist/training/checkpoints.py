@@ -67,11 +67,11 @@ class Checkpoints:
         """Until the save that is under way has ended; also where ranks end too early to agree on anything."""
         self._saver.wait(timeout_s)
 
-    def ended(self, *, last: bool = False, steps_left: bool = True) -> dict[str, float]:
+    def ended(self, *, finishing: bool = False, steps_left: bool = True) -> dict[str, float]:
         """What to log of the first save that this has not told of yet, which is waited for; {} if there is none.
 
-        Raises UserError if it failed, unless the run goes on without it (checkpoint.on_failure) and it is not the
-        `last` one, which holds the result.
+        Raises UserError if it failed, unless the run goes on without it (checkpoint.on_failure). When the run is
+        `finishing`, and every save has ended, the last one holds the result, without which it does not end well.
         """
         saved = self._saver.ended()
         if saved is None:
@@ -81,7 +81,7 @@ class Checkpoints:
             return {"saved_step": step, "save_stall_seconds": saved.stall_s, "save_seconds": saved.write_s}
         text = f"saving {saved.folder} failed: {saved.failure}. Earlier checkpoints are as they were"
         stops = self._options.on_failure == "stop"
-        if stops or last:
+        if stops or (finishing and not self._saver.any_ended):
             hint = '. checkpoint.on_failure = "continue" would let training go on' if stops and steps_left else ""
             raise UserError(f"{text}{hint}")
         if self._world.first:

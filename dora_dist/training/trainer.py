@@ -219,7 +219,7 @@ class DoraTrainer(Trainer):
         if self._together is not None:
             self._together.close()
         steps_left = self.state.global_step < self.state.max_steps
-        while line := self._checkpoints.ended(last=True, steps_left=steps_left):
+        while line := self._checkpoints.ended(finishing=True, steps_left=steps_left):
             self.log(line)
 
     def close(self) -> None:

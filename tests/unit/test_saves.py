@@ -1,5 +1,6 @@
 """What becomes of a run when one of its checkpoints could not be written; what the thread that writes may ask for."""
 
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +20,20 @@ from dora_dist.training.checkpoints import Checkpoints
 FAILED = Saved(Path("run/checkpoint-3"), 0.1, 0.2, "no space left")
 
 
-def checkpoints(saved: Saved | None, on_failure: str = "stop", first: bool = True) -> Checkpoints:
-    """Of a run on the first rank, or on another, whose last save has ended like that."""
-    saver: Any = SimpleNamespace(ended=lambda: saved)
+class Ended(deque[Saved]):
+    """In the place of a Saver: the saves that have ended."""
+
+    @property
+    def any_ended(self) -> bool:
+        return bool(self)
+
+    def ended(self) -> Saved | None:
+        return self.popleft() if self else None
+
+
+def checkpoints(*saved: Saved, on_failure: str = "stop", first: bool = True) -> Checkpoints:
+    """Of a run on the first rank, or on another, whose saves have ended like that."""
+    saver: Any = Ended(saved)
     world: Any = SimpleNamespace(first=first)
     options = CheckpointConfig.model_validate({"run_dir": "run", "on_failure": on_failure})
     return Checkpoints(saver, options, world, trained_with={}, metric="loss")
@@ -32,7 +44,7 @@ def test_every_rank_has_the_line_of_a_save_that_succeeded() -> None:
     expected = {"saved_step": 3.0, "save_stall_seconds": 0.1, "save_seconds": 0.2}
     assert checkpoints(saved).ended() == expected
     assert checkpoints(saved, first=False).ended() == expected
-    assert checkpoints(None).ended() == {}
+    assert checkpoints().ended() == {}
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -42,16 +54,23 @@ def test_a_save_that_failed_ends_the_run_on_every_rank_and_says_how_it_could_go_
 
 
 def test_a_run_that_is_to_go_on_does_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert checkpoints(FAILED, "continue").ended() == {"save_failed": 1.0}
+    assert checkpoints(FAILED, on_failure="continue").ended() == {"save_failed": 1.0}
     assert "training goes on (checkpoint.on_failure)" in capsys.readouterr().err
-    assert checkpoints(FAILED, "continue", first=False).ended() == {"save_failed": 1.0}
+    assert checkpoints(FAILED, on_failure="continue", first=False).ended() == {"save_failed": 1.0}
 
 
 @pytest.mark.parametrize("on_failure", ["stop", "continue"])
 def test_a_run_does_not_end_well_without_its_last_checkpoint(on_failure: str) -> None:
     with pytest.raises(UserError) as error:
-        checkpoints(FAILED, on_failure).ended(last=True, steps_left=False)
+        checkpoints(FAILED, on_failure=on_failure).ended(finishing=True, steps_left=False)
     assert "would let training go on" not in str(error.value)
+
+
+def test_a_run_ends_well_with_its_last_checkpoint_though_the_one_before_failed() -> None:
+    pending = checkpoints(FAILED, Saved(Path("run/checkpoint-4"), 0.1, 0.2, None), on_failure="continue")
+    assert pending.ended(finishing=True, steps_left=False) == {"save_failed": 1.0}
+    assert pending.ended(finishing=True, steps_left=False)["saved_step"] == 4.0
+    assert pending.ended(finishing=True, steps_left=False) == {}
 
 
 class _Gathering(dict[str, Any]):
