@@ -156,6 +156,7 @@ def test_the_benchmark_of_saves_measures_both_kinds_of_saves(whole: list[str], t
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "save.json").read_text())
     assert len(found["synchronous_s"]) == len(found["stall_s"]) == 1
+    assert max(found["save_peak_bytes"], found["load_peak_bytes"]) <= found["state_bytes"] + 300e6
     assert found["bytes"] > 12 * found["trained"] > 12 * 200_000  # fp32 master and two moments, and the adapter itself
 
 
