@@ -51,7 +51,7 @@ MODELS: dict[str, Callable[[Path, Path], None]] = {
 
 
 def rated(kind: str, cache: Path) -> Iterator[dict[str, Any]]:
-    """Texts with the mean of 20 people's ratings from -4 to 4: {"sentence", "rating"}; each text once.
+    """Texts with the mean of 20 people's ratings from -4 to 4: {"sentence", "rating"}.
 
     Hutto and Gilbert (ICWSM 2014) collected them. `kind` is "movieReviewSnippets" (10,605 sentences),
     "nytEditorialSnippets" (5,190), "tweets" (4,200) or "amazonReviewSnippets" (3,708).
@@ -60,9 +60,9 @@ def rated(kind: str, cache: Path) -> Iterator[dict[str, Any]]:
         inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
         with tarfile.open(fileobj=_file(package, inner)) as resources:
             lines = _file(resources, f"hutto_ICWSM_2014/{kind}_GroundTruth.txt").read().decode()
-    rows = [line.split("\t") for line in lines.splitlines()]
-    records = {text.lower().strip(): {"sentence": text, "rating": float(rating)} for _, rating, text in rows}
-    yield from records.values()
+    for line in lines.splitlines():
+        _, rating, text = line.split("\t")
+        yield {"sentence": text, "rating": float(rating)}
 
 
 def _file(archive: tarfile.TarFile, name: str) -> IO[bytes]:

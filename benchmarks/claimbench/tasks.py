@@ -61,7 +61,8 @@ def sentiment(name: str, kind: str) -> Task:
 
 
 def _liked(kind: str, packages: Path) -> Iterator[Record]:
-    for record in rated(kind, packages):
+    once = {record["sentence"].lower().strip(): record for record in rated(kind, packages)}
+    for record in once.values():
         if abs(record["rating"]) > UNCLEAR:
             yield {"sentence": record["sentence"], "label": int(record["rating"] > 0)}
 
