@@ -19,7 +19,7 @@ def declare_train(commands: Commands) -> None:
         "          deepspeed --num_accelerators 2 launch/train.py --config configs/quickstart.json",
         usage="--config FILE [--resume] [--SECTION.FIELD VALUE ...]",
     )
-    command.add_argument("--config", required=True, metavar="FILE", help="JSON file that describes the run")
+    command.add_argument("--config", required=True, metavar="FILE", help="JSON or YAML file that describes the run")
     command.add_argument("--resume", action="store_true", help="short for --checkpoint.resume auto")
     # DeepSpeed's launcher adds it to every script; the environment says the same.
     command.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)

@@ -19,7 +19,7 @@ def declare_validate(commands: Commands) -> None:
         example="dora-dist validate configs/llama7b_dora.json --data --data.train mine.jsonl",
         usage="CONFIG [--data] [--world-size N] [--no-files] [--SECTION.FIELD VALUE ...]",
     )
-    command.add_argument("config", metavar="CONFIG", help="JSON file that describes the run")
+    command.add_argument("config", metavar="CONFIG", help="JSON or YAML file that describes the run")
     command.add_argument(
         "--data",
         action="store_true",

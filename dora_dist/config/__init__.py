@@ -1,4 +1,4 @@
-"""A run's configuration, one JSON file: `RunConfig.load("configs/x.json", ["--adapter.r=8"])`."""
+"""A run's configuration, one JSON or YAML file: `RunConfig.load("configs/x.json", ["--adapter.r=8"])`."""
 
 from dora_dist.config.adapter import AdapterConfig
 from dora_dist.config.engine import EngineConfig

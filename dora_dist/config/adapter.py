@@ -1,4 +1,4 @@
-"""The adapter section of a run's JSON file; the other sections are in schema.py."""
+"""The adapter section of a run's file; the other sections are in schema.py."""
 
 import math
 from typing import Annotated, Any, Literal

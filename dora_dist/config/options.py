@@ -8,13 +8,14 @@ from pydantic import BaseModel
 
 from dora_dist.config.fields import field_specs, sections
 from dora_dist.config.problems import suggestion
+from dora_dist.config.source import Source
 from dora_dist.runtime.errors import UserError
 
 _METAVARS = {"integer": "INT", "number": "NUM", "boolean": "true|false", "array": "LIST", "object": "JSON"}
 
 
-def apply(raw: dict[str, Any], arguments: Sequence[str], schema: type[BaseModel]) -> None:
-    """Write the values of dotted `arguments` into the nested dict `raw`; later ones win. Raises UserError."""
+def apply(source: Source, arguments: Sequence[str], schema: type[BaseModel]) -> None:
+    """Write the values of dotted `arguments` over those of config files; later ones win. Raises UserError."""
     specs = field_specs(schema)
     tokens = iter(arguments)
     for token in tokens:
@@ -29,10 +30,11 @@ def apply(raw: dict[str, Any], arguments: Sequence[str], schema: type[BaseModel]
             if text.startswith("--"):
                 raise UserError(f"{option}: needs a value, {specs[name].expected()}")
         section, _, key = name.rpartition(".")
-        values = raw.setdefault(section, {}) if section else raw
+        values = source.raw.setdefault(section, {}) if section else source.raw
         if not isinstance(values, dict):
             return  # the schema says what is wrong with such a section, better than we could here
         values[key] = specs[name].parse(text)
+        source.forget(tuple(name.split(".")))
 
 
 def add_arguments(parser: argparse.ArgumentParser, schema: type[BaseModel]) -> None:

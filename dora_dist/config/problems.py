@@ -2,7 +2,9 @@
 
 import difflib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -40,8 +42,15 @@ OTHER_NAMES = {
 }
 
 
-def explain(error: ValidationError, schema: type[BaseModel], origin: str) -> UserError:
-    """One UserError over all findings, each on a line of its own."""
+FileOf = Callable[[tuple[str, ...]], Path | None]
+
+
+def explain(error: ValidationError, schema: type[BaseModel], origin: str, *, file_of: FileOf) -> UserError:
+    """One UserError over all findings, each on a line of its own.
+
+    `file_of` tells the file that the value under some keys is from; named where it is not `origin`, but one that is
+    extended.
+    """
     specs = field_specs(schema)
     lines: dict[str, str] = {}  # a union reports each of its alternatives; one line per field is enough
     for finding in error.errors(include_url=False):
@@ -61,7 +70,16 @@ def explain(error: ValidationError, schema: type[BaseModel], origin: str) -> Use
         else:
             shape = f"must be a section {{...}} with {', '.join(_keys(name, specs))}"
             lines[name] = f"{name}: {'missing' if finding['type'] == 'missing' else _shown(finding['input'])}; {shape}"
-    return listed("\n".join(lines.values()).splitlines(), origin)
+    found = "\n".join(lines.values()).splitlines()
+    return listed([f"{line}{_elsewhere(line, origin, file_of)}" for line in found], origin)
+
+
+def _elsewhere(line: str, origin: str, file_of: FileOf) -> str:
+    """` (in FILE)` where the field that a problem begins with has its value from another file than `origin`."""
+    name = re.match(r'[\w.]+(, "[^"]+")?', line)
+    keys = re.split(r'\.|, "', name[0].rstrip('"')) if name else []
+    file = file_of(tuple(keys))
+    return "" if file is None or file == Path(origin) else f" (in {file})"
 
 
 def listed(problems: Sequence[str], origin: str) -> UserError:

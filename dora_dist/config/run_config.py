@@ -1,4 +1,4 @@
-"""A run as its JSON file describes it: the sections together, and what holds between them."""
+"""A run as its JSON or YAML file describes it: the sections together, and what holds between them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -44,14 +44,14 @@ class RunConfig(Section):
     def load(
         cls, path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = False, rules: Rules | None = None
     ) -> "RunConfig":
-        """The run that a JSON file describes, with dotted `overrides`: `["--adapter.r", "8", "--logging.every=1"]`.
+        """The run of a file (JSON or YAML), with dotted `overrides`: `["--adapter.r", "8", "--logging.every=1"]`.
 
         `check_files` also checks that every file and folder it names is there. `rules`: further checks, whose
         problems are reported together with all others. Raises UserError.
         """
-        raw = source.read_json(Path(path))
-        options.apply(raw, overrides, cls)
-        config = cls.from_dict(raw, name=Path(path).stem, origin=str(path), rules=rules)
+        found = source.read(Path(path))
+        options.apply(found, overrides, cls)
+        config = cls._of_source(found, name=Path(path).stem, origin=str(path), rules=rules)
         if check_files:
             config.check_files()
         return config
@@ -64,10 +64,14 @@ class RunConfig(Section):
 
         Raises UserError.
         """
+        return cls._of_source(source.Source(raw), name=name, origin=origin, rules=rules)
+
+    @classmethod
+    def _of_source(cls, found: source.Source, *, name: str, origin: str, rules: Rules | None) -> "RunConfig":
         try:
-            config = cls.model_validate(raw, context=rules)
+            config = cls.model_validate(found.raw, context=rules)
         except ValidationError as error:
-            raise problems.explain(error, cls, origin) from None
+            raise problems.explain(error, cls, origin, file_of=found.file_of) from None
         run_dir = config.checkpoint.run_dir.replace("{config}", name)
         return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"run_dir": run_dir})})
 
@@ -96,4 +100,10 @@ class RunConfig(Section):
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """The JSON schema of a config file, for editors."""
-        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
+        document = cls.model_json_schema()
+        file: dict[str, Any] = {"type": "string", "minLength": 1}
+        document["properties"][source.EXTENDS] = {
+            "description": "Config files whose values this one starts from, relative to it; of several, later ones win",
+            "anyOf": [file, {"type": "array", "items": file}],
+        }
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}

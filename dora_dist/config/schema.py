@@ -1,4 +1,4 @@
-"""The sections of a run's JSON file: every field with its unit, range, default and meaning.
+"""The sections of a run's file: every field with its unit, range, default and meaning.
 
 With the adapter's and the engine's sections, in adapter.py and engine.py, this is the only description of a run.
 Command-line options and their help, the JSON schema for editors, error messages and the reference in the documents are
@@ -294,7 +294,7 @@ class CheckpointConfig(Section):
 
     run_dir: PathText = Field(
         default="runs/{config}",
-        description="Folder of the run; {config} stands for the name of the config file without .json",
+        description="Folder of the run; {config} stands for the name of the config file without its ending",
     )
     save_every: Steps | None = Field(
         default=None, description="Optimizer steps between checkpoints; null: only at the end"

@@ -20,14 +20,22 @@ def parse(text: str) -> Any:
             text,
             object_pairs_hook=_without_repeats,
             parse_constant=_no_constant,
-            parse_float=_finite,
-            parse_int=_whole,
+            parse_float=finite,
+            parse_int=whole,
         )
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    level = [value]
+    return bounded(value)
+
+
+def bounded(value: Any, most: float = math.inf) -> Any:
+    """`value` itself. Raises ValueError where it has more than `most` values in it, or more than 100 levels."""
+    level, count = [value], 1
     for _ in range(_MOST_LEVELS):
         level = [inner for outer in level for inner in _members(outer)]
+        count += len(level)
+        if count > most:
+            raise ValueError(f"has more than {most:,} values; take some out")
         if not level:
             return value
     raise ValueError(_TOO_DEEP)
@@ -52,14 +60,16 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number; give a finite value, or null")
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
+    """The number that `text` is. Raises ValueError where no float can hold it."""
     value = float(text)
     if math.isinf(value):
         raise ValueError(f"{text[:20]} is too large for a number; give a finite value, or null")
     return value
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
+    """The whole number that `text` is. Raises ValueError for one of very many digits."""
     if len(text) > _MOST_DIGITS:
         raise ValueError(f"{text[:12]}... has {len(text):,} digits; give a smaller number")
     return int(text)

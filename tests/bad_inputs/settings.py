@@ -258,7 +258,11 @@ file("list", "[1, 2]", "config.json: must hold one JSON object")
 file("null", "null", "config.json: must hold one JSON object")
 file("deep", '{"a": ' * 100_000, "config.json: brackets are nested more than 100 levels deep")
 file("fairly_deep", '{"a":' * 300 + "1" + "}" * 300, "config.json: brackets are nested more than 100 levels deep")
-file("utf16", '{"model": {}}'.encode("utf-16"), "config.json: is not UTF-8 text (byte 0); give a JSON file, saved as")
+file(
+    "utf16",
+    '{"model": {}}'.encode("utf-16"),
+    "config.json: is not UTF-8 text (byte 0); save it as UTF-8",
+)
 file("binary", bytes(range(256)), "config.json: is not UTF-8 text (byte 128)")
 file("repeated_key", '{"adapter": {"r": 4, "r": 8}}', 'config.json: the key "r" is given twice in one section')
 file("repeated_section", '{"adapter": {}, "adapter": {}}', 'config.json: the key "adapter" is given twice')
@@ -281,10 +285,30 @@ def path(name: str, says: str, make: Callable[[Path], Any]) -> None:
 
 
 path("missing", "config.json: no such config file", lambda place: None)
-path("folder", "config.json: is a folder; give one JSON file", lambda place: place.mkdir())
+path("folder", "config.json: is a folder; give one JSON or YAML file", lambda place: place.mkdir())
 path("link_in_a_circle", "config.json: cannot be read (Too many levels", lambda place: place.symlink_to(place.name))
 
 
 @CASES.bad(says='the key "zero_optimization" is given twice in one section')
 def repeated_key_in_an_option(folder: Folder) -> Words:
     return folder.run('--engine.deepspeed={"zero_optimization": {}, "zero_optimization": {"sub_group_size": 5}}')
+
+
+@CASES.bad(says="one.json: extends leads in a circle, two.yaml -> one.json -> two.yaml; take one of them out")
+def files_that_extend_each_other(folder: Folder) -> Words:
+    folder.text("one.json", '{"extends": "two.yaml"}')
+    folder.text("two.yaml", "extends: one.json")
+    return ["train", "--config", "two.yaml"]
+
+
+@CASES.bad(says=("training.epochs = -1: must be a number > 0", "(in config.json)"), ranks=RANKS)
+def wrong_value_in_an_extended_file(folder: Folder) -> Words:
+    folder.run(training={"epochs": -1})
+    folder.text("mine.yaml", "extends: config.json\ntraining: {seed: 3}")
+    return ["train", "--config", "mine.yaml"]
+
+
+@CASES.bad(says="config.yaml: not valid YAML: line 2, column 1: found character '\\t' that cannot start any token")
+def tabs_in_yaml(folder: Folder) -> Words:
+    folder.text("config.yaml", "model:\n\tpath: base\n")
+    return ["train", "--config", "config.yaml"]

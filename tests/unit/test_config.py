@@ -217,7 +217,7 @@ def test_malformed_json_names_line_and_column(tmp_path: Path) -> None:
         RunConfig.load(path)
     with pytest.raises(UserError, match=r"no such config file; did you mean .*x\.json\?"):
         RunConfig.load(tmp_path / "xx.json")
-    with pytest.raises(UserError, match="is a folder; give one JSON file"):
+    with pytest.raises(UserError, match="is a folder; give one JSON or YAML file"):
         RunConfig.load(tmp_path)
 
 
