@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dora_dist.config.adapter import AdapterConfig
-from dora_dist.config.names import DATA_SUFFIXES, OWN_ADAPTER, PACKED, PEFT_ADAPTER, TABLES, data_set, is_local, listed
+from dora_dist.config.names import (
+    DATA_KINDS,
+    DATA_SUFFIXES,
+    OWN_ADAPTER,
+    PACKED,
+    PEFT_ADAPTER,
+    SHEETS,
+    data_set,
+    is_local,
+    listed,
+)
 from dora_dist.config.pictures import how_to_get
 from dora_dist.config.schema import CheckpointConfig, DataConfig, ModelConfig
 from dora_dist.config.source import absence, nearby
@@ -71,7 +81,7 @@ def _data(data: DataConfig) -> Iterator[str]:
         label = f'{field} = "{name}"'
         if (named_set := data_set(name)) is not None:
             if named_set.is_here and not named_set.looks_whole():
-                missing = named_set.file or f"{', '.join(DATA_SUFFIXES)} file"
+                missing = named_set.file or f"{DATA_KINDS} file"
                 yield f"{label}: no {missing} in that folder; give a data file, or the folder of a data set"
         elif problem := not_a_data_file(path):
             yield f"{label}: {problem}"
@@ -79,7 +89,7 @@ def _data(data: DataConfig) -> Iterator[str]:
 
 def not_a_data_file(path: Path) -> str | None:
     """Why no records can be read from a file, and what to do about it; None if they can, as far as its name tells."""
-    give = f"give {', '.join(DATA_SUFFIXES)}"
+    give = f"give {DATA_KINDS}"
     if not path.exists():
         if path.is_symlink():
             return f"is a link to {os.readlink(path)}, which leads to no file; give the file itself"
@@ -87,11 +97,11 @@ def not_a_data_file(path: Path) -> str | None:
         return f"no such file{where}{nearby(path)}; give a data file or a hub name"
     if path.is_dir():
         return "is a folder; give a data file, or name the folder without that ending"
-    if path.suffix in PACKED:
-        return f"is packed; unpack it, and {give}"
-    if path.suffix in TABLES:
+    if path.suffix in SHEETS:
         return f"unknown kind of file; {give} (pandas reads tables, and writes .jsonl with DataFrame.to_json)"
-    if path.suffix not in DATA_SUFFIXES:
+    if path.suffix in PACKED and not path.name.endswith(DATA_SUFFIXES):
+        return f"is packed; unpack it, and {give}"
+    if not path.name.endswith(DATA_SUFFIXES):
         return f"unknown kind of file; {give}"
     if not os.access(path, os.R_OK):
         return "no permission to read it"

@@ -10,8 +10,13 @@ from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
-TABLES = (".csv", ".tsv", ".xlsx", ".txt")
+TABLES = (".csv", ".tsv")
+TYPED = (".json", ".jsonl", ".parquet")
+"""Endings of files whose values have types; a table's are all texts."""
+GZIP = ".gz"
+DATA_SUFFIXES = (*TYPED, *TABLES, *(f"{kind}{GZIP}" for kind in (".json", ".jsonl", *TABLES)))
+DATA_KINDS = ".json, .jsonl, .parquet, .csv, .tsv, or .json.gz, .jsonl.gz, .csv.gz, .tsv.gz"
+SHEETS = (".xlsx", ".xls", ".ods", ".txt")
 PACKED = (".gz", ".zip", ".xz", ".bz2", ".zst", ".tar", ".tgz", ".7z")
 """Endings of files that records are not read from, which are not taken for names on the hub either."""
 PEFT_ADAPTER, OWN_ADAPTER = "adapter_config.json", "dora_dist_adapter.json"
@@ -75,13 +80,13 @@ class DataSet(NamedTuple):
         folder = Path(self.repository)
         if self.file:
             return (folder / self.file).is_file()
-        return any(path.suffix in DATA_SUFFIXES for path in folder.rglob("*"))
+        return any(path.name.endswith(DATA_SUFFIXES) for path in folder.rglob("*"))
 
 
 def data_set(source: str) -> DataSet | None:
     """The data set that a data `source` names; None if the source is a file, be it there or not."""
     repository, _, rest = source.partition(":")
-    a_file = Path(source).is_file() or repository.endswith((*DATA_SUFFIXES, *TABLES, *PACKED))
+    a_file = Path(source).is_file() or repository.endswith((*DATA_SUFFIXES, *SHEETS, *PACKED))
     if a_file or not (Path(repository).is_dir() or (_HUB_NAME.fullmatch(repository) and repository[0] != ".")):
         return None
     if rest.endswith(DATA_SUFFIXES):

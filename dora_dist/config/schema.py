@@ -99,10 +99,10 @@ class DataConfig(Section):
     """What the model learns from."""
 
     train: PathText | PathTexts | PathsByTask = Field(
-        description="Training data: .json, .jsonl or .parquet file, or a data set on the hub or in a folder (name, "
-        "name:config, name:config:split or name:file), or a list of these; vision_text: such a value for each of its "
-        'tasks, {"vqa": ..., "gqa": ..., "nlvr2": ..., "caption": ..., "tvqa": ..., "how2qa": ..., '
-        '"tvc": ..., "yc2c": ...}'
+        description="Training data: a file (.json, .jsonl, .csv, .tsv, also with .gz, or .parquet), or a data set on "
+        "the hub or in a folder (name, name:config, name:config:split or name:file), or a list of these; "
+        'vision_text: such a value for each of its tasks, {"vqa": ..., "gqa": ..., "nlvr2": ..., "caption": ..., '
+        '"tvqa": ..., "how2qa": ..., "tvc": ..., "yc2c": ...}'
     )
     validation: PathText | PathTexts | PathsByTask | None = Field(
         default=None, description="Validation data, as train (split validation); null: see validation_samples"

@@ -1,16 +1,21 @@
-"""Files to rows: JSON, JSONL and Parquet, with the place of every row, and of whatever is wrong with a file."""
+"""Files to rows: JSON, JSONL, tables of texts and Parquet, with the place of every row and of what is wrong with it."""
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
+import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from dora_dist.config.names import GZIP, TABLES
 from dora_dist.runtime.errors import UserError
 
 _KINDS = (
-    (b"\x1f\x8b", "a gzip archive: unpack it first"),
+    (b"\x1f\x8b", "a gzip archive: name it .gz behind the ending that it has unpacked"),
     (b"PK\x03\x04", "a zip archive: unpack it first"),
     (b"\xfd7zXZ\x00", "an xz archive: unpack it first"),
     (b"BZh", "a bzip2 archive: unpack it first"),
@@ -27,16 +32,25 @@ _HEAD = 4096  # bytes that are searched for these
 
 
 def read_rows(path: Path, source: str) -> Iterator[tuple[str, Any]]:
-    """Each row of a file (.json, .jsonl or .parquet) with its place for messages; `source` is the file's name there.
+    """Each row of a file (`config.names.DATA_SUFFIXES`) with its place for messages; `source` is the file's name there.
 
     Raises UserError for a file that cannot be read as what its name says.
     """
+    kind = _kind(path)
     try:
-        if path.suffix == ".jsonl":
+        if kind == ".jsonl":
             yield from _lines(path)
+        elif kind in TABLES:
+            yield from _table(path, "," if kind == ".csv" else "\t")
         else:
-            rows = _listed(path) if path.suffix == ".json" else _parquet(path)
+            rows = _listed(path) if kind == ".json" else _parquet(path)
             yield from ((f"{source}, record {number}", row) for number, row in enumerate(rows, start=1))
+    except gzip.BadGzipFile as error:
+        raise UserError(
+            f"{source} is not a gzip archive, or a damaged one ({error}); pack it again, or rename it"
+        ) from error
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{source} ends too soon or is damaged ({error}); copy or download it again") from error
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error.strerror or error}") from error
 
@@ -50,7 +64,7 @@ def shown(value: Any) -> str:
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     _check_kind(path)
     first = True
-    with path.open("rb") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -66,7 +80,8 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _listed(path: Path) -> list[Any]:
     _check_kind(path)
-    text = path.read_bytes()
+    with _opened(path) as file:
+        text = file.read()
     if not text.strip():
         raise UserError(f"{path} is empty")
     rows, repeated = _decoded(text, path)
@@ -106,11 +121,7 @@ def _decoded(
     try:
         return json.loads(text.decode(), object_pairs_hook=collect), repeated
     except UnicodeDecodeError as error:
-        line, start = text.count(b"\n", 0, error.start) + 1, text.rfind(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{place(line)} is not UTF-8 text: byte {error.start - start + 1} is 0x{text[error.start]:02x}; save the "
-            "file as UTF-8"
-        ) from error
+        raise UserError(_not_utf_8(place(text.count(b"\n", 0, error.start) + 1), text, error)) from error
     except json.JSONDecodeError as error:
         raise UserError(
             f"{place(error.lineno)} is not JSON: {error.msg}, at column {error.colno}{_hint(path, error, first)}"
@@ -123,14 +134,85 @@ def _decoded(
 
 def _hint(path: Path, error: json.JSONDecodeError, first: bool) -> str:
     """What the writer of a file has probably meant."""
-    if path.suffix == ".json" and error.msg == "Extra data" and error.lineno > 1:
+    if _kind(path) == ".json" and error.msg == "Extra data" and error.lineno > 1:
         return "; one record a line belongs in a file named .jsonl"
     before = error.doc[: error.pos].rstrip()
-    if path.suffix == ".json" and before.endswith(",") and error.doc[error.pos : error.pos + 1] in ("]", "}"):
+    if _kind(path) == ".json" and before.endswith(",") and error.doc[error.pos : error.pos + 1] in ("]", "}"):
         return f"; take the comma before the {error.doc[error.pos]} away"
     if first and error.doc.lstrip().startswith(("[", "{")) and error.pos >= len(error.doc.rstrip()):
         return "; a .jsonl file has one whole record a line (one list over many lines belongs in a file named .json)"
     return ""
+
+
+class Cells(dict[str, str]):
+    """A row of a table, all of whose values are texts: what else they may be is for whoever knows the fields."""
+
+
+def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Cells]]:
+    """The rows below a line of names; cells may be quoted and hold line ends then (RFC 4180)."""
+    _check_kind(path)
+    csv.field_size_limit(sys.maxsize)  # the module's own is 128 KiB
+    with _opened(path) as file:
+        rows = csv.reader(_decoded_lines(file, path), delimiter=delimiter, strict=True)
+        line = 0
+        names: list[str] = []
+        try:
+            for row in rows:
+                place, line = f"{path}, line {line + 1}", rows.line_num
+                if not row:
+                    continue
+                if not names:
+                    names = row
+                    _check_names(place, names, delimiter)
+                elif len(row) != len(names):
+                    raise UserError(
+                        f"{place}: has {len(row)} cells and the first line names {len(names)}; put a cell that holds "
+                        f'{"a comma" if delimiter == "," else "a tab"}, a quote or a line end between "", quotes twice'
+                    )
+                else:
+                    yield place, Cells(zip(names, row, strict=True))
+        except csv.Error as error:
+            raise UserError(
+                f"{path}, line {line + 1}: is not a row of a table: {error}; a cell that begins with a quote has to "
+                "end with one, and quotes in it are written twice"
+            ) from error
+
+
+def _check_names(place: str, names: Sequence[str], delimiter: str) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f'{place}: the column "{twice[0]}" is there twice; keep one')
+    other = next(
+        (sign for sign in (";", "\t", ",") if len(names) == 1 and sign != delimiter and sign in names[0]), None
+    )
+    if other is not None:
+        found, wanted = ("tabs" if sign == "\t" else f'"{sign}"' for sign in (other, delimiter))
+        hint = "name it .tsv" if other == "\t" else "save it with commas"
+        raise UserError(
+            f"{place}: names one column, {shown(names[0])}: its cells are parted by {found}, not {wanted}; {hint}"
+        )
+
+
+def _decoded_lines(file: IO[bytes], path: Path) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        try:
+            yield line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").decode()
+        except UnicodeDecodeError as error:
+            raise UserError(_not_utf_8(f"{path}, line {number}", line, error)) from error
+
+
+def _not_utf_8(place: str, text: bytes, error: UnicodeDecodeError) -> str:
+    start = text.rfind(b"\n", 0, error.start) + 1
+    found = f"byte {error.start - start + 1} is 0x{text[error.start]:02x}"
+    return f"{place} is not UTF-8 text: {found}; save the file as UTF-8"
+
+
+def _kind(path: Path) -> str:
+    return Path(path.name.removesuffix(GZIP)).suffix
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked."""
+    return gzip.open(path, "rb") if path.suffix == GZIP else path.open("rb")  # type: ignore[return-value]
 
 
 def _holds(value: Any, wanted: dict[str, Any]) -> bool:
@@ -158,7 +240,7 @@ def _parquet(path: Path) -> Sequence[Any]:
 
 def _check_kind(path: Path, but: bytes = b"") -> None:
     """Raise UserError if a file begins as something else does (`but`: as anything but this)."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         head = file.read(_HEAD)
     for start, what in _KINDS:
         if start != but and head[: len(start)].lower() == start.lower():

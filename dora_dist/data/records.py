@@ -1,8 +1,9 @@
-"""Reading records from JSON, JSONL, Parquet or a hub data set; errors name the line or the record."""
+"""Reading records from JSON, JSONL, tables, Parquet or a hub data set; errors name the line or the record."""
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from dora_dist.config.files import not_a_data_file
 from dora_dist.config.names import data_set
-from dora_dist.data.files import read_rows, shown
+from dora_dist.data.files import Cells, read_rows, shown
 from dora_dist.data.formats import FORMATS, Record
 from dora_dist.data.repository import data_files
 from dora_dist.runtime.errors import UserError
@@ -25,8 +26,9 @@ def load_records(sources: Sequence[str | Path], format: str) -> list[Record]:
 
     Args:
         sources: .json (one list of objects), .jsonl (one object a line, blank lines passed over),
-            .parquet, or a data set on the hub or in a folder: "name", "name:config", "name:config:split" or
-            "name:file".
+            .parquet, .csv or .tsv (the first line names the columns; a cell for a field that is not text holds JSON or
+            a number), all but .parquet also with .gz; or a data set on the hub or in a folder: "name", "name:config",
+            "name:config:split" or "name:file".
         format: a name in FORMATS.
 
     Raises UserError, naming the source and the line or the record (both counted from 1), for a missing or
@@ -50,6 +52,8 @@ def read_records(
     for source in sources:
         count = 0
         for place, record in _read(str(source), split):
+            if isinstance(record, Cells):
+                record = _typed(place, record, fields)
             _check_fields(place, record, fields, named_by or {})
             yield place, record
             count += 1
@@ -72,6 +76,20 @@ def _check_fields(place: str, record: Any, fields: Mapping[str, type], named_by:
             raise UserError(f'{place}: "{name}" must be {TYPE_NAMES[kind]}, found {shown(value)}')
         if isinstance(value, str):
             check_characters(f'{place}: "{name}"', value)
+
+
+def _typed(place: str, row: Cells, fields: Mapping[str, type]) -> Record:
+    """A table's row with JSON read where a field is no text, and a number where it may be one."""
+    record: Record = {**row}
+    for name in (name for name, kind in fields.items() if kind is not str and name in row):
+        try:
+            record[name] = json.loads(row[name])
+        except (ValueError, RecursionError) as error:
+            if fields[name] is not object:
+                raise UserError(
+                    f'{place}: "{name}" must be {TYPE_NAMES[fields[name]]}, written as JSON, found {shown(row[name])}'
+                ) from error
+    return record
 
 
 def _instead(name: str, record: Record, named_by: Mapping[str, str]) -> str:

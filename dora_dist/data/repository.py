@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dora_dist.config.names import DATA_SUFFIXES, DataSet
+from dora_dist.config.names import DATA_KINDS, DATA_SUFFIXES, TYPED, DataSet
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.hub import Repository
 
 CARD = "README.md"  # it says which files are which configuration and split
 CONVERTED = "refs/convert/parquet"
 """The branch where the hub keeps public data sets as Parquet, CONFIG/SPLIT/*.parquet, whatever their own files are."""
-_DATA = tuple(f"*{suffix}" for suffix in DATA_SUFFIXES)
 
 
 def data_files(data: DataSet, split: str = "train", *, field: str = "data", local_only: bool = False) -> list[Path]:
@@ -32,32 +31,42 @@ def data_files(data: DataSet, split: str = "train", *, field: str = "data", loca
     folder = repository.fetch(local_only)
     if data.file:
         return _found(folder, data, split, label)
-    patterns = _patterns(folder, data, split, label) or _DATA
-    folder = replace(repository, revision=folder.name, patterns=(CARD, *patterns)).fetch(local_only)
+    of_card = _patterns(folder, data, split, label)
+
+    def fetched(kinds: tuple[str, ...]) -> list[Path]:
+        patterns = (CARD, *(of_card or (f"*{kind}" for kind in kinds)))
+        whole = replace(repository, revision=folder.name, patterns=patterns).fetch(local_only)
+        return _found(whole, data, split, label, kinds=kinds)
+
     try:
-        return _found(folder, data, split, label)
-    except _NoData:  # CSV, archives, or a program that makes them, which is not run
+        return fetched(TYPED)
+    except _NoData:  # tables, archives, or a program that makes them, which is not run
         converted = replace(repository, revision=CONVERTED, patterns=("*.parquet",))
+    try:
+        return _found(converted.fetch(local_only), data, split, label)  # with types, which tables do not have
+    except UserError as error:
         try:
-            return _found(converted.fetch(local_only), data, split, label)
-        except UserError as error:
-            raise UserError(f"{label}: has no {', '.join(DATA_SUFFIXES)} files ({error})") from error
+            return fetched(DATA_SUFFIXES)
+        except _NoData:
+            raise UserError(f"{label}: has no {DATA_KINDS} files ({error})") from error
 
 
 class _NoData(UserError):
     """No file in the folder of a data set can be read."""
 
 
-def _found(folder: Path, data: DataSet, split: str, label: str) -> list[Path]:
+def _found(
+    folder: Path, data: DataSet, split: str, label: str, *, kinds: tuple[str, ...] = DATA_SUFFIXES
+) -> list[Path]:
     if data.file:
         patterns: tuple[str, ...] | None = (_inside(data.file, label),)
     else:
         patterns = _patterns(folder, data, split, label)
-    found = sorted(_named(folder, patterns) if patterns else _guessed(folder, data, split, label))
-    if any(path.suffix not in DATA_SUFFIXES for path in found):
+    found = sorted(_named(folder, patterns) if patterns else _guessed(folder, data, split, label, kinds=kinds))
+    if any(not path.name.endswith(kinds) for path in found):
         found = []
     if not found:
-        what = f"file {data.file}" if data.file else f"{', '.join(DATA_SUFFIXES)} file for its split {split!r}"
+        what = f"file {data.file}" if data.file else f"{DATA_KINDS} file for its split {split!r}"
         raise _NoData(f"{label}: has no {what}")
     return found
 
@@ -66,7 +75,7 @@ def _named(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
     return (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
 
 
-def _guessed(folder: Path, data: DataSet, split: str, label: str) -> list[Path]:
+def _guessed(folder: Path, data: DataSet, split: str, label: str, *, kinds: tuple[str, ...]) -> list[Path]:
     """The files of a split where no card names them: by the names of files and folders, as the hub guesses them."""
     from datasets import load_dataset_builder
 
@@ -79,7 +88,7 @@ def _guessed(folder: Path, data: DataSet, split: str, label: str) -> list[Path]:
     except (OSError, ValueError, RuntimeError) as error:
         raise _NoData(f"{label}: {str(error).splitlines()[0]}") from error
     files = {str(name): [Path(file) for file in listed] for name, listed in (files or {}).items()}
-    if any(path.suffix not in DATA_SUFFIXES for listed in files.values() for path in listed):
+    if any(not path.name.endswith(kinds) for listed in files.values() for path in listed):
         return []
     wanted = data.split or split
     if wanted not in files:

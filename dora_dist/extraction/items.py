@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from dora_dist.config.names import DATA_SUFFIXES
 from dora_dist.config.source import absence
 from dora_dist.data.records import read_records
 from dora_dist.runtime.errors import UserError
@@ -17,7 +18,6 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     "video": (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"),
 }
-_LISTS = (".json", ".jsonl", ".parquet")
 _LONGEST = 200
 """Characters of a name: with what is put around it, a file's name has at most 255 bytes."""
 
@@ -46,10 +46,10 @@ class Items:
 def find_items(source: Path, folder: Path | None = None) -> Items:
     """The pictures, or the videos, that `source` means.
 
-    source: a folder (everything below it, by the files' suffixes), one file, or a list of records (.json, .jsonl,
-    .parquet) with "image" or "video", a path below `folder` (default: the list's folder), and perhaps "id"; without,
-    an item is named by its file's stem. Raises UserError where there is nothing, where pictures and videos are mixed,
-    where two files have one name, and for names and paths that would leave their folder.
+    source: a folder (everything below it, by the files' suffixes), one file, or a list of records
+    (`config.names.DATA_SUFFIXES`) with "image" or "video", a path below `folder` (default: the list's folder), and
+    perhaps "id"; without, an item is named by its file's stem. Raises UserError where there is nothing, where pictures
+    and videos are mixed, where two files have one name, and for names and paths that would leave their folder.
     """
     if source.is_dir():
         if folder is not None:
@@ -59,7 +59,7 @@ def find_items(source: Path, folder: Path | None = None) -> Items:
         raise UserError(
             f"{source}: {absence(source)}; give a folder of pictures or videos, a file, or a list of records"
         )
-    if source.suffix.lower() in _LISTS:
+    if source.name.lower().endswith(DATA_SUFFIXES):
         return _items(folder or source.parent, list(_listed(source)))
     return _items(source.parent, [(str(source), Item(source.stem, source.name))])
 

@@ -140,7 +140,7 @@ records(
     "a.json, line 2 is not UTF-8 text: byte 13 is 0xe9",
 )
 records("binary", "a.json", bytes(range(256)), "a.json is no text that can be read: it holds zero bytes")
-records("gzip", "a.jsonl", gzip.compress(GOOD.encode()), "a.jsonl is a gzip archive: unpack it first")
+records("gzip", "a.jsonl", gzip.compress(GOOD.encode()), "a.jsonl is a gzip archive: name it .gz behind")
 records("zip", "a.json", packed_zip(), "a.json is a zip archive: unpack it first")
 records("xz", "a.json", lzma.compress(GOOD.encode()), "a.json is an xz archive: unpack it first")
 records("parquet_as_json", "a.json", table([ROW]), "a.json is a Parquet file: name it .parquet")
@@ -168,19 +168,55 @@ records(
     'a.parquet, record 2: "output" is null',
 )
 records(
-    "csv",
+    "sheet",
+    "a.xlsx",
+    "PK",
+    'data.train = "a.xlsx": unknown kind of file; give .json, .jsonl, .parquet, .csv, .tsv, or .json.gz',
+)
+records(
+    "packed", "a.jsonl.xz", lzma.compress(GOOD.encode()), 'data.train = "a.jsonl.xz": is packed; unpack it, and give'
+)
+records(
+    "packed_parquet",
+    "a.parquet.gz",
+    gzip.compress(table([ROW])),
+    'data.train = "a.parquet.gz": is packed; unpack it, and give',
+)
+records("not_gzip", "a.jsonl.gz", lines(GOOD), "a.jsonl.gz is not a gzip archive, or a damaged one")
+records("half_a_gzip", "a.jsonl.gz", gzip.compress(GOOD.encode())[:-9], "a.jsonl.gz ends too soon or is damaged")
+records("gzip_of_bad_line", "a.jsonl.gz", gzip.compress(lines(GOOD, "{").encode()), "a.jsonl.gz, line 2 is not JSON")
+records("empty_gzip", "a.csv.gz", gzip.compress(b""), "a.csv.gz holds no records")
+records("csv_header_only", "a.csv", "instruction,output\n", "a.csv holds no records")
+records(
+    "csv_without_header",
     "a.csv",
-    "instruction,output\nx,y\n",
-    'data.train = "a.csv": unknown kind of file; give .json, .jsonl, .parquet (pandas reads tables',
+    "is 1 even?,false\nis 2 even?,true\n",
+    'a.csv, line 2 has no "instruction"; this format needs "instruction", "output"; it has "is 1 even?", "false"',
 )
 records(
-    "packed",
-    "a.jsonl.gz",
-    gzip.compress(GOOD.encode()),
-    'data.train = "a.jsonl.gz": is packed; unpack it, and give .json, .jsonl, .parquet',
+    "csv_cells",
+    "a.csv",
+    'instruction,output\n"a\nb",y\nis 1 even, or odd,false\n',
+    "a.csv, line 4: has 3 cells and the first line names 2; put a cell that holds a comma",
 )
 records(
-    "another_kind", "a.pkl", b"\x80\x04N.", 'data.train = "a.pkl": unknown kind of file; give .json, .jsonl, .parquet'
+    "csv_quote", "a.csv", 'instruction,output\nx,"y\nz,w\n', "a.csv, line 2: is not a row of a table: unexpected end"
+)
+records(
+    "csv_semicolons", "a.csv", "instruction;output\nx;y\n", 'its cells are parted by ";", not ","; save it with commas'
+)
+records("tabs_in_csv", "a.csv", "instruction\toutput\nx\ty\n", 'its cells are parted by tabs, not ","; name it .tsv')
+records(
+    "csv_column_twice", "a.csv", "output,output\nx,y\n", 'a.csv, line 1: the column "output" is there twice; keep one'
+)
+records(
+    "csv_latin_1", "a.csv", "instruction,output\ncafé,y\n".encode("latin-1"), "a.csv, line 2 is not UTF-8 text: byte 4"
+)
+records(
+    "another_kind",
+    "a.pkl",
+    b"\x80\x04N.",
+    'data.train = "a.pkl": unknown kind of file; give .json, .jsonl, .parquet, .csv, .tsv',
 )
 
 
@@ -195,7 +231,12 @@ def folder_named_as_file(folder: Folder) -> Words:
     return folder.run(data={"train": "a.json"})
 
 
-@CASES.bad(says='data.train = "texts": no .json, .jsonl, .parquet file in that folder')
+@CASES.bad(
+    says=(
+        'data.train = "texts": no .json, .jsonl, .parquet, .csv, .tsv, or .json.gz, .jsonl.gz, .csv.gz, .tsv.gz file '
+        "in that folder"
+    )
+)
 def folder_without_data(folder: Folder) -> Words:
     folder.text("texts/a.txt", "x")
     return folder.run(data={"train": "texts"})

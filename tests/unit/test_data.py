@@ -1,5 +1,7 @@
 """Records to labels: prompts to the letter, who gets the loss, what is cut, and what bad files are told."""
 
+import csv
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from pyarrow import parquet
 from dora_dist.config import DataConfig
 from dora_dist.data import FORMATS, RaggedDataset, TextReader, load_records, read
 from dora_dist.data.formats import answered, generation_prompt, training_prompt
+from dora_dist.data.records import read_records
 from dora_dist.data.texts import encode
 from dora_dist.runtime.errors import UserError
 from tests import toy
@@ -281,6 +284,34 @@ def test_json_jsonl_and_parquet_hold_the_same_records(tmp_path: Path) -> None:
     assert load_records(sources, "instruction") == rows + rows
 
 
+def test_tables_and_packed_files_hold_the_same_records(tmp_path: Path) -> None:
+    rows = [*toy.records(4), {"instruction": 'Say "a,b"\tor\r\nboth', "input": "", "output": "é", "answer": "x"}]
+    text = (tmp_path / "a.jsonl").read_bytes() if write(tmp_path / "a.jsonl", rows) else b""
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    for name, delimiter in (("c.csv", ","), ("d.tsv", "\t")):
+        with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
+            table = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+            table.writeheader()
+            table.writerows(rows)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    sources = sorted(path for path in tmp_path.iterdir() if path.name != "a.jsonl")
+    assert len(sources) == 6
+    for source in sources:
+        assert load_records([source], "instruction") == rows, source
+
+
+def test_a_tables_cells_are_what_their_fields_need(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": 'a "b"'}, {"role": "assistant", "content": "c"}]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages", "label"], [json.dumps(messages), "3"], ["[]", "high"]])
+    found = [record for _, record in read_records([tmp_path / "a.csv"], {"messages": list, "label": object})]
+    assert found == [{"messages": messages, "label": 3}, {"messages": [], "label": "high"}]
+    (tmp_path / "b.csv").write_text("messages\nhello\n")
+    with pytest.raises(UserError, match='b.csv, line 2: "messages" must be a list, written as JSON, found "hello"'):
+        load_records([tmp_path / "b.csv"], "messages")
+
+
 def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path: Path) -> None:
     row = json.dumps(toy.records(1)[0])
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{row}\n\n  \n{row}".encode())
@@ -318,7 +349,7 @@ GOOD = json.dumps(toy.records(1)[0])
         ("a.json", "", "a.json: the file is empty"),
         ("a.json", "[]", "a.json holds no records"),
         ("a.parquet", "not parquet", "a.parquet cannot be read as Parquet"),
-        ("a.csv", "a,b", "a.csv: unknown kind of file; give .json, .jsonl, .parquet"),
+        ("a.xlsx", "a,b", "a.xlsx: unknown kind of file; give .json, .jsonl, .parquet, .csv"),
     ],
 )
 def test_bad_files_are_named_to_the_line(name: str, content: str, complaint: str, tmp_path: Path) -> None:

@@ -83,6 +83,6 @@ def test_a_card_that_cannot_be_read_and_kinds_of_files_that_are_not(tmp_path: Pa
         names(broken)
     table = tmp_path / "table"
     table.mkdir()
-    (table / "train.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="has no .json, .jsonl, .parquet file for its split 'train'"):
+    (table / "train.xml").write_text("<a>1</a>")
+    with pytest.raises(UserError, match="has no .json, .jsonl, .parquet, .* file for its split 'train'"):
         names(table)
