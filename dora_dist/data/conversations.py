@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
@@ -98,12 +99,23 @@ def render(
 
 def render_question(question: str, template: str, tokenizer: PreTrainedTokenizerFast, image_token: str) -> str:
     """What `render` writes before the answer to a conversation's first turn. Raises UserError as that does."""
-    turn = ("user", _with_token(question, image_token))
+    return render_turns([("user", question)], template, tokenizer, image_token)
+
+
+def render_turns(
+    turns: Sequence[tuple[str, str]], template: str, tokenizer: PreTrainedTokenizerFast, image_token: str
+) -> str:
+    """What `render` writes of a conversation before the answer to the last of these turns, a user's. Raises UserError
+    as that does; under "plain", for more than one turn.
+    """
+    marked = [(role, _with_token(text, image_token)) for role, text in turns]
     if template == "model":
-        return templated_prompt(_messages([turn], tokenizer, image_token), tokenizer)
+        return templated_prompt(_messages(marked, tokenizer, image_token), tokenizer)
     if template == "plain":
-        return _pictures_alone(turn[1], tokenizer, image_token)
-    return _vicuna([turn], tokenizer, image_token).text
+        if len(marked) > 1:
+            raise UserError('data.chat_template = "plain" is for one question and one answer, which is the caption')
+        return _pictures_alone(marked[0][1], tokenizer, image_token)
+    return _vicuna(marked, tokenizer, image_token).text
 
 
 def _with_token(text: str, image_token: str) -> str:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dora_dist.models.heads import Head
     from dora_dist.tasks.evaluations.base import Evaluation, Settings, Subject
     from dora_dist.tasks.objectives.base import Objective
+    from dora_dist.tasks.prompting.base import Prompting
 
 
 CHAT = "messages"
@@ -50,3 +51,11 @@ class CausalLM(Task):
         from dora_dist.tasks.evaluations.language import LanguageEvaluation
 
         return LanguageEvaluation(self.name, subject, settings)
+
+    def prompting(self, subject: Subject, *, format: str | None, chat_template: str | None) -> Prompting:
+        from dora_dist.runtime.errors import UserError
+        from dora_dist.tasks.prompting.texts import TextPrompting
+
+        if chat_template not in (None, "model"):
+            raise UserError(f"--chat-template {chat_template}: is for a LLaVA; leave it out")
+        return TextPrompting(subject, format)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dora_dist.models.heads import Head
     from dora_dist.tasks.evaluations.base import Evaluation, Settings, Subject
     from dora_dist.tasks.objectives.base import Objective
+    from dora_dist.tasks.prompting.base import Prompting
 
 
 class ImageTextToText(Task):
@@ -65,3 +66,11 @@ class ImageTextToText(Task):
         from dora_dist.tasks.evaluations.pictures import PicturesEvaluation
 
         return PicturesEvaluation(self.name, subject, settings)
+
+    def prompting(self, subject: Subject, *, format: str | None, chat_template: str | None) -> Prompting:
+        from dora_dist.runtime.errors import UserError
+        from dora_dist.tasks.prompting.pictures import PicturePrompting
+
+        if format not in (None, *self.formats):
+            raise UserError(f"--format {format}: a LLaVA has conversations, under --chat-template; leave it out")
+        return PicturePrompting(self.name, subject, chat_template)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dora_dist.models.heads import Head
     from dora_dist.tasks.evaluations.base import Evaluation, Settings, Subject
     from dora_dist.tasks.objectives.base import Objective
+    from dora_dist.tasks.prompting.base import Prompting
 
 
 class Task(ABC):
@@ -114,6 +115,13 @@ class Task(ABC):
         """How `evaluate` measures a model. Raises UserError for settings that mean nothing here.
 
         None: as training does, by the objective's metrics on records of the task's format.
+        """
+        return None
+
+    def prompting(self, subject: Subject, *, format: str | None, chat_template: str | None) -> Prompting | None:
+        """How `generate` and `chat` ask a model, by data.format and data.chat_template where they are given.
+
+        None: a model of this task writes no texts of its own. Raises UserError for what means nothing here.
         """
         return None
 

@@ -11,7 +11,7 @@ import pytest
 from dora_dist import cli
 from dora_dist.runtime.exit_codes import DONE
 from tests import toy
-from tests.bad_inputs import adapters, bases, data, data_of_tasks, data_of_texts, evaluating, runs, settings
+from tests.bad_inputs import adapters, bases, data, data_of_tasks, data_of_texts, evaluating, runs, settings, using
 from tests.bad_inputs.case import Case, Folder, Words
 from tests.ranks import run_ranks
 
@@ -24,6 +24,7 @@ TABLES = {
     "settings": settings.CASES,
     "tasks": data_of_tasks.CASES,
     "texts": data_of_texts.CASES,
+    "using": using.CASES,
 }
 ROWS = {f"{area}-{case.name}": case for area, table in TABLES.items() for case in table}
 RUNS = [pytest.param(name, world, id=f"{name}-{world}") for name, case in ROWS.items() for world in case.ranks]

@@ -45,7 +45,7 @@ class PicturesEvaluation(Evaluation):
         check_format(self._format, self.mode)
         how = FORMATS[self._format]
         self._subject, self._limit, self._instruction = subject, settings.limit, settings.instruction
-        self._data = _data(task, subject, settings.fields or {})
+        self._data = data_of(task, subject, settings.fields or {})
         self.work: dict[str, Any] = {"batch_size": settings.batch_size}
         if self.mode == "generate":
             new = settings.max_new_tokens or how.max_new_tokens
@@ -115,7 +115,7 @@ class _Questions(Asked):
         return {**metrics, "total": len(questions), "predictions": predictions}
 
 
-def _data(task: str, subject: Subject, fields: Mapping[str, Any]) -> DataConfig:
+def data_of(task: str, subject: Subject, fields: Mapping[str, Any]) -> DataConfig:
     """How pictures and questions become input: `fields`, else those of a run's data section, else the defaults.
 
     image_folder is None where nothing says it, as it may be where no question has a picture.

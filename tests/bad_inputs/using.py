@@ -1,0 +1,101 @@
+"""`generate`, `chat` and what else is done with a trained model: prompts, options and folders that do not fit."""
+
+from pathlib import Path
+
+from tests.bad_inputs.case import Folder, Table, Words
+from tests.bad_inputs.evaluating import adapter
+
+CASES = Table()
+
+
+def generate(folder: Folder, *options: str, model: str = "base") -> Words:
+    if not (folder / "base").exists():
+        folder.base()
+    return ["generate", model, *options]
+
+
+def classifier(path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    BertForSequenceClassification(BertConfig(vocab_size=10, **sizes)).save_pretrained(path)
+
+
+@CASES.bad(says="./nowhere: no such folder; give a model, adapter, checkpoint or run folder")
+def generate_from_nowhere(folder: Folder) -> Words:
+    return generate(folder, "--prompt", "a", model="./nowhere")
+
+
+@CASES.bad(says=("task is sequence_classification", "measure it (dora-dist evaluate)"))
+def generate_from_a_classifier(folder: Folder) -> Words:
+    folder.made("classifier", classifier)
+    return generate(folder, "--prompt", "a", model="classifier")
+
+
+@CASES.bad(says="data file nowhere.jsonl: no such file in ")
+def prompts_missing(folder: Folder) -> Words:
+    return generate(folder, "--file", "nowhere.jsonl")
+
+
+@CASES.bad(says=("--file nowhere.txt: cannot be read", "give another file"))
+def lines_missing(folder: Folder) -> Words:
+    return generate(folder, "--file", "nowhere.txt")
+
+
+@CASES.bad(says="--file empty.txt: holds no prompts; write one on each line")
+def lines_empty(folder: Folder) -> Words:
+    folder.text("empty.txt", "\n\n")
+    return generate(folder, "--file", "empty.txt")
+
+
+@CASES.bad(says=('asked.jsonl, line 2: has no "instruction"', 'format "instruction"', "it has question"))
+def prompts_of_other_fields(folder: Folder) -> Words:
+    folder.text("asked.jsonl", '{"instruction": "a"}\n{"question": "b"}\n')
+    return generate(folder, "--file", "asked.jsonl", "--format", "instruction")
+
+
+@CASES.bad(says=("asked.jsonl, line 1: it has ", "the model reads 512 at most"))
+def prompt_too_long(folder: Folder) -> Words:
+    folder.text("asked.jsonl", '{"prompt": "%s"}\n' % ("is it even? " * 300))
+    return generate(folder, "--file", "asked.jsonl")
+
+
+@CASES.bad(says="--prompt: is empty; give what to ask")
+def prompt_empty(folder: Folder) -> Words:
+    return generate(folder, "--prompt", " ")
+
+
+@CASES.bad(says=("--system: prompts of", "have no place for it; leave it out"))
+def system_without_chats(folder: Folder) -> Words:
+    return generate(folder, "--prompt", "a", "--system", "be kind")
+
+
+@CASES.bad(says="--image: the model reads no pictures; leave it out")
+def picture_for_a_language_model(folder: Folder) -> Words:
+    return generate(folder, "--prompt", "a", "--image", "a.png")
+
+
+@CASES.bad(says="the tokenizer has no chat template")
+def chats_without_a_template(folder: Folder) -> Words:
+    return ["chat", *generate(folder)[1:], "--format", "messages"]
+
+
+@CASES.bad(says="--temperature -1.0: must be between 0 and 100")
+def temperature_below_zero(folder: Folder) -> Words:
+    return generate(folder, "--prompt", "a", "--temperature", "-1")
+
+
+@CASES.bad(says="--temperature 0: takes the likeliest token")
+def temperature_of_nothing(folder: Folder) -> Words:
+    return generate(folder, "--prompt", "a", "--temperature", "0", "--top-p", "0.9")
+
+
+@CASES.bad(says="--top-p 1.5: must be above 0 and at most 1")
+def top_p_above_one(folder: Folder) -> Words:
+    return generate(folder, "--prompt", "a", "--top-p", "1.5")
+
+
+@CASES.bad(says="give the folder or hub name of a model with --base")
+def chat_on_a_base_that_is_not_there(folder: Folder) -> Words:
+    adapter(folder)
+    return ["chat", "adapter", "--base", "./nowhere"]
