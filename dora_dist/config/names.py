@@ -21,6 +21,8 @@ PACKED = (".gz", ".zip", ".xz", ".bz2", ".zst", ".tar", ".tgz", ".7z")
 """Endings of files that records are not read from, which are not taken for names on the hub either."""
 PEFT_ADAPTER, OWN_ADAPTER = "adapter_config.json", "dora_dist_adapter.json"
 """The file that an adapter folder is known by: PEFT's, or our own for what PEFT has no format for."""
+SPEAKERS = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+"""Names that roles have in other collections of conversations, and ours."""
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 

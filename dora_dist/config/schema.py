@@ -43,6 +43,7 @@ Format = Annotated[
         "alpaca",
         "completion",
         "messages",
+        "sharegpt",
         "classification",
         "squad",
         "summarisation",
@@ -114,7 +115,8 @@ class DataConfig(Section):
     format: Format = Field(
         default="instruction",
         description="Records: instruction (the paper's prompt), alpaca, completion (prompt and completion as they "
-        "are), messages (the chat template), classification (one or two texts and a label), squad (question, "
+        "are), messages and sharegpt (conversations, through the chat template), "
+        "classification (one or two texts and a label), squad (question, "
         "context, answers), summarisation (a document and its summary), llava (conversations with pictures), or "
         "vision_text (VL-BART's tasks on pictures and videos)",
     )
@@ -133,6 +135,11 @@ class DataConfig(Section):
         default="all",
         description="Tokens that count in the loss: all (prompt and answer, as in the paper), or answer (llava: this "
         "alone)",
+    )
+    train_on: Annotated[list[Text], Field(min_length=1)] = Field(
+        default=["assistant"],
+        description='Roles whose turns are learnt with loss_on "answer" (messages, sharegpt); "weight" or "train" in a '
+        "turn says it for that turn alone",
     )
     cutoff_len: Annotated[TextLength | Annotated[dict[Text, TextLength], Field(min_length=1)], at_most(2**30)] = Field(
         default=256,

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from dora_dist.data.chats import joined
 from dora_dist.data.formats import Rendered, templated, templated_prompt
 from dora_dist.runtime.errors import UserError
 
@@ -59,6 +60,42 @@ def read_conversation(record: dict[str, Any]) -> Conversation:
     if marks != len(pictures):
         raise UserError(f'has {marks} {MARK} in its text and {len(pictures)} pictures in "image"; give one for each')
     return Conversation(tuple(turns), pictures)
+
+
+def with_conversations(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of "messages" with "role" and "content", a text or a list of parts, as one of LLaVA's.
+
+    A part {"type": "image"} may name its picture by "image", "path", "url" or "image_url"; else the record's "image"
+    or "images" name them. Raises UserError.
+    """
+    messages = record.get("messages")
+    if "conversations" in record or not isinstance(messages, list):
+        return record
+    turns, named = [], []
+    speakers = {role: speaker for speaker, role in ROLES.items()}
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise UserError(f'message {number} must be an object with "role" and "content"')
+        content = message.get("content")
+        if isinstance(content, list):
+            named += [path for part in content if isinstance(part, dict) and (path := _picture(part)) is not None]
+            content = joined(number, content, MARK)
+        turns.append({"from": speakers.get(str(message.get("role")), message.get("role")), "value": content})
+    image = named or record.get("image", record.get("images"))
+    return {**record, "conversations": turns, "image": image}
+
+
+def _picture(part: dict[str, Any]) -> str | None:
+    """The path that a part of a content names, if it is a picture's and names one."""
+    if part.get("type") not in ("image", "image_url"):
+        return None
+    given = next((part[name] for name in ("image", "path", "url", "image_url") if part.get(name) is not None), None)
+    path = given.get("url") if isinstance(given, dict) else given
+    if path is not None and (not isinstance(path, str) or "://" in path or path.startswith("data:")):
+        raise UserError(
+            "a picture of its content is not a path below data.image_folder; save it there, and give its path"
+        )
+    return path
 
 
 def _turn(number: int, turn: Any) -> tuple[str, str]:

@@ -10,13 +10,18 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from dora_dist.config.names import SPEAKERS
+from dora_dist.data.chats import Chat, read_chat, texts_of
 from dora_dist.data.files import shown
 from dora_dist.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from dora_dist.config import DataConfig
 
 Record = dict[str, Any]
 
@@ -54,8 +59,9 @@ ALPACA_PROMPT_WITH_INPUT = (
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
 """Roles of messages; a chat template may name others."""
-SPEAKERS = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-"""Names of these roles in other collections of conversations."""
+
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -106,29 +112,65 @@ def _alpaca(record: Record) -> str:
     return template.format(instruction=record["instruction"], input=text)
 
 
-def templated(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
-    """The conversation under the tokenizer's chat template; assistant turns are the answers.
+def templated(
+    messages: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    spans: bool,
+    *,
+    learnt: Sequence[bool] | None = None,
+    tools: list[dict[str, Any]] | None = None,
+) -> Rendered:
+    """The conversation under the tokenizer's chat template; the answers are the turns that are `learnt`.
 
-    A turn's range is found by templating the messages before it (with the generation prompt) and up to it:
-    both must begin the whole text, else the template rewrites earlier turns and no range can be trusted.
+    learnt: by default the assistant's. A turn's range is found by templating the messages before it (with the
+    generation prompt, if it is the assistant's) and up to it: both must begin the whole text, else the template
+    rewrites earlier turns, and only ranges that it marks itself ({% generation %}) can be trusted. Of another role's
+    turn the answer begins with the content, where that is to be found.
     """
-    text = _template(tokenizer, messages)
+    text = _template(tokenizer, messages, tools)
     answers = []
     for turn, message in enumerate(messages):
-        if not spans or message["role"] != "assistant":
+        assistant = message["role"] == "assistant"
+        if not spans or not (assistant if learnt is None else learnt[turn]):
             continue
-        if turn == 0:
+        if assistant and turn == 0:
             raise UserError('the first message is the assistant\'s, which answers nothing; set data.loss_on to "all"')
-        before = _template(tokenizer, messages[:turn], add_generation_prompt=True)
-        upto = _template(tokenizer, messages[: turn + 1])
+        before = _template(tokenizer, messages[:turn], tools, add_generation_prompt=assistant) if turn else ""
+        upto = _template(tokenizer, messages[: turn + 1], tools)
         if not (text.startswith(upto) and upto.startswith(before)):
-            raise UserError(
-                f"the tokenizer's chat template writes message {turn + 1} differently when later messages "
-                "follow or when it asks for an answer, so the assistant's turns cannot be told apart; set "
-                'data.loss_on to "all", or give a tokenizer whose template keeps earlier text as it is'
-            )
-        answers.append((len(before), len(upto)))
+            answers.append(_marked_by_template(tokenizer, messages, tools, turn=turn))
+        elif assistant:
+            answers.append((len(before), len(upto)))
+        else:
+            answers.append((max(upto.find(message["content"].strip(), len(before)), len(before)), len(upto)))
     return Rendered(text, tuple(answers), complete=True)
+
+
+def _marked_by_template(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    *,
+    turn: int,
+) -> tuple[int, int]:
+    """The range of an assistant's turn as the template's {% generation %} marks it. Raises UserError if none does."""
+    template = tokenizer.get_chat_template(None, tools)
+    if _GENERATION.search(template) and messages[turn]["role"] == "assistant":
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        settings: dict[str, Any] = {**tokenizer.special_tokens_map, "chat_template": template, "tools": tools}
+        rendered: Any = render_jinja_template([messages], return_assistant_tokens_mask=True, **settings)
+        [marked] = rendered[1]
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(marked) == len(turns):
+            start, stop = marked[turns.index(turn)]
+            return start, stop
+    raise UserError(
+        f"the tokenizer's chat template writes message {turn + 1} differently when later messages "
+        "follow or when it asks for an answer, so the assistant's turns cannot be told apart; set "
+        'data.loss_on to "all", or give a tokenizer whose template keeps earlier text as it is, or marks what the '
+        "assistant says with {% generation %}"
+    )
 
 
 def templated_prompt(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> str:
@@ -156,16 +198,8 @@ def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
         return
 
 
-def _check_messages(messages: list[Any], template: str) -> None:
-    if not messages:
-        raise UserError('"messages" is empty')
+def _check_roles(messages: list[dict[str, Any]], template: str) -> None:
     for turn, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise UserError(f'message {turn} must be an object with "role" and "content", found {shown(message)}')
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
-                found = "null" if message.get(name, "") is None else shown(message.get(name, "nothing"))
-                raise UserError(f'message {turn} must have a string "{name}", found {found}')
         role = message["role"]
         if role not in ROLES and not re.search(rf"['\"]{re.escape(role)}['\"]", template):
             near = SPEAKERS.get(role.lower()) or next(iter(difflib.get_close_matches(role.lower(), ROLES, n=1)), None)
@@ -176,12 +210,17 @@ def _check_messages(messages: list[Any], template: str) -> None:
 
 
 def _template(
-    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    *,
+    add_generation_prompt: bool = False,
 ) -> str:
     from jinja2 import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        known: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **known)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         # What it raises itself, or what is wrong in it: such as text + list, where it knows no typed parts.
         raise UserError(f"the tokenizer's chat template refuses these messages: {error}") from error
@@ -196,7 +235,8 @@ class Format:
     record, for a tokenizer; the flag says whether the answers' ranges are wanted. It raises UserError for a record that
     cannot be used. texts: what a record asks, and what it answers, without what the format adds. check: raises
     UserError for a tokenizer that cannot be used. answer_field: where a record holds its answer; None: in several
-    places. may_be_empty: whether all answers may be empty where prompts are learnt, too.
+    places. may_be_empty: whether all answers may be empty where prompts are learnt, too. configured: the format as
+    the data section sets it up, where there is something to set up.
     """
 
     fields: Mapping[str, type]
@@ -206,6 +246,11 @@ class Format:
     check: Callable[[PreTrainedTokenizerFast], None] = lambda tokenizer: None
     answer_field: str | None = None
     may_be_empty: bool = False
+    configured: Callable[[DataConfig], Format] | None = None
+
+    def of(self, data: DataConfig) -> Format:
+        """The format as the data section sets it up."""
+        return self if self.configured is None else self.configured(data)
 
 
 def prompted(
@@ -222,30 +267,46 @@ def prompted(
     )
 
 
-def _conversation(record: Record, tokenizer: PreTrainedTokenizerFast, spans: bool) -> Rendered:
+def _conversation(
+    record: Record, tokenizer: PreTrainedTokenizerFast, spans: bool, *, field: str, roles: tuple[str, ...]
+) -> Rendered:
     check_template(tokenizer)
-    _check_messages(record["messages"], str(tokenizer.chat_template))
-    return templated(record["messages"], tokenizer, spans)
+    chat = read_chat(record, field)
+    _check_roles(chat.messages, str(tokenizer.chat_template))
+    if not spans and any(mark is not None for mark in chat.marks):
+        raise UserError(
+            'some of its messages say by "weight" or "train" whether they are learnt, and data.loss_on = "all" learns '
+            'everything; set data.loss_on to "answer"'
+        )
+    return templated(chat.messages, tokenizer, spans, learnt=chat.learnt(roles), tools=chat.tools)
 
 
-def _sides(record: Record) -> tuple[list[str], list[str]]:
+def _sides(record: Record, *, field: str, roles: tuple[str, ...]) -> tuple[list[str], list[str]]:
     sides: tuple[list[str], list[str]] = ([], [])
-    for message in record["messages"]:
-        sides[message["role"] == "assistant"].append(message["content"])
+    chat: Chat = read_chat(record, field)
+    for message, learnt in zip(chat.messages, chat.learnt(roles), strict=True):
+        sides[learnt].append(texts_of(message))
     return sides
+
+
+def _chats(field: str, roles: tuple[str, ...] = ("assistant",)) -> Format:
+    """Conversations in a field of the record, of which the turns of some roles are learnt."""
+    return Format(
+        fields={field: list},
+        learnt="the text of the assistant" if roles == ("assistant",) else f"the text of {' and '.join(roles)}",
+        render=partial(_conversation, field=field, roles=roles),
+        texts=partial(_sides, field=field, roles=roles),
+        check=check_template,
+        configured=lambda data: _chats(field, tuple(data.train_on)),
+    )
 
 
 FORMATS: dict[str, Format] = {
     "instruction": prompted(training_prompt, "instruction", answer="output"),
     "alpaca": prompted(_alpaca, "instruction", "input", answer="output", optional=["input"]),
     "completion": prompted(lambda record: record["prompt"], "prompt", answer="completion", may_be_empty=True),
-    "messages": Format(
-        fields={"messages": list},
-        learnt="the text of the assistant",
-        render=_conversation,
-        texts=_sides,
-        check=check_template,
-    ),
+    "messages": _chats("messages"),
+    "sharegpt": _chats("conversations"),
 }
 ANSWER_FIELDS = {name: format.answer_field for name, format in FORMATS.items() if format.answer_field is not None}
 """Where a record of each single-answer format holds its answer."""

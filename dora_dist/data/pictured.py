@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from dora_dist.config import DataConfig
-from dora_dist.config.names import listed
+from dora_dist.config.names import Sources, listed
 from dora_dist.config.pictures import how_to_get
 from dora_dist.data.columns import IGNORED, Columns, Table, counts_between, row_of
-from dora_dist.data.conversations import MARK, Conversation, read_conversation, render
+from dora_dist.data.conversations import MARK, Conversation, read_conversation, render, with_conversations
 from dora_dist.data.doubts import Doubts
 from dora_dist.data.formats import Rendered
 from dora_dist.data.pictures import PictureProcessor, PictureTokens, missing_pictures
 from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.reader import Reader
-from dora_dist.data.records import Record, check_characters
+from dora_dist.data.records import Record, check_characters, read_records
 from dora_dist.data.sampler import EpochOrder, grouped_order
 from dora_dist.data.stats import ConversationStats
 from dora_dist.data.strings import unpack
@@ -52,6 +52,9 @@ class ConversationReader(Reader):
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "picture": asdict(self.stands)}
+
+    def records(self, sources: Sources, split: str) -> Iterator[tuple[str, Record]]:
+        return read_records(listed(sources), self.fields, split, prepare=with_conversations)
 
     def place(self, place: str, record: Record) -> str:
         return f"{place} (id {record['id']!r})" if "id" in record else place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -44,16 +44,23 @@ def read_records(
     split: str = "train",
     *,
     named_by: Mapping[str, str] | None = None,
+    prepare: Callable[[Record], Record] | None = None,
 ) -> Iterator[tuple[str, Record]]:
     """As `load_records`, with each record's place for messages: ("train.jsonl, line 7", {...}).
 
     split: taken of hub data sets whose name says none. named_by: the fields of the configuration that name `fields`.
+    prepare: done to each record before its fields are checked.
     """
     for source in sources:
         count = 0
         for place, record in _read(str(source), split):
             if isinstance(record, Cells):
                 record = _typed(place, record, fields)
+            if prepare is not None and isinstance(record, dict):
+                try:
+                    record = prepare(record)
+                except UserError as error:
+                    raise UserError(f"{place}: {error}") from error
             _check_fields(place, record, fields, named_by or {})
             yield place, record
             count += 1

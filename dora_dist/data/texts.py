@@ -64,16 +64,16 @@ class TokensReader(Reader):
 class TextReader(TokensReader):
     """Texts of a format.
 
-    loss_on "all": every token is a label; "answer": only the output (the assistant's turns, for messages) and the
-    end-of-sequence token. cutoff_len counts all tokens, special ones included; a sample that is cut loses its end and
-    so its end-of-sequence token.
+    loss_on "all": every token is a label; "answer": only the output (of conversations the turns of data.train_on's
+    roles, and those that say so) and the end-of-sequence token. cutoff_len counts all tokens, special ones
+    included; a sample that is cut loses its end and so its end-of-sequence token.
     """
 
-    follows_from = ("format", "loss_on", "cutoff_len")
+    follows_from = ("format", "loss_on", "cutoff_len", "train_on")
 
     @property
     def format(self) -> Format:  # looked up, not kept: loader processes may have to pickle the reader
-        return FORMATS[self.data.format]
+        return FORMATS[self.data.format].of(self.data)
 
     @property
     def fields(self) -> Mapping[str, type]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from dora_dist.config.names import SPEAKERS
 from dora_dist.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -16,21 +18,33 @@ if TYPE_CHECKING:
     from dora_dist.tasks.prompting.base import Prompting
 
 
-CHAT = "messages"
+CHATS = ("messages", "sharegpt")
 
 
 class CausalLM(Task):
     name = "causal_lm"
-    formats = ("instruction", "alpaca", "completion", CHAT)
+    formats = ("instruction", "alpaca", "completion", *CHATS)
+    fields = ("train_on",)
     trains_in_full = False
 
     def fields_of(self, data: DataConfig) -> tuple[str, ...]:
-        return ("chat_template",) if data.format == CHAT else ()
+        return ("chat_template", "train_on") if data.format in CHATS else ("train_on",)
 
     def problems_of_data(self, data: DataConfig) -> Iterator[str]:
-        given = data.chat_template
-        if data.format == CHAT and given not in ("model", type(data).model_fields["chat_template"].default):
-            yield f'data.chat_template = "{given}": data.format = "{CHAT}" takes the tokenizer\'s; give "model"'
+        given, fields = data.chat_template, type(data).model_fields
+        if data.format in CHATS and given not in ("model", fields["chat_template"].default):
+            yield f'data.chat_template = "{given}": data.format = "{data.format}" takes the tokenizer\'s; give "model"'
+        if data.train_on == fields["train_on"].default:
+            return
+        label = f"data.train_on = {json.dumps(data.train_on)}"
+        if data.format not in CHATS:
+            formats = " and ".join(CHATS)
+            yield f'{label}: has no meaning for data.format = "{data.format}", only for {formats}; take it out'
+        elif data.loss_on != "answer":
+            yield f'{label}: data.loss_on = "all" learns every turn; set it to "answer"'
+        for role in data.train_on:
+            if role in SPEAKERS:
+                yield f'{label}: "{role}" is called "{SPEAKERS[role]}" here; give that'
 
     def head(self, model: ModelConfig) -> Head:
         from dora_dist.models.heads import CAUSAL_LM

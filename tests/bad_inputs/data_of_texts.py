@@ -132,6 +132,24 @@ CASES.option(
     says='data.chat_template = "plain": data.format = "messages" takes the tokenizer\'s',
 )
 CASES.option(
+    "train_on_without_use",
+    '--data.train_on=["user"]',
+    says='data.train_on = ["user"]: has no meaning for data.format = "instruction", only for messages and sharegpt',
+)
+CASES.option(
+    "train_on_with_all",
+    '--data.train_on=["user"]',
+    "--data.format=sharegpt",
+    says='data.train_on = ["user"]: data.loss_on = "all" learns every turn; set it to "answer"',
+)
+CASES.option(
+    "train_on_speakers",
+    '--data.train_on=["gpt"]',
+    "--data.format=sharegpt",
+    "--data.loss_on=answer",
+    says='data.train_on = ["gpt"]: "gpt" is called "assistant" here; give that',
+)
+CASES.option(
     "texts_without_use",
     '--data.text_fields=["question"]',
     says='data.text_fields = ["question"]: has no meaning for data.format = "instruction", only for',

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dora_dist.config import DataConfig
 from dora_dist.data import FILLER, IGNORED, ConversationReader, EpochBatches, PictureCollator, read
-from dora_dist.data.conversations import VICUNA_SYSTEM, read_conversation, render
+from dora_dist.data.conversations import VICUNA_SYSTEM, read_conversation, render, with_conversations
 from dora_dist.data.pictures import PictureReader, missing_pictures
 from dora_dist.models.families import load_processor
 from dora_dist.runtime.errors import UserError
@@ -387,6 +387,19 @@ def test_bad_records_are_refused_by_place_and_id(folder: Path, tmp_path: Path, c
     with pytest.raises(UserError) as caught:
         built(folder, train=str(tmp_path / "data.json"))
     assert message in str(caught.value) and "record 2 (id 'x7')" in str(caught.value)
+
+
+def test_messages_with_parts_are_the_same_conversation(folder: Path, tmp_path: Path) -> None:
+    question = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "\nis it?"}]
+    turns = [("user", question), ("assistant", "no"), ("user", "sure?"), ("assistant", "yes")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert read_conversation(with_conversations({"messages": messages})) == read_conversation(TWO_TURNS)
+    question[0].pop("image")
+    assert read_conversation(with_conversations({"messages": messages, "images": ["a.png"]})).pictures == ("a.png",)
+    question[0]["image"] = "https://there/a.png"
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": messages}]))
+    with pytest.raises(UserError, match=r"record 1: a picture of its content is not a path below data.image_folder"):
+        built(folder, train=str(tmp_path / "data.json"))
 
 
 def test_turns_before_the_first_question_and_after_the_last_answer_are_left_out() -> None:

@@ -143,6 +143,103 @@ def test_conversations_that_cannot_be_told_apart_are_refused(
         build(tokenizer, file, format="messages", loss_on="answer")
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+CALL = {"name": "add", "arguments": {"a": 1}}
+GENERATION = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}</s>\n{% endgeneration %}"
+    "{% else %}{{ m.content }}</s>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+WITH_TOOLS: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "One and "}, {"type": "text", "text": "one?"}]},
+    {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "Two."},
+]
+SHARED = {
+    "system": "Be brief.",
+    "tools": json.dumps(TOOLS),
+    "conversations": [
+        {"from": "human", "value": "One and one?"},
+        {"from": "function_call", "value": json.dumps({**CALL, "arguments": json.dumps(CALL["arguments"])})},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "Two."},
+    ],
+}
+
+
+def test_what_is_learnt_of_a_chat_with_tools_is_the_templates_own_assistant_mask(tmp_path: Path) -> None:
+    plain: list[dict[str, Any]] = [*WITH_TOOLS]
+    plain[1], plain[2] = {"role": "user", "content": "One and one?"}, {**WITH_TOOLS[2], "content": ""}
+    rewriting = GENERATION.replace("{{ m.content }}{% for", "{{ m.content if loop.last else '-' }}{% for")
+    for template in (GENERATION, rewriting):
+        tokenizer = toy.tokenizer()
+        tokenizer.chat_template = template
+        truth = tokenizer.apply_chat_template(
+            plain, tools=TOOLS, return_dict=True, return_assistant_tokens_mask=True, tokenize=True
+        )
+        assert 0 < sum(truth["assistant_masks"]) < len(truth["input_ids"])
+        for format, row in (("messages", {"messages": WITH_TOOLS, "tools": TOOLS}), ("sharegpt", SHARED)):
+            file = write(tmp_path / "a.jsonl", [row])
+            data = build(tokenizer, file, format=format, loss_on="answer", cache=None)
+            masked = zip(truth["input_ids"], truth["assistant_masks"], strict=True)
+            assert data.train[0]["input_ids"] == truth["input_ids"]
+            assert data.train[0]["labels"] == [token if learnt else -100 for token, learnt in masked]
+
+
+@pytest.mark.parametrize(
+    ("marks", "train_on", "expected"),
+    [
+        ({}, ["assistant"], ["Yes, one.</s>\n", "No.</s>\n"]),
+        ({2: {"weight": 0}}, ["assistant"], ["No.</s>\n"]),
+        ({4: {"train": False}, 1: {"train": True}}, ["assistant"], ["One?</s>\n", "Yes, one.</s>\n"]),
+        ({}, ["user"], ["One?</s>\n", "Two?</s>\n"]),
+        (
+            {0: {"weight": 1}, 2: {"weight": 0}},
+            ["user", "assistant"],
+            ["Be brief.</s>\n", "One?</s>\n", "Two?</s>\n", "No.</s>\n"],
+        ),
+    ],
+)
+def test_roles_and_turns_that_say_so_are_learnt(
+    tokenizer: Any, tmp_path: Path, marks: dict[int, Any], train_on: list[str], expected: list[str]
+) -> None:
+    messages = [{**message, **marks.get(turn, {})} for turn, message in enumerate(MESSAGES)]
+    file = write(tmp_path / "m.jsonl", [{"messages": messages}])
+    data = build(tokenizer, file, format="messages", loss_on="answer", train_on=train_on)
+    [(_, learnt)] = texts(tokenizer, data.train)
+    assert learnt == "".join(expected)
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 has a picture in its content"),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "a"}]}]},
+            "message 1 has a part of its content that is not",
+        ),
+        ({"messages": [{**MESSAGES[0], "weight": 0.5}]}, 'message 1: "weight" must be 0 or 1, found 0.5'),
+        ({"messages": [{**MESSAGES[0], "weight": 0, "train": True}]}, '"weight" and "train" contradict each other'),
+        ({"messages": [{**MESSAGES[2], "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "each of its"),
+        ({"messages": MESSAGES, "tools": "add"}, '"tools" must be a list of objects that describe functions'),
+        ({"messages": MESSAGES, "system": 1, "tools": 0}, None),
+        ({"messages": MESSAGES[1:], "system": 1}, '"system" must be a string, found 1'),
+    ],
+)
+def test_chats_that_cannot_be_meant_are_refused(
+    tokenizer: Any, tmp_path: Path, row: Any, complaint: str | None
+) -> None:
+    file = write(tmp_path / "m.jsonl", [row])
+    if complaint is None:
+        assert len(build(tokenizer, file, format="messages", loss_on="answer").train) == 1
+        return
+    with pytest.raises(UserError, match=f"m.jsonl, line 1: .*{complaint}"):
+        build(tokenizer, file, format="messages", loss_on="answer")
+
+
 # -------------------------------------------------------------------------------------------------- labels
 
 
@@ -378,7 +475,7 @@ def test_missing_files_folders_and_unknown_names(tmp_path: Path) -> None:
 
 def test_every_format_names_its_fields(tmp_path: Path) -> None:
     needed = {name: f'"{name}"' for name in ("instruction", "messages")}
-    needed |= {"alpaca": '"instruction"', "completion": '"prompt"'}
+    needed |= {"alpaca": '"instruction"', "completion": '"prompt"', "sharegpt": '"conversations"'}
     assert set(needed) == set(FORMATS)
     file = write(tmp_path / "a.jsonl", [{"text": "x"}])
     for name, field in needed.items():
