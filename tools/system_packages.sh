@@ -23,6 +23,7 @@ case ${2:-} in test | demo-llava | demo-vlbart) command -v npm >/dev/null || use
 if [ "${2:-}" = test ]; then
     PATH=$PATH:/usr/sbin:/sbin
     command -v shellcheck >/dev/null || useful+=(shellcheck)
+    command -v chromium >/dev/null || command -v google-chrome >/dev/null || useful+=(chromium) # the run's page
     command -v mpirun.mpich >/dev/null || useful+=(mpich) # tests/launch
     # tests/cluster: deepspeed --hostfile, and the Slurm cluster
     command -v pdsh >/dev/null || useful+=(pdsh)

@@ -1,6 +1,5 @@
 """Where the components of a dynamic-rank run survived: a table for the log, a picture for the run folder."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dora_dist.adapters.components import Budget, PruningEvent
+from dora_dist.analysis.grid import grid
 from dora_dist.runtime import extras
 from dora_dist.runtime.console import warn
 
@@ -66,24 +66,8 @@ def write_rank_map(events: Sequence[PruningEvent], budget: Budget, path: Path) -
 
 def _grid(event: PruningEvent) -> tuple[list[str], list[str], Tensor]:
     """Layers, kinds of module, and ranks (layers, kinds), -1 where a layer lacks the module."""
-    found = {name: _place(name) for name in event.by_layer}
-    stacks = [stack.split(".") for stack in dict.fromkeys(stack for stack, _, _ in found.values())]
-    shared = set.intersection(*map(set, stacks))
-    places = {}
-    for name, (stack, number, kind) in found.items():
-        own = [part for part in stack.split(".") if part not in shared]  # "encoder", where there is a decoder too
-        places[name] = (" ".join([*own, number]), kind)
-    layers = list(dict.fromkeys(layer for layer, _ in places.values()))
-    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    layers, kinds, places = grid(event.by_layer)
     ranks = torch.full((len(layers), len(kinds)), -1)
-    for name, (layer, kind) in places.items():
-        ranks[layers.index(layer), kinds.index(kind)] = event.by_layer[name]
+    for name, r in event.by_layer.items():
+        ranks[places[name]] = r
     return layers, kinds, ranks
-
-
-def _place(name: str) -> tuple[str, str, str]:
-    """ "model.layers.3.self_attn.q_proj" -> ("model.layers", "3", "q_proj"): a stack of layers, a layer, a module."""
-    match = re.search(r"\.(\d+)\.(.+)$", name)
-    if match is None:
-        return "", "-", name
-    return name[: match.start()], match[1], match[2].removeprefix("self_attn.").removeprefix("mlp.")

@@ -1,7 +1,8 @@
 """What a run leaves on disk, and where: the one place that knows the folder's layout.
 
 RUN_DIR/
-    config.json  deepspeed.json  metrics.jsonl  analysis.jsonl  run.log  tensorboard/  .in_use
+    config.json  deepspeed.json  metrics.jsonl  analysis.jsonl  run.log  report.html  tensorboard/
+    .in_use
     run.json                       {"run": ...}: which run this is; every checkpoint's manifest says the same
     best.json                      {"checkpoint": "checkpoint-80", "eval_loss": ...}, or another metric
     checkpoint-80/
@@ -29,7 +30,7 @@ from dora_dist.runtime.folders import new_file, write_json
 CONFIG, TRAINER_STATE, TOKENIZER = "config.json", "trainer_state.json", "tokenizer"
 DEEPSPEED, LOG, TENSORBOARD = "deepspeed.json", "run.log", "tensorboard"
 METRICS, ANALYSIS = "metrics.jsonl", "analysis.jsonl"
-RUN, BEST = "run.json", "best.json"
+RUN, BEST, REPORT = "run.json", "best.json", "report.html"
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_dist.checkpoint.run_folder import ANALYSIS
-from dora_dist.cli.options import Commands, declare, positive
+from dora_dist.cli.options import Commands, declare, positive, titled_run
 from dora_dist.runtime import extras
 from dora_dist.runtime.console import say
 from dora_dist.runtime.errors import UserError
@@ -31,7 +31,7 @@ def declare_analyze(commands: Commands) -> None:
     command.add_argument(
         "runs",
         nargs="+",
-        type=_titled,
+        type=titled_run,
         metavar="[TITLE=]RUN",
         help="run folder; a panel each, titled as the run's method, or as given; runs given the same title share one",
     )
@@ -117,12 +117,3 @@ def _check_output(output: Path, overwrite: bool) -> None:
             raise UserError(
                 f"--output {output}: {file} already exists; choose another name, or replace it with --overwrite"
             )
-
-
-def _titled(text: str) -> tuple[str | None, Path]:
-    title, equals, run = text.partition("=")
-    if not equals or os.path.isdir(text):
-        return None, Path(text)
-    if not title or not run:
-        raise argparse.ArgumentTypeError(f"{text!r} is not TITLE=RUN, such as DoRA=runs/dora")
-    return title, Path(run)

@@ -1,6 +1,7 @@
 """What the commands' declarations share: how one is declared, and the kinds of values of options."""
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -67,3 +68,13 @@ def size(text: str) -> int:
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; give 5GB, 500MB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def titled_run(text: str) -> tuple[str | None, Path]:
+    """A run's folder, perhaps with a title: TITLE=RUN."""
+    title, equals, run = text.partition("=")
+    if not equals or os.path.isdir(text):
+        return None, Path(text)
+    if not title or not run:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TITLE=RUN, such as DoRA=runs/dora")
+    return title, Path(run)

@@ -28,6 +28,8 @@ COMMANDS = [
     "assemble-llava",
     "extract-features",
     "evaluate",
+    "analyze",
+    "report",
     "env",
 ]
 
@@ -121,6 +123,7 @@ OWN_OPTIONS: dict[str, list[str]] = {
         "--plugins",
     ],
     "analyze": ["--modules", "--recordings", "--steps", "--output", "--overwrite"],
+    "report": ["--output", "--overwrite"],
     "env": ["--json", "--timeout"],
 }
 

@@ -1,0 +1,130 @@
+/* The page's controls: smoothing, axes, maps of layers, and reading itself again while the run goes on. */
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const MINUTE = 60, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
+
+/* What the reader chose, kept while the page reloads. A browser may refuse storage to a page from a file. */
+const kept = {
+  name: `dora_dist ${location.pathname}`,
+  read() {
+    try { return JSON.parse(sessionStorage.getItem(this.name)) || {}; } catch { return {}; }
+  },
+  write(changes) {
+    try { sessionStorage.setItem(this.name, JSON.stringify({ ...this.read(), ...changes })); } catch { /* as said */ }
+  },
+};
+
+const page = {
+  smoothing: 0,
+  last: Math.max(1, ...data.charts.flatMap((chart) => chart.curves).flatMap((curve) => curve.x)),
+  charts: [],
+  pointAt(owner, step) {
+    for (const chart of this.charts) chart.point(step, chart === owner);
+  },
+  draw() {
+    for (const chart of this.charts) chart.draw();
+  },
+};
+
+function addCharts() {
+  const by = new Map(data.charts.map((chart) => [chart.name, chart]));
+  for (const figure of document.querySelectorAll("[data-chart]"))
+    page.charts.push(new Chart(figure, by.get(figure.dataset.chart), page));
+  new ResizeObserver(() => page.charts.forEach((chart) => { if (chart.plot.clientWidth !== chart.width) chart.draw(); })).observe(document.body);
+}
+
+function addControls() {
+  const noisy = data.charts.flatMap((chart) => chart.curves).filter((curve) => curve.style === "noisy");
+  const smoothing = document.querySelector(".smoothing"), logs = document.querySelector(".all-log");
+  const before = kept.read();
+  /* Few points need none. */
+  smoothing.value = before.smoothing ?? (Math.max(0, ...noisy.map((curve) => curve.x.length)) >= 40 ? 0.6 : 0);
+  page.smoothing = +smoothing.value;
+  smoothing.addEventListener("input", () => {
+    page.smoothing = +smoothing.value;
+    kept.write({ smoothing: page.smoothing });
+    page.draw();
+  });
+  logs.addEventListener("change", () => {
+    for (const chart of page.charts) chart.setLog(logs.checked);
+    kept.write({ logs: logs.checked });
+  });
+  smoothing.parentElement.hidden = !noisy.length;
+  logs.parentElement.hidden = !data.charts.some((chart) => chart.log);
+  document.querySelector(".controls").hidden = false;
+  if (before.logs) {
+    logs.checked = true;
+    for (const chart of page.charts) chart.setLog(true);
+  }
+}
+
+function addMaps() {
+  const by = new Map(data.maps.map((map) => [map.name, map]));
+  for (const figure of document.querySelectorAll("[data-map]")) {
+    const label = figure.querySelector(".slider");
+    if (!label) continue;
+    const map = by.get(figure.dataset.map), form = FORMS[map.form];
+    const input = label.querySelector("input"), output = label.querySelector("output");
+    const rows = [...figure.querySelectorAll("tbody tr")].map((row) => row.querySelectorAll("td"));
+    label.hidden = false;
+    input.addEventListener("input", () => {
+      const step = map.steps[+input.value].toLocaleString("en-US");
+      output.value = step;
+      input.setAttribute("aria-valuetext", `step ${step}`);
+      figure.querySelector(".at").textContent = `after step ${step}`;
+      map.cells[+input.value].forEach((row, r) => row.forEach((cell, c) => {
+        rows[r][c].textContent = cell === null ? "" : map.form === "count" ? form(cell) : String(+cell.toPrecision(2));
+        rows[r][c].className = cell === null ? "" : `h${map.max > 0 ? Math.round((data.shades * Math.max(cell, 0)) / map.max) : 0}`;
+      }));
+    });
+  }
+}
+
+function ago(seconds) {
+  if (seconds < MINUTE) return `${Math.round(seconds)} s ago`;
+  if (seconds < HOUR) return `${Math.round(seconds / MINUTE)} min ago`;
+  return seconds < 2 * DAY ? `${Math.round(seconds / HOUR)} h ago` : `${Math.round(seconds / DAY)} days ago`;
+}
+
+/* While the run goes on the file is written again and again: read it again, but not under the reader's hands. */
+function addReloading() {
+  const written = document.querySelector(".written"), every = +written.dataset.reload;
+  if (!every) return;
+  const age = written.querySelector(".age"), button = written.querySelector(".pause");
+  const loaded = Date.now();
+  let paused = Boolean(kept.read().paused), busy = 0;
+  const show = () => {
+    const old = Date.now() / 1000 - +written.dataset.written;
+    const silent = old > Math.max(10 * every, 10 * MINUTE);
+    const what = silent ? "No news since: the run may have ended." : paused ? "Does not update itself now." : "Updates itself.";
+    age.textContent = `Written ${ago(Math.max(old, 0))}. ${what}`;
+    document.querySelector(".state").classList.toggle("stale", silent);
+    button.textContent = paused ? "Update" : "Pause";
+    button.setAttribute("aria-pressed", String(paused));
+  };
+  button.hidden = false;
+  button.addEventListener("click", () => { paused = !paused; kept.write({ paused }); show(); });
+  for (const kind of ["pointermove", "pointerdown", "keydown", "wheel", "touchmove"])
+    addEventListener(kind, () => { busy = Date.now(); }, { passive: true });
+  setInterval(() => {
+    show();
+    const waited = Date.now() - loaded > every * 1000, idle = Date.now() - busy > 5000;
+    if (waited && idle && !paused && !document.hidden && !String(getSelection())) location.reload();
+  }, 1000);
+  show();
+}
+
+function keepOpen() {
+  const all = [...document.querySelectorAll("details")], open = kept.read().open || [];
+  all.forEach((details, place) => {
+    if (open.includes(place)) details.open = true;
+    details.addEventListener("toggle", () => kept.write({ open: all.flatMap((d, n) => (d.open ? [n] : [])) }));
+  });
+}
+
+addCharts();
+addControls();
+page.draw();
+addMaps();
+keepOpen();
+addReloading();

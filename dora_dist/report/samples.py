@@ -1,0 +1,45 @@
+"""Generated answers of a run's evaluations: each prompt once, with its answers, the newest first."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dora_dist.report.reading import Run
+
+MOST_SAMPLES, MOST_ANSWERS, MOST_CHARACTERS = 12, 12, 4000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`answers` are (step, text), the newest first."""
+
+    prompt: str
+    expected: str
+    answers: Sequence[tuple[int, str]]
+
+
+def of_run(run: Run) -> list[Sample]:
+    """What the history has under "samples": objects with "prompt", "answer" and perhaps "expected"."""
+    found: dict[str, Sample] = {}
+    for step, sample in reversed(list(_said(run))):
+        prompt = str(sample.get("prompt", ""))
+        known = found.get(prompt)
+        if known is None and len(found) < MOST_SAMPLES:
+            known = found[prompt] = Sample(_cut(prompt), _cut(sample.get("expected") or ""), [])
+        if known is not None and len(known.answers) < MOST_ANSWERS:
+            answers = [*known.answers, (step, _cut(sample.get("answer") or ""))]
+            found[prompt] = Sample(known.prompt, known.expected, answers)
+    return list(found.values())
+
+
+def _said(run: Run) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for record in run.records:
+        said = record.get("samples")
+        for sample in said if isinstance(said, list) else ():
+            if isinstance(sample, Mapping) and isinstance(record.get("step"), int):
+                yield record["step"], sample
+
+
+def _cut(text: Any) -> str:
+    words = str(text)
+    return words if len(words) <= MOST_CHARACTERS else f"{words[:MOST_CHARACTERS]} …"

@@ -1,0 +1,214 @@
+"""The page of a run: what is read, what is drawn, what is said, and what a hostile text cannot do."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dora_dist.cli import main
+from dora_dist.report import charts, facts, layers, page, reading, samples
+from dora_dist.report.reading import Run
+from dora_dist.runtime.exit_codes import DONE, USERS_MISTAKE
+from tests import report_runs
+
+NOW = report_runs.BEGAN + 5000
+
+
+class Text(HTMLParser):
+    """Tags and texts of a page as a browser would see them; scripts and styles are no text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._in: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._in.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("script", "style"):
+            self._in.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self._in:
+            self.text += f" {data}"
+
+
+def data_of(html: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1], parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return reading.read(report_runs.write(tmp_path_factory.mktemp("runs") / "one", report_runs.history()))
+
+
+@pytest.fixture(scope="module")
+def html(run: Run) -> str:
+    return page.of_run(run, now=NOW)
+
+
+def test_the_page_has_all_that_the_folder_tells(html: str) -> None:
+    seen = Text(html).text
+    titles = ["Loss", "Evaluation: Accuracy", "Learning rate", "Gradient norm", "Throughput", "Peak memory"]
+    titles += ["Share of the time", "Component budget", "Rank of each layer", "Change of magnitude, ΔM"]
+    titles += ["Change of direction, ΔD", "Generated answers", "What happened", "Settings", "Versions"]
+    assert [title for title in titles if f" {title} " not in seen] == []
+    assert "4,800,000 parameters trained" in seen
+    assert "lost: lost rank 1 (host n1, process 7)" in seen
+    assert "went on from checkpoint-60" in seen
+    assert "ended without a word" in seen  # the first start was killed
+    assert "2.13.0" in seen
+    assert len(html) < 300_000
+
+
+def test_a_texts_markup_is_text(html: str) -> None:
+    found = Text(html)
+    assert report_runs.HOSTILE in found.text
+    assert [tag for tag, _ in found.tags if tag in ("img", "iframe", "link", "object")] == ["link"]
+    assert sum(tag == "script" for tag, _ in found.tags) == 2
+    assert "Question <1>?" in found.text
+
+
+def test_nothing_is_fetched_and_only_the_pages_own_script_may_run(html: str) -> None:
+    found = Text(html)
+    for tag, attributes in found.tags:
+        for name in ("src", "href", "action", "data"):
+            assert re.match(r"#|data:,$", attributes.get(name) or "#"), (tag, attributes)
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|import\(", html)
+    policy = next(a["content"] for _, a in found.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert re.search(r"default-src 'none'; script-src 'sha256-[^ ]+'; style-src 'sha256-[^ ]+';", policy)
+    assert "unsafe" not in policy
+
+
+def test_a_finished_run_is_not_read_again_and_a_running_one_is(run: Run, tmp_path: Path) -> None:
+    assert 'data-reload="0"' in page.of_run(run, now=NOW)
+    going = reading.read(report_runs.write(tmp_path / "going", report_runs.history(100, ended=False)))
+    html = page.of_run(going, now=NOW, reload_s=20)
+    assert 'data-reload="20"' in html
+    assert '<noscript><meta http-equiv="refresh" content="20"></noscript>' in html
+    assert facts.state(going, live=True) == facts.State("Training", "running", "step 100 of 120")
+    assert facts.state(going, live=False).word == "Ended"
+    assert facts.state(run, live=False) == facts.State("Finished", "good", "step 120 of 120")
+
+
+def test_curves_are_the_historys_numbers(run: Run) -> None:
+    drawn = {chart.name: chart for chart in charts.of_run(run)}
+    loss = drawn["loss"]
+    assert [curve.name for curve in loss.curves] == ["training", "evaluation"]
+    assert (loss.curves[1].xs, loss.curves[1].ys) == ([30, 60, 90, 120], [1.5, 1.0, 0.75, 0.6])
+    assert loss.marks == [60, 90]
+    assert [curve.name for curve in drawn["learning-rate"].curves] == ["others", "lora_B"]
+    budget = drawn["budget"].curves[0]
+    assert (list(budget.xs), list(budget.ys)) == ([0, 30, 60, 90, 120], [36, 27, 21, 15, 9])
+    assert facts.trained_seconds(run) == 60 + 30 + 30
+
+
+def test_thinning_keeps_the_ends_and_every_spike() -> None:
+    xs = list(range(100_000))
+    ys: list[float | None] = [1.0] * len(xs)
+    ys[41_234], ys[77_777], ys[5] = 9.0, -3.0, None
+    some, values = charts.thinned(xs, ys)
+    assert len(some) <= charts.MOST_POINTS
+    assert (some[0], some[-1]) == (0, 99_999)
+    assert {9.0, -3.0} <= set(values)
+    assert charts.thinned([1, 2], [0.5, None]) == ([1, 2], [0.5, None])
+
+
+def test_maps_have_each_layer_at_each_step(run: Run) -> None:
+    ranks, direction, magnitude = layers.of_run(run)
+    assert ranks.steps == [30, 60, 90, 120]
+    assert (ranks.grid.layers, ranks.grid.kinds) == (["0", "1", "2"], ["q_proj", "down_proj"])
+    assert ranks.cells[0] == [[5, 4]] * 3
+    assert ranks.cells[-1] == [[2, 1]] * 3
+    assert [direction.shade(value) for value in (0.0, 0.06, 0.12, None)] == [0, 5, 10, None]
+    assert magnitude.cells[-1][2][1] == pytest.approx(0.06)
+    assert [curve.ys[-1] for curve in layers.curves(run)[1].curves] == pytest.approx([0.024, 0.036])
+
+
+def test_each_prompt_is_there_once_with_its_newest_answer_first(run: Run) -> None:
+    first, second = samples.of_run(run)
+    assert {first.prompt, second.prompt} == {"Question <1>?", "Question <2>?"}
+    assert [step for step, _ in first.answers] == [120, 90, 60, 30]
+    assert first.expected == "b"
+
+
+def test_values_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
+    lines = [{"step": n, "loss": loss} for n, loss in enumerate([1.0, float("nan"), float("inf"), 0.5])]
+    found = data_of(page.of_run(reading.read(report_runs.write(tmp_path / "run", lines)), now=NOW))
+    assert found["charts"][0]["curves"][0]["y"] == [1.0, None, None, 0.5]
+
+
+def test_runs_of_version_0_1_0_have_a_page(tmp_path: Path) -> None:
+    lines = [
+        {"step": 5, "loss": 2.0, "grad_norm": 0.1, "learning_rate": 1e-3, "epoch": 0.5, "elapsed": 4.0, "left": 4.0},
+        {"step": 10, "eval_loss": 1.5, "epoch": 1.0},
+        {"step": 10, "saved_step": 10.0, "save_stall_seconds": 0.0, "save_seconds": 0.3},
+        {"step": 10, "train_runtime": 9.0, "train_loss": 2.0, "epoch": 1.0},
+    ]
+    run = reading.read(report_runs.write(tmp_path / "old", lines, max_steps=10))
+    assert [chart.name for chart in charts.of_run(run)] == ["loss", "learning-rate", "gradient"]
+    assert facts.timeline(run) == [("", "10", "saved checkpoint-10 in 0.3 s")]
+    assert "step 10 of 10" in Text(page.of_run(run, now=NOW)).text
+
+
+@pytest.mark.parametrize("kept", ["config.json", "metrics.jsonl"])
+def test_missing_and_damaged_parts_are_left_out_and_named(kept: str, tmp_path: Path) -> None:
+    folder = report_runs.write(tmp_path / "run", report_runs.history())
+    for file in folder.iterdir():
+        if file.name != kept:
+            file.write_bytes(b"\xff{\n" + b'[1]\n{"step": {"a": 1}, "matrices": 3}\n{"step"')
+    run = reading.read(folder)
+    text = Text(page.of_run(run, now=NOW)).text
+    assert "cannot be read" in text
+    for file in folder.iterdir():
+        if file.name != kept:
+            file.unlink()
+    assert reading.read(folder).notes == []
+    assert page.of_run(reading.read(folder), now=NOW)
+
+
+def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = report_runs.write(tmp_path / "a/run", report_runs.history())
+    two = report_runs.write(tmp_path / "b/run", report_runs.history(slower=1.2), learning_rate=5e-4)
+    output = tmp_path / "out" / "both.html"
+    assert main(["report", str(one), f"slow={two}", str(two), "--output", str(output)]) == DONE
+    found = Text(output.read_text()).text
+    assert "3 runs compared" in found
+    assert re.search(r"Setting +a/run +slow +b/run", " ".join(found.split()))
+    assert re.search(r"training\.learning_rate +0\.0002 +0\.0005 +0\.0005", " ".join(found.split()))
+    assert re.search(r"evaluation loss, best +0\.6 +0\.72 +0\.72", " ".join(found.split()))
+    drawn = data_of(output.read_text())["charts"]
+    assert [curve["name"] for curve in drawn[0]["curves"]] == ["a/run", "slow", "b/run"]
+
+
+def test_the_command_writes_the_runs_page_and_refuses_what_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = report_runs.write(tmp_path / "run", report_runs.history())
+    for _ in range(2):  # its own page is replaced without a word
+        assert main(["report", "run"]) == DONE
+    assert "<title>Finished · run</title>" in (folder / "report.html").read_text()
+    assert main(["report", "run", "run"]) == DONE
+    refused = {
+        ("run", "run"): "comparison.html: already exists; choose another name, or replace it with --overwrite",
+        ("run", "--output", "page.txt"): "give a name that ends in .html",
+        ("run", "--output", "run.html"): "is a folder; give the name of a file in it",
+        ("nowhere",): "nowhere: is not a folder; give the folder of a run",
+        (".",): "holds neither config.json nor metrics.jsonl; give the folder of a run",
+    }
+    (tmp_path / "run.html").mkdir()
+    for words, expected in refused.items():
+        assert main(["report", *words]) == USERS_MISTAKE
+        assert expected in " ".join(capsys.readouterr().err.split())
