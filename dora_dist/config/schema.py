@@ -44,6 +44,7 @@ Format = Annotated[
         "completion",
         "messages",
         "sharegpt",
+        "template",
         "classification",
         "squad",
         "summarisation",
@@ -116,6 +117,7 @@ class DataConfig(Section):
         default="instruction",
         description="Records: instruction (the paper's prompt), alpaca, completion (prompt and completion as they "
         "are), messages and sharegpt (conversations, through the chat template), "
+        "template (a prompt of one's own, see prompt_template), "
         "classification (one or two texts and a label), squad (question, "
         "context, answers), summarisation (a document and its summary), llava (conversations with pictures), or "
         "vision_text (VL-BART's tasks on pictures and videos)",
@@ -136,6 +138,13 @@ class DataConfig(Section):
         description="Tokens that count in the loss: all (prompt and answer, as in the paper), or answer (llava: this "
         "alone)",
     )
+    prompt_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description='Text in front of the answer of a template record, with fields of the record by name: "Question: '
+        '{question}\\nAnswer: "; a brace itself is written twice',
+    )
+    answer_field: Text = Field(default="output", description="Where a template record has its answer")
     train_on: Annotated[list[Text], Field(min_length=1)] = Field(
         default=["assistant"],
         description='Roles whose turns are learnt with loss_on "answer" (messages, sharegpt); "weight" or "train" in a '

@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.config.names import SPEAKERS
+from dora_dist.config.templates import PromptTemplate
 from dora_dist.data.chats import Chat, read_chat, texts_of
 from dora_dist.data.files import shown
 from dora_dist.runtime.errors import UserError
@@ -236,7 +237,8 @@ class Format:
     cannot be used. texts: what a record asks, and what it answers, without what the format adds. check: raises
     UserError for a tokenizer that cannot be used. answer_field: where a record holds its answer; None: in several
     places. may_be_empty: whether all answers may be empty where prompts are learnt, too. configured: the format as
-    the data section sets it up, where there is something to set up.
+    the data section sets it up, where there is something to set up. named_by: fields of the configuration that name
+    `fields`, where some do.
     """
 
     fields: Mapping[str, type]
@@ -246,6 +248,7 @@ class Format:
     check: Callable[[PreTrainedTokenizerFast], None] = lambda tokenizer: None
     answer_field: str | None = None
     may_be_empty: bool = False
+    named_by: Mapping[str, str] = field(default_factory=dict)
     configured: Callable[[DataConfig], Format] | None = None
 
     def of(self, data: DataConfig) -> Format:
@@ -301,12 +304,50 @@ def _chats(field: str, roles: tuple[str, ...] = ("assistant",)) -> Format:
     )
 
 
+def _templated(data: DataConfig) -> Format:
+    """Records under data.prompt_template, with their answer in data.answer_field."""
+    template = PromptTemplate.of(data.prompt_template or "")
+    named = dict.fromkeys(template.fields, "data.prompt_template") | {data.answer_field: "data.answer_field"}
+    return replace(prompted(template.filled, *template.fields, answer=data.answer_field), named_by=named)
+
+
+def asked_as(data: Mapping[str, Any]) -> tuple[str | None, Callable[[Record], Record] | None]:
+    """The format by which a model is asked whose run had this data section, and what makes records records of it."""
+    name = data.get("format")
+    if name == "sharegpt":
+        return (
+            "messages",
+            lambda record: (
+                {**record, "messages": read_chat(record, "conversations").messages}
+                if "conversations" in record
+                else record
+            ),
+        )
+    if name == "template":
+        template, answer = PromptTemplate.of(data["prompt_template"]), data["answer_field"]
+
+        def as_completion(record: Record) -> Record:
+            if set(record) == {"prompt"} and len(template.fields) == 1:  # a text that was typed
+                record = {template.fields[0]: record["prompt"]}
+            missing = [name for name in template.fields if not isinstance(record.get(name), str)]
+            if missing:
+                raise UserError(f'has no text in "{missing[0]}", which data.prompt_template of the run names')
+            there = {"completion": record[answer]} if answer in record else {}
+            return {**record, "prompt": template.filled(record), **there}
+
+        return "completion", as_completion
+    return name, None
+
+
 FORMATS: dict[str, Format] = {
     "instruction": prompted(training_prompt, "instruction", answer="output"),
     "alpaca": prompted(_alpaca, "instruction", "input", answer="output", optional=["input"]),
     "completion": prompted(lambda record: record["prompt"], "prompt", answer="completion", may_be_empty=True),
     "messages": _chats("messages"),
     "sharegpt": _chats("conversations"),
+    "template": replace(
+        prompted(lambda record: "", answer="output"), answer_field=None, configured=_templated
+    ),  # as the data section says
 }
 ANSWER_FIELDS = {name: format.answer_field for name, format in FORMATS.items() if format.answer_field is not None}
 """Where a record of each single-answer format holds its answer."""

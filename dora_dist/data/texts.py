@@ -69,7 +69,7 @@ class TextReader(TokensReader):
     included; a sample that is cut loses its end and so its end-of-sequence token.
     """
 
-    follows_from = ("format", "loss_on", "cutoff_len", "train_on")
+    follows_from = ("format", "loss_on", "cutoff_len", "train_on", "prompt_template", "answer_field")
 
     @property
     def format(self) -> Format:  # looked up, not kept: loader processes may have to pickle the reader
@@ -78,6 +78,10 @@ class TextReader(TokensReader):
     @property
     def fields(self) -> Mapping[str, type]:
         return self.format.fields
+
+    @property
+    def named_by(self) -> Mapping[str, str]:
+        return self.format.named_by
 
     @property
     def learnt(self) -> str:
@@ -91,9 +95,10 @@ class TextReader(TokensReader):
         self.format.check(self.tokenizer)
 
     def encode(self, records: Sequence[tuple[str, Record]], into: Columns, doubts: Doubts) -> None:
-        rendered = [self._rendered(place, record) for place, record in records]
+        format = self.format
+        rendered = [self._rendered(format, place, record) for place, record in records]
         for place, record in records:
-            asked, answers = self.format.texts(record)
+            asked, answers = format.texts(record)
             doubts.look(place, [*asked, *answers], empty=bool(answers) and not any(map(str.strip, answers)))
         everywhere = self.data.loss_on == "all"
         for ids, answer in encode(self.tokenizer, rendered):
@@ -102,9 +107,9 @@ class TextReader(TokensReader):
             labels = [token if everywhere or a else IGNORED for token, a in zip(ids, answer, strict=False)]
             into.ragged("starts", tokens=ids, labels=labels)
 
-    def _rendered(self, place: str, record: Record) -> Rendered:
+    def _rendered(self, format: Format, place: str, record: Record) -> Rendered:
         try:
-            rendered = self.format.render(record, self.tokenizer, self.data.loss_on == "answer")
+            rendered = format.render(record, self.tokenizer, self.data.loss_on == "answer")
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
         check_characters(place, rendered.text)

@@ -86,6 +86,7 @@ def _prompt(speaker: Speaker, given: str | Mapping[str, Any], system: str | None
     prompting = speaker.prompting
     if isinstance(given, str):
         return prompting.of_turns(prompting.opened(given, system))
+    given = prompting.prepared(given)
     if lacking := [name for name in prompting.fields if name not in given]:
         if isinstance(text := given.get("prompt"), str):
             return prompting.of_turns(prompting.opened(text, system))

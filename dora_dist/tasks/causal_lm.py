@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.config.names import SPEAKERS
+from dora_dist.config.templates import PromptTemplate
 from dora_dist.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -19,18 +20,20 @@ if TYPE_CHECKING:
 
 
 CHATS = ("messages", "sharegpt")
+TEMPLATE = "template"
 
 
 class CausalLM(Task):
     name = "causal_lm"
-    formats = ("instruction", "alpaca", "completion", *CHATS)
-    fields = ("train_on",)
+    formats = ("instruction", "alpaca", "completion", *CHATS, TEMPLATE)
+    fields = ("train_on", "prompt_template", "answer_field")
     trains_in_full = False
 
     def fields_of(self, data: DataConfig) -> tuple[str, ...]:
-        return ("chat_template", "train_on") if data.format in CHATS else ("train_on",)
+        return ("chat_template", *self.fields) if data.format in CHATS else self.fields
 
     def problems_of_data(self, data: DataConfig) -> Iterator[str]:
+        yield from _template_problems(data)
         given, fields = data.chat_template, type(data).model_fields
         if data.format in CHATS and given not in ("model", fields["chat_template"].default):
             yield f'data.chat_template = "{given}": data.format = "{data.format}" takes the tokenizer\'s; give "model"'
@@ -73,3 +76,27 @@ class CausalLM(Task):
         if chat_template not in (None, "model"):
             raise UserError(f"--chat-template {chat_template}: is for a LLaVA; leave it out")
         return TextPrompting(subject, format)
+
+
+def _template_problems(data: DataConfig) -> Iterator[str]:
+    given, own = data.prompt_template, data.format == TEMPLATE
+    label = f"data.prompt_template = {json.dumps(given)}"
+    if own and given is None:
+        example = '"Question: {question}\\nAnswer: "'
+        yield f'data.format = "{TEMPLATE}": data.prompt_template is not set; give one, such as {example}'
+    elif not own and (given is not None or data.answer_field != type(data).model_fields["answer_field"].default):
+        said = label if given is not None else f'data.answer_field = "{data.answer_field}"'
+        yield f'{said}: has no meaning for data.format = "{data.format}", only for {TEMPLATE}; set data.format to it'
+    elif given is not None:
+        try:
+            fields = PromptTemplate.of(given).fields
+        except ValueError as error:
+            yield f"{label}: {error}"
+            return
+        if not fields:
+            yield f"{label}: names no field of a record; write {{question}} where the field question belongs"
+        if data.answer_field in fields:
+            yield (
+                f"{label}: holds the answer, {{{data.answer_field}}} (data.answer_field); it follows the prompt by "
+                "itself, so take it out"
+            )

@@ -132,6 +132,34 @@ CASES.option(
     says='data.chat_template = "plain": data.format = "messages" takes the tokenizer\'s',
 )
 CASES.option(
+    "template_missing",
+    "--data.format=template",
+    says='data.format = "template": data.prompt_template is not set; give one, such as "Question: {question}',
+)
+CASES.option(
+    "template_of_another_format",
+    "--data.prompt_template={question}",
+    says='data.prompt_template = "{question}": has no meaning for data.format = "instruction", only for template',
+)
+CASES.option(
+    "template_with_a_lookup",
+    "--data.format=template",
+    "--data.prompt_template={question.__class__}",
+    says='data.prompt_template = "{question.__class__}": {question.__class__} is not the name of a field',
+)
+CASES.option(
+    "template_without_fields",
+    "--data.format=template",
+    "--data.prompt_template=Q: ",
+    says='data.prompt_template = "Q: ": names no field of a record',
+)
+CASES.option(
+    "template_with_the_answer",
+    "--data.format=template",
+    "--data.prompt_template={instruction} {output}",
+    says="holds the answer, {output} (data.answer_field); it follows the prompt by itself",
+)
+CASES.option(
     "train_on_without_use",
     '--data.train_on=["user"]',
     says='data.train_on = ["user"]: has no meaning for data.format = "instruction", only for messages and sharegpt',

@@ -11,8 +11,9 @@ import pytest
 from pyarrow import parquet
 
 from dora_dist.config import DataConfig
+from dora_dist.config.templates import PromptTemplate
 from dora_dist.data import FORMATS, RaggedDataset, TextReader, load_records, read
-from dora_dist.data.formats import answered, generation_prompt, training_prompt
+from dora_dist.data.formats import answered, asked_as, generation_prompt, training_prompt
 from dora_dist.data.records import read_records
 from dora_dist.data.texts import encode
 from dora_dist.runtime.errors import UserError
@@ -238,6 +239,26 @@ def test_chats_that_cannot_be_meant_are_refused(
         return
     with pytest.raises(UserError, match=f"m.jsonl, line 1: .*{complaint}"):
         build(tokenizer, file, format="messages", loss_on="answer")
+
+
+def test_a_template_of_ones_own_is_filled_with_fields_alone(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"question": "Is {answer} {it}?", "topic": "sums", "reply": "yes"}]
+    how = {"prompt_template": "{{{topic}}} {question}\nA: ", "answer_field": "reply", "format": "template"}
+    data = build(tokenizer, write(tmp_path / "a.jsonl", rows), loss_on="answer", **how)
+    assert texts(tokenizer, data.train) == [("{sums} Is {answer} {it}?\nA: yes</s>", "yes</s>")]
+    format, prepare = asked_as(how)
+    assert format == "completion" and prepare is not None
+    asked = prepare(rows[0])
+    assert (asked["prompt"], asked["completion"]) == ("{sums} Is {answer} {it}?\nA: ", "yes")
+    wrong = write(tmp_path / "b.jsonl", [{"questions": "x", "topic": "y", "reply": "z"}])
+    with pytest.raises(UserError, match='b.jsonl, line 1 has no "question".*set data.prompt_template .*"questions"'):
+        build(tokenizer, wrong, **how)
+
+
+@pytest.mark.parametrize("bad", ["{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{a", "a}"])
+def test_what_is_not_a_template_is_refused(bad: str) -> None:
+    with pytest.raises(ValueError):
+        PromptTemplate.of(bad)
 
 
 # -------------------------------------------------------------------------------------------------- labels
@@ -475,7 +496,9 @@ def test_missing_files_folders_and_unknown_names(tmp_path: Path) -> None:
 
 def test_every_format_names_its_fields(tmp_path: Path) -> None:
     needed = {name: f'"{name}"' for name in ("instruction", "messages")}
-    needed |= {"alpaca": '"instruction"', "completion": '"prompt"', "sharegpt": '"conversations"'}
+    needed |= {"alpaca": '"instruction"', "completion": '"prompt"', "sharegpt": '"conversations"'} | {
+        "template": '"output"'
+    }
     assert set(needed) == set(FORMATS)
     file = write(tmp_path / "a.jsonl", [{"text": "x"}])
     for name, field in needed.items():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.data.formats import FORMATS
+from dora_dist.data.formats import FORMATS, asked_as
 from dora_dist.data.records import Record, read_records
 from dora_dist.runtime import console
 from dora_dist.runtime.console import note
@@ -45,6 +45,7 @@ class Asking:
     normalise: str
     num_beams: int
     max_new_tokens: int | None
+    prepare: Callable[[Record], Record] | None = None
 
     @property
     def free(self) -> bool:
@@ -69,7 +70,8 @@ class LanguageEvaluation(Evaluation):
     def __init__(self, task: str, subject: Subject, settings: Settings) -> None:
         settings.refuse_other_modes()
         settings.refuse_all_but(KNOWN, task)
-        self.asking = _asking(settings, settings.format or _format_of(subject.run))
+        format, prepare = (settings.format, None) if settings.format else _format_of(subject.run)
+        self.asking = replace(_asking(settings, format), prepare=prepare)
         check_format(self.asking.format)
         self._subject, self._limit = subject, settings.limit
         self.dtype = settings.dtype or "bf16"
@@ -110,19 +112,20 @@ def _asking(settings: Settings, format: str) -> Asking:
     return free if labels.free else labels
 
 
-def _format_of(run: Mapping[str, Any]) -> str:
-    """The record format of a run's data, the paper's where it was trained in none."""
-    its: str = run.get("data", {}).get("format", PAPER)
-    if its != PAPER:
-        note(f'records are read as the run\'s data.format says, "{its}"; --format gives another')
-    return its
+def _format_of(run: Mapping[str, Any]) -> tuple[str, Callable[[Record], Record] | None]:
+    """The record format of a run's data, the paper's where it was trained in none, and what makes records of it."""
+    data = {"format": PAPER, **run.get("data", {})}
+    if data["format"] != PAPER:
+        note(f'records are read as the run\'s data.format says, "{data["format"]}"; --format gives another')
+    format, prepare = asked_as(data)
+    return str(format), prepare
 
 
 def _read(task: str, file: str, asking: Asking, limit: int | None) -> Located:
     """The task's records with their places. Those that are compared with their choices need not have an answer."""
     optional = None if asking.free else ANSWERED[asking.format]
     needed = {field: kind for field, kind in FORMATS[asking.format].fields.items() if field != optional}
-    located = list(read_records([file], needed))[:limit]
+    located = list(read_records([file], needed, prepare=asking.prepare))[:limit]
     for place, record in located if not asking.free else ():
         right_answer(place, task, record, asking.mode, format=asking.format)
     return located

@@ -57,6 +57,10 @@ class Prompting(ABC):
     def of_turns(self, turns: Sequence[Message], pictures: Sequence[str] = ()) -> Prompt:
         """The prompt before the assistant's answer to the last turn, a user's. Raises UserError."""
 
+    def prepared(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A record with what `fields` names, where the records of a run have it otherwise. Raises UserError."""
+        return record
+
     @property
     @abstractmethod
     def fields(self) -> Mapping[str, type]:

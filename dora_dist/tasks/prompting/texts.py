@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dora_dist.data.formats import FORMATS, check_template, templated_prompt
+from dora_dist.data.formats import FORMATS, asked_as, check_template, templated_prompt
 from dora_dist.runtime.console import note
 from dora_dist.runtime.errors import UserError
 from dora_dist.tasks.evaluations.answers import ANSWERED, CHAT, exchange
@@ -24,7 +24,9 @@ class TextPrompting(Prompting):
     def __init__(self, subject: Subject, format: str | None) -> None:
         self.tokenizer, self.positions = subject.tokenizer, positions_of(subject.base)
         self.dtype = "bf16"
-        self._format = format or subject.run.get("data", {}).get("format") or self._usual()
+        run = subject.run.get("data", {})
+        of_run, self._prepare = asked_as(run if not format else {})
+        self._format = format or of_run or self._usual()
         if self._format not in ANSWERED:
             raise UserError(f"--format {self._format}: is unknown; give one of {', '.join(ANSWERED)}")
         if self._format == CHAT:
@@ -36,6 +38,9 @@ class TextPrompting(Prompting):
         usual = CHAT if self.tokenizer.chat_template else PLAIN
         note(f'prompts are of the format "{usual}", since no run says in which the model was trained; --format says it')
         return usual
+
+    def prepared(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        return record if self._prepare is None else self._prepare(dict(record))
 
     @property
     def fields(self) -> Mapping[str, type]:
@@ -49,7 +54,7 @@ class TextPrompting(Prompting):
             return self._of_chat([dict(turn) for turn in turns])
         system = next((turn["content"] for turn in turns if turn["role"] == "system"), None)
         asked = next(iter(self.fields))
-        return self.of_record({asked: turns[-1]["content"]}, system)
+        return self.of_record(self.prepared({asked: turns[-1]["content"]}), system)
 
     def of_record(self, record: Mapping[str, Any], system: str | None = None) -> Prompt:
         if not self.remembers:
