@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dora_dist.adapters.adapter_folder import AdapterFolder, SavedLayer
 from dora_dist.adapters.peft_folder import warn_of_lacking, warn_of_magnitudes
-from dora_dist.adapters.storage import WeightStorage, storage_of
+from dora_dist.adapters.storage import WeightStorage, labelled
 from dora_dist.checkpoint.adapter_folders import open_adapter, own_tokenizer
 from dora_dist.checkpoint.merge_plan import Output, Shard, plan_merge
 from dora_dist.checkpoint.merging import check_place, open_base, row_blocks
@@ -81,7 +81,7 @@ def consolidate(
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     adapter = open_adapter(adapter_folder)
-    storage = storage_of(adapter.base_storage(), f"{adapter.path}: the base's storage")
+    storage = labelled(adapter.base_storage(), f"{adapter.path}: the base's storage")
     base = open_base(adapter, str(base_folder))
     output = Path(output).resolve()
     check_place(output, base.path, Path(adapter_folder), what="a model", marks=MODEL_MARKS)

@@ -62,7 +62,7 @@ RULES: dict[Rule, dict[str, str]] = {
         "prompt_template answer_field doc_stride prompts chat_template group_by_modality_length",
     },
     Rule.SHAPE: {
-        "model": "task num_labels feature_dim storage",
+        "model": "task num_labels feature_dim storage storage_settings",
         "adapter": "method settings weight_decomposed r lora_alpha dynamic_rank",
     },
     Rule.ORDER: {"training": "global_batch_size seed"},

@@ -25,7 +25,7 @@ from dora_dist.adapters.method import AdapterMethod, Method
 from dora_dist.adapters.native_format import NativeAdapter, NativeLayer
 from dora_dist.adapters.peft_format import PeftAdapter
 from dora_dist.adapters.peft_layer import AdapterLayer
-from dora_dist.adapters.storage import PLAIN
+from dora_dist.adapters.storage import PLAIN, label
 from dora_dist.adapters.trained_parameters import TrainedParameters
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.format import Survivors, adapter_ranks, identity
@@ -209,7 +209,7 @@ class Saver:
             "modules_to_save": [*origin.trained_modules, *origin.trained_parameters.modules],
             "stored": {n: (masters.state, masters.stored(n)) for n in masters if n not in adapters},
             "base_digest": origin.base_digest,
-            "base_storage": next((layer.storage.name for layer in adapted.values()), PLAIN.name),
+            "base_storage": next((label(layer.storage) for layer in adapted.values()), PLAIN.name),
         }
         if not method.in_peft:
             native = {n: NativeLayer(layer.method, layer.shape, own[n]) for n, layer in adapted.items()}

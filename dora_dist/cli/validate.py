@@ -66,10 +66,10 @@ def _check_names(adapter: AdapterConfig, model: ModelConfig) -> None:
         from dora_dist.adapters.methods import chosen
 
         chosen(adapter)
-    if model.storage != ModelConfig.model_fields["storage"].default:
+    if model.storage != ModelConfig.model_fields["storage"].default or model.storage_settings:
         from dora_dist.adapters.storage import storage_of
 
-        storage_of(model.storage)
+        storage_of(model.storage, model.storage_settings)
 
 
 def _method(adapter: AdapterConfig) -> str:

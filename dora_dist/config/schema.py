@@ -5,7 +5,7 @@ Command-line options and their help, the JSON schema for editors, error messages
 all derived from it.
 """
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -92,7 +92,15 @@ class ModelConfig(Section):
         description="Width of the visual features of vision_seq2seq_lm; null: as the base has it, 2048 with a BART",
     )
     storage: str = Field(
-        default="plain", min_length=1, description="How the frozen weights are held; plugins may add further ways"
+        default="plain",
+        min_length=1,
+        description="How the frozen weights of the layers are held, gathered and multiplied: plain, in model.dtype; "
+        "int8, in 8 bits; nf4, in 4 (QLoRA's NormalFloat); plugins may add further ways",
+    )
+    storage_settings: dict[str, Any] = Field(
+        default={},
+        description="Of the storage: block_size, numbers that share a scale (64, 128, 256 or 512); nf4 also "
+        "double_quant, the scales in 8 bits",
     )
     trust_remote_code: bool = Field(default=False, description="Let the hub repository's own Python code run here")
 

@@ -9,7 +9,7 @@ import torch
 from dora_dist.adapters.folders import holds_adapter
 from dora_dist.adapters.inject import like
 from dora_dist.adapters.patterns import outside
-from dora_dist.adapters.storage import storage_of
+from dora_dist.adapters.storage import labelled
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_folders import base_path, find_adapter, kept_tokenizer, open_adapter, read_adapter
 from dora_dist.checkpoint.trained_weights import is_trained_weights
@@ -196,7 +196,7 @@ def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) 
         trained_modules=adapter.modules_to_save,
         trained_parameters=lambda model: single,
         start_from=adapter,
-        storage=storage_of(adapter.base_storage, f"{folder}: the base's storage"),
+        storage=labelled(adapter.base_storage, f"{folder}: the base's storage"),
     )
     return run.model
 

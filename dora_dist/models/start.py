@@ -9,6 +9,7 @@ from torch import nn
 from dora_dist.adapters.adapter_folder import SavedAdapter, agrees
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.peft_folder import warn_of_lacking
+from dora_dist.adapters.storage import label
 from dora_dist.models.heads import Head
 from dora_dist.runtime.console import warn
 from dora_dist.runtime.errors import UserError
@@ -37,7 +38,7 @@ def check(
                 "that it was trained on"
             )
     _check_trained(where, trained, adapter, sized_by=head.sized_by)
-    for storage in {layer.storage.name for layer in layers.values()} - {adapter.base_storage}:
+    for storage in {label(layer.storage) for layer in layers.values()} - {adapter.base_storage}:
         warn(
             f"{where} was trained with model.storage = {adapter.base_storage!r}, and this run has {storage!r}: it "
             "starts from another function of the base's weights; set model.storage to the adapter's one"

@@ -21,7 +21,7 @@ def check(config: RunConfig) -> None:
     """
     tasks.check(config)
     chosen(config.adapter)
-    storage_of(config.model.storage)
+    storage_of(config.model.storage, config.model.storage_settings)
     config.check_files()
     check_base(config)
     config.deepspeed_config(distributed.launched_world_size())

@@ -105,7 +105,7 @@ def adapted_model(
         refresher=refresher,
         dtype=model.dtype,
         head=task_named(model.task).head(model),
-        storage=storage_of(model.storage),
+        storage=storage_of(model.storage, model.storage_settings),
         trained_modules=adapter.trained_modules,
         trained_parameters=trained_parameters(adapter),
         start_from=start_from,

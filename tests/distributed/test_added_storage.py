@@ -1,5 +1,6 @@
-"""Storages from outside of the package, trained, resumed and merged on shards: what a base in eight bits comes to."""
+"""Packed storages, from outside of the package and its own, trained, resumed and merged on shards."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ from tests.ranks import run_ranks
 
 EXAMPLES = ROOT / "examples"
 PLUGINS = ["add_a_storage", "tests.storages"]
-RECORDS = {"eight_bits": (64, 66), "two_tensors": (10, 9)}
+RECORDS = {
+    "eight_bits": (64, 66),
+    "two_tensors": (10, 9),
+    "int8": (64, 66),
+    "nf4": (64, 34),
+    'nf4 {"block_size": 128, "double_quant": true}': (2048, 1042),
+}
 """Numbers of a weight in a record, and bytes of a record in all of the storage's tensors."""
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 
@@ -35,15 +42,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def decoded_base(folder: Path, storage: str) -> Path:
     """The base with the weights that `storage` makes of those that are adapted."""
-    from dora_dist.adapters.storage import storage_of
+    from dora_dist.adapters.storage import labelled
 
-    target = folder / f"base-{storage}"
+    target = folder / f"base-{list(RECORDS).index(storage)}"
     if not target.exists():
         toy.base_model(target)
         tensors = load_file(folder / "base" / "model.safetensors")
         for name, values in tensors.items():
             if name.removesuffix(".weight").endswith(TARGETS):
-                tensors[name] = storage_of(storage).round_trip(values.flatten()).view(values.shape)
+                tensors[name] = labelled(storage, "").round_trip(values.flatten()).view(values.shape)
         save_file(tensors, target / "model.safetensors", {"format": "pt"})
     return target
 
@@ -53,14 +60,18 @@ def run(*configurations: dict[str, Any]) -> list[dict[str, Any]]:
     return training_runs.run(*configurations)
 
 
+def section(storage: str) -> dict[str, Any]:
+    """What the model section of a configuration says of a storage, by its label."""
+    name, _, settings = storage.partition(" ")
+    return {"storage": name, "storage_settings": json.loads(settings or "{}")}
+
+
 def packed(folder: Path, storage: str, run_dir: Path, **changes: Any) -> dict[str, Any]:
-    model = {"path": str(folder / "base"), "storage": storage}
+    model = {"path": str(folder / "base"), **section(storage)}
     return config(folder / "base", folder / "data.json", run_dir, model=model, **changes) | {"plugins": PLUGINS}
 
 
-@pytest.mark.parametrize(
-    ("storage", "world_size"), [("eight_bits", 1), ("eight_bits", 2), ("eight_bits", 3), ("two_tensors", 3)]
-)
+@pytest.mark.parametrize(("storage", "world_size"), [("eight_bits", 1), ("int8", 2), ("nf4", 3), ("two_tensors", 3)])
 def test_training_is_that_of_the_decoded_base(storage: str, world_size: int, folder: Path, tmp_path: Path) -> None:
     plain = config(decoded_base(folder, storage), folder / "data.json", tmp_path / "plain")
     for ours, theirs in run_ranks(run, world_size, packed(folder, storage, tmp_path / "packed"), plain):
@@ -87,7 +98,7 @@ def build(base: str, storage: str) -> dict[str, Any]:
     sys.path.insert(0, str(EXAMPLES))
     plugins.load(PLUGINS)
     run = build_model(
-        ModelConfig(path=base, dtype="fp32", storage=storage),
+        ModelConfig(path=base, dtype="fp32", **section(storage)),
         AdapterConfig(r=4, target_modules=list(TARGETS)),
         deepspeed=engine_json(dist.get_world_size()),
     )
@@ -121,7 +132,7 @@ def test_a_rank_reads_and_holds_its_records_alone(storage: str, world_size: int,
             assert held == -(-records // world_size) * size
             norms = tensors[f"{name}.weight"].double().norm(dim=1).float()
             torch.testing.assert_close(rank["norms"][name], norms, rtol=1e-6, atol=0)
-        assert torch.uint8 in rank["dtypes"]
+        assert {torch.uint8, torch.int8} & rank["dtypes"]
         # The engine's gathers allocate ceil(numel / world size) elements a rank: shards must be that long.
         assert all(ours == theirs for ours, theirs in rank["cuts"])
         assert rank["weights"] > total // 4  # as many as the model has, whatever their bytes

@@ -1,15 +1,31 @@
 """Storages by name: what `model.storage` chooses from."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from dora_dist.adapters.storage.base import StoredTensor, WeightStorage
+from dora_dist.adapters.storage.int8 import Int8
+from dora_dist.adapters.storage.nf4 import NF4
 from dora_dist.adapters.storage.packed import PackedStorage
 from dora_dist.adapters.storage.plain import PLAIN
 from dora_dist.runtime.errors import UserError
 
-__all__ = ["PLAIN", "PackedStorage", "StoredTensor", "WeightStorage", "as_held", "register", "storage_of"]
+__all__ = [
+    "NF4",
+    "PLAIN",
+    "Int8",
+    "PackedStorage",
+    "StoredTensor",
+    "WeightStorage",
+    "as_held",
+    "label",
+    "labelled",
+    "register",
+    "storage_of",
+]
 
 _STORAGES: dict[str, WeightStorage] = {}
 
@@ -20,14 +36,33 @@ def register(storage: WeightStorage) -> None:
         raise ValueError(f"a storage named {storage.name!r} is registered already")
 
 
-def storage_of(name: str, field: str = "model.storage") -> WeightStorage:
-    """The storage of that name. Raises UserError, which names `field`, if there is none."""
+def storage_of(name: str, settings: Mapping[str, Any] | None = None, *, field: str = "model.storage") -> WeightStorage:
+    """The storage of that name with these settings. Raises UserError, which names `field`, if there is none."""
     if name not in _STORAGES:
         known = ", ".join(_STORAGES)
         raise UserError(
             f'{field} = "{name}": no such storage (known: {known}); name the module that registers it in plugins'
         )
-    return _STORAGES[name]
+    return _STORAGES[name].with_settings(settings or {})
+
+
+def label(storage: WeightStorage) -> str:
+    """What says which storage held a base: its name, and where it has settings of its own, these as JSON."""
+    usual = storage_of(storage.name).settings()
+    own = {name: value for name, value in storage.settings().items() if value != usual.get(name)}
+    return f"{storage.name} {json.dumps(own)}" if own else storage.name
+
+
+def labelled(text: str, field: str) -> WeightStorage:
+    """The storage of a `label`, which `field` has. Raises UserError if there is none."""
+    name, _, rest = text.partition(" ")
+    try:
+        settings = json.loads(rest or "{}")
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{field} = {json.dumps(text)}: is not a storage and its settings; copy the folder again")
+    return storage_of(name, settings, field=field)
 
 
 def as_held(storage: WeightStorage, read: Callable[[int, int], Tensor], numel: int, *, span: tuple[int, int]) -> Tensor:
@@ -42,3 +77,5 @@ def as_held(storage: WeightStorage, read: Callable[[int, int], Tensor], numel: i
 
 
 register(PLAIN)
+register(Int8())
+register(NF4())

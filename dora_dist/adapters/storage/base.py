@@ -7,7 +7,7 @@ neighbours: loading and row norms need nothing more.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,14 @@ class WeightStorage(Protocol):
     name: str
     record: int
     tensors: Mapping[str, StoredTensor]
+
+    def settings(self) -> dict[str, Any]:
+        """What `model.storage_settings` can set, with the values that it has: plain JSON."""
+        ...
+
+    def with_settings(self, settings: Mapping[str, Any]) -> "WeightStorage":
+        """The same with other `settings`, or some of them. Raises UserError for one that it cannot have."""
+        ...
 
     def hold(self, weight: nn.Parameter) -> dict[str, nn.Parameter]:
         """The frozen parameters, by name, that hold `weight` (out, in); on the meta device if it is."""

@@ -1,36 +1,64 @@
 """What storages of packed records have in common. One of them says how a record is encoded and decoded."""
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dora_dist.adapters.storage.base import StoredTensor
+from dora_dist.adapters.storage.base import StoredTensor, WeightStorage
+from dora_dist.runtime.errors import UserError
 from dora_dist.weights.placement import Fill, RecordFill
 
 CHUNK_ELEMENTS = 4 * 2**20
 """Elements of a weight that are fp32 at a time while they are encoded or decoded: 16 MiB."""
+PRODUCT_ELEMENTS = {"cpu": 2 * 2**20}
+OTHER_PRODUCT_ELEMENTS = 32 * 2**20
+"""Elements of a weight that are decoded at a time while they are multiplied, by the kind of device: on a CPU they
+should stay in its cache, elsewhere a product should be large.
+"""
+SCALE_BYTES = 2
+"""Of a block's scale in the package's storages, a bfloat16."""
+BLOCK_SIZES = (64, 128, 256, 512)
 
 
 class PackedStorage(ABC):
     """A `WeightStorage` whose tensors are flat: records one after the other.
 
-    A subclass sets `name`, `record` and `tensors`, and writes `encode` and `decode`. The products decode the whole
-    weight of a layer to the dtype of what it is multiplied by; a subclass with a kernel of its own overrides them.
+    A subclass sets `name`, `record` and `tensors`, and writes `encode`, and `decode` or `decode_into`. The products
+    decode blocks of rows, one after the other into the same memory, in the dtype of what they are multiplied by; a
+    subclass with a kernel of its own overrides them.
     """
 
     name: str
     record: int
     tensors: Mapping[str, StoredTensor]
 
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def with_settings(self, settings: Mapping[str, Any]) -> WeightStorage:
+        check_settings(self, settings)
+        return self
+
     @abstractmethod
     def encode(self, values: Tensor) -> Sequence[Tensor]:
         """values (n, record) fp32 -> (n, elements) of each of `tensors`, in its dtype."""
 
-    @abstractmethod
     def decode(self, tensors: Sequence[Tensor]) -> Tensor:
         """(n, elements) of each of `tensors` -> (n, record) fp32, on the tensors' device."""
+        values = torch.empty(len(tensors[0]), self.record, device=tensors[0].device)
+        self.decode_into(tensors, values)
+        return values
+
+    def decode_into(self, tensors: Sequence[Tensor], out: Tensor) -> None:
+        """Write (n, elements) of each of `tensors` as numbers to `out` (n, record), in its dtype.
+
+        As `decode`, whose numbers are rounded to that dtype once.
+        """
+        out.copy_(self.decode(tensors))
 
     def hold(self, weight: nn.Parameter) -> dict[str, nn.Parameter]:
         records, device = -(-weight.numel() // self.record), weight.device
@@ -68,27 +96,63 @@ class PackedStorage(ABC):
 
     def to_fp32(self, tensors: Sequence[Tensor], start: int, stop: int, *, device: torch.device) -> Tensor:
         first, last = start // self.record, -(-stop // self.record)
-        records = []
-        for values, stored in zip(tensors, self.tensors.values(), strict=True):
-            records.append(
-                values[first * stored.elements : last * stored.elements].to(device).view(-1, stored.elements)
-            )
+        records = self._records(tensors, first, last, device=device)
         return self.decode(records).flatten()[start - first * self.record : stop - first * self.record]
 
     def project(
         self, x: Tensor, tensors: Sequence[Tensor], shape: tuple[int, int], *, bias: Tensor | None = None
     ) -> Tensor:
-        return torch.ops.aten.linear(x, self._weight(tensors, shape, like=x), bias)
+        y = x.new_empty(len(x), shape[0])
+        for start, stop, weight in self._row_blocks(tensors, shape, like=x):
+            y[:, start:stop] = torch.ops.aten.linear(x, weight, None if bias is None else bias[start:stop])
+        return y
 
     def project_back(self, grad: Tensor, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-        return grad @ self._weight(tensors, shape, like=grad)
+        # In fp32: each block's product is rounded as the whole one would be, and their sum a second time only.
+        total = torch.zeros(len(grad), shape[1], dtype=torch.float32, device=grad.device)
+        for start, stop, weight in self._row_blocks(tensors, shape, like=grad):
+            if stop - start == shape[0]:
+                return grad @ weight
+            total += grad[:, start:stop] @ weight
+        return total.to(grad.dtype)
 
-    def _weight(self, tensors: Sequence[Tensor], shape: tuple[int, int], *, like: Tensor) -> Tensor:
-        """The whole weight (out, in), with dtype and device of `like`."""
-        numel = shape[0] * shape[1]
-        weight = like.new_empty(numel)
-        step = max(1, CHUNK_ELEMENTS // self.record) * self.record
-        for start in range(0, numel, step):
-            stop = min(start + step, numel)
-            weight[start:stop] = self.to_fp32(tensors, start, stop, device=like.device)
-        return weight.view(shape)
+    def _row_blocks(
+        self, tensors: Sequence[Tensor], shape: tuple[int, int], *, like: Tensor
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Rows [start, stop) of the weight (out, in), with dtype and device of `like`; each overwrites the last."""
+        rows, width = shape
+        at_once = PRODUCT_ELEMENTS.get(like.device.type, OTHER_PRODUCT_ELEMENTS)
+        step = min(max(1, at_once // width), rows)
+        # Rows need not begin where records do.
+        memory = like.new_empty(-(-step * width // self.record) + 1, self.record)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            first, last = start * width // self.record, -(-stop * width // self.record)
+            self.decode_into(self._records(tensors, first, last, device=like.device), memory[: last - first])
+            offset = start * width - first * self.record
+            yield start, stop, memory.view(-1)[offset : offset + (stop - start) * width].view(-1, width)
+
+    def _records(self, tensors: Sequence[Tensor], first: int, last: int, *, device: torch.device) -> list[Tensor]:
+        """Records [first, last), (last − first, elements) of each of `tensors`."""
+        return [
+            values[first * stored.elements : last * stored.elements].to(device).view(-1, stored.elements)
+            for values, stored in zip(tensors, self.tensors.values(), strict=True)
+        ]
+
+
+def check_settings(storage: WeightStorage, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` (model.storage_settings) if they are a storage's own and can be had. Raises UserError."""
+    known = storage.settings()
+    for name, value in settings.items():
+        if name not in known:
+            raise UserError(
+                f"model.storage_settings: {json.dumps(name)} is not a setting of the storage {storage.name!r}; it has: "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
+        if type(value) is not type(known[name]):
+            kind = "true or false" if isinstance(known[name], bool) else "a whole number"
+            raise UserError(f"model.storage_settings: {name} = {json.dumps(value)}: must be {kind}")
+    if settings.get("block_size", BLOCK_SIZES[0]) not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise UserError(f"model.storage_settings: block_size = {settings['block_size']}: must be one of {sizes}")
+    return dict(settings)

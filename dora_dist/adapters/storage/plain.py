@@ -1,11 +1,13 @@
 """The weight as it is: one floating-point number per element, in the model's dtype."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dora_dist.adapters.storage.base import StoredTensor
+from dora_dist.adapters.storage.base import StoredTensor, WeightStorage
+from dora_dist.adapters.storage.packed import check_settings
 from dora_dist.weights.placement import Fill, RecordFill, in_place
 
 
@@ -15,6 +17,13 @@ class PlainStorage:
     name = "plain"
     record = 1
     tensors: Mapping[str, StoredTensor] = {"weight": StoredTensor(1)}
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def with_settings(self, settings: Mapping[str, Any]) -> WeightStorage:
+        check_settings(self, settings)
+        return self
 
     def hold(self, weight: nn.Parameter) -> dict[str, nn.Parameter]:
         weight.requires_grad_(False)
