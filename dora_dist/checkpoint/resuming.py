@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dora_dist.adapters.methods import chosen
 from dora_dist.config.fields import values
 from dora_dist.config.files import new_run_from
+from dora_dist.config.mixture import mixture_of, replaced
 from dora_dist.config.names import Sources, data_set, is_local
 from dora_dist.data.sampler import batches_of
 from dora_dist.runtime.errors import UserError
@@ -123,6 +124,8 @@ def _sources(names: Sources, place: Callable[[str], str]) -> Any:
     """A field of sources with the `place` of each name."""
     if isinstance(names, Mapping):
         return {task: _sources(of_task, place) for task, of_task in names.items()}
+    if mixture_of(names):
+        return replaced(names, lambda path: _sources(path, place))
     if names is None or isinstance(names, list):
         return names and [place(name) for name in names]
     return place(names)

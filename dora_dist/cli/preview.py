@@ -27,6 +27,8 @@ def show(data: TokenizedData, tokenizer: Any, *, title: str, steps: int, batch: 
     samples = data.train
     an_epoch = batches_of(samples.parts.values(), batch)
     console.print(f"\n{steps:,} steps of {batch} records, {an_epoch:,} steps an epoch: {steps / an_epoch:,.1f} epochs")
+    for share in samples.shares:
+        console.print(f"  {share}", soft_wrap=True)
     for title, position in samples.shown().items():
         _print_sample(console, tokenizer, samples.preview(position), title=title)
     console.print()

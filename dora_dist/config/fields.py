@@ -99,7 +99,7 @@ def _words(kind: dict[str, Any]) -> str:
     if "enum" in kind:
         return "one of " + ", ".join(json.dumps(value) for value in kind["enum"])
     if kind.get("type") == "array":
-        return "a list of text"
+        return "a list of objects" if "$ref" in kind.get("items", {}) else "a list of text"
     if kind.get("type") == "object":
         values = kind.get("additionalProperties")
         return f"a JSON object, each value {_words(values)}" if isinstance(values, dict) else "a JSON object"

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -36,15 +36,18 @@ def is_local(name: str) -> bool:
     )
 
 
-Sources = str | list[str] | Mapping[str, str | list[str]] | None
-"""What a field of sources holds: a name, several, or either for each of several tasks."""
+Sources = Any
+"""What a field of sources holds: a name, several, either for each of several tasks, or a mixture (config/mixture.py);
+None: nothing."""
 
 
 def listed(sources: Sources) -> list[str]:
     """All names in a field of sources."""
     if isinstance(sources, Mapping):
         return [name for names in sources.values() for name in listed(names)]
-    return [sources] if isinstance(sources, str) else sources or []
+    if isinstance(sources, str):
+        return [sources]
+    return [name for each in sources or [] for name in ([each] if isinstance(each, str) else listed(each.path))]
 
 
 def by_task(sources: Sources) -> dict[str, list[str]]:

@@ -7,8 +7,9 @@ all derived from it.
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from dora_dist.config.mixture import Mixture, checked
 from dora_dist.config.names import largest
 from dora_dist.config.section import (
     Count,
@@ -108,9 +109,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """What the model learns from."""
 
-    train: PathText | PathTexts | PathsByTask = Field(
+    train: PathText | PathTexts | Mixture | PathsByTask = Field(
         description="Training data: a file (.json, .jsonl, .csv, .tsv, also with .gz, or .parquet), or a data set on "
-        "the hub or in a folder (name, name:config, name:config:split or name:file), or a list of these; "
+        "the hub or in a folder (name, name:config, name:config:split or name:file), or a list of these, or a list of "
+        'sources that are mixed, {"path": ..., "weight": 1, "name": ..., "format": ...}; '
         'vision_text: such a value for each of its tasks, {"vqa": ..., "gqa": ..., "nlvr2": ..., "caption": ..., '
         '"tvqa": ..., "how2qa": ..., "tvc": ..., "yc2c": ...}'
     )
@@ -217,6 +219,8 @@ class DataConfig(Section):
     num_workers: Annotated[int, Field(ge=0), at_most(1024)] = Field(
         default=0, description="Loader processes per rank; 0: load in the rank itself"
     )
+
+    _sources = field_validator("train", mode="before")(checked)
 
     @property
     def longest_text(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,27 +13,36 @@ from torch.utils.data import Dataset
 
 from dora_dist.data import columns
 from dora_dist.data.columns import Table
+from dora_dist.data.mixture import Mixture, Share, shares, sources_of
 from dora_dist.data.preview import Preview
 from dora_dist.data.reader import Reader
 from dora_dist.data.sampler import EpochOrder
 from dora_dist.data.stats import Stats
 
+SHARES = "samples of each source, and of an epoch"
+"""Where a checkpoint says how the sources of a mixture are mixed."""
+
 
 class RaggedDataset(Dataset[dict[str, Any]]):
     """Samples of different lengths, held in tensors alone: loader processes would copy lists, page by page."""
 
-    def __init__(self, reader: Reader, table: Table, index: Tensor) -> None:
-        """index: (k,) int64, which rows of the table are here."""
-        self.reader, self.table, self.index = reader, table, index
+    def __init__(self, reader: Reader, table: Table, index: Tensor, mixture: Mixture | None = None) -> None:
+        """index: (k,) int64, which rows of the table are here. mixture: of which sources, by column "sources"."""
+        self.reader, self.table, self.index, self.mixture = reader, table, index, mixture
+        self.sources = None if mixture is None else sources_of(table["sources"], self.records)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Sample i; i + k·len(self), which only an epoch's order asks for, is its variant k."""
+        """Sample i; i + k·len(self), which only an epoch's order asks for, is its variant k.
+
+        Of a mixture it has the number of its "source".
+        """
         variant, i = divmod(i, len(self))
         row = int(self.index[i])
-        return self.reader.variant(self.table, row, variant) if variant else self.reader.item(self.table, row)
+        sample = self.reader.variant(self.table, row, variant) if variant else self.reader.item(self.table, row)
+        return sample if self.sources is None else {**sample, "source": int(self.sources[i])}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
@@ -109,12 +118,22 @@ class RaggedDataset(Dataset[dict[str, Any]]):
     @property
     def epoch_order(self) -> EpochOrder | None:
         """The order of an epoch, where it is more than a permutation."""
-        return self.reader.order(self.table, self.index)
+        if self.mixture is None or self.sources is None:
+            return self.reader.order(self.table, self.index)
+        return self.mixture.order(self.sources, lambda drawn: self.reader.order(self.table, self.index[drawn]))
+
+    @property
+    def shares(self) -> Sequence[Share]:
+        """What an epoch has of each source of a mixture."""
+        return () if self.mixture is None or self.sources is None else shares(self.mixture, self.sources)
 
     @property
     def order_facts(self) -> dict[str, Any]:
         """What an epoch's order follows from, besides seed, batch size, number of samples and `parts`."""
-        return self.reader.order_facts(self.table, self.index)
+        facts = self.reader.order_facts(self.table, self.index)
+        if self.mixture is None:
+            return facts
+        return {**facts, SHARES: {share.name: [share.samples, share.drawn] for share in self.shares}}
 
 
 def _digest(content: bytes) -> bytes:

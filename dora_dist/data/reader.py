@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +36,12 @@ class Reader(ABC):
 
     def __init__(self, data: DataConfig, tokenizer: Any) -> None:
         self.data, self.tokenizer = data, tokenizer
+
+    def of_format(self, format: str) -> Reader:
+        """The same for records of another format that the task has."""
+        other = copy(self)
+        other.data = self.data.model_copy(update={"format": format})
+        return other
 
     # --- records --------------------------------------------------------------------------------------------------
 

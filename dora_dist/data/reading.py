@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from dora_dist.config import DataConfig
+from dora_dist.config.mixture import MixtureSource, mixture_of, names_of
 from dora_dist.config.names import Sources, by_task, listed
 from dora_dist.data.cache import cached
 from dora_dist.data.columns import Columns, Table
 from dora_dist.data.doubts import Doubts, pack_doubts, say
+from dora_dist.data.mixture import Mixture
 from dora_dist.data.ragged import RaggedDataset, TokenizedData
 from dora_dist.data.reader import Reader
 from dora_dist.data.stats import Stats
@@ -31,7 +34,9 @@ def read(reader: Reader, data: DataConfig, *, seed: int, progress: bool = True) 
     data.validation_samples records of data.train that `seed` chooses. Raises UserError, naming source and line or
     record, for a file that cannot be read and a record that its reader refuses; and when nothing is left to learn from.
     """
-    reader.check()
+    mixture = mixture_of(data.train)
+    for each in [reader, *(reader.of_format(source.format) for source in mixture if source.format)]:
+        each.check()
     train = _table(reader, data, "train", progress)
     if data.validation is not None:
         table, where = _table(reader, data, "validation", progress), "data.validation"
@@ -43,7 +48,22 @@ def read(reader: Reader, data: DataConfig, *, seed: int, progress: bool = True) 
         of_held = torch.isin(numbers, held)
         rest, chosen = (~of_held).nonzero()[:, 0], of_held.nonzero()[:, 0]
     training = _selected(reader, train, rest, "data.train")
+    if mixture:
+        training = _mixed(training[0], mixture), training[1]
     return TokenizedData(*training, *(_selected(reader, table, chosen, where) if len(chosen) else ()))
+
+
+def _mixed(train: RaggedDataset, sources: Sequence[MixtureSource]) -> RaggedDataset:
+    """The set as a mixture of its sources. Raises UserError for one that nothing can be learnt from."""
+    mixture = Mixture(tuple(names_of(sources)), tuple(source.weight for source in sources))
+    mixed = RaggedDataset(train.reader, train.table, train.index, mixture)
+    for number, share in enumerate(mixed.shares, start=1):
+        if not share.samples:
+            raise UserError(
+                f'data.train, source {number} ("{share.name}") has no sample to learn from; look at its data, raise '
+                "data.cutoff_len, or take the source out"
+            )
+    return mixed
 
 
 def held_out(records: int, wanted: int, seed: int) -> set[int]:
@@ -67,6 +87,8 @@ def _table(reader: Reader, data: DataConfig, split: str, progress: bool) -> Tabl
     sources = listed(named)
     # What is odd about the records, and where they are, is said with the names of the sources.
     settings = {"reader": type(reader).__qualname__, **reader.settings(), "sources": by_task(named) or sources}
+    if mixture := mixture_of(named):
+        settings["mixture"] = [[*listed(source.path), source.format] for source in mixture]
     table = cached(
         data.cache,
         sources,
@@ -84,21 +106,29 @@ def _code_of(reader: Reader) -> set[Path]:
 
 
 def _encoded(reader: Reader, sources: Sources, split: str, progress: bool) -> dict[str, Tensor]:
-    field = f"data.{split}"
-    records = list(reader.records(sources, split))
-    into, doubts = Columns(), Doubts(reader.tokenizer, but=reader.allowed)
-    bar: Any = console.progress(
-        len(records), f"tokenizing {field}", f" {reader.counted}", delay=2.0, leave=False, shown=progress
-    )
-    with bar:
-        for first in range(0, len(records), CHUNK):
-            chunk = [(reader.place(place, record), record) for place, record in records[first : first + CHUNK]]
-            reader.encode(chunk, into, doubts)
-            into.records += len(chunk)
-            bar.update(len(chunk))
+    field, mixture = f"data.{split}", mixture_of(sources)
+    parts = [(reader.of_format(source.format) if source.format else reader, source.path) for source in mixture] or [
+        (reader, sources)
+    ]
+    into, doubts, bounds = Columns(), Doubts(reader.tokenizer, but=reader.allowed), [0]
+    for each, named in parts:
+        records = list(each.records(named, split))
+        bar: Any = console.progress(
+            len(records), f"tokenizing {field}", f" {each.counted}", delay=2.0, leave=False, shown=progress
+        )
+        with bar:
+            for first in range(0, len(records), CHUNK):
+                chunk = [(each.place(place, record), record) for place, record in records[first : first + CHUNK]]
+                each.encode(chunk, into, doubts)
+                into.records += len(chunk)
+                bar.update(len(chunk))
+        bounds.append(into.records)
     # Else what is saved of the tokenizer would depend on whether it or the cache had the tokens.
     reader.tokenizer.backend_tokenizer.no_truncation()
     reader.tokenizer.backend_tokenizer.no_padding()
     table = into.table()
-    found = doubts.found(field, reader.learnt, may_be_empty=reader.learns_without)
+    if mixture:
+        table["sources"] = torch.tensor(bounds)
+    learnt = " or ".join(dict.fromkeys(each.learnt for each, _ in parts))
+    found = doubts.found(field, learnt, may_be_empty=all(each.learns_without for each, _ in parts))
     return {**table, "doubts": pack_doubts([*found, *reader.remarks(table)])}

@@ -18,6 +18,14 @@ A batch that is not full is filled up with FILLER. Sample i + k·n is variant k 
 """
 
 
+_EPOCHS = 1_000_003
+
+
+def parted_seed(seed: int) -> tuple[int, int]:
+    """The seed of a run (below 2^43) and the number of an epoch, from the seed of that epoch."""
+    return divmod(seed, _EPOCHS)
+
+
 def batches_of(parts: Iterable[int], batch: int) -> int:
     """Global batches of an epoch with so many samples of each kind, no two of which share a batch."""
     return sum(-(-samples // batch) for samples in parts)
@@ -92,7 +100,7 @@ class EpochBatches(BatchSampler):
     def _order(self) -> list[int]:
         order = list(range(self.num_samples))
         # One 64-bit seed from the two: adding them would make epoch 1 of seed 0 equal epoch 0 of seed 1.
-        seed = (self.seed * 1_000_003 + self.epoch) % 2**63
+        seed = (self.seed * _EPOCHS + self.epoch) % 2**63
         if self.order is not None:
             return self.order(seed, self.global_batch_size)
         if self.shuffle:

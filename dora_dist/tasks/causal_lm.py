@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from dora_dist.config.mixture import formats_of
 from dora_dist.config.names import SPEAKERS
 from dora_dist.config.templates import PromptTemplate
 from dora_dist.tasks.task import Task
@@ -30,17 +31,17 @@ class CausalLM(Task):
     trains_in_full = False
 
     def fields_of(self, data: DataConfig) -> tuple[str, ...]:
-        return ("chat_template", *self.fields) if data.format in CHATS else self.fields
+        return ("chat_template", *self.fields) if _formats(data) & {*CHATS} else self.fields
 
     def problems_of_data(self, data: DataConfig) -> Iterator[str]:
         yield from _template_problems(data)
         given, fields = data.chat_template, type(data).model_fields
-        if data.format in CHATS and given not in ("model", fields["chat_template"].default):
+        if _formats(data) & {*CHATS} and given not in ("model", fields["chat_template"].default):
             yield f'data.chat_template = "{given}": data.format = "{data.format}" takes the tokenizer\'s; give "model"'
         if data.train_on == fields["train_on"].default:
             return
         label = f"data.train_on = {json.dumps(data.train_on)}"
-        if data.format not in CHATS:
+        if not _formats(data) & {*CHATS}:
             formats = " and ".join(CHATS)
             yield f'{label}: has no meaning for data.format = "{data.format}", only for {formats}; take it out'
         elif data.loss_on != "answer":
@@ -78,8 +79,12 @@ class CausalLM(Task):
         return TextPrompting(subject, format)
 
 
+def _formats(data: DataConfig) -> set[str]:
+    return formats_of(data.train, data.format)
+
+
 def _template_problems(data: DataConfig) -> Iterator[str]:
-    given, own = data.prompt_template, data.format == TEMPLATE
+    given, own = data.prompt_template, TEMPLATE in _formats(data)
     label = f"data.prompt_template = {json.dumps(given)}"
     if own and given is None:
         example = '"Question: {question}\\nAnswer: "'

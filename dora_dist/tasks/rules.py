@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from dora_dist.config.fields import field_specs
+from dora_dist.config.mixture import mixture_of
 from dora_dist.config.problems import listed
 from dora_dist.runtime import plugins
 from dora_dist.tasks.task import TASKS, Task
@@ -40,6 +41,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     else:
         yield from of_data.problems_of_data(config.data)
         yield from _by_task(of_data, config.data)
+        yield from _of_mixture(of_data, config.data)
         yield from _fields_of_others(of_data, config.data)
     if task and of_data and task is not of_data:
         yield from _not_together(task, of_data, config.data.format)
@@ -73,6 +75,22 @@ def _by_task(task: Task, data: DataConfig) -> Iterator[str]:
                 f'data.{field} = {json.dumps(getattr(data, field))}: records of data.format = "{data.format}" are of '
                 f"one kind; give {remedy}"
             )
+
+
+def _of_mixture(task: Task, data: DataConfig) -> Iterator[str]:
+    """Sources that are mixed by weights, of a task that has none, or in formats that do not go together."""
+    mixture = mixture_of(data.train)
+    if mixture and task.several:
+        yield f'data.train: records of data.format = "{data.format}" are of several tasks; give files for each task'
+    for number, source in enumerate(mixture, start=1):
+        if source.format is not None and source.format not in task.formats:
+            yield (
+                f'data.train, source {number}: format = "{source.format}" does not go with data.format = '
+                f'"{data.format}"; a mixture is of {" and ".join(task.formats)}'
+            )
+    named = [source.name for source in mixture if source.name]
+    if twice := [name for name in named if named.count(name) > 1]:
+        yield f'data.train: two sources have the name "{twice[0]}"; give each its own'
 
 
 def _fields_of_others(task: Task, data: DataConfig) -> Iterator[str]:

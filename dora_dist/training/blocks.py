@@ -54,6 +54,8 @@ def opening(run_dir: Path, world: World, resume: Path | None) -> None:
 def about_data(options: DataConfig, data: TokenizedData) -> None:
     """Once the data is read: how much there is to learn from, and what was left out."""
     line("data", f"{', '.join(listed(options.train))}: {data.train_stats}")
+    if shares := data.train.shares:
+        line("sources", "; ".join(map(str, shares)))
     if data.validation_stats is not None:
         held_out = f"{options.validation_samples} samples held out of it"
         line("validation", f"{', '.join(listed(options.validation)) or held_out}: {data.validation_stats}")

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from dora_dist.config import RunConfig, is_local
+from dora_dist.config.mixture import mixture_of, replaced
 from dora_dist.config.names import Sources, data_set, listed
 from dora_dist.data.repository import data_files
 from dora_dist.runtime.distributed import World, together
@@ -64,6 +65,8 @@ def _found(sources: Sources, split: str, local_only: bool) -> Any:
     """The files of a field of sources, by task where it is."""
     if isinstance(sources, Mapping):
         return {task: _found(names, split, local_only) for task, names in sources.items()}
+    if mixture_of(sources):
+        return replaced(sources, lambda path: _found(path, split, local_only))
     return [file for name in listed(sources) for file in _files(name, split, local_only)]
 
 
@@ -97,13 +100,19 @@ def _by_hand_options(config: RunConfig) -> dict[str, str]:
         sources = getattr(config.data, split)
         named = _by_hand_sources(sources)
         if listed(named) != listed(sources):
-            options[f"data.{split}"] = named if isinstance(named, str) else json.dumps(named)
+            options[f"data.{split}"] = named if isinstance(named, str) else json.dumps(named, default=_plain)
     return options
+
+
+def _plain(source: Any) -> Any:
+    return source.model_dump(exclude_defaults=True)
 
 
 def _by_hand_sources(sources: Sources) -> Any:
     if isinstance(sources, Mapping):
         return {task: _by_hand_sources(names) for task, names in sources.items()}
+    if mixture_of(sources):
+        return replaced(sources, _by_hand_sources)
     named = [_by_hand_source(source) for source in listed(sources)]
     return named[0] if len(named) == 1 else named
 

@@ -132,6 +132,31 @@ CASES.option(
     says='data.chat_template = "plain": data.format = "messages" takes the tokenizer\'s',
 )
 CASES.option(
+    "mixture_with_a_slip",
+    '--data.train=[{"path": "data.json", "wieght": 2}]',
+    says='data.train, source 1: unknown key "wieght"; a source has path, weight, name, format',
+)
+CASES.option(
+    "mixture_without_weight",
+    '--data.train=[{"path": "data.json", "weight": 0}]',
+    says='data.train, source 1, "weight": 0: input should be greater than 0',
+)
+CASES.option(
+    "mixture_of_tasks",
+    '--data.train=[{"path": "data.json", "format": "llava"}]',
+    says='data.train, source 1: format = "llava" does not go with data.format = "instruction"; a mixture is of',
+)
+CASES.option(
+    "mixture_of_one_name",
+    '--data.train=[{"path": "data.json", "name": "a"}, {"path": "data.json", "name": "a"}]',
+    says='data.train: two sources have the name "a"; give each its own',
+)
+CASES.option(
+    "mixture_of_a_missing_file",
+    '--data.train=[{"path": "data.json"}, {"path": "date.json"}]',
+    says='data.train = "date.json": no such file',
+)
+CASES.option(
     "template_missing",
     "--data.format=template",
     says='data.format = "template": data.prompt_template is not set; give one, such as "Question: {question}',

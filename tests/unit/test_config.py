@@ -348,9 +348,9 @@ def test_files_that_are_there_pass(workplace: Path) -> None:
         (["--data.train=tain.json"], 'data.train = "tain.json": no such file in'),
         (["--data.train=tain.json"], "did you mean train.json?"),
         (["--data.train=train.json,void.jsonl"], 'data.train = "void.jsonl": the file is empty'),
-        (["--data.train=empty"], 'data.train = "empty": no .json, .jsonl, .parquet file in that folder'),
+        (["--data.train=empty"], 'data.train = "empty": no .json, .jsonl, .parquet, .csv'),
         (["--data.train=base:train.json"], 'data.train = "base:train.json": no train.json in that folder'),
-        (["--data.validation=./table.csv"], 'data.validation = "./table.csv": unknown kind of file'),
+        (["--data.validation=./table.xlsx"], 'data.validation = "./table.xlsx": unknown kind of file'),
         (
             ["--adapter.init_from=base"],
             'adapter.init_from = "base": no adapter_config.json or dora_dist_adapter.json in it',
@@ -366,7 +366,7 @@ def test_missing_file_names_field_path_and_remedy(workplace: Path, overrides: li
     (workplace / "pickled/config.json").write_text("{}")
     (workplace / "step/adapter/adapter_config.json").write_text("{}")
     (workplace / "void.jsonl").touch()
-    (workplace / "table.csv").write_text("a,b\n")
+    (workplace / "table.xlsx").write_text("a,b\n")
     with pytest.raises(UserError) as caught:
         RunConfig.load("mine.json", overrides, check_files=True)
     assert message in str(caught.value)

@@ -89,6 +89,17 @@ def test_only_the_turns_of_the_assistant_are_marked(here: Path, capsys: pytest.C
     assert rows(printed)["samples"] == ["2", "1"]
 
 
+def test_sources_are_shown_with_their_shares(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy.base_model(here / "base")
+    toy.write_records(here / "a.json", 6)
+    Path("b.csv").write_text("prompt,completion\n" + "is it?,yes\n" * 4)
+    short = {"path": "b.csv", "weight": 2, "format": "completion", "name": "short"}
+    data = {"train": [{"path": "a.json", "weight": 0.5}, short], "validation_samples": 0, "cutoff_len": 300}
+    printed = looked_at(capsys, "base", data=data)
+    assert "  a: 20.0% of an epoch, 2 draws of 6 samples (0.33 passes)\n" in printed
+    assert "  short: 80.0% of an epoch, 8 draws of 4 samples (2 passes)\n" in printed
+
+
 def test_labels_answers_and_summaries(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoders.plain_encoder(here / "bert")
     encoders.write_labelled(here / "data.json", 10)
