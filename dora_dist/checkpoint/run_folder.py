@@ -144,7 +144,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def forget_after(run_dir: Path, step: int) -> None:
     """Drop what metrics.jsonl and analysis.jsonl say of later steps than the one a run goes on from: they will happen
-    again.
+    again. That the run started and how it ended stays.
     """
     for name in (METRICS, ANALYSIS):
         if (run_dir / name).exists():
@@ -153,7 +153,7 @@ def forget_after(run_dir: Path, step: int) -> None:
 
 def _forget_lines_after(path: Path, step: int) -> None:
     lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if _is_up_to(line, step)]
+    kept = [line for line in lines if _is_up_to(line, step) or _is_of_a_start(line)]
     if kept != lines:
         with new_file(path, alone=True) as partial:
             partial.write_text("".join(kept))
@@ -164,6 +164,10 @@ def _is_up_to(line: str, step: int) -> bool:
         return int(json.loads(line)["step"]) <= step
     except (ValueError, KeyError, TypeError):
         return False  # a line that a killed process began
+
+
+def _is_of_a_start(line: str) -> bool:
+    return _is_up_to(line, 2**63) and json.loads(line).get("event") in ("start", "end")
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:

@@ -79,9 +79,13 @@ class Watch:
     reason's exit status.
     """
 
-    def __init__(self, world: World, start_timeout_s: float = 1800.0) -> None:
-        """start_timeout_s: how long ranks may keep the others waiting while no steps are taken."""
-        self._world, self._start_timeout_s = world, start_timeout_s
+    def __init__(
+        self, world: World, start_timeout_s: float = 1800.0, *, told: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """start_timeout_s: how long ranks may keep the others waiting while no steps are taken. told: gets the reason
+        where a thread ends the process.
+        """
+        self._world, self._start_timeout_s, self._told = world, start_timeout_s, told
         self.before_exit: Callable[[], None] = lambda: None
         self.expect_no_steps()
         self._over, self._left = threading.Event(), threading.Event()
@@ -193,6 +197,7 @@ class Watch:
 
     def _end(self, reason: Reason, can_tell: bool = True) -> None:
         complain(f"error on rank {self._world.rank}: {reason.text}")
+        self._told(reason.text)
         self.before_exit()
         if can_tell:
             with suppress(RuntimeError):  # then the others find the store gone, too

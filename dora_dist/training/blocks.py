@@ -120,7 +120,7 @@ def closing(checkpoint: Path, seconds: float) -> None:
 
 
 def _validation(records: list[dict[str, Any]]) -> str:
-    found = [record["eval_loss"] for record in records if "eval_loss" in record]
+    found = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
     if not found:
         return ""
     return f"; validation {found[0]:.4f} -> {found[-1]:.4f}"

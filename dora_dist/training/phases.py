@@ -21,6 +21,7 @@ from dora_dist.adapters.layer import adapted_layers
 from dora_dist.adapters.methods import chosen
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.format import check_budget
+from dora_dist.checkpoint.history import History
 from dora_dist.checkpoint.in_use import InUse
 from dora_dist.checkpoint.manifest import read_manifest
 from dora_dist.checkpoint.resuming import forgets_best, located, optimizer_steps
@@ -34,7 +35,7 @@ from dora_dist.runtime.errors import Stopped, UserError
 from dora_dist.runtime.folders import write_json
 from dora_dist.runtime.run_log import RunLog
 from dora_dist.tasks import task_named
-from dora_dist.training import doubts
+from dora_dist.training import doubts, facts
 from dora_dist.training.agreement import of_configuration, of_plugins
 from dora_dist.training.arguments import training_arguments
 from dora_dist.training.blocks import about_model, opening
@@ -70,7 +71,14 @@ class Phase:
     """What differs from the run that wrote the checkpoint."""
 
 
-def run(config: RunConfig, ranks: Ranks, log: RunLog, *, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+def run(
+    config: RunConfig,
+    ranks: Ranks,
+    log: RunLog,
+    *,
+    history: History,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Path:
     """Train from the beginning, or from a checkpoint, to the last step (collective); returns the newest checkpoint."""
     world, run_dir = ranks.world, Path(config.checkpoint.run_dir)
     check_agreement(world, of_code() | of_plugins(config.plugins) | of_configuration(config))
@@ -86,7 +94,9 @@ def run(config: RunConfig, ranks: Ranks, log: RunLog, *, callbacks: Sequence[Tra
         inputs = read_inputs(config, world)
         phase: Phase | None = first_phase(config, inputs, world, resume=resume)
         while phase is not None:
-            phase = train_phase(config, inputs, phase, ranks=ranks, log=log, in_use=in_use, callbacks=callbacks)
+            phase = train_phase(
+                config, inputs, phase, ranks=ranks, log=log, in_use=in_use, history=history, callbacks=callbacks
+            )
             collect()  # the engine that was: the next one needs its memory
     newest = [run_folder.newest_checkpoint(run_dir)]
     dist.broadcast_object_list(newest)  # other nodes need not see rank 0's folder unless they resume from it
@@ -120,6 +130,7 @@ def train_phase(
     ranks: Ranks,
     log: RunLog,
     in_use: InUse,
+    history: History,
     callbacks: Sequence[TrainerCallback],
 ) -> Phase | None:
     """Build a phase's model and train it to the phase's end (collective). Returns the next phase; None after the last.
@@ -128,11 +139,13 @@ def train_phase(
     """
     world, run_dir = ranks.world, Path(config.checkpoint.run_dir)
     ranks.stop.can_save = False
-    trainer = build_trainer(config, inputs, phase, ranks=ranks, callbacks=callbacks)
+    trainer = build_trainer(config, inputs, phase, ranks=ranks, history=history, callbacks=callbacks)
     with together("writing the run folder"):  # only now: a run that cannot start leaves nothing behind
         if world.first:
             in_use.claim()
             _write_run_folder(config, run_dir, world.world_size, phase.checkpoint)
+        _begin(history, config, inputs, phase, world=world)
+        history.add("model", **facts.of_model(trainer.run))
     first_host = [world.host]
     dist.broadcast_object_list(first_host)
     if log.path is None:
@@ -163,7 +176,13 @@ def compacted_phase(phase: Phase, pruning: Pruning, run_dir: Path, world: World)
 
 
 def build_trainer(
-    config: RunConfig, inputs: Inputs, phase: Phase, *, ranks: Ranks, callbacks: Sequence[TrainerCallback]
+    config: RunConfig,
+    inputs: Inputs,
+    phase: Phase,
+    *,
+    ranks: Ranks,
+    history: History,
+    callbacks: Sequence[TrainerCallback],
 ) -> DoraTrainer:
     """The model of a phase, adapted and sharded, and what trains it (collective)."""
     world, training, data = ranks.world, config.training, inputs.data
@@ -185,7 +204,7 @@ def build_trainer(
     )
     pruning = Pruning(phase.budget, config.adapter)
     run_dir = Path(config.checkpoint.run_dir)
-    report = ReportCallback(world, adapted, pruning, run_dir=run_dir, options=config.logging)
+    report = ReportCallback(world, adapted, pruning, history=history, run_dir=run_dir, options=config.logging)
     # Deadlines end before the report draws what only rank 0 draws.
     ours: list[TrainerCallback] = [Randomness(training.seed, world.rank), Deadlines(ranks.watch, config.engine)]
     if config.analysis.every:
@@ -275,6 +294,14 @@ def _tensorboard(run_dir: Path) -> TensorBoardCallback:
         ) from error
     callback.logging_dir = callback.logging_dir or str(run_dir / run_folder.TENSORBOARD)
     return callback
+
+
+def _begin(history: History, config: RunConfig, inputs: Inputs, phase: Phase, *, world: World) -> None:
+    """The history's first line of this start; a later phase is of the same start."""
+    if not history.began:
+        step = 0 if phase.checkpoint is None else run_folder.step_of(phase.checkpoint)
+        steps = optimizer_steps(config.training, inputs.data.train.parts)
+        history.begin(step, **facts.of_start(world, steps=steps, checkpoint=phase.checkpoint, changed=phase.changed))
 
 
 def _write_run_folder(config: RunConfig, run_dir: Path, world_size: int, resume: Path | None) -> None:

@@ -11,6 +11,9 @@ from dora_dist.adapters.patterns import matches
 from dora_dist.models.families import family_of_model
 from dora_dist.runtime.errors import UserError
 
+_RATE_OF = "rate_of"
+"""Where a parameter group has the pattern whose rate it has."""
+
 
 def rated(model: nn.Module, pattern: str) -> list[nn.Parameter]:
     """The trained parameters of a kind that adapters have, else those that a pattern or its modules name.
@@ -46,9 +49,15 @@ def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping
             moved = [p for p in group["params"] if id(p) in chosen]
             if moved and len(moved) < len(group["params"]):
                 group["params"] = [p for p in group["params"] if id(p) not in chosen]
-                optimizer.add_param_group({**group, "params": moved, "lr": rate})
+                optimizer.add_param_group({**group, "params": moved, "lr": rate, _RATE_OF: pattern})
             elif moved:  # the whole group, which must not stay behind empty
-                group["lr"] = rate
+                group["lr"], group[_RATE_OF] = rate, pattern
+
+
+def rates_by_pattern(schedule: LambdaLR) -> dict[str, float]:
+    """The present rate of each group; "" for what no pattern of training.learning_rates names."""
+    groups = schedule.optimizer.param_groups
+    return {str(group.get(_RATE_OF, "")): float(group["lr"]) for group in groups}
 
 
 def go_on_at(schedule: LambdaLR, step: int) -> list[float]:

@@ -1,6 +1,5 @@
 """What a run says while it trains: a progress bar, a row of a table per logging step, metrics.jsonl."""
 
-import json
 import resource
 import time
 from pathlib import Path
@@ -12,13 +11,14 @@ from deepspeed.accelerator import get_accelerator
 from transformers import TrainerCallback
 
 from dora_dist.analysis.rank_map import rank_table, write_rank_map
-from dora_dist.checkpoint.run_folder import METRICS
+from dora_dist.checkpoint.history import History
 from dora_dist.config import LoggingConfig
 from dora_dist.models.build import AdaptedModel
 from dora_dist.runtime.console import progress, say, width
 from dora_dist.runtime.distributed import World, together
 from dora_dist.runtime.folders import DISK_IS_FULL, disk_errors
 from dora_dist.training.pruning import Pruning
+from dora_dist.training.rates import rates_by_pattern
 from dora_dist.training.table import Table
 
 PEAK_BF16_FLOPS = {
@@ -43,16 +43,24 @@ class ReportCallback(TrainerCallback):
     """
 
     def __init__(
-        self, world: World, run: AdaptedModel, pruning: Pruning, *, run_dir: Path, options: LoggingConfig
+        self,
+        world: World,
+        run: AdaptedModel,
+        pruning: Pruning,
+        *,
+        history: History,
+        run_dir: Path,
+        options: LoggingConfig,
     ) -> None:
         self.tokens_seen = 0
         """By this rank, since this start; the trainer counts them."""
         self._world, self._norms, self._pruning = world, run.norms, pruning
         self._weights = run.weights
-        self._file = run_dir / METRICS
+        self._history, self._run_dir = history, run_dir
         self._peak = options.peak_flops or _known_peak()
         self._show_bar = options.progress_bar
         self._bar: Any = None
+        self._rates: dict[str, float] = {}
         self._since = (time.perf_counter(), 0, 0, 0.0, 0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -63,39 +71,43 @@ class ReportCallback(TrainerCallback):
         )
         self._since = self._counters(state)
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._rates = rates_by_pattern(kwargs["lr_scheduler"])  # the step's own, which is over when they are logged
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.update()
+        self._history.step = state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.close()
         events, budget = self._pruning.events, self._pruning.budget
         if not events or budget is None:
             return
-        picture = self._file.with_name("rank_map.png")
+        picture = self._run_dir / "rank_map.png"
         with together("drawing the rank map"):
             if self._world.first:
                 say(f"\nadapter ranks after step {events[-1].step}:\n{rank_table(events[-1])}")
                 with disk_errors(picture, only=DISK_IS_FULL):
                     write_rank_map(events, budget, picture)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Collective: every rank logs the same kinds of lines."""
         logs = dict(logs or {})
         if "loss" in logs:
             logs.update(self._throughput(state, args.device))
             logs.update(self._clock(state))
+            if len(self._rates) > 1:
+                logs["learning_rates"] = self._rates
         for unwanted in ("total_flos", "train_samples_per_second", "train_steps_per_second"):
             logs.pop(unwanted, None)
         with together("writing the log"):  # or the other ranks would go on, and wait for rank 0
             if self._world.first:
-                self._write({"step": state.global_step, **logs})
+                self._write(logs)
 
-    def _write(self, record: dict[str, Any]) -> None:
-        if "components_kept" in record:
-            record["components_by_layer"] = self._pruning.events[-1].by_layer
-        with disk_errors(self._file), self._file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        self._show(record)
+    def _write(self, logs: dict[str, Any]) -> None:
+        if "components_kept" in logs:
+            logs["components_by_layer"] = self._pruning.events[-1].by_layer
+        self._show(self._history.add(event_of(logs), **logs))
 
     def _show(self, record: dict[str, Any]) -> None:
         if "loss" in record:
@@ -150,6 +162,22 @@ _EVALUATED = {
 }
 _WORTH_SAYING_S = 0.5
 """A save that training waits for less than this is reported without its wait."""
+
+
+_EVENTS = {
+    "components_kept": "pruning",
+    "saved_step": "save",
+    "save_failed": "save_failed",
+    "records_skipped": "skipped",
+    "train_runtime": "trained",
+}
+
+
+def event_of(logs: dict[str, Any]) -> str:
+    """What kind of line of the history these are."""
+    if any(key.startswith("eval_") for key in logs):
+        return "evaluation"
+    return next((event for key, event in _EVENTS.items() if key in logs), "log")
 
 
 def event_text(record: dict[str, Any]) -> str:

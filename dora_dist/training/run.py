@@ -48,11 +48,16 @@ def train(config: RunConfig, callbacks: "Sequence[TrainerCallback]" = ()) -> Pat
         world = distributed.start(config.engine.start_timeout_s)
         # Imported here: DeepSpeed needs its accelerator chosen and its environment set first, and a mistake in the
         # configuration should show at once, not after the seconds that libraries take.
+        from dora_dist.checkpoint.history import History
         from dora_dist.training import blocks, phases
 
-        run_dir = Path(config.checkpoint.run_dir)
-        with Watch(world, config.engine.start_timeout_s) as watch, disk_errors(run_dir, only=DISK_IS_FULL):
-            checkpoint = phases.run(config, Ranks(world, watch, stop), log, callbacks=callbacks)
+        run_dir, timeout_s = Path(config.checkpoint.run_dir), config.engine.start_timeout_s
+        with (
+            History(run_dir, first=world.first) as history,
+            Watch(world, timeout_s, told=history.lost) as watch,
+            disk_errors(run_dir, only=DISK_IS_FULL),
+        ):
+            checkpoint = phases.run(config, Ranks(world, watch, stop), log, history=history, callbacks=callbacks)
         if world.first:
             blocks.closing(checkpoint, time.perf_counter() - started)
     return checkpoint

@@ -280,8 +280,10 @@ def test_a_run_folder_that_is_in_use_is_refused(runs: dict[str, Any], folder: Pa
 def test_a_disk_that_is_full_stops_every_rank_and_leaves_nothing_half_written(folder: Path) -> None:
     raw = toy_config(folder, "full", analysis={"every": 1})
     first, second = run_ranks(fails_where_nothing_can_be_written, 2, raw)
-    for what, on_first, on_second in zip(("log", "analysis"), first, second, strict=False):
-        assert f"gone/{what}: cannot be written: No such file" in on_first
+    for what, file, on_first, on_second in zip(
+        ("run folder", "analysis"), ("log", "analysis"), first, second, strict=False
+    ):
+        assert f"gone/{file}: cannot be written: No such file" in on_first
         assert f"writing the {what} failed on rank 0: " in on_second and on_first in on_second
     assert all("cannot be written" in messages[2] for messages in (first, second))
     assert [p.name for p in (folder / "full").glob("*checkpoint*")] == []
@@ -313,10 +315,17 @@ def test_whatever_rank_0_cannot_write_stops_every_rank(folder: Path) -> None:
 
 def fails_with_a_log_that_is_full(*runs: dict[str, Any]) -> list[str]:
     """As `fails`, of each; the last one has a log that is not."""
-    from dora_dist.training import reporting
+    from dora_dist.checkpoint.history import History
+
+    add = History.add
+
+    def add_where_it_is_full(history: History, event: str, **fields: Any) -> Any:
+        if event not in ("start", "model"):
+            history._file = Path("/dev/full")
+        return add(history, event, **fields)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(reporting, "METRICS", "/dev/full")
+        patched.setattr(History, "add", add_where_it_is_full)
         said = [fails(raw) for raw in runs[:-1]]
     return [*said, fails(runs[-1])]
 
@@ -354,10 +363,11 @@ def without_space_at_first(raw: dict[str, Any]) -> None:
 def fails_where_nothing_can_be_written(raw: dict[str, Any]) -> list[str]:
     """As `fails`: without the folder of the log, of the analysis, and with files limited to 20 kB, of which the kernel
     refuses the rest, as it does on a full disk."""
-    from dora_dist.training import recording, reporting
+    from dora_dist.checkpoint import history
+    from dora_dist.training import recording
 
     said = []
-    for module, name, file in ((reporting, "METRICS", "gone/log"), (recording, "ANALYSIS", "gone/analysis")):
+    for module, name, file in ((history, "METRICS", "gone/log"), (recording, "ANALYSIS", "gone/analysis")):
         elsewhere = {**raw["checkpoint"], "run_dir": f"{raw['checkpoint']['run_dir']}-{name}"}
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(module, name, file)

@@ -35,6 +35,12 @@ def start(folder: Path, name: str, world_size: int, *options: object, **changes:
     return Job(folder / f"{name}-logs", world_size, "--config", file, *options)
 
 
+def endings(run_dir: Path) -> list[str]:
+    """How the history says that the run started and ended, each time."""
+    lines = [line for line in run_folder.metrics(run_dir) if line["event"] in ("start", "end")]
+    return [line.get("how", "start") for line in lines]
+
+
 def steps_done(run_dir: Path) -> int:
     try:
         return max(metrics(run_dir)["losses"], default=0)
@@ -77,6 +83,8 @@ def test_a_killed_rank_ends_the_others_which_say_who_it_was(
     newest = run_folder.newest_checkpoint(folder / name)
     assert newest is not None and read_manifest(newest)["step"] >= 2
     go_on(folder, name, expected)
+    lost = ["lost"] if victim else []  # rank 0 writes the history, and was killed
+    assert endings(folder / name) == ["start", *lost, "start", "finished"]
 
 
 @pytest.mark.parametrize("victim", [0, 2])
@@ -102,6 +110,7 @@ def test_a_rank_that_dies_while_another_waits_for_its_device(folder: Path, victi
         job.send(victim, signal.SIGKILL)
         assert job.codes(timeout=60)[waiting] == LOST_RANK, job.output()
     assert f"lost rank {victim} (host " in job.said(waiting)
+    assert endings(folder / name) == (["start", "lost"] if victim else ["start"])
 
 
 def test_a_main_thread_that_hangs_in_a_process_that_lives_is_named(folder: Path) -> None:
@@ -138,6 +147,7 @@ def test_a_signal_to_any_rank_stops_all_at_one_step_with_a_checkpoint(
     assert newest is not None and run_folder.step_of(newest) == stopped_at < 12
     assert f"at step {stopped_at} of 12; saved {newest}. To go on: the same command with --resume" in job.said(0)
     go_on(folder, name, expected)
+    assert endings(folder / name) == ["start", "stopped", "start", "finished"]
 
 
 def test_a_second_ctrl_c_ends_at_once_whatever_the_process_is_doing(folder: Path) -> None:
