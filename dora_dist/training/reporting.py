@@ -100,6 +100,7 @@ class ReportCallback(TrainerCallback):
                 logs["learning_rates"] = self._rates
         for unwanted in ("total_flos", "train_samples_per_second", "train_steps_per_second"):
             logs.pop(unwanted, None)
+        self._history.step = state.global_step  # of a pruning before `on_step_end`, too
         with together("writing the log"):  # or the other ranks would go on, and wait for rank 0
             if self._world.first:
                 self._write(logs)
