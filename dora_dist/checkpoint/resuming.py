@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.adapters.methods import chosen
+from dora_dist.checkpoint.early_stopping import ended_early
 from dora_dist.config.fields import values
 from dora_dist.config.files import new_run_from
 from dora_dist.config.mixture import mixture_of, replaced
@@ -45,7 +46,7 @@ RULES: dict[Rule, dict[str, str]] = {
         "data": "target_len cache features image_folder image_aspect_ratio max_image_pixels bad_images num_workers",
         "training": "learning_rate learning_rates schedule warmup_steps warmup_ratio epochs max_steps micro_batch_size "
         "weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon activation_checkpointing recompute_all "
-        "eval_every metric num_beams",
+        "eval_every metric early_stopping early_stopping_min_delta num_beams",
         "checkpoint": "save_every keep_last on_failure keep_best",
         "engine": "accelerator offload_param offload_optimizer hpz_partition_size param_persistence_threshold "
         "prefetch_bucket_size reduce_bucket_size max_live_parameters max_reuse_distance allgather_sequential "
@@ -248,7 +249,7 @@ def finished(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> st
     parts = order.get(PARTS) or {"": order["number of training samples"]}
     steps = optimizer_steps(config.training, parts)
     if step < steps:
-        return None
+        return _ended_early(folder, manifest, config.training)
     by_steps = config.training.max_steps is not None
     field, value = ("max_steps", steps) if by_steps else ("epochs", config.training.epochs)
     pruned = "components" in manifest and not manifest["compacted"]
@@ -258,6 +259,18 @@ def finished(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> st
     return (
         f"the run is finished: {folder} is at step {step} of {steps} (training.{field} = {value:g}), and nothing is "
         f"left to train; to train on, {how}"
+    )
+
+
+def _ended_early(folder: Path, manifest: Mapping[str, Any], training: TrainingConfig) -> str | None:
+    """As `finished`, of a run with steps left. Values of another metric say nothing, nor those while it pruned."""
+    theirs = manifest["trained_with"]["configuration"]["training"]
+    prunes = "components" in manifest and not manifest["compacted"]
+    if prunes or theirs["metric"] != training.metric or (why := ended_early(folder, training)) is None:
+        return None
+    return (
+        f"the run is finished: {folder} is at step {manifest['step']}, where it ended early: {why}; to train on, give "
+        "a larger training.early_stopping, or null"
     )
 
 

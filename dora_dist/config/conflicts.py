@@ -20,7 +20,7 @@ def between_fields(
 ) -> Iterator[str]:
     """What is wrong, one line each, naming the fields and the way out."""
     yield from _batches_and_warmup(training)
-    yield from _validation(data, training.eval_every)
+    yield from _validation(data, training)
     yield from _adapter(adapter)
     yield from _bad_patterns("analysis.modules", analysis.modules)
     flash = model.attn_implementation == "flash_attention_2"
@@ -43,11 +43,22 @@ def _batches_and_warmup(training: TrainingConfig) -> Iterator[str]:
         )
 
 
-def _validation(data: DataConfig, every: int | None) -> Iterator[str]:
+def _validation(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
+    every = training.eval_every
     if data.validation is not None and data.validation_samples:
         yield (
             f"data.validation = {json.dumps(data.validation)} and data.validation_samples = "
             f"{data.validation_samples}: give one of the two; the samples are held out from the training data"
+        )
+    if training.early_stopping and not every:
+        yield (
+            f"training.early_stopping = {training.early_stopping}: counts evaluations, and training.eval_every is "
+            "null; give the steps between them, or leave it null"
+        )
+    if training.early_stopping_min_delta and not training.early_stopping:
+        yield (
+            f"training.early_stopping_min_delta = {training.early_stopping_min_delta:g}: means nothing without "
+            "training.early_stopping; give that, or leave it 0"
         )
     if every and data.validation is None and not data.validation_samples:
         yield (

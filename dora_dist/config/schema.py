@@ -298,6 +298,14 @@ class TrainingConfig(Section):
         default="loss",
         description="What makes a checkpoint the best in evaluation: the lowest loss, or the highest of the others",
     )
+    early_stopping: Steps | None = Field(
+        default=None,
+        description="Evaluations in a row without a better metric after which the run ends, as one that is finished; "
+        "with dynamic rank they count once pruning is over; null: the run takes all its steps",
+    )
+    early_stopping_min_delta: Annotated[float, Field(ge=0), at_most(1e6)] = Field(
+        default=0.0, description="By more than this a metric has to be better to count for early_stopping"
+    )
     num_beams: Annotated[int, Field(ge=1), at_most(1024)] = Field(
         default=4, description="Beams that evaluation generates with (seq2seq_lm, vision_seq2seq_lm)"
     )

@@ -159,7 +159,12 @@ def train_phase(
             f"{why} at step {step:,} of {last:,}; saved {run_dir / f'checkpoint-{step}'}. "
             "To go on: the same command with --resume"
         )
-    following = compacted_phase(phase, trainer.pruning, run_dir, ranks.world) if step < last else None
+    following = None
+    if trainer.ended_early is not None:
+        history.add("early_stop", text=trainer.ended_early)
+        say(f"\nended early: {trainer.ended_early}")
+    elif step < last:
+        following = compacted_phase(phase, trainer.pruning, run_dir, ranks.world)
     ranks.watch.before_exit = lambda: None
     trainer.close()
     return following
@@ -219,7 +224,7 @@ def build_trainer(
         loaders,
         ranks=ranks,
         run_dir=run_dir,
-        learning_rates=training.learning_rates,
+        training=training,
         step_timeout_s=config.engine.step_timeout_s,
         pruning=pruning,
         unreadable=Unreadable(objective.problems, config.data.bad_images, world),

@@ -55,6 +55,11 @@ class Pruning:
         return self._pruner.stopwatch.seconds if self._pruner is not None else 0.0
 
     @property
+    def over(self) -> bool:
+        """Whether no component will be pruned any more."""
+        return self._pruner is None or self._pruner.finished
+
+    @property
     def compacting(self) -> bool:
         """Whether the mask is final and the run is to go on without the pruned components."""
         return self._pruner is not None and self._pruner.finished and self._adapter.compact

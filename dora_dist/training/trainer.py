@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from dora_dist.checkpoint.early_stopping import told, without_gain
 from dora_dist.checkpoint.format import load_checkpoint
+from dora_dist.config import TrainingConfig
 from dora_dist.data import EpochDataLoader
 from dora_dist.models.build import AdaptedModel
 from dora_dist.runtime.console import note
@@ -43,7 +45,7 @@ class DoraTrainer(Trainer):
         *,
         ranks: Ranks,
         run_dir: Path,
-        learning_rates: dict[str, float],
+        training: TrainingConfig,
         step_timeout_s: float,
         pruning: Pruning,
         unreadable: Unreadable,
@@ -52,13 +54,15 @@ class DoraTrainer(Trainer):
         open_checkpoints: Callable[[Any], Checkpoints],
         forget_best: bool,
     ) -> None:
-        """`learning_rates` are those of modules and of kinds of parameters (training.learning_rates),
-        `open_checkpoints` makes what writes the checkpoints of an engine, and `forget_best` says that a resumed run's
-        earlier metrics do not count.
+        """`open_checkpoints` makes what writes the checkpoints of an engine, and `forget_best` says that a resumed
+        run's earlier metrics do not count.
         """
         self.run, self.stopping, self.pruning = run, False, pruning
         self._loaders, self._ranks, self._run_dir = loaders, ranks, run_dir
-        self._learning_rates, self._step_timeout_s = learning_rates, step_timeout_s
+        self._training, self._step_timeout_s = training, step_timeout_s
+        self.ended_early: str | None = None
+        """Why the run is over before its last step (training.early_stopping)."""
+        self._evaluations_from = pruning.budget.last if pruning.budget is not None else 0
         self._unreadable, self._report = unreadable, report
         self._open_checkpoints, self._forget_best = open_checkpoints, forget_best
         self._objective, self._losses = loaders.objective, StepLosses()
@@ -85,7 +89,7 @@ class DoraTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        set_rates(optimizer, self.run.model, self._learning_rates)
+        set_rates(optimizer, self.run.model, self._training.learning_rates)
         return optimizer
 
     # --- a step -------------------------------------------------------------------------------------------------
@@ -171,7 +175,20 @@ class DoraTrainer(Trainer):
         best = bool(super()._determine_best_metric(metrics, trial))
         if best and self._checkpoints.keeps_best:
             self.control.should_save = True
+        self._stop_early()
         return best
+
+    def _stop_early(self) -> None:
+        """After an evaluation: end the run if training.early_stopping says so, with a checkpoint (collective)."""
+        patience = self._training.early_stopping
+        if patience is None or not self.pruning.over:
+            return
+        waited, value, at = without_gain(self.state.log_history, self._training, after=self._evaluations_from)
+        enough = torch.tensor(int(waited >= patience), device=self.args.device)
+        dist.broadcast(enough, 0)  # metrics are the same everywhere, or nearly: all ranks do as rank 0
+        if enough.item():
+            self.ended_early = told(self._training, waited, value, at)
+            self.control.should_save = self.control.should_training_stop = True
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -198,6 +215,7 @@ class DoraTrainer(Trainer):
         self.state.train_batch_size = self._train_batch_size
         if self._forget_best:
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+            self._evaluations_from = max(self._evaluations_from, manifest["step"])
         self.run.norms.mark_stale()
         return manifest
 

@@ -108,6 +108,11 @@ CASES.option(
 CASES.option(
     "evaluation_beyond_the_run", "--training.eval_every=50", says="eval_every = 50: the run has 2 steps", code=DONE
 )
+CASES.option("patience_without_evaluation", "--training.early_stopping=3", says="training.eval_every is null; give")
+CASES.option("patience_of_0", "--training.early_stopping=0", says="training.early_stopping = 0: must be a whole number")
+CASES.option(
+    "gain_without_patience", "--training.early_stopping_min_delta=0.1", says="means nothing without training.early_st"
+)
 CASES.option("rate_of_1", "--training.learning_rate=1", says="learning_rate = 1: AdamW moves every", code=DONE)
 CASES.option(
     "evaluation_of_nothing",
