@@ -27,6 +27,7 @@ from dora_dist.adapters.storage import WeightStorage, labelled
 from dora_dist.checkpoint.adapter_folders import open_adapter, own_tokenizer
 from dora_dist.checkpoint.merge_plan import Output, Shard, plan_merge
 from dora_dist.checkpoint.merging import check_place, open_base, row_blocks
+from dora_dist.checkpoint.model_card import about_adapter, add_card
 from dora_dist.models.folder import DTYPES
 from dora_dist.runtime import console
 from dora_dist.runtime.console import note
@@ -100,6 +101,7 @@ def consolidate(
         _copy_companions(base.path, folder, tokenizer=own_tokenizer(Path(adapter_folder)) or base.path)
         _write_config(folder, base.config, adapter.model_config, dtype=dtype, untied=plan.untied)
         odd = _write_weights(folder, shards, adapter, storage=storage, bar=bar)
+        add_card(folder, about_adapter(adapter), replaced=output)
     warn_of_magnitudes(adapter.path, odd)
     return {
         "output": str(output),

@@ -21,7 +21,9 @@ from dora_dist.adapters.storage import WeightStorage, labelled
 from dora_dist.checkpoint.adapter_folders import open_adapter
 from dora_dist.checkpoint.merge_plan import MergePlan, Output, plan_merge
 from dora_dist.checkpoint.merging import check_place, open_base, row_blocks
+from dora_dist.checkpoint.model_card import about_adapter, add_card
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import new_folder
 from dora_dist.runtime.on_demand import OnDemand
 from dora_dist.weights.digest import sampled_digest, warn_of_another_base
 
@@ -75,7 +77,10 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
         trained=dict(trained_of(adapter)),
         **described(adapter),
     )
-    write_peft_folder(output, exported, overwrite=overwrite)
+    about = about_adapter(adapter)
+    with new_folder(Path(output), overwrite) as folder:
+        write_peft_folder(folder, exported, overwrite=True)
+        add_card(folder, about, replaced=Path(output))
     return len(norms)
 
 

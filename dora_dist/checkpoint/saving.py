@@ -30,6 +30,7 @@ from dora_dist.adapters.trained_parameters import TrainedParameters
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.format import Survivors, adapter_ranks, identity
 from dora_dist.checkpoint.manifest import write_manifest
+from dora_dist.checkpoint.model_card import About, add_card, progress
 from dora_dist.checkpoint.state import Masters, open_files
 from dora_dist.checkpoint.state_writers import state_writer
 from dora_dist.models.heads import CAUSAL_LM, Head
@@ -42,7 +43,7 @@ from dora_dist.zero3.optimizer_state import optimizer_step_count
 @dataclass(frozen=True, kw_only=True)
 class Origin:
     """What a checkpoint says of where it comes from, and its adapter, if the method has one. `trained_modules`: PEFT's
-    modules_to_save; `files`: the tokenizer's, by name, for rank 0 alone.
+    modules_to_save; `files`: the tokenizer's, by name, for rank 0 alone. `run`: the configuration, for the model card.
     """
 
     method: Method
@@ -53,6 +54,7 @@ class Origin:
     trained_parameters: TrainedParameters = field(default_factory=TrainedParameters)
     base_digest: str = ""
     files: Mapping[str, bytes] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ class Saver:
             with unfinished:  # the folder appears when this is left, and not if an error does it
                 known = self._state.write(partial)
                 if dist.get_rank() == 0:
-                    self._write_result(partial, open_files(partial, known, shapes=manifest["model"]["trainable"]))
+                    state = open_files(partial, known, shapes=manifest["model"]["trainable"])
+                    self._write_result(partial, state, trainer_state)
                     (partial / run_folder.TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
                     write_manifest(partial, manifest, form=self._state.format, known=known)
             if dist.get_rank() == 0:
@@ -171,8 +174,8 @@ class Saver:
             raise UserError(failure)
         return folder.resolve().with_name(name)
 
-    def _write_result(self, partial: Path, state: TensorFolder) -> None:
-        """The adapter's folder, if the method has one, with the tokenizer; else that alone."""
+    def _write_result(self, partial: Path, state: TensorFolder, trainer_state: Mapping[str, Any]) -> None:
+        """The adapter's folder, if the method has one, with the tokenizer and a model card; else the tokenizer."""
         place, method = partial / run_folder.TOKENIZER, self._origin.method
         if isinstance(method, AdapterMethod):
             place = partial / run_folder.ADAPTER
@@ -181,6 +184,20 @@ class Saver:
             place.mkdir(exist_ok=True)
         for name, content in self._origin.files.items():
             (place / name).write_bytes(content)
+        if isinstance(method, AdapterMethod):
+            add_card(place, self._about(method, trainer_state))
+
+    def _about(self, method: AdapterMethod, trainer_state: Mapping[str, Any]) -> About:
+        origin = self._origin
+        return About(
+            base=origin.base_model,
+            revision=origin.revision,
+            storage=next((layer.storage.name for layer in adapted_layers(self._model).values()), PLAIN.name),
+            method=method.title,
+            task_type=origin.head.peft_type,
+            run=origin.run,
+            **progress(trainer_state),
+        )
 
     def _run(self, folder: Path, write: Callable[[], None], stall: float) -> None:
         started, failure = time.perf_counter(), None

@@ -283,6 +283,7 @@ def _open_checkpoints(
         trained_parameters=adapted.trained_parameters,
         base_digest=adapted.base_digest,
         files=files,
+        run=config.model_dump(mode="json") if world.first else {},
     )
     run_dir, timeout_s = Path(config.checkpoint.run_dir), config.engine.start_timeout_s
     saver = Saver(engine, adapted.model, origin, run_dir=run_dir, timeout_s=timeout_s)

@@ -145,6 +145,8 @@ def test_a_checkpoint_holds_what_trains_and_nothing_of_the_base(runs: dict[str, 
         assert {name[-2] for name in names} == {"lora_A", "lora_B", "magnitude_offset"}
         assert {name[-1] for name in names} == {"master", "exp_avg", "exp_avg_sq"}
     assert not list(checkpoint.rglob("*.pt")) + list(checkpoint.rglob("*.bin")) + list(checkpoint.rglob("*.pth"))
+    card = (checkpoint / "adapter" / "README.md").read_text()
+    assert "for 6 optimizer steps" in card and "with DoRA" in card and str(folder) not in card
 
 
 def test_merged_unmerged_and_peft_give_the_same_logits(runs: dict[str, Any], folder: Path) -> None:

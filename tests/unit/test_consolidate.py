@@ -125,7 +125,7 @@ def test_output_keeps_the_bases_dtype_and_everything_but_the_adapted_weights(tmp
         assert after[name].dtype == torch.bfloat16
         assert torch.equal(before[name], after[name]) == ("down_proj" not in name), name
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "config.json", "generation_config.json", "LICENSE.txt", "model.safetensors", "tokenizer.json",
+        "README.md", "config.json", "generation_config.json", "LICENSE.txt", "model.safetensors", "tokenizer.json",
     }  # fmt: skip
     assert (tmp_path / "out/config.json").read_text() == (base / "config.json").read_text()
 
