@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dora_dist import __version__
-from dora_dist.cli import analyze, env, evaluate, extract, models, report, speak, train, validate
+from dora_dist.cli import analyze, env, evaluate, export, extract, models, report, speak, train, validate
 from dora_dist.config import RunConfig, check_names
 from dora_dist.runtime.console import Lasting, complain, is_first
 from dora_dist.runtime.errors import LostRank, Stopped, UserError
@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.declare_schema(commands)
     models.declare_consolidate(commands)
     models.declare_export_peft(commands)
+    export.declare_export(commands)
     models.declare_import_gguf(commands)
     models.declare_assemble_llava(commands)
     extract.declare_extract_features(commands)
