@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dora_dist.checkpoint.consolidate import consolidate as consolidate
     from dora_dist.config import RunConfig as RunConfig
+    from dora_dist.evaluation.export_lora import export_lora as export_lora
     from dora_dist.evaluation.generate import generate as generate
     from dora_dist.evaluation.run import evaluate as evaluate
     from dora_dist.training.model import build_model as build_model
     from dora_dist.training.run import train as train
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "__version__", "build_model", "consolidate", "evaluate", "generate", "train"]
+__all__ = ["RunConfig", "__version__", "build_model", "consolidate", "evaluate", "export_lora", "generate", "train"]
 
 _DEFINED_IN = {
     "RunConfig": "dora_dist.config",
@@ -28,6 +29,7 @@ _DEFINED_IN = {
     "build_model": "dora_dist.training.model",
     "consolidate": "dora_dist.checkpoint.consolidate",
     "evaluate": "dora_dist.evaluation.run",
+    "export_lora": "dora_dist.evaluation.export_lora",
     "generate": "dora_dist.evaluation.generate",
 }
 

@@ -2,9 +2,11 @@
 
 What it answers was read from the requests of huggingface_hub 2.4: the repository at a revision, the tree of a commit,
 and the files, whose contents come from another host than the hub itself (as the real ones do), with ranges. There is
-nothing of the hub's chunked storage (xet): files say nothing of it, so that clients fetch them over HTTP.
+nothing of the hub's chunked storage (xet): files say nothing of it, so that clients fetch them over HTTP. It takes
+commits, too, from clients that have HF_HUB_DISABLE_XET: large files by Git LFS's batch interface, small ones within.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -12,6 +14,7 @@ import socket
 import struct
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +26,7 @@ Files = dict[str, bytes]
 _API = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?"
 )
+_UPLOAD = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)/(?P<what>preupload|commit)/main")
 _FILE = re.compile(r"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
@@ -50,6 +54,15 @@ class Hub:
     _commits: dict[str, dict[str, Files]] = field(default_factory=dict)
     _refs: dict[str, dict[str, str]] = field(default_factory=dict)
     _gated: dict[str, str] = field(default_factory=dict)
+    writers: set[str] = field(default_factory=set)
+    """Tokens that may make repositories and write to them."""
+    private: dict[str, bool] = field(default_factory=dict)
+    """Repositories that clients made."""
+    _large: dict[str, bytes] = field(default_factory=dict)
+
+    def files(self, name: str) -> Files:
+        """What a client has written to the model `name`."""
+        return self._commits[name][self._refs[name]["main"]]
 
     def add(self, name: str, files: Files, revision: str = "main", *, token: str | None = None) -> str:
         """Put a commit on a branch of the model `name`, or of "datasets/ORG/NAME"; returns its hash.
@@ -115,13 +128,21 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
         hub, path = self.server.hub, urlsplit(self.path).path
         hub.requests.append(
             Request(self.command, unquote(path), self.headers.get("Range", ""), "Authorization" in self.headers)
         )
         try:
-            if path.startswith("/cdn/"):
+            if self.command in ("POST", "PUT"):
+                self._written(unquote(path), self.rfile.read(int(self.headers.get("Content-Length", 0))))
+            elif path.startswith("/cdn/"):
                 self._contents(path.removeprefix("/cdn"))
             elif match := _FILE.fullmatch(path):
                 self._where(match)
@@ -131,9 +152,50 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refused(404, "", f"the stand-in has no {path}")
         except _Refused as refused:
             status, code, message = refused.args
-            self._send(status, {"X-Error-Code": code, "X-Error-Message": message}, b"")
+            told = json.dumps({"error": message}).encode() if self.command == "POST" else b""
+            self._send(status, {"X-Error-Code": code, "X-Error-Message": message}, told)
         except ConnectionError:
             self.close_connection = True
+
+    def _written(self, path: str, body: bytes) -> None:
+        """A repository that is made, a commit, and what comes before one."""
+        hub = self.server.hub
+        if path.startswith("/large/"):
+            hub._large[path.removeprefix("/large/")] = body
+            self._send(200, {}, b"")
+            return
+        if self.headers.get("Authorization", "").removeprefix("Bearer ") not in hub.writers:
+            raise _Refused(403, "", "You don't have the rights to do this")
+        told = json.loads(body) if not path.endswith("/commit/main") else {}
+        answer: Any = {}
+        if path == "/api/repos/create":
+            name = f"{told['organization']}/{told['name']}"
+            hub.private.setdefault(name, told.get("visibility") == "private" or told.get("private", False))
+            answer = {"url": f"{hub.url}/{name}"}
+        elif path == "/api/validate-yaml":  # of a model card
+            answer = {"errors": [], "warnings": []}
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            objects = [{**o, "actions": {"upload": {"href": f"{hub.url}/large/{o['oid']}"}}} for o in told["objects"]]
+            answer = {"transfer": "basic", "objects": objects}
+        elif match := _UPLOAD.fullmatch(path):
+            if match["what"] == "preupload":
+                how = {True: "lfs", False: "regular"}
+                files = [(f["path"], how[f["path"].endswith(".safetensors")]) for f in told["files"]]
+                answer = {"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in files]}
+            else:
+                commit = hub.add(match["name"], dict(self._committed(body)))
+                answer = {"commitUrl": f"{hub.url}/{match['name']}/commit/{commit}", "commitOid": commit}
+        else:
+            raise _Refused(404, "", f"the stand-in takes no {path}")
+        self._send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+
+    def _committed(self, body: bytes) -> Iterator[tuple[str, bytes]]:
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                yield value["path"], base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                yield value["path"], self.server.hub._large[value["oid"]]
 
     def _described(self, match: re.Match[str]) -> None:
         """A repository at a revision, or a commit's tree."""
@@ -192,7 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body[:cut])
         if cut is not None:
             self.close_connection = True

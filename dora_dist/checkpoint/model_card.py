@@ -145,7 +145,7 @@ def _shown(name: str) -> str:
 
 
 def _base(about: About) -> str:
-    held = f", held as {about.storage} in training" if about.storage != "plain" else ""
+    held = f", held as {about.storage.split()[0]} in training" if about.storage != "plain" else ""
     revision = f" at {about.revision}" if about.revision else ""
     return f"`{_shown(about.base)}`{revision}{held}" if about.base else "a base model"
 

@@ -20,7 +20,7 @@ from dora_dist.adapters.adapter_folder import AdapterFolder, described, trained_
 from dora_dist.adapters.folders import CONFIG_NAMES
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
-from dora_dist.adapters.storage import WeightStorage, storage_of
+from dora_dist.adapters.storage import WeightStorage, labelled
 from dora_dist.checkpoint.adapter_folders import open_adapter
 from dora_dist.checkpoint.merge_plan import Output, plan_merge
 from dora_dist.checkpoint.merging import check_place, open_base, row_blocks
@@ -80,7 +80,7 @@ def write_nearest_lora(
     check_place(folder, base.path, adapter.path, what="an adapter", marks=CONFIG_NAMES)
     digest = sampled_digest(base.tensors)
     warn_of_another_base(adapter.path, adapter.base_model, adapter.base_digest(), base.path, digest)
-    storage = storage_of(adapter.base_storage(), f"{adapter.path}: the base's storage")
+    storage = labelled(adapter.base_storage(), f"{adapter.path}: the base's storage")
     plan = plan_merge(adapter, base, None)
     adapter = adapter.of_base(plan.adapted)
     found = {}

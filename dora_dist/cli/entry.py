@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dora_dist import __version__
-from dora_dist.cli import analyze, env, evaluate, export, extract, models, report, speak, train, validate
+from dora_dist.cli import analyze, env, evaluate, export, extract, models, push, report, speak, train, validate
 from dora_dist.config import RunConfig, check_names
 from dora_dist.runtime.console import Lasting, complain, is_first
 from dora_dist.runtime.errors import LostRank, Stopped, UserError
@@ -99,5 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
     speak.declare_chat(commands)
     analyze.declare_analyze(commands)
     report.declare_report(commands)
+    push.declare_push(commands)
     env.declare_env(commands)
     return parser

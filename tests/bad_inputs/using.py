@@ -99,3 +99,27 @@ def top_p_above_one(folder: Folder) -> Words:
 def chat_on_a_base_that_is_not_there(folder: Folder) -> Words:
     adapter(folder)
     return ["chat", "adapter", "--base", "./nowhere"]
+
+
+@CASES.bad(says="--rank 1: the nearest LoRA loses")
+def lora_that_loses_much(folder: Folder) -> Words:
+    folder.base()
+    adapter(folder)
+    return ["export", "adapter", "--to", "lora", "--rank", "1", "--output", "lora", "--max-error", "0.001"]
+
+
+@CASES.bad(says=("base: no adapter_config.json or ", "give an adapter folder, a checkpoint or a run folder"))
+def lora_of_a_model(folder: Folder) -> Words:
+    folder.base()
+    return ["export", "base", "--to", "lora", "--output", "lora"]
+
+
+@CASES.bad(says="nowhere: no such folder; give an adapter folder, a merged folder or a run")
+def push_nothing(folder: Folder) -> Words:
+    return ["push", "nowhere", "org/name", "--dry-run"]
+
+
+@CASES.bad(says=("has no weights that belong on the hub", "merge a run first (dora-dist consolidate)"))
+def push_a_checkpoint_without_an_adapter(folder: Folder) -> Words:
+    folder.text("checkpoint/state.safetensors", "moments")
+    return ["push", "checkpoint", "org/name"]
