@@ -38,7 +38,7 @@ def test_the_version_is_the_package_s_own_and_its_types_are_for_use() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     assert 'dynamic = ["version"]' in project
     assert 'version = { attr = "dora_dist.__version__" }' in project
-    assert 'dora_dist = ["py.typed"]' in project
+    assert 'dora_dist = ["py.typed"' in project
     assert (ROOT / "dora_dist" / "py.typed").exists()
 
 
