@@ -141,6 +141,11 @@ class AdapterMethod(Method):
         """s, dimensionless: what multiplies the update; 0 without one."""
 
     @property
+    def use_rslora(self) -> bool:
+        """Whether s was given as lora_alpha / sqrt(r), which PEFT's folders then say too."""
+        return False
+
+    @property
     @abstractmethod
     def dropout(self) -> float:
         """Probability of dropping an input of the adapter."""
@@ -273,6 +278,10 @@ class Update(AdapterMethod):
         if "lora_alpha" not in shared and alpha != usual:
             raise UserError(
                 f"adapter.lora_alpha = {alpha:g}: the method {cls.name!r} does not scale its update; take it out"
+            )
+        if "lora_alpha" not in shared and adapter.use_rslora:
+            raise UserError(
+                f"adapter.use_rslora = true: the method {cls.name!r} does not scale its update; set it to false"
             )
         taken = {name: getattr(adapter, name) for name in shared - {"r"}}
         if "r" in shared and adapter.start_rank is not None:

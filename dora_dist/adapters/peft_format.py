@@ -43,7 +43,8 @@ from dora_dist.weights.safetensors_io import TensorWriter
 class PeftAdapter(AdapterFields):
     """An adapter; `layers` maps module names of the base model to their parameters, in memory or made when asked for.
 
-    `lora_alpha` and `r` are the defaults that single layers may depart from. `all_biases` says that every bias of the
+    `lora_alpha` and `r` are the defaults that single layers may depart from; `use_rslora`: scaling is lora_alpha /
+    sqrt(r), else lora_alpha / r. `all_biases` says that every bias of the
     model was trained, `source` is the folder that it was read from.
     """
 
@@ -54,6 +55,7 @@ class PeftAdapter(AdapterFields):
     use_dora: bool
     layers: Mapping[str, AdapterLayer]
     all_biases: bool = False
+    use_rslora: bool = False
     source: PeftFolder | None = None
 
     def methods(self) -> dict[str, AdapterMethod]:
@@ -95,6 +97,7 @@ def read_peft_folder(path: Path) -> PeftAdapter:
         r=folder.config["r"],
         dropout=folder.dropout,
         use_dora=bool(folder.config.get("use_dora")),
+        use_rslora=bool(folder.config.get("use_rslora")),
         layers=layers,
         trained=dict(trained_of(folder)),
         source=folder,
@@ -175,7 +178,7 @@ def _lora_fields(adapter: PeftAdapter, outlines: Mapping[str, AdapterLayer]) -> 
         if (layer.magnitude is not None) != adapter.use_dora:
             raise ValueError(f"{module}: use_dora={adapter.use_dora} holds for all layers of a PEFT adapter")
         r = layer.stored_factors(module)[0].shape[0]
-        alpha = layer.scaling * r
+        alpha = layer.scaling * (math.sqrt(r) if adapter.use_rslora else r)
         if r != adapter.r:
             rank_pattern[f"^{module}"] = r  # anchored: PEFT would also match it as another name's ending
         if not math.isclose(alpha, adapter.lora_alpha, rel_tol=1e-9) and layer.lora_A is not None:
@@ -185,6 +188,7 @@ def _lora_fields(adapter: PeftAdapter, outlines: Mapping[str, AdapterLayer]) -> 
         "lora_alpha": _whole(adapter.lora_alpha),
         "lora_dropout": adapter.dropout,
         "use_dora": adapter.use_dora,
+        "use_rslora": adapter.use_rslora,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }

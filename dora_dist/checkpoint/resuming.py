@@ -44,9 +44,10 @@ RULES: dict[Rule, dict[str, str]] = {
         "model": "dtype attn_implementation trust_remote_code",
         "adapter": "dropout dropout_mode norm_gradient importance_beta dem_weight dem_form pruned_moments compact",
         "data": "target_len cache features image_folder image_aspect_ratio max_image_pixels bad_images num_workers",
-        "training": "learning_rate learning_rates schedule warmup_steps warmup_ratio epochs max_steps micro_batch_size "
-        "weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon activation_checkpointing recompute_all "
-        "eval_every metric early_stopping early_stopping_min_delta num_beams",
+        "training": "learning_rate learning_rates schedule schedule_settings warmup_steps warmup_ratio epochs "
+        "max_steps micro_batch_size neftune_alpha weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon "
+        "activation_checkpointing recompute_all eval_every metric early_stopping "
+        "early_stopping_min_delta num_beams",
         "checkpoint": "save_every keep_last on_failure keep_best",
         "engine": "accelerator offload_param offload_optimizer hpz_partition_size param_persistence_threshold "
         "prefetch_bucket_size reduce_bucket_size max_live_parameters max_reuse_distance allgather_sequential "
@@ -65,7 +66,7 @@ RULES: dict[Rule, dict[str, str]] = {
     },
     Rule.SHAPE: {
         "model": "task num_labels feature_dim storage storage_settings",
-        "adapter": "method settings weight_decomposed r lora_alpha dynamic_rank",
+        "adapter": "method settings weight_decomposed r lora_alpha use_rslora dynamic_rank",
     },
     Rule.ORDER: {"training": "global_batch_size seed"},
     Rule.FIRST: {"adapter": "init_from"},

@@ -6,6 +6,7 @@ a large one goes into the rank's own file. A thread of every rank does the rest,
 """
 
 import json
+import math
 import threading
 import time
 from collections import deque
@@ -233,7 +234,8 @@ class Saver:
             return NativeAdapter(layers=native, **common)
         layers = {name: _peft_layer(layer, own[name]) for name, layer in adapted.items()}
         return PeftAdapter(
-            lora_alpha=method.lora_alpha,
+            lora_alpha=method.scaling * math.sqrt(method.r) if method.use_rslora else method.lora_alpha,
+            use_rslora=method.use_rslora,
             r=method.r or 1,
             dropout=method.dropout,
             use_dora=method.weight_decomposed,

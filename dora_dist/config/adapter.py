@@ -36,6 +36,11 @@ class AdapterConfig(Section):
     lora_alpha: Annotated[float, Field(gt=0), at_most(10**6)] = Field(
         default=32.0, description="The update is scaled by lora_alpha / r"
     )
+    use_rslora: bool = Field(
+        default=False,
+        description="Scale the update by lora_alpha / sqrt(r) (rsLoRA): a larger r then learns as fast as a small one; "
+        "with dynamic rank the square root is of what component_scale says",
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Probability of dropping an input of the adapter")
     dropout_mode: Literal["exact", "adapter"] = Field(
         default="exact",

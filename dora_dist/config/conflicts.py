@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
+from dora_dist.config import schedules
 from dora_dist.config.adapter import AdapterConfig
 from dora_dist.config.engine import EngineConfig
 from dora_dist.config.schema import AnalysisConfig, DataConfig, ModelConfig, TrainingConfig
@@ -35,6 +36,7 @@ def _batches_and_warmup(training: TrainingConfig) -> Iterator[str]:
     if training.warmup_steps is not None and training.warmup_ratio is not None:
         given = f"training.warmup_steps = {training.warmup_steps} and warmup_ratio = {training.warmup_ratio}"
         yield f"{given}: give one of the two and leave the other null"
+    yield from schedules.conflicts(training.schedule, training.schedule_settings)
     rate = max([training.learning_rate, *training.learning_rates.values()])
     if rate * training.weight_decay >= 1:
         yield (

@@ -17,6 +17,8 @@ from dora_dist.runtime.errors import UserError
 OTHER_NAMES = {
     "lr": "training.learning_rate",
     "lr_scheduler_type": "training.schedule",
+    "lr_scheduler_kwargs": "training.schedule_settings",
+    "neftune_noise_alpha": "training.neftune_alpha",
     "num_train_epochs": "training.epochs",
     "num_epochs": "training.epochs",
     "per_device_train_batch_size": "training.micro_batch_size",

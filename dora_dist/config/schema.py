@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from dora_dist.config.mixture import Mixture, checked
 from dora_dist.config.names import largest
+from dora_dist.config.schedules import ScheduleName
 from dora_dist.config.section import (
     Count,
     PathsByTask,
@@ -255,9 +256,15 @@ class TrainingConfig(Section):
         '({"lora_B": 4e-3, "lora_gates": 1e-2, "magnitude_offset": 1e-3}); of several that name one parameter, the '
         "last",
     )
-    schedule: Literal["linear", "cosine", "constant"] = Field(
+    schedule: ScheduleName = Field(
         default="linear",
-        description="Learning rate after the warm-up: linear or cosine decay to 0, or constant",
+        description="Learning rate after the warm-up: linear or cosine decay to 0, constant, or another one of "
+        "transformers by its name there (docs/how-to/schedules.md draws them)",
+    )
+    schedule_settings: dict[Text, int | float | str] = Field(
+        default={},
+        description='What the schedule is told besides, as transformers has it: {"min_lr_rate": 0.1} of '
+        'cosine_with_min_lr, {"num_decay_steps": 200} of warmup_stable_decay',
     )
     warmup_steps: Annotated[int, Field(ge=0), at_most(10**9)] | None = Field(
         default=None, description="Optimizer steps of linear warm-up; null: see warmup_ratio"
@@ -282,6 +289,11 @@ class TrainingConfig(Section):
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
     adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
     adam_epsilon: Annotated[float, Field(gt=0), at_most(1)] = Field(default=1e-8, description="AdamW's epsilon")
+    neftune_alpha: Annotated[float, Field(gt=0), at_most(10**6)] | None = Field(
+        default=None,
+        description="Noise on the input embeddings while training (NEFTune): uniform, up to this over the root of "
+        "length times width; 5 is usual, null: none",
+    )
     activation_checkpointing: bool = Field(
         default=True,
         description="Keep one activation per decoder layer, recompute the rest in backward: slower, smaller",

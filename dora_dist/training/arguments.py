@@ -5,6 +5,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dora_dist.config import RunConfig
+from dora_dist.training.rates import library_name
 
 NEVER = 10**12
 """An interval of steps that no run reaches. The Trainer saves at the end, too, and this leaves that alone."""
@@ -25,7 +26,8 @@ def training_arguments(config: RunConfig, world_size: int, deepspeed: dict[str, 
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
         learning_rate=training.learning_rate,
-        lr_scheduler_type=training.schedule if training.schedule != "constant" else "constant_with_warmup",
+        lr_scheduler_type=library_name(training.schedule),
+        lr_scheduler_kwargs=training.schedule_settings or None,
         warmup_steps=warmup,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,

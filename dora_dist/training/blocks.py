@@ -133,7 +133,8 @@ def _method(adapter: AdapterConfig) -> str:
         rank = f", r {settings['r']}" + (f" pruned to {adapter.r} on average" if adapter.dynamic_rank else "")
     dropout = f", dropout {adapter.dropout:g}" if adapter.dropout else ""
     alpha = f", alpha {adapter.lora_alpha:g}" if "lora_alpha" in settings else ""
-    return f"{method.title}{rank}{alpha}{dropout}"
+    rooted = " over the root of r" if adapter.use_rslora else ""
+    return f"{method.title}{rank}{alpha}{rooted}{dropout}"
 
 
 def _schedule(training: TrainingConfig, checkpoint: CheckpointConfig, parts: Mapping[str, int]) -> str:
@@ -142,7 +143,8 @@ def _schedule(training: TrainingConfig, checkpoint: CheckpointConfig, parts: Map
     warmup = training.warmup_steps
     if warmup is None:
         warmup = math.ceil((training.warmup_ratio or 0) * steps)  # as the Trainer rounds it
-    shape = "constant" if training.schedule == "constant" else f"{training.schedule} decay"
+    shape = training.schedule.replace("_", " ")
+    shape += " decay" if training.schedule in ("linear", "cosine") else ""
     words = [
         f"{_count(steps, 'step')} ({_epochs(epochs)})",
         f"learning rate {training.learning_rate:g}, {shape} after {_count(warmup, 'warm-up step')}",

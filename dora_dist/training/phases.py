@@ -44,8 +44,10 @@ from dora_dist.training.checks import pruning_budget
 from dora_dist.training.inputs import Inputs, read_inputs
 from dora_dist.training.loaders import Loaders
 from dora_dist.training.model import adapted_model, adapter_plan
+from dora_dist.training.noise import add_noise
 from dora_dist.training.pruning import Pruning
 from dora_dist.training.ranks import Ranks
+from dora_dist.training.rates import shares
 from dora_dist.training.recording import AnalysisCallback
 from dora_dist.training.reporting import ReportCallback
 from dora_dist.training.resume import check_unused, compare, find_checkpoint, is_finished, read_by_all
@@ -109,6 +111,7 @@ def first_phase(config: RunConfig, inputs: Inputs, world: World, *, resume: Path
     data, adapter = inputs.data, config.adapter
     steps = optimizer_steps(config.training, data.train.parts)
     budget = pruning_budget(adapter, steps)
+    shares(config.training, steps)  # refuses a schedule that cannot be
     doubts.of_settings(config.training, config.checkpoint, steps)
     phase = Phase(resume, budget, {})
     if resume is not None and budget is not None:
@@ -262,6 +265,8 @@ def _build_model(config: RunConfig, inputs: Inputs, phase: Phase, *, deepspeed: 
     adapted.family.prepare_for_training(adapted.model)
     if training.activation_checkpointing:
         checkpoint_activations(adapted.model)
+    if training.neftune_alpha is not None:
+        add_noise(adapted.model, training.neftune_alpha)
     if training.recompute_all:
         for layer in adapted_layers(adapted.model).values():
             layer.keeps_output = False

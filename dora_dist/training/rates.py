@@ -1,13 +1,17 @@
 """Learning rates: those of single modules and kinds of parameters, and the schedule of a run that is resumed."""
 
+import json
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from dora_dist.adapters.layer import parameter_kinds
 from dora_dist.adapters.patterns import matches
+from dora_dist.config import TrainingConfig
 from dora_dist.models.families import family_of_model
 from dora_dist.runtime.errors import UserError
 
@@ -58,6 +62,34 @@ def rates_by_pattern(schedule: LambdaLR) -> dict[str, float]:
     """The present rate of each group; "" for what no pattern of training.learning_rates names."""
     groups = schedule.optimizer.param_groups
     return {str(group.get(_RATE_OF, "")): float(group["lr"]) for group in groups}
+
+
+def library_name(schedule: str) -> str:
+    """What transformers calls training.schedule."""
+    return "constant_with_warmup" if schedule == "constant" else schedule
+
+
+def shares(training: TrainingConfig, steps: int) -> list[float]:
+    """The learning rate of each of a run's optimizer steps, over its peak: `steps` numbers.
+
+    Raises UserError where the schedule cannot be made of its settings, or has a rate that no step can take.
+    """
+    warmup = training.warmup_steps
+    if warmup is None:
+        warmup = math.ceil((training.warmup_ratio or 0) * steps)  # as the Trainer rounds it
+    given = f"training.schedule_settings = {json.dumps(training.schedule_settings)}"
+    remedy = f'; correct it for training.schedule = "{training.schedule}" over {steps:,} steps'
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
+    name, settings = library_name(training.schedule), training.schedule_settings
+    try:
+        schedule = get_scheduler(name, optimizer, warmup, steps, scheduler_specific_kwargs=settings)
+        found = [float(schedule.lr_lambdas[0](step)) for step in range(steps)]
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise UserError(f"{given}: {error}{remedy}") from error
+    wrong = next((step for step, share in enumerate(found) if not 0 <= share < math.inf), None)
+    if wrong is not None:
+        raise UserError(f"{given}: gives step {wrong + 1:,} {found[wrong]:g} times the peak rate{remedy}")
+    return found
 
 
 def go_on_at(schedule: LambdaLR, step: int) -> list[float]:

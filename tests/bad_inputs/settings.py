@@ -73,6 +73,28 @@ CASES.option("path_with_nul", "--checkpoint.run_dir=a\0b", says='checkpoint.run_
 CASES.option("path_of_5000_letters", f"--model.path={'a' * 5000}", says='model.path = "aaaa')
 CASES.option("path_with_half_a_letter", "--model.path=\udc80", says='model.path = "\\udc80": must be text')
 
+CASES.option(
+    "schedule_settings_of_another",
+    '--training.schedule_settings={"power": 2}',
+    says='"power" (of polynomial) is not a setting of training.schedule = "linear"; it has none; take it out',
+)
+CASES.option(
+    "schedule_settings_that_cannot_be",
+    *("--training.schedule=polynomial", '--training.schedule_settings={"lr_end": 1.0}'),
+    says='correct it for training.schedule = "polynomial" over 2 steps',
+    ranks=RANKS,
+)
+CASES.option(
+    "schedule_that_follows_losses",
+    "--training.schedule=reduce_lr_on_plateau",
+    says='training.schedule = "reduce_lr_on_plateau": must be one of "linear"',
+)
+CASES.option("noise_of_nothing", "--training.neftune_alpha=0", says="training.neftune_alpha = 0: must be a number > 0")
+CASES.option(
+    "rslora_without_a_scale",
+    *("--adapter.method=mora", "--adapter.r=null", "--adapter.lora_alpha=32", "--adapter.use_rslora=true"),
+    says="adapter.use_rslora = true: the method 'mora' does not scale its update; set it to false",
+)
 CASES.option("method_unknown", "--adapter.method=dvora", says='adapter.method = "dvora": there is no such method; name')
 CASES.option("storage_unknown", "--model.storage=nf5", says='model.storage = "nf5": no such storage (known: plain')
 CASES.option("plugin_absent", "--plugins=absent", says='plugins = "absent": there is no such Python module; install it')

@@ -78,7 +78,7 @@ def test_a_run_whose_metrics_cannot_be_computed_is_refused_before_it_starts() ->
 
 
 def test_what_the_package_imports_is_declared_and_nothing_else_is() -> None:
-    modules_of = {"protobuf": "google"}
+    modules_of = {"protobuf": "google", "pyyaml": "yaml"}
     parts = {"pydantic_core": "pydantic", "tokenizers": "transformers"}  # which bring them, and whose they are
     source = "\n".join(path.read_text() for path in (ROOT / "dora_dist").rglob("*.py"))
     imported = set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.MULTILINE)) - set(sys.stdlib_module_names)

@@ -38,11 +38,12 @@ class DynamicRank(LowRank):
 
     @classmethod
     def from_config(cls, adapter: AdapterConfig) -> Self:
-        """adapter.component_scale "budget": lora_alpha is over adapter.r, not over the r that training starts from."""
+        """adapter.component_scale "budget": lora_alpha is over adapter.r, or its root, not of the r at the start."""
         method = super().from_config(adapter)
         if adapter.component_scale == "paper" or adapter.r is None:
             return method
-        return replace(method, lora_alpha=adapter.lora_alpha * method.r / adapter.r)
+        divisor = math.sqrt(adapter.r) if adapter.use_rslora else adapter.r
+        return replace(method, lora_alpha=adapter.lora_alpha * method.r / divisor)
 
     @property
     def components(self) -> Components:

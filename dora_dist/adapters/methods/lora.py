@@ -1,28 +1,42 @@
 """LoRA: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv 2106.09685).
 
-ΔW = s·B·Aᵀ with s = lora_alpha / r. A is stored (in, r), so that a flat shard of it holds whole rows.
+ΔW = s·B·Aᵀ with s = lora_alpha / r, or lora_alpha / √r (rsLoRA: Kalajdzievski, arXiv 2312.03732). A is stored (in, r),
+so that a flat shard of it holds whole rows.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from torch import Tensor
 
 from dora_dist.adapters.method import Initial, Layer, Shape, Tensors, register
 from dora_dist.adapters.methods.factored import Factored
 from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.config.adapter import AdapterConfig
 
 
 @register
 @dataclass(frozen=True)
 class LowRank(Factored):
-    """The low-rank update; its parameters `lora_A` (in, r) and `lora_B` (out, r) are the factors themselves."""
+    """The low-rank update; its parameters `lora_A` (in, r) and `lora_B` (out, r) are the factors themselves.
+
+    `lora_alpha` is s·r, however s was given; `use_rslora` tells PEFT's folders how, and changes no function.
+    """
 
     name = "lora"
     titles = ("LoRA", "DoRA")
     r: int = 16
     lora_alpha: float = 32.0
+    use_rslora: bool = field(default=False, compare=False)
+
+    @classmethod
+    def from_config(cls, adapter: AdapterConfig) -> Self:
+        method = super().from_config(adapter)
+        if not adapter.use_rslora:
+            return method
+        return replace(method, lora_alpha=adapter.lora_alpha * math.sqrt(method.r), use_rslora=True)
 
     @property
     def scaling(self) -> float:
@@ -63,7 +77,8 @@ class LowRank(Factored):
         if theirs.r != self.r:
             yield f"its r is {theirs.r}, adapter.r = {self.r} (set it to {theirs.r})"
         if not math.isclose(theirs.scaling, self.scaling):
+            over, divisor = ("sqrt(adapter.r)", math.sqrt(theirs.r)) if self.use_rslora else ("adapter.r", theirs.r)
             yield (
-                f"its scaling is {theirs.scaling:g}, adapter.lora_alpha / adapter.r = {self.scaling:g} (set "
-                f"adapter.lora_alpha to {theirs.scaling * theirs.r:g})"
+                f"its scaling is {theirs.scaling:g}, adapter.lora_alpha / {over} = {self.scaling:g} (set "
+                f"adapter.lora_alpha to {theirs.scaling * divisor:g})"
             )

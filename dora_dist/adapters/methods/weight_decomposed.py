@@ -128,6 +128,10 @@ class WeightDecomposed(AdapterMethod):
         return self.update.scaling
 
     @property
+    def use_rslora(self) -> bool:
+        return self.update.use_rslora
+
+    @property
     def dropout(self) -> float:
         return self.update.dropout
 
