@@ -1,6 +1,7 @@
 """`export --to lora`: the nearest LoRA, what it loses on weights and logits, and that other programs read it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,24 @@ def test_with_its_whole_rank_nothing_is_lost_and_peft_computes_it(folder: Path) 
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged")(toy.tokens()).logits
     peft = PeftModel.from_pretrained(base, str(folder / "lora"))(toy.tokens()).logits
     assert (peft - merged).abs().max() < 1e-4 < (plain - merged).abs().max() / 10
+
+
+def test_of_a_base_held_in_few_bits_it_is_the_change_of_what_training_saw(folder: Path) -> None:
+    """The LoRA says how its base is held, too; logits are those of the packed base with each."""
+    theirs = replace(read_peft_folder(folder / "adapter"), base_storage="int8")
+    write_peft_folder(folder / "packed", theirs)
+    result = export_lora(folder / "packed", folder / "lora", r=36, progress=False)
+    assert result["error"] < 1e-5 and result["logits"]["lost"] < 1e-4
+    assert read_peft_folder(folder / "lora").base_storage == "int8"
+    assert "held as int8 in training" in (folder / "lora" / "README.md").read_text()
+    written, plain = read_peft_folder(folder / "lora").layers, read_peft_folder(folder / "adapter")
+    export_lora(folder / "adapter", folder / "other", r=36, logits=False, progress=False)
+    other = read_peft_folder(folder / "other").layers
+    module = next(iter(plain.layers))
+    ours, others = (layers[module] for layers in (written, other))
+    assert ours.lora_A is not None and others.lora_A is not None
+    assert ours.lora_B is not None and others.lora_B is not None
+    assert not torch.allclose(ours.lora_B @ ours.lora_A, others.lora_B @ others.lora_A, rtol=1e-4)
 
 
 def test_the_random_projection_comes_close_to_the_exact_decomposition() -> None:
