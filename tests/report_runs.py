@@ -83,7 +83,7 @@ def write(folder: Path, lines: list[dict[str, Any]], **training: Any) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(configuration(**training)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    recorded = [
+    recorded: list[dict[str, Any]] = [
         {
             "step": step,
             "method": "DoRA with dynamic rank",

@@ -21,15 +21,19 @@ from dora_dist.runtime.errors import UserError
 
 
 class Moved(NamedTuple):
-    """ΔM in units of the weights, ΔD from 0 to 2, and how many rows the means are over; without rows both are None."""
+    """ΔM in units of the weights, ΔD from 0 to 2, and how many rows the means are over; without rows both are None.
+
+    `magnitude` is the mean of m over the same rows; lines of earlier versions lack it.
+    """
 
     delta_m: float | None
     delta_d: float | None
     rows: int
+    magnitude: float | None = None
 
 
 def sums_over_rows(change: RowChange) -> Tensor:
-    """(3,) fp64 on the rows' device: Σ|m − ‖w‖|, Σ(1 − cos(v, w)), and how many rows both sums are over.
+    """(4,) fp64 on the rows' device: Σ|m − ‖w‖|, Σ(1 − cos(v, w)), Σm, and how many rows the sums are over.
 
     Rows of zeros have no direction: they are left out. With d = v − w,
 
@@ -44,9 +48,9 @@ def sums_over_rows(change: RowChange) -> Tensor:
     small = (base * squares - cross.square()).clamp(min=0) / (w * v * (w * v + inner))
     turned = torch.where(inner > 0, small, 1 - inner / (w * v))
     offset = change.magnitude_offset
-    moved = (gained / (v + w) if offset is None else offset.double()).abs()
+    gain = gained / (v + w) if offset is None else offset.double()
     counted = (w > 0) & (v > 0)
-    return torch.stack([torch.where(counted, x, 0.0).sum() for x in (moved, turned, counted.double())])
+    return torch.stack([torch.where(counted, x, 0.0).sum() for x in (gain.abs(), turned, w + gain, counted.double())])
 
 
 def moved(changes: Mapping[str, RowChange]) -> dict[str, Moved]:
@@ -55,8 +59,8 @@ def moved(changes: Mapping[str, RowChange]) -> dict[str, Moved]:
         return {}
     table = torch.stack([sums_over_rows(change) for change in changes.values()]).tolist()
     return {
-        name: Moved(m / rows, d / rows, int(rows)) if rows else Moved(None, None, 0)
-        for name, (m, d, rows) in zip(changes, table, strict=True)
+        name: Moved(m / rows, d / rows, int(rows), total / rows) if rows else Moved(None, None, 0)
+        for name, (m, d, total, rows) in zip(changes, table, strict=True)
     }
 
 

@@ -6,6 +6,7 @@ docs/reference/files.md has its events and their fields. Rank 0 alone writes it.
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,16 +16,21 @@ from dora_dist.checkpoint.run_folder import METRICS
 from dora_dist.runtime.errors import LostRank, Stopped
 from dora_dist.runtime.folders import disk_errors
 
+START, END = "start", "end"
 FINISHED, STOPPED, LOST, FAILED = "finished", "stopped", "lost", "failed"
 """How a start of a run ends; one that is killed writes no end."""
+
+
+def _nothing(event: str) -> None:
+    pass
 
 
 class History:
     """The history of one start of a run. Leaving its context writes the start's end, once it has begun."""
 
-    def __init__(self, run_dir: Path, *, first: bool) -> None:
-        """`first`: whether this is rank 0; the others write nothing."""
-        self._file, self._first = run_dir / METRICS, first
+    def __init__(self, run_dir: Path, *, first: bool, heard: Callable[[str], None] = _nothing) -> None:
+        """`first`: whether this is rank 0; the others write nothing. `heard` gets the event of each line written."""
+        self._file, self._first, self._heard = run_dir / METRICS, first, heard
         self._began: float | None = None
         self.step = 0
         """Optimizer steps taken so far."""
@@ -37,7 +43,7 @@ class History:
     def begin(self, step: int, **fields: Any) -> None:
         """The run starts, or goes on from a checkpoint of `step`. Raises UserError where nothing can be written."""
         self._began, self.step = time.time(), step
-        self.add("start", **fields)
+        self.add(START, **fields)
 
     def add(self, event: str, **fields: Any) -> dict[str, Any]:
         """Append a line; returns it. Numbers that JSON cannot hold become null. Raises UserError."""
@@ -45,6 +51,7 @@ class History:
         if self._first:
             with disk_errors(self._file), self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_finite(line), ensure_ascii=False) + "\n")
+            self._heard(event)
         return line
 
     def end(self, how: str, text: str) -> None:
@@ -52,7 +59,7 @@ class History:
         began, self._began = self._began, None
         if began is not None:
             with suppress(OSError, ValueError):
-                self.add("end", how=how, text=text, seconds=round(time.time() - began, 3))
+                self.add(END, how=how, text=text, seconds=round(time.time() - began, 3))
 
     def lost(self, text: str) -> None:
         """Another rank is gone, and this one about to be ended."""

@@ -361,10 +361,10 @@ class CheckpointConfig(Section):
 class AnalysisConfig(Section):
     """How far the weights' magnitudes and directions move while a run trains (Liu et al., section 3)."""
 
-    every: Annotated[int, Field(ge=0), at_most(10**9)] = Field(
-        default=0,
+    every: Annotated[int, Field(ge=0), at_most(10**9)] | None = Field(
+        default=None,
         description="Optimizer steps between recordings into the run folder's analysis.jsonl, besides one after the "
-        "last step; 0: none",
+        "last step; null: with each evaluation and each checkpoint, of adapted layers alone; 0: none",
     )
     modules: Patterns = Field(
         default=[],
@@ -379,6 +379,7 @@ class LoggingConfig(Section):
     every: Steps = Field(default=10, description="Optimizer steps between log lines")
     tensorboard: bool = Field(default=False, description="Write TensorBoard events into the run folder")
     progress_bar: bool = Field(default=True, description="Show a progress bar on rank 0")
+    report: bool = Field(default=True, description="Keep the run's page, report.html in the run folder, up to date")
     peak_flops: Annotated[float, Field(gt=0), at_most(1e24)] | None = Field(
         default=None,
         description="Peak FLOP/s of one device, for the utilisation in the log; null: known GPUs looked up",

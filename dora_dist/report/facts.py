@@ -13,6 +13,8 @@ from dora_dist.config.fields import REQUIRED, field_specs
 from dora_dist.report.reading import Record, Run, ranks_of
 from dora_dist.runtime.errors import UserError
 
+_SILENCE_S = 900.0
+"""A run whose history has no new line for so long has probably been killed."""
 _UNIMPORTANT = ("checkpoint.run_dir", "checkpoint.resume")
 
 
@@ -43,8 +45,8 @@ class Setting:
     changed: bool
 
 
-def state(run: Run, *, live: bool) -> State:
-    """`live`: whether the run writes this page itself, or is known to go on."""
+def state(run: Run, *, now: float, live: bool = False) -> State:
+    """`live`: whether the run writes this page itself; else it is taken to go on while its history grows."""
     of = f" of {run.steps:,}" if run.steps else ""
     at = f"step {run.step:,}{of}"
     if run.ending is not None:
@@ -52,7 +54,8 @@ def state(run: Run, *, live: bool) -> State:
         if how == "finished":
             return State("Finished", "good", at)
         return State({"stopped": "Stopped", "lost": "Lost a rank"}.get(how, "Failed"), "bad", text or at)
-    if live:
+    spoke = [record["time"] for record in run.records if _is_number(record.get("time"))]
+    if live or (spoke and run.of("start") and now - spoke[-1] < _SILENCE_S):
         return State("Training" if run.step else "Starting", "running", at)
     if run.finished:
         return State("Finished", "good", at)
@@ -177,17 +180,17 @@ def _happened(record: Record) -> str:
 
 def _started(record: Record) -> str:
     ranks, nodes = record.get("ranks"), record.get("nodes")
+    host = f" ({record['host']})" if record.get("host") else ""
     where = [
-        _count(ranks, "rank") if ranks else "",
-        f"on {_count(nodes, 'node')}" if nodes else "",
-        f"({record['host']})" if record.get("host") else "",
+        f"on {_count(ranks, 'rank')}" if ranks else "",
+        f"{_count(nodes, 'node')}{host}" if nodes else "",
         f"by {record['launcher']}" if record.get("launcher") not in (None, "none") else "",
     ]
     origin = record.get("resumed_from")
     head = f"went on from {str(origin).rpartition('/')[2]}" if origin else "started"
     changed = record.get("changed")
     changes = "; ".join(f"{k} {v}" for k, v in changed.items()) if isinstance(changed, Mapping) else ""
-    return " ".join([head, *filter(None, where)]) + (f"; changed: {changes}" if changes else "")
+    return f"{head} {', '.join(filter(None, where))}" + (f"; changed: {changes}" if changes else "")
 
 
 def settings(run: Run) -> list[Setting]:
@@ -204,16 +207,21 @@ def settings(run: Run) -> list[Setting]:
 
 
 def differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Settings that are not the same in all runs: name, and each run's value; "" where it has none."""
+    """Settings that are not the same in all runs: name, and each run's value; "" where it has none. A field that a run
+    of an earlier version does not have is at its default there.
+    """
+    specs = field_specs(RunConfig).values()
+    defaults = {spec.name: _text(spec.default) for spec in specs if spec.default is not REQUIRED}
     tables = [{setting.name: setting.value for setting in settings(run)} for run in runs]
     names = dict.fromkeys(name for table in tables for name in table)
-    rows = [(name, [table.get(name, "") for table in tables]) for name in names if name not in _UNIMPORTANT]
+    known = [(defaults if run.config else {}) | table for run, table in zip(runs, tables, strict=True)]
+    rows = [(name, [table.get(name, "") for table in known]) for name in names if name not in _UNIMPORTANT]
     return [row for row in sorted(rows) if len(set(row[1])) > 1]
 
 
-def numbers(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def numbers(runs: Sequence[Run], *, now: float) -> list[tuple[str, list[str]]]:
     """What each run came to: a row of a name and each run's text, "" where it has none."""
-    rows: dict[str, list[str]] = {"state": [state(run, live=False).word for run in runs]}
+    rows: dict[str, list[str]] = {"state": [state(run, now=now).word for run in runs]}
     rows["steps"] = [f"{run.step:,}" + (f" of {run.steps:,}" if run.steps else "") for run in runs]
     rows["training loss, last"] = [_form(_numbers(run, "loss")[-1:]) for run in runs]
     keys = dict.fromkeys(key for run in runs for key in _evaluated(run))

@@ -1,7 +1,9 @@
 """What the page shows of each layer: ranks, and how far magnitude and direction have moved, as maps of the model."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from dora_dist.analysis.decomposition import Moved, Recording
@@ -22,23 +24,44 @@ class LayerMap:
     name: str
     title: str
     about: str
-    form: str
     grid: Grid
     steps: Sequence[int]
     cells: Sequence[Sequence[Sequence[float | None]]]
     """(steps, layers, kinds)."""
 
-    @property
-    def largest(self) -> float:
-        return max((c for step in self.cells for row in step for c in row if c is not None), default=0.0)
+    from_zero: bool = False
+    """Whether shades begin at 0, and not at the smallest number."""
+
+    @cached_property
+    def ends(self) -> tuple[float, float]:
+        """The numbers of the lightest and the darkest shade."""
+        numbers = [c for step in self.cells for row in step for c in row if c is not None]
+        return (0.0 if self.from_zero else min(numbers)), max(numbers)
 
     def shade(self, value: float | None) -> int | None:
         """From 0 to SHADES."""
-        return None if value is None else round(SHADES * max(value, 0) / self.largest) if self.largest > 0 else 0
+        low, high = self.ends
+        if value is None:
+            return None
+        return round(SHADES * (value - low) / (high - low)) if high > low else 0
+
+    @cached_property
+    def power(self) -> int:
+        """Cells are written as multiples of 10 to this power, so that they are short."""
+        largest = max(map(abs, self.ends))
+        power = math.floor(math.log10(largest)) if largest > 0 else 0
+        return 0 if -1 <= power <= 3 else power
+
+    def written(self, value: float | None) -> str:
+        if value is None:
+            return ""
+        return str(value) if isinstance(value, int) else f"{value / 10**self.power:.2f}"
 
     def as_json(self) -> dict[str, Any]:
-        cells = [[[None if c is None else float(f"{c:.4g}") for c in row] for row in step] for step in self.cells]
-        return {"name": self.name, "form": self.form, "steps": list(self.steps), "cells": cells, "max": self.largest}
+        """Of every step the texts and the shades, (steps, layers, kinds)."""
+        written = [[[self.written(c) for c in row] for row in step] for step in self.cells]
+        shades = [[[self.shade(c) for c in row] for row in step] for step in self.cells]
+        return {"name": self.name, "steps": list(self.steps), "written": written, "shades": shades}
 
 
 def of_run(run: Run) -> list[LayerMap]:
@@ -49,20 +72,21 @@ def of_run(run: Run) -> list[LayerMap]:
 def ranks(run: Run) -> LayerMap | None:
     """The components of each layer that are open after each pruning; None without dynamic rank."""
     events = {int(r["step"]): r["components_by_layer"] for r in run.records if _says_ranks(r)}
-    return _map("ranks", "Rank of each layer", "components that are open", "count", tables=events)
+    return _map("ranks", "Rank of each layer", "components that are open", tables=events, from_zero=True)
 
 
 def moved(recordings: Sequence[Recording]) -> list[LayerMap | None]:
     """ΔM and ΔD of each recorded matrix, and the magnitudes where they are recorded."""
 
     def tables(value: str) -> dict[int, dict[str, float | None]]:
-        return {r.step: {name: getattr(m, value, None) for name, m in r.matrices.items()} for r in recordings}
+        return {r.step: {name: getattr(m, value) for name, m in r.matrices.items()} for r in recordings}
 
     direction = f"mean of 1 {_MINUS} cos(v, w) over rows v of the weight and w of the base's"
     magnitude = f"mean of |m {_MINUS} ‖w‖| over magnitudes m and rows w of the base's weight"
     return [
-        _map("delta-d", "Change of direction, ΔD", direction, "number", tables=tables("delta_d")),
-        _map("delta-m", "Change of magnitude, ΔM", magnitude, "number", tables=tables("delta_m")),
+        _map("delta-d", "Change of direction, ΔD", direction, tables=tables("delta_d")),
+        _map("delta-m", "Change of magnitude, ΔM", magnitude, tables=tables("delta_m")),
+        _map("magnitude", "Magnitude, m", "mean over the rows of the layer", tables=tables("magnitude")),
     ]
 
 
@@ -99,7 +123,12 @@ def _number(matrix: Moved, value: str) -> float | None:
 
 
 def _map(
-    name: str, title: str, about: str, form: str, *, tables: Mapping[int, Mapping[str, float | None]]
+    name: str,
+    title: str,
+    about: str,
+    *,
+    tables: Mapping[int, Mapping[str, float | None]],
+    from_zero: bool = False,
 ) -> LayerMap | None:
     if not any(value is not None for table in tables.values() for value in table.values()):
         return None
@@ -107,7 +136,8 @@ def _map(
     if len(steps) > MOST_STEPS:
         steps = [steps[round(place * (len(steps) - 1) / (MOST_STEPS - 1))] for place in range(MOST_STEPS)]
     every = grid(dict.fromkeys(module for table in tables.values() for module in table))
-    return LayerMap(name, title, about, form, every, steps, [_cells(every, tables[step]) for step in steps])
+    cells = [_cells(every, tables[step]) for step in steps]
+    return LayerMap(name, title, about, every, steps, cells, from_zero=from_zero)
 
 
 def _cells(every: Grid, table: Mapping[str, float | None]) -> list[list[float | None]]:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from dora_dist.report import charts, facts, layers, samples
 from dora_dist.report.charts import Chart
-from dora_dist.report.layers import SHADES, LayerMap
+from dora_dist.report.layers import LayerMap
 from dora_dist.report.reading import Run
 from dora_dist.runtime.agreement import package_version
 
@@ -29,7 +29,7 @@ def of_run(run: Run, *, now: float, reload_s: float | None = None) -> str:
     """
     maps = layers.of_run(run)
     drawn, means = charts.of_run(run), layers.curves(run)
-    state = facts.state(run, live=reload_s is not None)
+    state = facts.state(run, now=now, live=reload_s is not None)
     return _page(
         title=f"{state.word} · {run.title}",
         heading=run.title,
@@ -54,7 +54,7 @@ def of_run(run: Run, *, now: float, reload_s: float | None = None) -> str:
 def of_runs(runs: Sequence[Run], *, now: float) -> str:
     """The page that compares runs, written at `now` (seconds since 1970)."""
     drawn = charts.of_runs(runs)
-    compared = {"runs": runs, "numbers": facts.numbers(runs), "differing": facts.differing(runs)}
+    compared = {"runs": runs, "numbers": facts.numbers(runs, now=now), "differing": facts.differing(runs)}
     return _page(
         title=f"{len(runs)} runs compared",
         heading=f"{len(runs)} runs compared",
@@ -105,7 +105,7 @@ def _page(*, now: float, **parts: Any) -> str:
 
 
 def _data(drawn: Sequence[Chart], maps: Sequence[LayerMap]) -> dict[str, Any]:
-    return {"charts": [c.as_json() for c in drawn], "maps": [m.as_json() for m in maps], "shades": SHADES}
+    return {"charts": [c.as_json() for c in drawn], "maps": [m.as_json() for m in maps]}
 
 
 @cache
@@ -117,7 +117,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"value": _value, "short": _short}
+    made.filters |= {"value": _value}
     return made
 
 
@@ -136,10 +136,3 @@ def _value(number: Any) -> str:
     if number is None:
         return ""
     return f"{number:,}" if isinstance(number, int) else f"{number:.5g}"
-
-
-def _short(number: Any) -> str:
-    """A cell of a map."""
-    if number is None:
-        return ""
-    return str(number) if isinstance(number, int) else f"{number:.2g}"

@@ -215,7 +215,7 @@ def build_trainer(
     report = ReportCallback(world, adapted, pruning, history=history, run_dir=run_dir, options=config.logging)
     # Deadlines end before the report draws what only rank 0 draws.
     ours: list[TrainerCallback] = [Randomness(training.seed, world.rank), Deadlines(ranks.watch, config.engine)]
-    if config.analysis.every:
+    if config.analysis.every != 0:
         ours.append(_recorder(config, adapted, phase, world))
     ours.append(report)
     if config.logging.tensorboard:

@@ -22,6 +22,9 @@ from dora_dist.zero3.row_changes import TrainedWeight, row_changes
 class AnalysisCallback(TrainerCallback):
     """Records ΔM and ΔD of adapted layers and of linear layers trained in full, after every N-th step and the last.
 
+    Without N (analysis.every null) it records adapted layers alone, whose numbers come out of a refresh of the norms:
+    with each evaluation and each checkpoint, for the run's page. For weights trained in full it would read the base.
+
     It refreshes the norms that the next forward would have refreshed. Collective; rank 0 writes.
     """
 
@@ -35,26 +38,35 @@ class AnalysisCallback(TrainerCallback):
         """
         self._norms, self._base, self._every = run.norms, run.source.folder, options.every
         self._method, self._world, self._file = method, world, run_dir / ANALYSIS
+        asked = options.every is not None
         adapted, trained = adapted_layers(run.model), _trained_weights(run)
-        if not adapted and not trained and not pruned:
+        if asked and not adapted and not trained and not pruned:
             raise UserError(
                 f"analysis.every = {options.every}: this run neither adapts nor trains a linear layer that the base "
                 "has; set it to 0"
             )
         layers = [*adapted, *trained]
         none = f"matches none of the layers that can be recorded: {kinds_of(layers)}"
-        otherwise = None if pruned else lambda pattern: none
+        otherwise = None if pruned or not layers else lambda pattern: none
         chosen = matching(options.modules or [".*"], layers, "analysis.modules", otherwise=otherwise)
         self.adapted = {name: layer for name, layer in adapted.items() if name in chosen}
-        self.trained = {name: weight for name, weight in trained.items() if name in chosen}
+        self.trained = {name: weight for name, weight in trained.items() if name in chosen and asked}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self._every and state.global_step < state.max_steps:
+        if not self._due(state, control) or not (self.adapted or self.trained):
             return
         changes = self._norms.record(self.adapted) if self.adapted else {}
         matrices = moved(changes | row_changes(self.trained, self._base))
         with together("writing the analysis"):  # or the other ranks would go on, and wait for rank 0
             self._write(state.global_step, matrices)
+
+    def _due(self, state: Any, control: Any) -> bool:
+        """The same on every rank: what they evaluate and save together."""
+        if state.global_step >= state.max_steps:
+            return True
+        if self._every is None:
+            return bool(control.should_evaluate or control.should_save)
+        return state.global_step % self._every == 0
 
     def _write(self, step: int, matrices: Mapping[str, Moved]) -> None:
         if self._world.first:

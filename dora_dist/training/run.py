@@ -49,11 +49,13 @@ def train(config: RunConfig, callbacks: "Sequence[TrainerCallback]" = ()) -> Pat
         # Imported here: DeepSpeed needs its accelerator chosen and its environment set first, and a mistake in the
         # configuration should show at once, not after the seconds that libraries take.
         from dora_dist.checkpoint.history import History
+        from dora_dist.report.writing import PageWriter
         from dora_dist.training import blocks, phases
 
         run_dir, timeout_s = Path(config.checkpoint.run_dir), config.engine.start_timeout_s
+        page = PageWriter(run_dir, kept=config.logging.report)
         with (
-            History(run_dir, first=world.first) as history,
+            History(run_dir, first=world.first, heard=page.hear) as history,
             Watch(world, timeout_s, told=history.lost) as watch,
             disk_errors(run_dir, only=DISK_IS_FULL),
         ):

@@ -17,6 +17,7 @@ from tests.ranks import run_ranks
 
 WAS = {"learning_rate": 0.01, "schedule": "constant", "warmup_steps": 0}
 LINEAR = {"schedule": "linear", "max_steps": 6, "warmup_steps": 1}
+WITH_PAGE: dict[str, dict[str, Any]] = {"logging": {"report": True}, "analysis": {"every": None}}
 FOLLOWED: dict[str, dict[str, dict[str, Any]]] = {
     "unchanged": {},
     "rate": {"training": {"learning_rate": 0.02}},
@@ -56,7 +57,7 @@ def runs(folder: Path) -> None:
         *(described(folder, name, "first/checkpoint-3", **changes) for name, changes in FOLLOWED.items()),
         described(folder, "decaying", training={**LINEAR, "max_steps": 3}, analysis={"every": 2}),
         described(folder, "decaying", "auto", training=LINEAR, analysis={"every": 2, "modules": ["q_proj"]}),
-        described(folder, "uninterrupted", training=LINEAR),
+        described(folder, "uninterrupted", training={**LINEAR, "eval_every": 4}, **WITH_PAGE),
         described(folder, "often", "first/checkpoint-3", training={"eval_every": 1}, checkpoint={"save_every": 1}),
     )
 
@@ -119,6 +120,15 @@ def test_recording_for_the_analysis_changes_no_bit_and_goes_on_after_a_resume(ru
         ("DoRA (first)", [2, 4, 5], 3 * 4),
         ("DoRA (decaying)", [2, 3, 4, 6], 2 * 4 + 2 * 2),
     ]
+
+
+def test_by_default_each_evaluation_and_checkpoint_is_recorded_for_the_runs_page(runs: None, folder: Path) -> None:
+    run_dir = folder / "uninterrupted"
+    assert [r.step for r in read_recordings(run_dir / "analysis.jsonl")] == [3, 4, 6]
+    page = (run_dir / "report.html").read_text()
+    assert "<title>Finished · uninterrupted</title>" in page
+    assert "Change of magnitude, ΔM" in page
+    assert not (folder / "unchanged" / "report.html").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in FOLLOWED if name not in ("unchanged", "micro")])

@@ -53,7 +53,7 @@ def test_numbers_of_every_method_are_the_definitions(name: str, decomposed: bool
     norms = NormRefresher(layer)
     found = moved(norms.record({"it": layer}))["it"]
     assert (found.delta_m, found.delta_d) == pytest.approx(defined(layer.weight, v, magnitude), rel=2e-5)
-    assert found.rows == OUT
+    assert (found.rows, found.magnitude) == (OUT, pytest.approx(float(magnitude.detach().mean()), rel=1e-6))
     assert norms.refreshes == 1
     assert (layer.norm is not None) == decomposed
 
@@ -86,8 +86,10 @@ def test_what_is_recorded_are_the_layers_that_move_and_a_wrong_pattern_is_refuse
     base = toy.base_model(tmp_path / "base", tie_word_embeddings=True)
     world = World(rank=0, world_size=1, local_rank=0, local_world_size=1, host="here", launcher="none")
 
-    def recorded(adapter: dict[str, Any], modules: list[str], pruned: bool = False) -> tuple[list[str], list[str]]:
-        section, options = AdapterConfig(**adapter), AnalysisConfig(every=1, modules=modules)
+    def recorded(
+        adapter: dict[str, Any], modules: list[str], *, pruned: bool = False, every: int | None = 1
+    ) -> tuple[list[str], list[str]]:
+        section, options = AdapterConfig(**adapter), AnalysisConfig(every=every, modules=modules)
         run = build_model(ModelConfig(path=str(base), dtype="fp32"), section)
         callback = AnalysisCallback(run, options, method="", world=world, run_dir=tmp_path, pruned=pruned)
         return list(callback.adapted), list(callback.trained)
@@ -104,6 +106,10 @@ def test_what_is_recorded_are_the_layers_that_move_and_a_wrong_pattern_is_refuse
     assert recorded(both, ["k_proj"], pruned=True) == ([], [])
     with pytest.raises(UserError, match=r"analysis\.every = 1: this run neither adapts nor trains a linear layer"):
         recorded({"method": "full", "target_modules": ["norm"]}, [])
+    assert recorded({"method": "full", "target_modules": ["norm"]}, [], every=None) == ([], [])
+    assert recorded(both, [], every=None) == (queries, [])  # without being asked no base is read
+    with pytest.raises(UserError, match=r"analysis\.modules: 'k_proj' matches none"):
+        recorded(both, ["k_proj"], every=None)
 
 
 def recording(step: int, slope: float, method: str = "DoRA", layers: int = 3) -> Recording:

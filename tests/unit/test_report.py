@@ -97,9 +97,10 @@ def test_a_finished_run_is_not_read_again_and_a_running_one_is(run: Run, tmp_pat
     html = page.of_run(going, now=NOW, reload_s=20)
     assert 'data-reload="20"' in html
     assert '<noscript><meta http-equiv="refresh" content="20"></noscript>' in html
-    assert facts.state(going, live=True) == facts.State("Training", "running", "step 100 of 120")
-    assert facts.state(going, live=False).word == "Ended"
-    assert facts.state(run, live=False) == facts.State("Finished", "good", "step 120 of 120")
+    assert facts.state(going, now=NOW, live=True) == facts.State("Training", "running", "step 100 of 120")
+    assert facts.state(going, now=NOW).word == "Ended"
+    assert facts.state(going, now=report_runs.BEGAN + 1000).word == "Training"
+    assert facts.state(run, now=NOW) == facts.State("Finished", "good", "step 120 of 120")
 
 
 def test_curves_are_the_historys_numbers(run: Run) -> None:
@@ -131,7 +132,9 @@ def test_maps_have_each_layer_at_each_step(run: Run) -> None:
     assert (ranks.grid.layers, ranks.grid.kinds) == (["0", "1", "2"], ["q_proj", "down_proj"])
     assert ranks.cells[0] == [[5, 4]] * 3
     assert ranks.cells[-1] == [[2, 1]] * 3
-    assert [direction.shade(value) for value in (0.0, 0.06, 0.12, None)] == [0, 5, 10, None]
+    assert [direction.shade(value) for value in (0.04, 0.08, 0.12, None)] == [0, 5, 10, None]
+    assert (ranks.shade(0), ranks.shade(5), direction.power) == (0, 10, 0)
+    assert [magnitude.written(value) for value in (0.06, None)] == ["6.00", ""]
     assert magnitude.cells[-1][2][1] == pytest.approx(0.06)
     assert [curve.ys[-1] for curve in layers.curves(run)[1].curves] == pytest.approx([0.024, 0.036])
 
@@ -181,12 +184,16 @@ def test_missing_and_damaged_parts_are_left_out_and_named(kept: str, tmp_path: P
 def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = report_runs.write(tmp_path / "a/run", report_runs.history())
     two = report_runs.write(tmp_path / "b/run", report_runs.history(slower=1.2), learning_rate=5e-4)
+    older = json.loads((one / "config.json").read_text())
+    del older["training"]["seed"]  # as if that version had no such field yet
+    (one / "config.json").write_text(json.dumps(older))
     output = tmp_path / "out" / "both.html"
     assert main(["report", str(one), f"slow={two}", str(two), "--output", str(output)]) == DONE
     found = Text(output.read_text()).text
     assert "3 runs compared" in found
     assert re.search(r"Setting +a/run +slow +b/run", " ".join(found.split()))
     assert re.search(r"training\.learning_rate +0\.0002 +0\.0005 +0\.0005", " ".join(found.split()))
+    assert "training.seed" not in found
     assert re.search(r"evaluation loss, best +0\.6 +0\.72 +0\.72", " ".join(found.split()))
     drawn = data_of(output.read_text())["charts"]
     assert [curve["name"] for curve in drawn[0]["curves"]] == ["a/run", "slow", "b/run"]

@@ -5,7 +5,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 230;
 const FORMS = {
   number: (v) => (v === 0 ? "0" : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(4))),
-  exponent: (v) => (v === 0 ? "0" : v.toExponential(2)),
+  exponent: (v) => (v === 0 ? "0" : v.toExponential(2).replace(/\.?0+e/, "e")),
   count: (v) => v.toLocaleString("en-US", { maximumFractionDigits: v < 10 ? 2 : 0 }),
   percent: (v) => `${+(100 * v).toPrecision(3)} %`,
   gigabytes: (v) => `${+v.toPrecision(4)} GB`,
@@ -192,7 +192,7 @@ class Chart {
     this.high = this.page.last;
     const rows = Math.floor(HEIGHT / 45);
     this.rows = this.log ? logTicks(this.bottom, this.top, rows) : ticks(this.bottom, this.top, rows);
-    this.left = 10 + 6.4 * Math.max(...this.rows.map((value) => this.form(value).length));
+    this.left = 10 + Math.max(25, 6.4 * Math.max(...this.rows.map((value) => this.form(value).length)));
     this.inner = this.width - this.left - 12;
     this.under = HEIGHT - 22;
   }
@@ -212,11 +212,14 @@ class Chart {
       text.textContent = this.form(value);
       svg.append(text);
     }
-    for (const step of ticks(this.low, this.high, this.inner / 75).filter(Number.isInteger)) {
+    for (const step of ticks(this.low, this.high, this.inner / 75).filter((step) => step && Number.isInteger(step))) {
       const text = drawn("text", { x: this.x(step), y: HEIGHT - 5, "text-anchor": "middle" });
       text.textContent = step.toLocaleString("en-US");
       svg.append(text);
     }
+    const unit = drawn("text", { x: this.left - 6, y: HEIGHT - 5, "text-anchor": "end" });
+    unit.textContent = "step";
+    svg.append(unit);
     svg.append(drawn("line", { class: "axis", x1: this.left, x2: this.width - 12, y1: this.under, y2: this.under }));
     for (const step of this.data.marks.filter((s) => s >= this.low && s <= this.high)) {
       const mark = drawn("line", { class: "mark", x1: this.x(step), x2: this.x(step), y1: 8, y2: this.under });

@@ -63,7 +63,7 @@ function addMaps() {
   for (const figure of document.querySelectorAll("[data-map]")) {
     const label = figure.querySelector(".slider");
     if (!label) continue;
-    const map = by.get(figure.dataset.map), form = FORMS[map.form];
+    const map = by.get(figure.dataset.map);
     const input = label.querySelector("input"), output = label.querySelector("output");
     const rows = [...figure.querySelectorAll("tbody tr")].map((row) => row.querySelectorAll("td"));
     label.hidden = false;
@@ -72,9 +72,10 @@ function addMaps() {
       output.value = step;
       input.setAttribute("aria-valuetext", `step ${step}`);
       figure.querySelector(".at").textContent = `after step ${step}`;
-      map.cells[+input.value].forEach((row, r) => row.forEach((cell, c) => {
-        rows[r][c].textContent = cell === null ? "" : map.form === "count" ? form(cell) : String(+cell.toPrecision(2));
-        rows[r][c].className = cell === null ? "" : `h${map.max > 0 ? Math.round((data.shades * Math.max(cell, 0)) / map.max) : 0}`;
+      rows.forEach((row, r) => row.forEach((cell, c) => {
+        const shade = map.shades[+input.value][r][c];
+        cell.textContent = map.written[+input.value][r][c];
+        cell.className = shade === null ? "" : `h${shade}`;
       }));
     });
   }
@@ -95,7 +96,7 @@ function addReloading() {
   let paused = Boolean(kept.read().paused), busy = 0;
   const show = () => {
     const old = Date.now() / 1000 - +written.dataset.written;
-    const silent = old > Math.max(10 * every, 10 * MINUTE);
+    const silent = old > Math.max(10 * every, 15 * MINUTE);
     const what = silent ? "No news since: the run may have ended." : paused ? "Does not update itself now." : "Updates itself.";
     age.textContent = `Written ${ago(Math.max(old, 0))}. ${what}`;
     document.querySelector(".state").classList.toggle("stale", silent);
