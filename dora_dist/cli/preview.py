@@ -20,8 +20,11 @@ _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"
 """Control characters, which a terminal would obey, to signs for them."""
 
 
-def show(data: TokenizedData, tokenizer: Any, *, title: str, steps: int, batch: int) -> None:
-    """Print figures of the data, the length of a run of `steps` steps of `batch` records each, and two samples."""
+def show(data: TokenizedData, tokenizer: Any, *, title: str, steps: int, batch: int, rows: str | None = None) -> None:
+    """Print figures of the data, the length of a run of `steps` steps of `batch` records each, and two samples.
+
+    rows: how the records of a step share rows, where they do.
+    """
     console = Console(highlight=False, markup=False, emoji=False)
     _print_figures(console, data, title)
     samples = data.train
@@ -29,6 +32,8 @@ def show(data: TokenizedData, tokenizer: Any, *, title: str, steps: int, batch: 
     console.print(f"\n{steps:,} steps of {batch} records, {an_epoch:,} steps an epoch: {steps / an_epoch:,.1f} epochs")
     for share in samples.shares:
         console.print(f"  {share}", soft_wrap=True)
+    if rows is not None:
+        console.print(rows, soft_wrap=True)
     for title, position in samples.shown().items():
         _print_sample(console, tokenizer, samples.preview(position), title=title)
     console.print()

@@ -48,7 +48,7 @@ def _validate(options: argparse.Namespace) -> None:
 
         pruning_budget(config.adapter, config.training.max_steps)
     if options.data:
-        _show_data(config)
+        _show_data(config, options.world_size or 1)
     adapter, training = config.adapter, config.training
     most = training.global_batch_size
     evenly = ", ".join(str(count) for count in range(1, most + 1) if config.training.batch_plan(count).empty == 0)
@@ -83,19 +83,26 @@ def _method(adapter: AdapterConfig) -> str:
     return f"{method.title} r={settings['r']}" if "r" in settings else method.title
 
 
-def _show_data(config: RunConfig) -> None:
+def _show_data(config: RunConfig, world_size: int) -> None:
     """Read a run's data as training does, and show it. Of the base only tokenizer and configuration are needed."""
     from dora_dist.checkpoint.resuming import optimizer_steps
     from dora_dist.cli import preview
     from dora_dist.training.checks import pruning_budget
     from dora_dist.training.fetching import fetched_for_data
     from dora_dist.training.inputs import read_data
+    from dora_dist.training.loaders import packed_rows
 
     local = fetched_for_data(config)
     processor, data = read_data(local, Path(local.model.path), progress=True)
     tokenizer = task_named(config.model.task).tokenizer(processor)
     steps = optimizer_steps(config.training, data.train.parts)
     pruning_budget(config.adapter, steps)
+    rows = packed_rows(config, data, world_size) if config.data.packing else None
     preview.show(
-        data, tokenizer, title=f"{config.data.format} records", steps=steps, batch=config.training.global_batch_size
+        data,
+        tokenizer,
+        title=f"{config.data.format} records",
+        steps=steps,
+        batch=config.training.global_batch_size,
+        rows=rows,
     )

@@ -22,6 +22,7 @@ def between_fields(
     """What is wrong, one line each, naming the fields and the way out."""
     yield from _batches_and_warmup(training)
     yield from _validation(data, training)
+    yield from _packing(data)
     yield from _adapter(adapter)
     yield from _bad_patterns("analysis.modules", analysis.modules)
     flash = model.attn_implementation == "flash_attention_2"
@@ -66,6 +67,17 @@ def _validation(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
         yield (
             f"training.eval_every = {every}: there is nothing to evaluate on; give data.validation, "
             "or hold records out with data.validation_samples"
+        )
+
+
+def _packing(data: DataConfig) -> Iterator[str]:
+    given = f"data.packing_length = {data.packing_length}"
+    if data.packing_length is not None and not data.packing:
+        yield f"{given}: rows hold one record each; set data.packing to true, or leave it null"
+    elif data.packing_length is not None and data.packing_length < data.longest_text:
+        yield (
+            f"{given}: a row must have room for the longest record, data.cutoff_len = {data.longest_text}; raise it, "
+            "or lower data.cutoff_len"
         )
 
 

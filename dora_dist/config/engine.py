@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dora_dist.config.schema import TrainingConfig
+from dora_dist.config.schema import BatchPlan, TrainingConfig
 from dora_dist.config.section import Count, Elements, Seconds, Section, at_most
 from dora_dist.runtime.errors import UserError
 
@@ -158,17 +158,25 @@ def conflicts(options: dict[str, Any]) -> Iterator[str]:
 
 
 def deepspeed_config(
-    engine: EngineConfig, training: TrainingConfig, *, dtype: Literal["bf16", "fp32"], world_size: int
+    engine: EngineConfig,
+    training: TrainingConfig,
+    *,
+    dtype: Literal["bf16", "fp32"],
+    world_size: int,
+    plan: BatchPlan | None = None,
 ) -> dict[str, Any]:
-    """What `deepspeed.initialize` and `TrainingArguments(deepspeed=...)` take. Raises UserError."""
+    """What `deepspeed.initialize` and `TrainingArguments(deepspeed=...)` take. Raises UserError.
+
+    plan: how batches are taken, where that follows from the data (data.packing).
+    """
     if world_size % engine.hpz_partition_size:
         raise UserError(
             f"engine.hpz_partition_size = {engine.hpz_partition_size}: does not divide {world_size} ranks; "
             "use the number of ranks of one node, or 1"
         )
-    plan = training.batch_plan(world_size)
+    plan = plan or training.batch_plan(world_size)
     derived = {
-        "train_batch_size": training.global_batch_size + plan.empty,
+        "train_batch_size": plan.micro_batch_size * plan.accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation_steps,
         "gradient_clipping": training.max_grad_norm,

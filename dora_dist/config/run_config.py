@@ -11,6 +11,7 @@ from dora_dist.config.adapter import AdapterConfig
 from dora_dist.config.engine import EngineConfig
 from dora_dist.config.schema import (
     AnalysisConfig,
+    BatchPlan,
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -89,9 +90,14 @@ class RunConfig(Section):
         """Raise UserError unless every file and folder of the run is there (hub names are not looked up)."""
         files.check(self.model, self.adapter, self.data, checkpoint=self.checkpoint)
 
-    def deepspeed_config(self, world_size: int) -> dict[str, Any]:
-        """A new dict: the DeepSpeed JSON of this run on `world_size` ranks. Raises UserError."""
-        return engine.deepspeed_config(self.engine, self.training, dtype=self.model.dtype, world_size=world_size)
+    def deepspeed_config(self, world_size: int, plan: BatchPlan | None = None) -> dict[str, Any]:
+        """A new dict: the DeepSpeed JSON of this run on `world_size` ranks. Raises UserError.
+
+        plan: how batches are taken, where the data says that (data.packing); None: as without packing.
+        """
+        return engine.deepspeed_config(
+            self.engine, self.training, dtype=self.model.dtype, world_size=world_size, plan=plan
+        )
 
     def to_json(self) -> str:
         """The whole configuration as JSON text, defaults included; `load` gives an equal one back."""

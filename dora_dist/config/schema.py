@@ -177,6 +177,16 @@ class DataConfig(Section):
         default=128,
         description="Tokens that windows of a text share where it is too long to be read at once (squad)",
     )
+    packing: bool = Field(
+        default=False,
+        description="Put several records into one row, kept apart by attention and positions: the same steps, records "
+        "and losses with less padding and fewer passes; training.micro_batch_size then counts rows",
+    )
+    packing_length: Annotated[TextLength, at_most(2**30)] | None = Field(
+        default=None,
+        description="Most tokens in a row of several records, at least cutoff_len (2048 or more suits a GPU); null: "
+        "cutoff_len",
+    )
     cache: Text | None = Field(
         default="~/.cache/dora_dist",
         description="Folder for tokenized data: one rank of a node makes it for the others and for later runs; null: "
@@ -229,6 +239,11 @@ class DataConfig(Section):
         return largest(self.cutoff_len)
 
     @property
+    def longest_row(self) -> int:
+        """The most tokens of a row with several records."""
+        return self.packing_length or self.longest_text
+
+    @property
     def longest_target(self) -> int:
         """The largest target_len of all tasks, in tokens."""
         return largest(self.target_len)
@@ -237,7 +252,8 @@ class DataConfig(Section):
 class BatchPlan(NamedTuple):
     """How one rank takes its part of every global batch: `accumulation_steps` passes of `micro_batch_size` records.
 
-    `empty` places over all ranks hold no record, and count in no loss: the ranks do not divide the batch.
+    `empty` places over all ranks hold no record, and count in no loss: the ranks do not divide the batch. With
+    data.packing, `micro_batch_size` counts rows, and `empty` is 0.
     """
 
     micro_batch_size: int
@@ -278,7 +294,9 @@ class TrainingConfig(Section):
     max_steps: Steps | None = Field(default=None, description="Optimizer steps to stop after; null: as epochs says")
     global_batch_size: Count = Field(default=16, description="Records per optimizer step, over all ranks")
     micro_batch_size: Count = Field(
-        default=4, description="Most records per forward pass on one rank; the rest is accumulated"
+        default=4,
+        description="Most records (with data.packing: rows of records) per forward pass on one rank; the rest is "
+        "accumulated",
     )
     weight_decay: Annotated[float, Field(ge=0), at_most(1000)] = Field(
         default=0.0, description="AdamW's decoupled weight decay"
@@ -302,6 +320,12 @@ class TrainingConfig(Section):
         default=False,
         description="With activation checkpointing: recompute the outputs of DoRA layers with at least twice as many "
         "inputs (down_proj), too, which are kept otherwise: slower by a twentieth, smaller by one activation a layer",
+    )
+    loss_chunk: Literal["auto"] | Annotated[int, Field(ge=0), at_most(10**9)] = Field(
+        default="auto",
+        description="Tokens whose logits are computed at a time for the loss, so that the logits of a batch are never "
+        'all in memory (tasks that predict tokens); "auto": as many as fit into 128 MiB where all logits of a batch '
+        "would take more than 512 MiB (in fp32); 0: all at once",
     )
     eval_every: Steps | None = Field(
         default=None, description="Optimizer steps between evaluations; null: none in training"

@@ -12,6 +12,7 @@ from dora_dist.data.collate import (
 from dora_dist.data.columns import IGNORED
 from dora_dist.data.formats import FORMATS
 from dora_dist.data.labelled import LabelledReader
+from dora_dist.data.packing import InRows, Packing, RowCollator
 from dora_dist.data.pictured import ConversationReader
 from dora_dist.data.ragged import RaggedDataset, TokenizedData
 from dora_dist.data.reader import Reader
@@ -32,11 +33,14 @@ __all__ = [
     "ConversationReader",
     "EpochBatches",
     "EpochDataLoader",
+    "InRows",
     "LabelledCollator",
     "LabelledReader",
+    "Packing",
     "PictureCollator",
     "RaggedDataset",
     "Reader",
+    "RowCollator",
     "SpanReader",
     "SummaryReader",
     "TextReader",

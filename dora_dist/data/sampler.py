@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
+
+if TYPE_CHECKING:
+    from dora_dist.data.packing import Packing
 
 FILLER = -1
 """A place of a global batch beyond its last sample; `WithFiller` puts a sample without loss there."""
@@ -37,6 +40,7 @@ class EpochBatches(BatchSampler):
     The epoch's order is a permutation from (seed, epoch). The ranks' micro-batches of optimizer step t together are
     exactly global batch t, whatever the world size and micro-batch size, with FILLER where the ranks do not divide
     it: a run can stop at 8 ranks and go on at 6 after the same samples. Every sample is seen once per epoch.
+    With packing a micro-batch is of rows, each a tuple of samples; the samples of a global batch stay the same.
     """
 
     def __init__(
@@ -51,13 +55,17 @@ class EpochBatches(BatchSampler):
         shuffle: bool = True,
         order: EpochOrder | None = None,
         parts: Iterable[int] | None = None,
+        packing: Packing | None = None,
+        passes: int = 1,
     ):
         """order: an epoch's order, where it is more than a permutation. parts: samples of each kind, where no two kinds
-        share a global batch."""
+        share a global batch. packing: puts samples into rows, of which a micro-batch has `micro_batch_size`, and a
+        global batch `passes` micro-batches on each rank."""
         self.parts = [num_samples] if parts is None else list(parts)
         self.num_samples, self.seed, self.shuffle, self.order = num_samples, seed, shuffle, order
         self.global_batch_size, self.batch_size = global_batch_size, micro_batch_size
         self.world_size, self.rank = world_size, rank
+        self.packing, self.passes = packing, passes
         self.drop_last = False
         self.epoch = 0
 
@@ -80,11 +88,18 @@ class EpochBatches(BatchSampler):
         """Micro-batches per epoch on this rank."""
         return batches_of(self.parts, self.global_batch_size) * self._places // self._across_ranks
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def global_batches(self) -> Iterator[list[int]]:
+        """The samples of each optimizer step of the epoch, over all ranks."""
         order = self._order()
         for first in range(0, len(order), self.global_batch_size):
-            batch = order[first : first + self.global_batch_size]
-            batch += [FILLER] * (self._places - len(batch))
+            yield order[first : first + self.global_batch_size]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for samples in self.global_batches():
+            if self.packing is not None:
+                batch: list[Any] = self.packing.rows(samples, self._places)
+            else:
+                batch = [*samples, *[FILLER] * (self._places - len(samples))]
             for start in range(self.rank * self.batch_size, self._places, self._across_ranks):
                 yield batch[start : start + self.batch_size]
 
@@ -94,7 +109,9 @@ class EpochBatches(BatchSampler):
 
     @property
     def _places(self) -> int:
-        """Samples that all ranks together take for one global batch, fillers among them."""
+        """Samples or rows that all ranks together take for one global batch, fillers among them."""
+        if self.packing is not None:
+            return self.passes * self._across_ranks
         return -(-self.global_batch_size // self._across_ranks) * self._across_ranks
 
     def _order(self) -> list[int]:

@@ -11,6 +11,7 @@ from torch import nn
 from dora_dist.adapters.inject import AdapterPlan, by_pattern
 from dora_dist.adapters.method import AdapterMethod, Method
 from dora_dist.adapters.patterns import ParameterPlan, parameters_matching
+from dora_dist.models import logits
 from dora_dist.models.family import Family
 from dora_dist.models.folder import transformers_config
 from dora_dist.models.llava.family import LLAVA
@@ -39,11 +40,17 @@ def register(family: Family) -> None:
         _FAMILIES[model_type] = family
 
 
-register(Family(("llama", "mistral", "qwen2", "qwen3"), _LLAMA_LIKE, masks_are_free=True))
-register(Family(("gemma", "gemma2", "granite", "smollm3"), _LLAMA_LIKE))
+register(
+    Family(
+        ("llama", "mistral", "qwen2", "qwen3"), _LLAMA_LIKE, masks_are_free=True, packs=True, logits=logits.unchanged
+    )
+)
+register(Family(("gemma", "smollm3"), _LLAMA_LIKE, packs=True, logits=logits.unchanged))
+register(Family(("gemma2",), _LLAMA_LIKE, packs=True, logits=logits.soft_capped))
+register(Family(("granite",), _LLAMA_LIKE, packs=True, logits=logits.scaled))
 register(Family(("bert", "roberta", "xlm-roberta", "electra"), _BERT_LIKE))
 register(Family(("deberta-v2",), ("query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense")))
-register(Bart(("bart",), _BART))
+register(Bart(("bart",), _BART, logits=logits.shifted))
 register(VL_BART)
 register(Family(("mpnet",), ("attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense")))
 register(LLAVA)
@@ -112,6 +119,17 @@ def check_sees_pictures(config: Any) -> None:
         raise UserError(
             f"model.path: {config.model_type!r} with pictures is not supported; image_text_to_text is for "
             f"{known} (LLaVA-1.5 and what `dora-dist assemble-llava` makes)"
+        )
+
+
+def check_packs(config: Any) -> None:
+    """Raise UserError for the configuration of a model whose language model might mix samples of one row."""
+    language = config.get_text_config().model_type
+    if not family_of(language).packs:
+        known = ", ".join(name for name, family in _FAMILIES.items() if family.packs)
+        raise UserError(
+            f"data.packing = true: whether {language!r} keeps the records of a row apart is not known; set it to false "
+            f"(known to: {known})"
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_dist.models.logits import Logits
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.names import Rename
 
@@ -45,6 +46,13 @@ class Family:
     masks_are_free: bool = False
     """Whether attention is a plain softmax over rotary positions, so that a 4-D mask and position ids can put several
     answers behind one prompt."""
+
+    logits: Logits | None = None
+    """What its models make of the output of their last layer before it is a prediction; None: not known, and then a
+    loss is taken from all logits at once."""
+
+    packs: bool = False
+    """Whether its language models keep samples of one row apart by masks and position ids alone (data.packing)."""
 
     def rename(self, model: Any) -> Rename | None:
         """What gives the tensors of any of `model`'s folders today's names; None where all versions have one name.

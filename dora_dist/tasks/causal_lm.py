@@ -27,7 +27,7 @@ TEMPLATE = "template"
 class CausalLM(Task):
     name = "causal_lm"
     formats = ("instruction", "alpaca", "completion", *CHATS, TEMPLATE)
-    fields = ("train_on", "prompt_template", "answer_field")
+    fields = ("packing", "packing_length", "train_on", "prompt_template", "answer_field")
     trains_in_full = False
 
     def fields_of(self, data: DataConfig) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ class CausalLM(Task):
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.tasks.objectives.language import LanguageModelling
 
-        return LanguageModelling(processor)
+        return LanguageModelling(processor, model, packs=data.packing, loss_chunk=training.loss_chunk)
 
     def evaluation(self, subject: Subject, settings: Settings) -> Evaluation:
         from dora_dist.tasks.evaluations.language import LanguageEvaluation

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class ImageTextToText(Task):
     name = "image_text_to_text"
     formats = ("llava",)
-    fields = ("image_folder", "chat_template")
+    fields = ("image_folder", "chat_template", "packing", "packing_length")
     packages = ("PIL",)
 
     def problems_of_data(self, data: DataConfig) -> Iterator[str]:
@@ -60,7 +60,7 @@ class ImageTextToText(Task):
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.tasks.objectives.language import PictureModelling
 
-        return PictureModelling(processor)
+        return PictureModelling(processor, model, packs=data.packing, loss_chunk=training.loss_chunk)
 
     def evaluation(self, subject: Subject, settings: Settings) -> Evaluation:
         from dora_dist.tasks.evaluations.pictures import PicturesEvaluation

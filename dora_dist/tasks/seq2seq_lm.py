@@ -44,4 +44,5 @@ class Seq2SeqLM(Task):
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.tasks.objectives.summaries import Summarising
 
-        return Summarising(processor, model, data.longest_target, training.num_beams)
+        target_len, beams = data.longest_target, training.num_beams
+        return Summarising(processor, model, target_len, beams, loss_chunk=training.loss_chunk)

@@ -113,4 +113,5 @@ class VisionSeq2SeqLM(Task):
     def objective(self, processor: Any, model: Any, *, data: DataConfig, training: TrainingConfig) -> Objective:
         from dora_dist.tasks.objectives.vision import VisionWriting
 
-        return VisionWriting(processor, model, data.longest_target, training.num_beams)
+        target_len, beams = data.longest_target, training.num_beams
+        return VisionWriting(processor, model, target_len, beams, loss_chunk=training.loss_chunk)

@@ -5,16 +5,16 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dora_dist.config import RunConfig
+from dora_dist.config.schema import BatchPlan
 from dora_dist.training.rates import library_name
 
 NEVER = 10**12
 """An interval of steps that no run reaches. The Trainer saves at the end, too, and this leaves that alone."""
 
 
-def training_arguments(config: RunConfig, world_size: int, deepspeed: dict[str, Any]) -> TrainingArguments:
-    """The Trainer's settings of a run on `world_size` ranks, all derived from its configuration."""
+def training_arguments(config: RunConfig, plan: BatchPlan, deepspeed: dict[str, Any]) -> TrainingArguments:
+    """The Trainer's settings of a run whose batches are taken as `plan` says; the rest is in its configuration."""
     training, checkpoint = config.training, config.checkpoint
-    plan = config.training.batch_plan(world_size)
     warmup = training.warmup_steps if training.warmup_steps is not None else (training.warmup_ratio or 0)
     return TrainingArguments(
         output_dir=checkpoint.run_dir,

@@ -18,6 +18,7 @@ from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.resuming import optimizer_steps
 from dora_dist.config import AdapterConfig, CheckpointConfig, DataConfig, RunConfig, TrainingConfig
 from dora_dist.config.names import listed
+from dora_dist.config.schema import BatchPlan
 from dora_dist.data import TokenizedData
 from dora_dist.data.sampler import batches_of
 from dora_dist.models.build import AdaptedModel
@@ -61,7 +62,9 @@ def about_data(options: DataConfig, data: TokenizedData) -> None:
         line("validation", f"{', '.join(listed(options.validation)) or held_out}: {data.validation_stats}")
 
 
-def about_model(config: RunConfig, run: AdaptedModel, world: World, *, parts: Mapping[str, int]) -> None:
+def about_model(
+    config: RunConfig, run: AdaptedModel, world: World, *, parts: Mapping[str, int], plan: BatchPlan
+) -> None:
     """Once the model is built: model, adapter, batch, schedule, memory, files. `parts`: of the training set."""
     model, adapter, training = config.model, config.adapter, config.training
     parameters = list(run.model.parameters())
@@ -76,12 +79,15 @@ def about_model(config: RunConfig, run: AdaptedModel, world: World, *, parts: Ma
     if run.trained and (run.adapted or run.fresh or not single):
         new = f"; new, not in the base: {', '.join(run.fresh)}" if run.fresh else ""
         line("in full", f"{', '.join(run.trained)}{new}")
-    plan = config.training.batch_plan(world.world_size)
     empty = f"; {plan.empty} places of the last micro-batches stay empty" if plan.empty else ""
+    if config.data.packing:
+        alone = training.batch_plan(world.world_size).accumulation_steps
+        empty = f", in rows of at most {config.data.longest_row:,} tokens (unpacked: {_count(alone, 'step')})"
+    rows = f" {'row' if plan.micro_batch_size == 1 else 'rows'}" if config.data.packing else ""
     line(
         "batch",
-        f"{training.global_batch_size} records a step: {_count(world.world_size, 'rank')} x {plan.micro_batch_size} x "
-        f"{_count(plan.accumulation_steps, 'accumulation step')}{empty}",
+        f"{training.global_batch_size} records a step: {_count(world.world_size, 'rank')} x "
+        f"{plan.micro_batch_size}{rows} x {_count(plan.accumulation_steps, 'accumulation step')}{empty}",
     )
     line("training", _schedule(training, config.checkpoint, parts))
     line("memory", f"{_memory(run.model, world)} a rank, before gathered layers and activations")

@@ -7,7 +7,9 @@ from typing import Any
 from dora_dist.adapters.adapter_folder import SavedAdapter
 from dora_dist.adapters.folders import read_adapter
 from dora_dist.config import RunConfig
+from dora_dist.config.schema import BatchPlan
 from dora_dist.data import TokenizedData, read, warn_of_the_whole
+from dora_dist.models.families import check_packs
 from dora_dist.models.folder import check_base, transformers_config
 from dora_dist.models.vocabulary import check_vocabulary
 from dora_dist.runtime.agreement import check_agreement
@@ -19,6 +21,7 @@ from dora_dist.training.agreement import of_data, of_model_folder
 from dora_dist.training.blocks import about_data
 from dora_dist.training.checks import check_own_code
 from dora_dist.training.fetching import fetched
+from dora_dist.training.loaders import batch_plan
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Inputs:
     contents: dict[str, str]
     """A short text about each set of the data that differs where the set does."""
     start_from: SavedAdapter | None
+    plan: BatchPlan
+    """How each rank takes its part of every global batch."""
 
 
 def read_inputs(config: RunConfig, world: World) -> Inputs:
@@ -45,6 +50,7 @@ def read_inputs(config: RunConfig, world: World) -> Inputs:
         check_own_code(model, config.adapter, base)
     with together("reading the data"):
         processor, data = read_data(local, base, progress=world.first)
+        plan = batch_plan(config, data, world.world_size)
     if world.first:
         about_data(config.data, data)  # by the names that the user gave, not by their places in the hub's cache
     with together("reading the base model's files"):
@@ -59,12 +65,14 @@ def read_inputs(config: RunConfig, world: World) -> Inputs:
     check_agreement(world, files | contents)
     tokenizer = task_named(model.task).tokenizer(processor)
     check_vocabulary(tokenizer, base_config.get_text_config().vocab_size, model.path, ids=data.token_ids())
-    return Inputs(base, processor, data, contents, start_from)
+    return Inputs(base, processor, data, contents, start_from, plan)
 
 
 def read_data(config: RunConfig, base: Path, *, progress: bool) -> tuple[Any, TokenizedData]:
     """The tokenizer (or picture processor) and the data of a run whose names are `fetched`. Raises UserError."""
     task = task_named(config.model.task)
+    if config.data.packing:
+        check_packs(transformers_config(base, config.model.trust_remote_code))
     processor = task.processor(base, config.model, config.data)
     reader = task.reader(processor, model=config.model, data=config.data)
     data = read(reader, config.data, seed=config.training.seed, progress=progress)

@@ -6,11 +6,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_dist.config import TrainingConfig
+from dora_dist.checkpoint.resuming import optimizer_steps
+from dora_dist.config import RunConfig, TrainingConfig
 from dora_dist.config.schema import BatchPlan
-from dora_dist.data import EpochBatches, EpochDataLoader, TokenizedData
+from dora_dist.data import EpochBatches, EpochDataLoader, Packing, RaggedDataset, TokenizedData
+from dora_dist.data.packing import filled, packed_plan, passes_over
 from dora_dist.runtime.distributed import World
-from dora_dist.tasks.objectives.base import Objective
+from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Objective
+
+
+def batch_plan(config: RunConfig, data: TokenizedData, world_size: int) -> BatchPlan:
+    """How a rank takes its part of every global batch; with data.packing that follows from the samples' lengths.
+
+    Raises UserError for more ranks than records.
+    """
+    training, train = config.training, data.train
+    plan = training.batch_plan(world_size)
+    if not config.data.packing:
+        return plan
+    return packed_plan(
+        epoch_batches(train, training, plan, world_size=world_size),
+        Packing(train.lengths, config.data.longest_row),
+        steps=optimizer_steps(training, train.parts),
+        micro_batch_size=training.micro_batch_size,
+    )
+
+
+def packed_rows(config: RunConfig, data: TokenizedData, world_size: int) -> str:
+    """What data.packing does on so many ranks, for a person: passes and filled places with it and without."""
+    training, train = config.training, data.train
+    lengths = train.lengths.tolist()
+
+    def said(plan: BatchPlan, row_length: int | None, what: str) -> str:
+        batches = [
+            epoch_batches(train, training, plan, world_size=world_size, rank=rank, row_length=row_length)
+            for rank in range(world_size)
+        ]
+        share = filled(batches, lengths, PAD_TO_MULTIPLE_OF)
+        passes = f"{plan.accumulation_steps:,} {'pass' if plan.accumulation_steps == 1 else 'passes'}"
+        return f"{passes} of {plan.micro_batch_size:,} {what}, {share:.1%} filled"
+
+    packed = said(batch_plan(config, data, world_size), config.data.longest_row, "rows")
+    alone = said(training.batch_plan(world_size), None, "records")
+    return (
+        f"packed into rows of at most {config.data.longest_row:,} tokens: a step is {packed} on each of {world_size:,} "
+        f"rank{'' if world_size == 1 else 's'} (unpacked: {alone})"
+    )
+
+
+def epoch_batches(
+    train: RaggedDataset,
+    training: TrainingConfig,
+    plan: BatchPlan,
+    *,
+    world_size: int,
+    rank: int = 0,
+    row_length: int | None = None,
+) -> EpochBatches:
+    """One rank's micro-batches of a training set, in rows of at most `row_length` tokens if that is given."""
+    return EpochBatches(
+        len(train),
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        world_size=world_size,
+        rank=rank,
+        seed=training.seed,
+        order=train.epoch_order,
+        parts=train.parts.values(),
+        packing=None if row_length is None else Packing(train.lengths, row_length),
+        passes=plan.accumulation_steps,
+    )
 
 
 class Loaders:
@@ -24,32 +89,34 @@ class Loaders:
         *,
         world: World,
         training: TrainingConfig,
+        row_length: int | None = None,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """`workers`: loader processes of this rank; 0: the rank itself. `pin_memory`: put batches into page-locked
-        memory, from which a copy to the device does not wait for it.
+        """`row_length`: tokens of a row of several samples; None: a row for each. `workers`: loader processes of this
+        rank; 0: the rank itself. `pin_memory`: put batches into page-locked memory, from which a copy to the device
+        does not wait for it.
         """
         self.data, self.objective, self.plan = data, objective, plan
         self._world, self._training = world, training
-        self._workers, self._pin_memory = workers, pin_memory
+        self._row_length, self._workers, self._pin_memory = row_length, workers, pin_memory
 
     def training(self) -> EpochDataLoader:
         """The training set in the run's order, every sample once per epoch."""
-        batches = EpochBatches(
-            len(self.data.train),
-            global_batch_size=self._training.global_batch_size,
-            micro_batch_size=self.plan.micro_batch_size,
+        batches = epoch_batches(
+            self.data.train,
+            self._training,
+            self.plan,
             world_size=self._world.world_size,
             rank=self._world.rank,
-            seed=self._training.seed,
-            order=self.data.train.epoch_order,
-            parts=self.data.train.parts.values(),
+            row_length=self._row_length,
         )
         return self._loader(self.data.train, batches)
 
     def evaluation(self, dataset: Any) -> EpochDataLoader:
         """A whole set as it comes, the same number of batches on every rank."""
+        if self._row_length is not None:
+            return self._loader(dataset, self._in_rows(dataset, self._row_length))
         batches = EpochBatches.in_order(
             len(dataset),
             micro_batch_size=self._training.micro_batch_size,
@@ -57,6 +124,21 @@ class Loaders:
             rank=self._world.rank,
         )
         return self._loader(dataset, batches)
+
+    def _in_rows(self, dataset: Any, row_length: int) -> EpochBatches:
+        """A whole set as one global batch in rows."""
+        packing = Packing(dataset.lengths, row_length)
+        micro, world = self._training.micro_batch_size, self._world.world_size
+        return EpochBatches(
+            len(dataset),
+            global_batch_size=len(dataset),
+            micro_batch_size=micro,
+            world_size=world,
+            rank=self._world.rank,
+            shuffle=False,
+            packing=packing,
+            passes=passes_over(packing, micro * world),
+        )
 
     def _loader(self, dataset: Any, batches: EpochBatches) -> EpochDataLoader:
         return EpochDataLoader(

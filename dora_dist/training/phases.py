@@ -146,7 +146,8 @@ def train_phase(
     with together("writing the run folder"):  # only now: a run that cannot start leaves nothing behind
         if world.first:
             in_use.claim()
-            _write_run_folder(config, run_dir, world.world_size, phase.checkpoint)
+            deepspeed = config.deepspeed_config(world.world_size, inputs.plan)
+            _write_run_folder(config, run_dir, deepspeed, phase.checkpoint)
         _begin(history, config, inputs, phase, world=world)
         history.add("model", **facts.of_model(trainer.run))
     first_host = [world.host]
@@ -194,19 +195,20 @@ def build_trainer(
 ) -> DoraTrainer:
     """The model of a phase, adapted and sharded, and what trains it (collective)."""
     world, training, data = ranks.world, config.training, inputs.data
-    deepspeed = config.deepspeed_config(world.world_size)
-    args = training_arguments(config, world.world_size, deepspeed)
+    deepspeed = config.deepspeed_config(world.world_size, inputs.plan)
+    args = training_arguments(config, inputs.plan, deepspeed)
     adapted = _build_model(config, inputs, phase, deepspeed=deepspeed)
     if world.first:
-        about_model(config, adapted, world, parts=data.train.parts)
+        about_model(config, adapted, world, parts=data.train.parts, plan=inputs.plan)
     task = task_named(config.model.task)
     objective = task.objective(inputs.processor, adapted.model, data=config.data, training=training)
     loaders = Loaders(
         data,
         objective,
-        training.batch_plan(world.world_size),
+        inputs.plan,
         world=world,
         training=training,
+        row_length=config.data.longest_row if config.data.packing else None,
         workers=config.data.num_workers,
         pin_memory=args.device.type != "cpu",
     )
@@ -315,7 +317,7 @@ def _begin(history: History, config: RunConfig, inputs: Inputs, phase: Phase, *,
         history.begin(step, **facts.of_start(world, steps=steps, checkpoint=phase.checkpoint, changed=phase.changed))
 
 
-def _write_run_folder(config: RunConfig, run_dir: Path, world_size: int, resume: Path | None) -> None:
+def _write_run_folder(config: RunConfig, run_dir: Path, deepspeed: dict[str, Any], resume: Path | None) -> None:
     if resume is None:
         check_unused(run_dir)  # another run may have made the folder while this one loaded its model
     step = run_folder.step_of(resume) if resume is not None else 0
@@ -324,5 +326,5 @@ def _write_run_folder(config: RunConfig, run_dir: Path, world_size: int, resume:
     run_folder.forget_after(run_dir, step)
     run_folder.name_run(run_dir, resume)
     # In this order: config.check_files takes a config.json without the other for somebody else's.
-    write_json(run_dir / run_folder.DEEPSPEED, config.deepspeed_config(world_size))
+    write_json(run_dir / run_folder.DEEPSPEED, deepspeed)
     write_json(run_dir / run_folder.CONFIG, json.loads(located(config).to_json()))

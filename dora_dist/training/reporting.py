@@ -37,7 +37,8 @@ PEAK_BF16_FLOPS = {
 class ReportCallback(TrainerCallback):
     """Progress and metrics on rank 0; counters are summed over ranks at each log.
 
-    Logged: loss, gradient norm, learning rate, seconds since this start and to the end, tokens/s over all ranks, MFU
+    Logged: loss, gradient norm, learning rate, seconds since this start and to the end, tokens/s and tokens a step over
+    all ranks, the share of the batches' places that are not padding, MFU
     where the device's peak is known (4 FLOP per weight and token: forward and input gradients, as the base is frozen),
     peak memory of the fullest rank, the norm refresh's share of the time and its bytes received per rank and step.
     """
@@ -52,8 +53,7 @@ class ReportCallback(TrainerCallback):
         run_dir: Path,
         options: LoggingConfig,
     ) -> None:
-        self.tokens_seen = 0
-        """By this rank, since this start; the trainer counts them."""
+        self._tokens = self._places = 0
         self._world, self._norms, self._pruning = world, run.norms, pruning
         self._weights = run.weights
         self._history, self._run_dir = history, run_dir
@@ -61,7 +61,12 @@ class ReportCallback(TrainerCallback):
         self._show_bar = options.progress_bar
         self._bar: Any = None
         self._rates: dict[str, float] = {}
-        self._since = (time.perf_counter(), 0, 0, 0.0, 0, 0.0)
+        self._since = (time.perf_counter(), 0, 0, 0, 0.0, 0, 0.0)
+
+    def saw(self, tokens: int, *, places: int) -> None:
+        """Count a batch of this rank: its tokens, and with padding its places."""
+        self._tokens += tokens
+        self._places += places
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._table = Table(state.max_steps, width())
@@ -124,21 +129,26 @@ class ReportCallback(TrainerCallback):
         pace = elapsed / max(state.global_step - first, 1)
         return {"elapsed": elapsed, "left": pace * (state.max_steps - state.global_step)}
 
-    def _counters(self, state: Any) -> tuple[float, int, int, float, int, float]:
+    def _counters(self, state: Any) -> tuple[float, int, int, int, float, int, float]:
         norms, scoring = self._norms, self._pruning.seconds
         refreshing, received = norms.stopwatch.seconds, norms.bytes_received
-        return time.perf_counter(), state.global_step, self.tokens_seen, refreshing, received, scoring
+        seen = self._tokens, self._places
+        return time.perf_counter(), state.global_step, *seen, refreshing, received, scoring
 
     def _throughput(self, state: Any, device: torch.device) -> dict[str, float]:
         now = self._counters(state)
-        seconds, steps, tokens, refreshing, received, scoring = (b - a for a, b in zip(self._since, now, strict=True))
+        seconds, steps, tokens, places, refreshing, received, scoring = (
+            b - a for a, b in zip(self._since, now, strict=True)
+        )
         self._since = now
-        total = torch.tensor(float(tokens), device=device)
+        total = torch.tensor([tokens, places], dtype=torch.float64, device=device)
         dist.all_reduce(total)
         peak = torch.tensor(float(_peak_memory()), dtype=torch.float64, device=device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        rate = float(total) / seconds
+        tokens, places = total.tolist()
+        rate = tokens / seconds
         result = {"tokens_per_second": rate, "seconds_per_step": seconds / max(steps, 1)}
+        result |= {"tokens_per_step": tokens / max(steps, 1), "filled": tokens / max(places, 1)}
         if self._peak:
             result["mfu"] = 4 * self._weights * rate / (self._peak * self._world.world_size)
         result["peak_memory_gb"] = float(peak) / 1e9

@@ -36,6 +36,7 @@ COLUMNS = (
     Column("learning_rate", "lr", 8, "{:.2e}".format, 2),
     Column("tokens_per_second", "tokens/s", 9, "{:,.0f}".format, 3),
     Column("mfu", "MFU", 5, "{:.1%}".format, 7),
+    Column("filled", "filled", 6, "{:.1%}".format, 8),
     Column("peak_memory_gb", "memory", 8, "{:.2f} GB".format, 6),
     Column("elapsed", "time", 8, duration, 4),
     Column("left", "left", 8, duration, 1),

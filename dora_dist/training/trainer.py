@@ -102,14 +102,14 @@ class DoraTrainer(Trainer):
         if num_items_in_batch is not None:  # 0 where none of a last, small batch could be read
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         # `inputs` are still in host memory: what is read of them here waits for nothing.
-        self._report.tokens_seen += int(inputs["attention_mask"].sum())
+        self._report.saw(self._objective.tokens(inputs), places=inputs["input_ids"].numel())
         loss = super().training_step(model, self._objective.prepared(inputs), num_items_in_batch)
         self._losses.add(loss, inputs["input_ids"])
         return loss
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         half = torch.bfloat16 if self.args.bf16 else torch.float32
-        return on_device(inputs, self.args.device, half, exact=self._objective.exact)
+        return self._objective.placed(on_device(inputs, self.args.device, half, exact=self._objective.exact))
 
     def agree(self) -> None:
         """Learn what any rank knows, and act on it on every rank, in every optimizer step (collective)."""

@@ -52,6 +52,25 @@ CASES.option(
     "alpha_1e300", "--adapter.lora_alpha=1e300", says="adapter.lora_alpha = 1e+300: is more than any run needs"
 )
 CASES.option("dropout_1", "--adapter.dropout=1.0", says="adapter.dropout = 1.0: must be a number >= 0 and < 1")
+CASES.option(
+    "row_length_unpacked",
+    "--data.packing_length=1024",
+    says="data.packing_length = 1024: rows hold one record each; set data.packing to true",
+)
+CASES.option(
+    "row_length_below_records",
+    "--data.packing=true",
+    "--data.packing_length=32",
+    "--data.cutoff_len=64",
+    says="data.packing_length = 32: a row must have room for the longest record, data.cutoff_len = 64; raise it",
+)
+CASES.option(
+    "labels_packed",
+    "--data.packing=true",
+    "--data.format=classification",
+    "--model.task=sequence_classification",
+    says='data.packing = true: has no meaning for data.format = "classification", only for instruction and alpaca and',
+)
 CASES.option("seed_negative", "--training.seed=-1", says="training.seed = -1: must be a whole number >= 0 and <=")
 CASES.option(
     "seed_2_64", f"--training.seed={2**64}", says="training.seed = 18446744073709551616: must be a whole number"

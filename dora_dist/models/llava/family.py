@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.models.family import Family
+from dora_dist.models.logits import Logits, unchanged
 from dora_dist.weights.names import Rename, rename_for
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Llava(Family):
     apart: tuple[str, ...] = (TOWER, PROJECTOR)
     trained: tuple[str, ...] = (PROJECTOR,)
     sees_pictures: bool = True
+    logits: Logits | None = unchanged
 
     def rename(self, model: Any) -> Rename | None:
         return rename_for(model)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dora_dist.models.family import Family
+from dora_dist.models.logits import Logits, shifted
 from dora_dist.runtime.errors import UserError
 
 VISUAL_EMBEDDING = "visual_embedding"
@@ -40,6 +41,7 @@ class VLBart(Family):
     apart: tuple[str, ...] = (VISUAL_EMBEDDING,)
     trained: tuple[str, ...] = (VISUAL_EMBEDDING,)
     reads_features: bool = True
+    logits: Logits | None = shifted
 
     def with_features(self, config: Any, feature_dim: int | None) -> Any:
         if feature_dim not in (None, config.feature_dim):

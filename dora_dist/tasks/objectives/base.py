@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from dora_dist.data import WithFiller
+from dora_dist.data import InRows, WithFiller
 
 Batch = dict[str, Any]
 PAD_TO_MULTIPLE_OF = 8  # few shapes: fewer kernels to build
@@ -22,24 +23,35 @@ class Objective(ABC):
     `loss` is loss(outputs, labels, num_items_in_batch) of this rank's batch divided by the items of all ranks; None:
     the model computes it itself. `problems` are messages about this rank's samples that could not be read, and
     carried no loss: whoever reports them clears the list. exact: tensors of a batch that stay in fp32 in a run in bf16.
+    packs: whether `collator` makes batches of rows of samples.
     """
 
     exact: ClassVar[tuple[str, ...]] = ()
 
     collator: Any
     filler: dict[str, Any]
+    packs: bool = False
     loss: Callable[..., Tensor] | None = None
 
     def __init__(self) -> None:
         self.problems: list[str] = []
 
-    def with_filler(self, dataset: Any) -> WithFiller:
-        """The data set with the sample FILLER, which carries no loss."""
-        return WithFiller(dataset, self.filler)
+    def with_filler(self, dataset: Any) -> Dataset[Any]:
+        """The data set with the sample FILLER, which carries no loss; by rows where the collator takes rows."""
+        filled = WithFiller(dataset, self.filler)
+        return InRows(filled) if self.packs else filled
 
     def prepared(self, batch: Batch) -> Batch:
         """What the model's forward takes."""
         return batch
+
+    def placed(self, batch: Batch) -> Batch:
+        """A batch that is on the device now, with what is made there: nothing waits for it."""
+        return batch
+
+    def tokens(self, batch: Batch) -> int:
+        """How many tokens of a batch in host memory are not padding."""
+        return int(batch["attention_mask"].sum())
 
     def counted(self, batch: Batch) -> Batch:
         """A batch whose labels that are not IGNORED are the items that `loss` is divided by the number of."""

@@ -8,21 +8,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_dist.data import IGNORED, Collator, PictureCollator, text_filler
+from dora_dist.data import IGNORED, Collator, PictureCollator, RowCollator, text_filler
 from dora_dist.data.pictures import PictureProcessor
+from dora_dist.models.chunked_loss import Rows, take_losses_in_chunks
 from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Batch, Objective, add_up
+from dora_dist.tasks.objectives.rows import apart, tokens
 
 
 class LanguageModelling(Objective):
-    """Cross entropy per valid token."""
+    """Cross entropy per valid token, for a `model` of transformers.
 
-    def __init__(self, tokenizer: Any) -> None:
+    packs: of rows with several samples each. loss_chunk: as training.loss_chunk says.
+    """
+
+    def __init__(self, tokenizer: Any, model: Any, *, packs: bool = False, loss_chunk: Rows = 0) -> None:
         super().__init__()
-        self.collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
+        self._model, self.packs = model, packs
+        self._in_chunks = take_losses_in_chunks(model, loss_chunk)
+        samples = self._samples(tokenizer.pad_token_id)
+        self.collator = RowCollator(samples) if self.packs else samples
         self.filler = text_filler(tokenizer.pad_token_id)
 
+    def _samples(self, pad_token_id: int) -> Collator:
+        return Collator(pad_token_id, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
+
     def prepared(self, batch: Batch) -> Batch:
-        return labelled_positions(batch)
+        found = labelled_positions(batch)
+        return {**found, "targets": found["shift_labels"]} if self._in_chunks else found
+
+    def placed(self, batch: Batch) -> Batch:
+        return apart(batch, self._model) if self.packs else batch
+
+    def tokens(self, batch: Batch) -> int:
+        return tokens(batch) if self.packs else super().tokens(batch)
 
     def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
         total = torch.zeros(2, dtype=torch.float64, device=device)
@@ -52,9 +70,12 @@ def labelled_positions(batch: Batch) -> Batch:
 class PictureModelling(LanguageModelling):
     """Cross entropy per learnt token of texts with pictures; `problems` collects pictures that cannot be read."""
 
-    def __init__(self, processor: PictureProcessor) -> None:
-        super().__init__(processor.tokenizer)
-        self.collator = PictureCollator(processor.tokenizer.pad_token_id, processor.size, PAD_TO_MULTIPLE_OF)
+    def __init__(self, processor: PictureProcessor, model: Any, *, packs: bool = False, loss_chunk: Rows = 0) -> None:
+        self._size = processor.size
+        super().__init__(processor.tokenizer, model, packs=packs, loss_chunk=loss_chunk)
+
+    def _samples(self, pad_token_id: int) -> Collator:
+        return PictureCollator(pad_token_id, self._size, PAD_TO_MULTIPLE_OF)
 
     def prepared(self, batch: Batch) -> Batch:
         self.problems += batch.pop("problems", [])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dora_dist.data import IGNORED, Collator, text_filler
 from dora_dist.metrics.rouge import rouge_metrics
+from dora_dist.models.chunked_loss import Rows, take_losses_in_chunks
 from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Batch, Objective, add_up, everyones
 
 
@@ -21,8 +22,10 @@ class Summarising(Objective):
 
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")  # of a batch, what generation reads
 
-    def __init__(self, tokenizer: Any, model: Any, target_len: int, num_beams: int) -> None:
+    def __init__(self, tokenizer: Any, model: Any, target_len: int, num_beams: int, *, loss_chunk: Rows = 0) -> None:
+        """loss_chunk: as training.loss_chunk says."""
         super().__init__()
+        self._in_chunks = take_losses_in_chunks(model, loss_chunk)
         # Loader processes get the collator, and a model's hooks cannot be handed to all kinds of processes.
         self.collator: Any = Collator(tokenizer.pad_token_id, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
         self._decoder_input = model.prepare_decoder_input_ids_from_labels
@@ -37,14 +40,20 @@ class Summarising(Objective):
 
     def prepared(self, batch: Batch) -> Batch:
         """With the decoder's input: the labels one place later, as the model's configuration has it."""
-        return {**batch, "decoder_input_ids": self._decoder_input(labels=batch["labels"])}
+        found = {**batch, "decoder_input_ids": self._decoder_input(labels=batch["labels"])}
+        return {**found, "targets": batch["labels"]} if self._in_chunks else found
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int = 1) -> Tensor:
-        return _losses(outputs.logits, labels) / num_items_in_batch
+        return self._sum(outputs, labels) / num_items_in_batch
+
+    def _sum(self, outputs: Any, labels: Tensor) -> Tensor:
+        """Of a batch's losses: the model's own where it took them in chunks."""
+        loss: Tensor = outputs.loss if outputs.logits is None else _losses(outputs.logits, labels)
+        return loss
 
     def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
         def losses(outputs: Any, labels: Tensor) -> Tensor:
-            return torch.stack([_losses(outputs.logits, labels).double(), (labels != IGNORED).sum().double()])
+            return torch.stack([self._sum(outputs, labels).double(), (labels != IGNORED).sum().double()])
 
         summaries, _, total = self._written(model, batches, dataset, losses, device=device)
         add_up(total)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dora_dist.data import IGNORED, VisionCollator
 from dora_dist.data.subtasks import scores_of
+from dora_dist.models.chunked_loss import Rows
 from dora_dist.runtime.errors import UserError
 from dora_dist.tasks.objectives.base import Batch, add_up
 from dora_dist.tasks.objectives.summaries import Summarising
@@ -31,16 +32,24 @@ class VisionWriting(Summarising):
         "visual_objects",
         "visual_mask",
     )
-    exact = ("scores", "visual_boxes")  # bf16 has three digits, and an area is a product of differences
+    exact = (
+        "scores",
+        "token_weights",
+        "visual_boxes",
+    )  # bf16 has three digits, and an area is a product of differences
 
-    def __init__(self, tokenizer: Any, model: Any, target_len: int, num_beams: int) -> None:
-        super().__init__(tokenizer, model, target_len, num_beams)
+    def __init__(self, tokenizer: Any, model: Any, target_len: int, num_beams: int, *, loss_chunk: Rows = 0) -> None:
+        super().__init__(tokenizer, model, target_len, num_beams, loss_chunk=loss_chunk)
         self.collator = VisionCollator(self.collator, model.config.feature_dim)
         self._scores: Tensor | None = None  # of the batch that the next loss is of
 
     def prepared(self, batch: Batch) -> Batch:
         self.problems += batch.pop("problems", [])
         self._scores = batch.pop("scores")
+        if self._in_chunks:
+            labels = batch["labels"]
+            each = self._scores / (labels != IGNORED).sum(1).clamp(min=1)
+            batch["token_weights"] = each[:, None].expand(labels.shape)
         return super().prepared(batch)
 
     def counted(self, batch: Batch) -> Batch:
@@ -49,6 +58,8 @@ class VisionWriting(Summarising):
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int = 1) -> Tensor:
         assert self._scores is not None
+        if outputs.logits is None:  # taken in chunks, with the scores in it
+            return outputs.loss / num_items_in_batch
         # In training the scores are the loader's, from before the batch went to the device.
         scores = self._scores.to(labels.device, non_blocking=True)
         return (_means(outputs.logits, labels) * scores).sum() / num_items_in_batch
