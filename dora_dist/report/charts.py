@@ -49,6 +49,7 @@ TOPICS = (
     ),
     Topic("step-time", "Time of a step", (Quantity("seconds_per_step", "seconds a step", "seconds", noisy=True),)),
     Topic("mfu", "Utilisation", (Quantity("mfu", "MFU", "percent", noisy=True),), about="of the device's peak FLOP/s"),
+    Topic("filled", "Filled places", (Quantity("filled", "filled", "percent"),), about="share that is not padding"),
     Topic("memory", "Peak memory", (Quantity("peak_memory_gb", "of the fullest rank", "gigabytes"),)),
     Topic(
         "share",
