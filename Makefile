@@ -22,7 +22,7 @@ LONG_TESTS := tests/bad_inputs/test_tables.py $(addprefix tests/distributed/test
 RANKS_TESTS := $(filter-out $(LONG_TESTS) $(ALONE_TESTS) $(SMALL_TESTS)/% $(CLUSTER_TESTS)/%,$(sort $(wildcard tests/*/test_*.py)))
 SIDE_BY_SIDE := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo demo-llava demo-vlbart test test-cluster test-gpu lint docs hooks bench-step bench-analysis bench-claims clean
+.PHONY: help demo demo-llava demo-vlbart test test-cluster test-gpu lint docs hooks bench-step bench-gathers bench-network bench-floor bench-whole-model bench-analysis bench-claims clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -68,6 +68,18 @@ hooks: $(VENV)/.installed-test $(VENV)/.installed-hooks  ## let git run ruff, my
 
 bench-step: $(VENV)/.installed-bench  ## time one training step against PEFT's LoRA and DoRA; ARGS="--help" for its flags
 	$(BIN)/python benchmarks/step.py $(ARGS)
+
+bench-gathers: $(VENV)/.installed-bench  ## what gathers cost the host as rank 0 of up to 1,024 pretended ranks; ARGS="--help" for its flags
+	$(BIN)/python benchmarks/gathers.py $(ARGS)
+
+bench-network: $(VENV)/.installed-bench  ## one training step over a wire of 1 and 10 Gbit/s (root on Linux); ARGS="--help" for its flags
+	$(BIN)/python benchmarks/network.py $(ARGS)
+
+bench-floor: $(VENV)/.installed-bench  ## the least that a step's gathers and products take here; ARGS="--help" for its flags
+	$(BIN)/python benchmarks/floor.py $(ARGS)
+
+bench-whole-model: $(VENV)/.installed-bench  ## load, train, save and merge a whole LLaMA-7B, with its memory; ARGS="--help" for its flags
+	$(BIN)/python benchmarks/whole_model.py $(ARGS)
 
 bench-analysis: $(VENV)/.installed-bench  ## how magnitudes and directions move under three methods; ARGS="--help" for its flags
 	$(BIN)/python benchmarks/analysis.py $(ARGS)

@@ -19,12 +19,13 @@ import torch.distributed as dist
 
 from dora_dist.runtime import distributed
 from stepbench.settings import Settings
+from stepbench.wire import received_bytes
 
 
 def rank_main(rank: int, variant: str, base: Path, settings: Settings, folder: Path, profile: bool) -> None:
     """Measure `variant` as one of `settings.ranks` ranks; writes `folder`/<rank>.json."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _quiet()
+    quiet()
     join(rank, settings.ranks, folder)
     result = Run(variant, base, settings).measure(profile)
     (folder / f"{rank}.json").write_text(json.dumps(result))
@@ -34,10 +35,16 @@ def rank_main(rank: int, variant: str, base: Path, settings: Settings, folder: P
 
 def join(rank: int, ranks: int, folder: Path) -> None:
     """Make this process one of so many ranks, which meet at a file in `folder`: no port can be taken."""
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    start_engine(rank, ranks, threads=threads, init_method=f"file://{folder}/store")
+
+
+def start_engine(rank: int, ranks: int, *, threads: int, backend: str | None = None, **rendezvous: Any) -> None:
+    """What a launcher and a run do before a model is built; `backend` is the accelerator's if there is none."""
     size = str(ranks)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, LOCAL_SIZE=size)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # never bound
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    torch.set_num_threads(threads)
 
     distributed.choose_accelerator("auto")  # before DeepSpeed is imported, which settles on one
 
@@ -50,9 +57,9 @@ def join(rank: int, ranks: int, folder: Path) -> None:
         deepspeed.ops.__compatible_ops__ = {}  # as in a run: no shared-memory all-reduce is compiled
     else:
         accelerator.set_device(rank)
-    backend = accelerator.communication_backend_name()
-    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    deepspeed.init_distributed(backend)
+    backend = backend or accelerator.communication_backend_name()
+    dist.init_process_group(backend, rank=rank, world_size=ranks, **rendezvous)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False)
 
 
 def _end_with_parent() -> None:
@@ -63,7 +70,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Leave out what libraries say of themselves."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -109,7 +117,9 @@ class Run:
         reset_peak_rss()
         refreshed = self.norms.stopwatch.seconds if self.norms else 0.0
         scored = self.pruner.stopwatch.seconds if self.pruner else 0.0
+        on_wire = received_bytes()
         measured = [self.step() for _ in range(settings.steps)]
+        on_wire = (received_bytes() - on_wire) // settings.steps
         scoring = (self.pruner.stopwatch.seconds - scored) / settings.steps if self.pruner else 0.0
         refresh = (self.norms.stopwatch.seconds - refreshed) / settings.steps if self.norms else 0.0
         refresh_bytes = self.norms.bytes_received if self.norms else 0
@@ -131,6 +141,7 @@ class Run:
             "peak_rss_steps_bytes": peak_rss(),
             "peak_device_bytes": self.accelerator.max_memory_allocated() if on_gpu else None,
             "received_bytes": dict(received.bytes),
+            "wire_bytes": on_wire,
             "collectives": dict(received.calls),
             "norm_refresh_seconds": refresh,
             "norm_refresh_bytes": refresh_bytes,

@@ -100,6 +100,7 @@ def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
 def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]:
     from dora_dist.adapters.inject import by_pattern
     from dora_dist.adapters.methods import DynamicRank, LowRank, WeightDecomposed
+    from dora_dist.adapters.storage import storage_of
     from dora_dist.models import build
     from dora_dist.zero3.norms import ShardedNormRefresher
     from dora_dist.zero3.placement import ShardedPlacement
@@ -111,7 +112,12 @@ def _ours(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
     method = update if variant == "lora" else WeightDecomposed(update)
     placement = ShardedPlacement(settings.deepspeed_config())
     adapted = build.build_model(
-        base, by_pattern(method, [TARGETS]), placement, refresher=ShardedNormRefresher, head=_head(settings)
+        base,
+        by_pattern(method, [TARGETS]),
+        placement,
+        refresher=ShardedNormRefresher,
+        storage=storage_of(settings.storage),
+        head=_head(settings),
     )
     if settings.pictures:
         adapted.family.prepare_for_training(adapted.model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dora_dist.adapters import storage
 from dora_dist.runtime import distributed
 
 VARIANTS = {
@@ -56,6 +57,7 @@ class Settings:
     tower_heads: int = 16
     tower_layers: int = 24
     kept: float = 0.5
+    storage: str = "plain"
     checkpointing: bool = True
     peft_fp32: bool = False
     ranks: int = 2  # `default_ranks` on the command line
@@ -134,6 +136,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, argparse.Namesp
     parser.add_argument(
         "--pictures", action="store_true", help="a LLaVA: frozen tower, projector trained in full, a picture a record"
     )
+    parser.add_argument("--storage", choices=storage.names(), default="plain", help="of the base in this project's")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument(
         "--peft-fp32", action="store_true", help="leave PEFT's adapters in fp32, which is its default, not in bf16"

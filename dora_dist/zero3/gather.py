@@ -11,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import MultipleAllGatherHandles, ZeroParamStatus, free_param
 from torch import Tensor, nn
 
+from dora_dist.zero3.flat import flat_gathers
 from dora_dist.zero3.partition import local_range, shard_length
 
 
@@ -40,11 +41,14 @@ def forget_copies(parameter: nn.Parameter) -> None:
         free_param(parameter)
 
 
-def replace_gathers(parameter: nn.Parameter) -> None:
-    """Give a sharded parameter gathers that communicate less often; results and order are the engine's."""
+def replace_gathers(parameter: nn.Parameter, init: Any) -> None:
+    """Give a sharded parameter that `init` (`zero.Init`) made gathers that communicate less often, and whose cost on
+    the host does not grow with the number of ranks; results and order are the engine's.
+    """
     engine_gather = parameter.all_gather
-    coalesced = parameter.all_gather_coalesced
-    if torch.distributed.get_backend(parameter.ds_process_group) == "gloo":
+    coalesced = flat_gathers(parameter.all_gather_coalesced, init)
+    few = parameter.ds_zero_partition_world_size <= IN_PLACE_RANKS
+    if few and torch.distributed.get_backend(parameter.ds_process_group) == "gloo":
         coalesced = _in_place(coalesced)
     coalesced = _frozen_once(coalesced)
 
@@ -117,14 +121,17 @@ class _FrozenOnce:
 
 
 IN_PLACE_BYTES = 2**20
-"""Smaller parameters stay in the engine's bucket, which needs one collective for all of them."""
+"""Smaller parameters stay in a common bucket, which needs one collective for all of them."""
+
+IN_PLACE_RANKS = 16
+"""With more ranks, one collective a parameter costs less than one for each of its shards."""
 
 
 def _in_place(coalesced: Callable[..., Any]) -> Callable[..., Any]:
-    """The engine's coalesced gather, with large parameters received where they will be used.
+    """A coalesced gather, with large parameters received where they will be used.
 
-    With the gloo backend, the engine fills a buffer, gloo fills another inside, and torch.cat copies every parameter
-    out of it: on a CPU the page faults of these buffers cost more than the transfer. NCCL gathers in place already.
+    The gloo backend receives an all-gather in a buffer of its own: on a CPU its page faults cost more than the
+    transfer. A broadcast of gloo's has none. NCCL has none either way.
     """
 
     def gather(params: Iterable[nn.Parameter], safe_mode: bool = False, quantize: bool = False) -> Any:

@@ -13,6 +13,7 @@ from deepspeed.runtime.zero.partition_parameters import free_param
 from torch import Tensor, nn
 
 from dora_dist.weights.placement import RecordFill
+from dora_dist.zero3.flat import replace_reductions
 from dora_dist.zero3.gather import forget_copies, replace_gathers
 from dora_dist.zero3.partition import local_range
 
@@ -27,6 +28,7 @@ class ShardedPlacement:
         self._init = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
         if self._init.remote_device == OffloadDeviceEnum.nvme:
             raise ValueError("offload_param to NVMe is not supported: base shards are read in place")
+        replace_reductions()
 
     @property
     def first(self) -> bool:
@@ -69,7 +71,7 @@ class ShardedPlacement:
         parameter.ds_numel_aligned = len(values) * parameter.ds_zero_partition_world_size
         free_param(parameter)
         if parameter.ds_zero_partition_world_size > 1:
-            replace_gathers(parameter)
+            replace_gathers(parameter, self._init)
 
     def place_buffer(self, buffer: Tensor) -> Tensor:
         return buffer.to(self._init.local_device)  # the engine moves parameters only

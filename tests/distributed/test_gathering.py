@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -77,3 +78,65 @@ def test_a_step_gathers_the_adapters_once_and_the_base_never() -> None:
             assert torch.equal(resident, expected), name
         assert rank["moments before"] == 0.0  # there are none before the first step, which is to say 0
         assert rank["after"] == [2.0, 3.0]  # what was kept of a frozen parameter does not outlive it
+
+
+# Cut rows, ranks of nothing but padding, dtypes that cannot share a buffer, and one that is gathered alone.
+ODD = [
+    ((5, 3), torch.bfloat16),
+    ((1,), torch.bfloat16),
+    ((2, 3), torch.uint8),
+    ((7,), torch.float32),
+    ((300,), torch.bfloat16),
+]
+
+
+def flat_and_engine() -> dict[str, Any]:
+    """The same parameters by both gathers, and the same gradients by both reductions, bit for bit as bytes."""
+    import deepspeed
+    import torch.distributed as dist
+    from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
+    from deepspeed.runtime.zero import stage3
+    from torch import nn
+
+    from dora_dist.weights.placement import in_place
+    from dora_dist.zero3 import flat
+    from dora_dist.zero3.placement import ShardedPlacement
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    placement = ShardedPlacement(engine_json(0, 1, dist.get_world_size()))
+    generator = torch.Generator().manual_seed(1)
+    wholes = [torch.randint(1, 99, shape, generator=generator).to(dtype) for shape, dtype in ODD]
+
+    def gathered() -> list[Tensor]:
+        def filled(whole: Tensor) -> nn.Parameter:
+            def fill(start: int, stop: int, out: Tensor) -> None:
+                out.copy_(whole.flatten()[start:stop])
+
+            parameter = nn.Parameter(torch.empty(whole.shape, dtype=whole.dtype), requires_grad=False)
+            return placement.place([parameter], whole.numel(), in_place(fill))[0]
+
+        parameters = [filled(whole) for whole in wholes]
+        parameters[0].all_gather_coalesced(parameters[::-1]).wait()
+        return [p.data.clone() for p in parameters]
+
+    installed = stage3.reduce_scatter_coalesced is flat.reduce_scatter
+    flat.ALONE_BYTES = 600
+    ours = gathered()
+    flat.ENGINES = ()
+    engines = gathered()
+    reduced = []
+    for shapes in ([(5, 3), (1,), (7,)], [(2 * dist.get_world_size(), 3)], [(5, 3)]):
+        grads = [torch.randn(shape, generator=torch.Generator().manual_seed(dist.get_rank())) for shape in shapes]
+        both = [average([g.clone() for g in grads]) for average in (flat.reduce_scatter, reduce_scatter_coalesced)]
+        reduced.append(both)
+    return {"installed": installed, "wholes": wholes, "ours": ours, "engine's": engines, "reduced": reduced}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_flat_gathers_and_reductions_are_the_engines_to_the_last_bit(world: int) -> None:
+    for rank in run_ranks(flat_and_engine, world):
+        assert rank["installed"]
+        for whole, ours, engines in zip(rank["wholes"], rank["ours"], rank["engine's"], strict=True):
+            assert ours.dtype == whole.dtype and torch.equal(ours, whole) and torch.equal(engines, whole)
+        for ours, engines in rank["reduced"]:
+            assert [part.tolist() for part in ours] == [part.tolist() for part in engines]

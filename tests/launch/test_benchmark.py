@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,59 @@ def test_the_benchmark_of_saves_measures_both_kinds_of_saves(whole: list[str], t
     assert len(found["synchronous_s"]) == len(found["stall_s"]) == 1
     assert max(found["save_peak_bytes"], found["load_peak_bytes"]) <= found["state_bytes"] + 300e6
     assert found["bytes"] > 12 * found["trained"] > 12 * 200_000  # fp32 master and two moments, and the adapter itself
+
+
+def test_a_gathers_cost_on_the_host_does_not_grow_with_the_number_of_ranks(tmp_path: Path) -> None:
+    sizes = ["--hidden", "64", "--ffn", "96", "--heads", "4", "--layers", "2", "--worlds", "4", "200"]
+    once = ["--rounds", "1", "--warmup", "1", "--steps", "1"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "gathers.py", *sizes, *once, "--output", tmp_path],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    few, many = json.loads((tmp_path / "gathers.json").read_text())["worlds"].values()
+    assert many["ours"]["operations"] == pytest.approx(few["ours"]["operations"], rel=0.05)
+    assert many["DeepSpeed"]["operations"] > 3 * few["DeepSpeed"]["operations"]
+
+
+def test_a_step_over_a_slow_wire_counts_what_the_interface_receives(tmp_path: Path) -> None:
+    once = ["--rounds", "1", "--warmup", "1", "--steps", "1", "--gigabits", "1", "--engine", json.dumps(SHARDED)]
+    only = ["--only", "PEFT LoRA", "ours, plain"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "network.py", *SIZES.split(), *once, *only, "--output", tmp_path],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    if os.geteuid() != 0:
+        assert done.returncode == 1 and "must run as root" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    [variants] = json.loads((tmp_path / "network.json").read_text())["rates"].values()
+    gathered = 3 * LAYERS * sum(out * into for out, into in SHAPES)  # bf16, half of each, three times a step
+    for entry in variants.values():
+        assert gathered < entry["wire_bytes"] < 3 * gathered
+
+
+def test_a_wire_is_taken_down_when_what_happens_on_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from stepbench import wire
+
+    if os.geteuid() != 0:
+        assert "must run as root" in wire.missing()[0]
+        return
+    with pytest.raises(KeyboardInterrupt), wire.wire(1.0) as ends:
+        assert all(Path("/run/netns", name).exists() for name in ends.namespaces)
+        signal.raise_signal(signal.SIGTERM)
+    assert not any(Path("/run/netns", name).exists() for name in ends.namespaces)
 
 
 def test_variants_of_different_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

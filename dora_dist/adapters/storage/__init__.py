@@ -23,6 +23,7 @@ __all__ = [
     "as_held",
     "label",
     "labelled",
+    "names",
     "register",
     "storage_of",
 ]
@@ -34,6 +35,11 @@ def register(storage: WeightStorage) -> None:
     """Make `model.storage` know this storage. Raises ValueError if another one has its name."""
     if _STORAGES.setdefault(storage.name, storage) is not storage:
         raise ValueError(f"a storage named {storage.name!r} is registered already")
+
+
+def names() -> list[str]:
+    """The names of all storages that are registered."""
+    return list(_STORAGES)
 
 
 def storage_of(name: str, settings: Mapping[str, Any] | None = None, *, field: str = "model.storage") -> WeightStorage:
