@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--step", type=Path, help="a step.json of benchmarks/step.py, whose steps are printed beside")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-floor"), help="folder for the JSON")
     options = parser.parse_args()
+    if options.ranks < 2:
+        parser.error(f"--ranks {options.ranks}: one rank gathers nothing; give 2 or more")
     settings = Settings(**{name: getattr(options, name) for name in SIZES}, checkpointing=options.checkpointing)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         arguments = (settings, options.repeats, Path(folder))
@@ -84,8 +86,6 @@ def gather_rate(settings: Settings, repeats: int) -> float:
     weight = nn.Parameter(torch.empty(settings.ffn, settings.hidden, dtype=torch.bfloat16), requires_grad=False)
     placement = ShardedPlacement(settings.deepspeed_config())
     [placed] = placement.place([weight], weight.numel(), in_place(fill))
-    if settings.ranks == 1:
-        return float("inf")
 
     def gather() -> None:
         placed.all_gather_coalesced([placed]).wait()

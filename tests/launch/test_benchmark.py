@@ -214,6 +214,29 @@ def test_a_wire_is_taken_down_when_what_happens_on_it_fails(monkeypatch: pytest.
     assert not any(Path("/run/netns", name).exists() for name in ends.namespaces)
 
 
+def test_the_floor_counts_a_steps_gathers_and_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from floor import floors
+    from stepbench.settings import Settings
+
+    layer = {"bytes": 100.0, "forward_seconds": 3.0, "backward_seconds": 4.0}
+    measured = {"gather_bytes_per_second": 10.0, "storages": {"plain": layer}}
+    [found] = floors(measured, Settings(layers=2, ranks=4)).values()
+    assert found["received_bytes"] == 2 * 3 * 75  # three gathers of each layer, of which 3/4 come from others
+    assert (found["gather_seconds"], found["product_seconds"]) == (45.0, 2 * (3 + 3 + 4))
+    [once] = floors(measured, Settings(layers=2, ranks=4, checkpointing=False)).values()
+    assert (once["received_bytes"], once["product_seconds"]) == (2 * 2 * 75, 2 * (3 + 4))
+
+
+def test_a_whole_models_files_have_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import whole_model
+
+    monkeypatch.setattr(whole_model, "SHARD_BYTES", 40)
+    shapes = {"a": (10,), "b": (5, 2), "c": (3,), "d": (100,)}
+    assert whole_model.shards(shapes) == [["a", "b"], ["c"], ["d"]]  # 20 + 20 bytes, 6, and one that is larger
+
+
 def test_variants_of_different_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from step import check_first_losses, check_sizes
