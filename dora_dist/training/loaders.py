@@ -13,6 +13,7 @@ from dora_dist.data import EpochBatches, EpochDataLoader, Packing, RaggedDataset
 from dora_dist.data.packing import filled, packed_plan, passes_over
 from dora_dist.runtime.distributed import World
 from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Objective
+from dora_dist.training.source_losses import WithSources
 
 
 def batch_plan(config: RunConfig, data: TokenizedData, world_size: int) -> BatchPlan:
@@ -111,7 +112,8 @@ class Loaders:
             rank=self._world.rank,
             row_length=self._row_length,
         )
-        return self._loader(self.data.train, batches)
+        mixed = self.data.train.mixture is not None and self._row_length is None  # a row has samples of several
+        return self._loader(self.data.train, batches, WithSources(self.objective.collator) if mixed else None)
 
     def evaluation(self, dataset: Any) -> EpochDataLoader:
         """A whole set as it comes, the same number of batches on every rank."""
@@ -140,11 +142,11 @@ class Loaders:
             passes=passes_over(packing, micro * world),
         )
 
-    def _loader(self, dataset: Any, batches: EpochBatches) -> EpochDataLoader:
+    def _loader(self, dataset: Any, batches: EpochBatches, collator: Any = None) -> EpochDataLoader:
         return EpochDataLoader(
             self.objective.with_filler(dataset),
             batch_sampler=batches,
-            collate_fn=self.objective.collator,
+            collate_fn=collator or self.objective.collator,
             num_workers=self._workers,
             pin_memory=self._pin_memory,
         )

@@ -119,6 +119,9 @@ class ReportCallback(TrainerCallback):
         if "loss" in record:
             for line in self._table.row(record):
                 say(line)
+            names = [key for key in record if key.startswith("loss/")]
+            if by_source := ", ".join(f"{name.removeprefix('loss/')} {record[name]:.4f}" for name in names):
+                say(self._table.event(record["step"], f"loss by source: {by_source}"))
         elif text := event_text(record):
             say(self._table.event(record["step"], text))
 

@@ -23,6 +23,7 @@ from dora_dist.training.pruning import Pruning
 from dora_dist.training.ranks import Ranks
 from dora_dist.training.rates import go_on_at, set_rates
 from dora_dist.training.reporting import ReportCallback
+from dora_dist.training.source_losses import KEY, SourceLosses
 from dora_dist.training.unreadable import Unreadable
 from dora_dist.zero3.optimizer_state import step_was_skipped
 from dora_dist.zero3.teardown import release
@@ -66,6 +67,8 @@ class DoraTrainer(Trainer):
         self._unreadable, self._report = unreadable, report
         self._open_checkpoints, self._forget_best = open_checkpoints, forget_best
         self._objective, self._losses = loaders.objective, StepLosses()
+        mixture = loaders.data.train.mixture
+        self._source_losses = None if mixture is None else SourceLosses(mixture.names)
         self._checkpoints: Checkpoints
         """Made with the engine (`_prepare_for_training`)."""
         self._together: StopTogether | None = None
@@ -106,6 +109,27 @@ class DoraTrainer(Trainer):
         loss = super().training_step(model, self._objective.prepared(inputs), num_items_in_batch)
         self._losses.add(loss, inputs["input_ids"])
         return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As Trainer's; of a mixture the losses of its sources are kept, too."""
+        if self._source_losses is None or KEY not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        sources, inputs = inputs[KEY], {name: each for name, each in inputs.items() if name != KEY}
+        loss, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch)
+        self._source_losses.add(self._objective.row_losses(outputs, inputs), sources)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Collective: every rank logs the same kinds of lines."""
+        if self._source_losses is not None and "loss" in logs:
+            logs = {**logs, **self._source_losses.settle(self.args.device)}
+        super().log(logs, start_time)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         half = torch.bfloat16 if self.args.bf16 else torch.float32

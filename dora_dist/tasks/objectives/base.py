@@ -57,6 +57,13 @@ class Objective(ABC):
         """A batch whose labels that are not IGNORED are the items that `loss` is divided by the number of."""
         return batch
 
+    def row_losses(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Of each row the sum of its tokens' losses, fp32, and how many these are, int64, both (rows,).
+
+        batch: as it was `prepared`. None: they are not known. Nothing waits for the device.
+        """
+        return None
+
     @abstractmethod
     def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
         """Metrics over all ranks' `batches` of a `dataset` (collective, if there are ranks); the same on every rank."""

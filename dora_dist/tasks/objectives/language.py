@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dora_dist.data import IGNORED, Collator, PictureCollator, RowCollator, text_filler
 from dora_dist.data.pictures import PictureProcessor
@@ -41,6 +41,16 @@ class LanguageModelling(Objective):
 
     def tokens(self, batch: Batch) -> int:
         return tokens(batch) if self.packs else super().tokens(batch)
+
+    @torch.no_grad()
+    def row_losses(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        logits, labels = outputs.get("logits"), batch["shift_labels"]
+        if logits is None:  # a loss in pieces, which makes no logits
+            return None
+        # Row by row: in fp32 the logits of all would be the largest tensor of the step.
+        pairs = zip(logits, labels, strict=True)
+        sums = [nn.functional.cross_entropy(a.float(), b, ignore_index=IGNORED, reduction="sum") for a, b in pairs]
+        return torch.stack(sums), (labels != IGNORED).sum(1)
 
     def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
         total = torch.zeros(2, dtype=torch.float64, device=device)

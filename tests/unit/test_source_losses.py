@@ -1,0 +1,45 @@
+"""The loss of each source of a mixture, against cross entropy over its tokens alone."""
+
+import pytest
+import torch
+from transformers.utils import ModelOutput
+
+from dora_dist.data import IGNORED
+from dora_dist.tasks.objectives.language import LanguageModelling
+from dora_dist.training.source_losses import KEY, SourceLosses, WithSources
+from tests import toy
+
+
+def test_each_source_has_the_mean_loss_of_its_own_tokens() -> None:
+    objective, generator = LanguageModelling(toy.tokenizer(), None), torch.Generator().manual_seed(1)
+    found = SourceLosses(["a", "b", "never"])
+    all_logits, all_labels, all_sources = [], [], []
+    for step in range(3):
+        logits = torch.randn(4, 5, 11, generator=generator)
+        labels = torch.randint(0, 11, (4, 5), generator=generator)
+        labels[0, : 2 + step] = labels[3] = IGNORED
+        sources = torch.tensor([0, 1, 1, -1])
+        found.add(objective.row_losses(ModelOutput(logits=logits), {"shift_labels": labels}), sources)
+        all_logits.append(logits), all_labels.append(labels), all_sources.append(sources)
+    logits, labels, sources = torch.cat(all_logits), torch.cat(all_labels), torch.cat(all_sources)
+    settled = found.settle(torch.device("cpu"))
+    assert list(settled) == ["loss/a", "learnt/a", "loss/b", "learnt/b"]
+    for number, name in enumerate(["a", "b"]):
+        of = sources == number
+        expected = torch.nn.functional.cross_entropy(logits[of].flatten(0, 1), labels[of].flatten())
+        assert settled[f"loss/{name}"] == pytest.approx(float(expected), rel=1e-6)
+        assert settled[f"learnt/{name}"] == int((labels[of] != IGNORED).sum())
+    assert found.settle(torch.device("cpu")) == {}
+
+
+def test_a_loss_without_logits_says_nothing_of_sources() -> None:
+    objective, found = LanguageModelling(toy.tokenizer(), None), SourceLosses(["a"])
+    batch = {"shift_labels": torch.zeros(1, 2, dtype=torch.int64)}
+    found.add(objective.row_losses(ModelOutput(loss=torch.zeros(())), batch), torch.tensor([0]))
+    assert found.settle(torch.device("cpu")) == {}
+
+
+def test_batches_say_the_source_of_each_row() -> None:
+    collate = WithSources(LanguageModelling(toy.tokenizer(), None).collator)
+    sample = {"input_ids": [1, 2], "labels": [1, 2]}
+    assert collate([{**sample, "source": 1}, sample])[KEY].tolist() == [1, -1]
