@@ -77,7 +77,11 @@ class AdapterFolder(Protocol):
         ...
 
     def base_storage(self) -> str:
-        """The name of the storage that held the base in training: the adapter fits the weights as that has them."""
+        """The label of the storage that held the base in training: the adapter fits the weights as that has them."""
+        ...
+
+    def base_packed(self) -> list[str] | None:
+        """The modules whose weight that storage held, adapted or not; None where the folder does not say."""
         ...
 
     def modules_to_save(self) -> list[str]:
@@ -115,7 +119,19 @@ def described(folder: AdapterFolder) -> dict[str, Any]:
         "model_config": folder.model_config,
         "base_digest": folder.base_digest(),
         "base_storage": folder.base_storage(),
+        "base_packed": folder.base_packed(),
     }
+
+
+def packed_in_training(folder: AdapterFolder) -> Collection[str]:
+    """The modules whose weight is not the base's own, but what `base_storage` makes of it: see `base_packed`.
+
+    Folders that do not say are of a time when adapted modules alone were packed.
+    """
+    if folder.base_storage() == PLAIN.name:
+        return ()
+    said = folder.base_packed()
+    return folder.modules if said is None else said
 
 
 def trained_of(folder: AdapterFolder) -> Mapping[str, Tensor]:
@@ -139,6 +155,7 @@ class AdapterFields:
     model_config: dict[str, Any] = field(default_factory=dict)
     base_digest: str = ""
     base_storage: str = PLAIN.name
+    base_packed: list[str] | None = None
 
 
 class SavedAdapter(Protocol):
@@ -152,6 +169,7 @@ class SavedAdapter(Protocol):
     model_config: dict[str, Any]
     base_digest: str
     base_storage: str
+    base_packed: list[str] | None
 
     @property
     def layers(self) -> Mapping[str, SavedLayer]: ...

@@ -1,15 +1,16 @@
 """Which modules of a model become AdaptedLinear."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from dora_dist.adapters.adapter_folder import SavedAdapter
+from dora_dist.adapters.held import held_layers, held_linear
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.method import AdapterMethod
 from dora_dist.adapters.methods import for_one_model
-from dora_dist.adapters.patterns import inside, kinds_of, matches, matching, names_of_each
+from dora_dist.adapters.patterns import inside, kinds_of, matches, matching, names_of_each, parts_in
 from dora_dist.adapters.storage import PLAIN, WeightStorage
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.loading import HeldWeight, initial_values
@@ -17,6 +18,28 @@ from dora_dist.weights.placement import Fill
 
 AdapterPlan = Callable[[nn.Module], dict[str, AdapterMethod]]
 """Given a model, the adapter of each linear layer that gets one, by module name."""
+
+
+Packed = Callable[[nn.Module], Collection[str]]
+"""Given a model, the linear layers whose weight a storage may hold, by module name."""
+
+
+def packable(model: nn.Module, *, apart: Sequence[str] = ()) -> list[str]:
+    """The linear layers whose weight a packed storage holds while it is frozen, by name: those of the numbered layers.
+
+    Embeddings, norms and heads stay plain, and so do the parts of the model that are `apart` (a vision tower), weights
+    that several modules share, and subclasses of nn.Linear, which may do other things with their weight.
+    """
+    shared = {name for names in names_of_each(model) if len(names) > 1 for name in names}
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and module.weight.is_floating_point()
+        and any(step.isdigit() for step in name.split("."))
+        and not parts_in(name, apart)
+        and f"{name}.weight" not in shared
+    ]
 
 
 def by_pattern(
@@ -83,10 +106,12 @@ def inject(
     *,
     trained_parameters: Sequence[str] = (),
     storage: WeightStorage = PLAIN,
+    packed: Packed | None = None,
 ) -> list[str]:
     """Replace planned nn.Linear modules by AdaptedLinear over the SAME parameters, in place; freeze all else.
 
-    A `storage` other than the plain one has parameters of its own instead of the weight, which it encodes.
+    A `storage` other than the plain one has parameters of its own instead of the weight, which it encodes: it holds
+    what is `packed` (`packable` unless something else is said), adapted or not, as HeldLinear.
 
     All but what is in `trained_modules` (names, see `trained_in_full`), and `trained_parameters` (names): these are
     trained as they are. A parameter that several modules share is trained in all of them; a module that shares one is
@@ -103,12 +128,13 @@ def inject(
     _refuse_shared(model, {name: f"{name}.weight" for name in methods}, "adapted", "target_modules")
     _refuse_inner(methods, trained_modules)
     _refuse_adapted(methods, trained_parameters)
-    if packed := [name for name in methods if not linears[name].weight.is_floating_point()]:
-        kind = str(linears[packed[0]].weight.dtype).removeprefix("torch.")
+    if quantised := [name for name in methods if not linears[name].weight.is_floating_point()]:
+        kind = str(linears[quantised[0]].weight.dtype).removeprefix("torch.")
         raise UserError(
-            f"{packed[0]!r} has a quantised weight ({kind}), which cannot be adapted; load the model as it was "
+            f"{quantised[0]!r} has a quantised weight ({kind}), which cannot be adapted; load the model as it was "
             "before quantisation"
         )
+    holds = set() if storage is PLAIN else set((packed or packable)(model))
     model.requires_grad_(False)
     for name in trained_modules:
         module = model.get_submodule(name).requires_grad_(True)
@@ -118,7 +144,12 @@ def inject(
     for name, method in for_one_model(methods, shapes).items():
         parent, _, child = name.rpartition(".")
         linear = linears[name]
-        setattr(model.get_submodule(parent), child, AdaptedLinear.from_linear(linear, method, storage))
+        held_by = storage if name in holds else PLAIN
+        setattr(model.get_submodule(parent), child, AdaptedLinear.from_linear(linear, method, held_by))
+    for name in sorted(holds - methods.keys()):
+        if not linears[name].weight.requires_grad and f"{name}.weight" not in trained_parameters:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, held_linear(linears[name], storage))
     for name in trained_parameters:
         model.get_parameter(name).requires_grad_(True)
     return list(methods)
@@ -135,9 +166,9 @@ def initial_fills(model: nn.Module, seed: int) -> dict[str, Fill]:
 
 
 def held_weights(model: nn.Module) -> dict[str, HeldWeight]:
-    """The frozen weight of each adapted layer of `model`, by its name in the base."""
+    """The frozen weight of each layer of `model` that is adapted or that a storage holds, by its name in the base."""
     found = {}
-    for name, layer in adapted_layers(model).items():
+    for name, layer in held_layers(model).items():
         storage, shape = layer.storage, torch.Size(layer.shape)
         parameters = {f"{name}.{kind}": stored.dtype for kind, stored in storage.tensors.items()}
         records = -(-shape.numel() // storage.record)
@@ -148,7 +179,7 @@ def held_weights(model: nn.Module) -> dict[str, HeldWeight]:
 def weight_count(model: nn.Module) -> int:
     """Numbers in a model that is not sharded, whatever holds them: a packed weight counts as what it stands for."""
     count = sum(parameter.numel() for parameter in model.parameters())
-    for layer in adapted_layers(model).values():
+    for layer in held_layers(model).values():
         count += layer.out_features * layer.in_features - sum(parameter.numel() for parameter in layer.held())
     return count
 

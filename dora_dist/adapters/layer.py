@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dora_dist.adapters.held import HeldLinear, bias_gradient
 from dora_dist.adapters.method import AdapterMethod, Needs
 from dora_dist.adapters.storage import PLAIN, WeightStorage
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(HeldLinear):
     """A linear layer (out, in) whose parameters are all direct members: one coalesced gather under ZeRO-3.
 
     Parameters: what holds the frozen (out, in) weight (`held`; in plain storage that is `weight` itself) and `bias`
@@ -32,20 +33,13 @@ class AdaptedLinear(nn.Module):
         method: AdapterMethod,
         storage: WeightStorage = PLAIN,
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
+        super().__init__(weight, bias, storage)
         self.method = method
-        self.storage = storage
         self.base_norm: Tensor | None = None
         self.norm: Tensor | None = None
         self.dem_weight = 0.0  # of the penalty on components, per component and backward pass (`components.py`)
         # Under activation checkpointing: whether the output, small relative to its FLOPs, is kept (`recompute.py`).
         self.keeps_output = self.in_features >= 2 * self.out_features
-        for name, held in storage.hold(weight).items():
-            self.register_parameter(name, held)
-        self.bias = bias
-        if bias is not None:
-            bias.requires_grad_(False)
         self._adapter_names = tuple(method.parameters(self.shape))
         for name, initial in method.parameters(self.shape).items():
             values = torch.empty(initial.shape, dtype=weight.dtype, device=weight.device)
@@ -64,33 +58,10 @@ class AdaptedLinear(nn.Module):
                 own[name].uniform_(-bound, bound) if bound else own[name].fill_(value)
         return layer
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in), whatever holds the weight, and whatever part of it is here."""
-        return self.out_features, self.in_features
-
-    def held(self) -> list[nn.Parameter]:
-        """The frozen parameters that hold the weight, in the order of the storage's `tensors`."""
-        return [self.get_parameter(name) for name in self.storage.tensors]
-
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The method's parameters by name: trained, and not read from the base."""
         own = cast(dict[str, nn.Parameter], self._parameters)  # not getattr: several times per layer and pass
         return {name: own[name] for name in self._adapter_names}
-
-    def base_product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (tokens, in) -> x·W0ᵀ + bias (tokens, out), in x's dtype."""
-        return self.storage.project(x, self.held(), self.shape, bias=bias)
-
-    def base_product_back(self, grad: Tensor) -> Tensor:
-        """grad (tokens, out) -> grad·W0 (tokens, in), in grad's dtype."""
-        return self.storage.project_back(grad, self.held(), self.shape)
-
-    def weight_rows(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of W0, fp32 (rows, in), while the weight is whole; a view of it where it is held so."""
-        flat = [held.data.reshape(-1) for held in self.held()]
-        span = (start * self.in_features, stop * self.in_features)
-        return self.storage.to_fp32(flat, *span, device=flat[0].device).view(-1, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out), in x's dtype. Raises RuntimeError before norms were ever computed."""
@@ -160,6 +131,6 @@ class _AdaptedProduct(torch.autograd.Function):
         grad_to = grads[0].reshape(-1, layer.out_features)
         found = layer.method.backward(layer, ctx.saved_tensors, grad_to, needs=needs)
         x, dropped = (None if g is None else g.view(ctx.x_shape) for g in (found.x, found.dropped))
-        bias = grad_to.sum(0, dtype=torch.float32).to(grad_to.dtype) if ctx.needs_input_grad[3] else None  # no g in it
+        bias = bias_gradient(grad_to) if ctx.needs_input_grad[3] else None  # no g in it
         own = layer.adapter_parameters()
         return x, dropped, None, bias, *(found.parameters[name].to(p.dtype) for name, p in own.items())

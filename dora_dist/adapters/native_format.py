@@ -93,6 +93,7 @@ class NativeAdapter(AdapterFields):
         config = {
             "format": FORMAT,
             **{name: getattr(self, name) for name in (*_TEXTS, "revision", "task_type", "modules_to_save")},
+            **({} if self.base_packed is None else {"base_packed": self.base_packed}),
             "trained": [*self.trained, *self.stored],
             "layers": {name: layer.described() for name, layer in self.layers.items()},
         }
@@ -174,6 +175,9 @@ class NativeFolder:
     def base_storage(self) -> str:
         return str(self.config["base_storage"])
 
+    def base_packed(self) -> list[str] | None:
+        return self.config.get("base_packed")
+
     def modules_to_save(self) -> list[str]:
         return list(self.config["modules_to_save"])
 
@@ -216,6 +220,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     fine = {name: isinstance(config.get(name), str) for name in _TEXTS}
     fine |= {name: isinstance(config.get(name, 0), str | None) for name in ("revision", "task_type")}
     fine |= {name: _are_texts(config.get(name)) for name in ("modules_to_save", "trained")}
+    fine["base_packed"] = config.get("base_packed") is None or _are_texts(config["base_packed"])
     fine["layers"] = isinstance(config.get("layers"), dict)
     if odd := [name for name, right in fine.items() if not right]:
         raise UserError(f"{path}: {odd[0]} = {config.get(odd[0])!r} is not what belongs there; {_REMEDY}")

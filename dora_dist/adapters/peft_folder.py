@@ -32,7 +32,7 @@ from dora_dist.weights.safetensors_io import TensorFolder
 WEIGHTS_STEM = "adapter_model"
 PREFIX = "base_model.model."
 """How PEFT begins the name of every tensor."""
-BASE_DIGEST, BASE_STORAGE = "dora_dist.base", "dora_dist.storage"
+BASE_DIGEST, BASE_STORAGE, BASE_PACKED = "dora_dist.base", "dora_dist.storage", "dora_dist.packed"
 """Where a file of ours says, in its metadata, of which base it is (`weights/digest.py`), and how that was held; others
 do not look at it."""
 PARAMETERS = "dora_dist.parameters"
@@ -176,18 +176,25 @@ class PeftFolder:
         return self._metadata(BASE_DIGEST, "")
 
     def base_storage(self) -> str:
-        """The name of the storage that held the base in training: the adapter fits the weights as that has them."""
+        """The label of the storage that held the base in training: the adapter fits the weights as that has them."""
         return self._metadata(BASE_STORAGE, PLAIN.name)
 
+    def base_packed(self) -> list[str] | None:
+        """The modules whose weight that storage held, adapted or not; None where the folder does not say."""
+        return self._listed(BASE_PACKED, "null")
+
     def _listed_parameters(self) -> set[str]:
-        text = self._metadata(PARAMETERS, "[]")
+        return {name for name in self._listed(PARAMETERS, "[]") or [] if name.startswith(PREFIX)}
+
+    def _listed(self, key: str, absent: str) -> list[str] | None:
+        """Names that the metadata has; None for null."""
         try:
-            listed = json.loads(text)
+            listed = json.loads(self._metadata(key, absent))
         except (ValueError, RecursionError):
-            listed = None
-        if not isinstance(listed, list):
-            raise UserError(f"{self.path}: the metadata's {PARAMETERS} is not a list of names; {REMEDY}")
-        return {name for name in listed if isinstance(name, str) and name.startswith(PREFIX)}
+            listed = 0
+        if listed is None or (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
+            return listed
+        raise UserError(f"{self.path}: the metadata's {key} is not a list of names; {REMEDY}")
 
     def _metadata(self, key: str, absent: str) -> str:
         file = self.path / f"{WEIGHTS_STEM}.safetensors"

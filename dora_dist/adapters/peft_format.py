@@ -24,6 +24,7 @@ from dora_dist.adapters.peft_config import CONFIG_NAME, NO_TARGETS, peft_type
 from dora_dist.adapters.peft_folder import (
     BASE_DIGEST,
     BASE_LAYER,
+    BASE_PACKED,
     BASE_STORAGE,
     PARAMETERS,
     PREFIX,
@@ -135,7 +136,7 @@ def write_peft_folder(
     }
     metadata = {"format": "pt", **({BASE_DIGEST: adapter.base_digest} if adapter.base_digest else {})}
     if adapter.base_storage != PLAIN.name:
-        metadata[BASE_STORAGE] = adapter.base_storage
+        metadata |= {BASE_STORAGE: adapter.base_storage, BASE_PACKED: json.dumps(adapter.base_packed)}
     if digest := next((layer.projection_digest for layer in vera.values()), ""):
         metadata[PROJECTION_DIGEST] = digest
     if single := [stored for name, stored in trained.items() if saved_module(name, adapter.modules_to_save) is None]:

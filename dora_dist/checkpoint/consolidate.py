@@ -11,22 +11,24 @@ each use is written on its own, with tie_word_embeddings: false in config.json, 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dora_dist.adapters.adapter_folder import AdapterFolder, SavedLayer
 from dora_dist.adapters.peft_folder import warn_of_lacking, warn_of_magnitudes
-from dora_dist.adapters.storage import WeightStorage, labelled
+from dora_dist.adapters.storage import PLAIN, WeightStorage, labelled
 from dora_dist.checkpoint.adapter_folders import open_adapter, own_tokenizer
 from dora_dist.checkpoint.merge_plan import Output, Shard, plan_merge
-from dora_dist.checkpoint.merging import check_place, open_base, row_blocks
+from dora_dist.checkpoint.merging import check_place, open_base, row_blocks, trained_on
 from dora_dist.checkpoint.model_card import about_adapter, add_card
 from dora_dist.models.folder import DTYPES
 from dora_dist.runtime import console
@@ -35,6 +37,8 @@ from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import MODEL_MARKS, new_folder
 from dora_dist.weights.digest import sampled_digest, warn_of_another_base
 from dora_dist.weights.safetensors_io import TensorFolder, TensorWriter
+
+BasePrecision = Literal["trained", "original"]
 
 # What makes a folder usable besides its weights; code and pickles are left behind on purpose.
 _CONFIGURATION = ("config.json", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*")
@@ -55,6 +59,7 @@ def consolidate(
     output: Path,
     *,
     dtype: str | None = None,
+    base_precision: BasePrecision = "trained",
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
     progress: bool = True,
@@ -67,9 +72,13 @@ def consolidate(
         base_folder: a folder, or a hub name.
         output: the folder to write; it appears under its name once it is complete.
         dtype: "bf16", "fp16" or "fp32"; None: that of the base on disk, tensor by tensor.
+        base_precision: "trained": the base is what training saw, in a quantised run its weights decoded; "original":
+            the base's own weights, and `differences` says how far the result is from the other.
         max_shard_bytes: the size of one .safetensors file; a larger tensor gets a file of its own.
 
-    Returns: what was done: output, tensors, merged, shards, bytes_read, bytes_written, seconds.
+    Returns: what was done: output, tensors, merged, shards, bytes_read, bytes_written, seconds, differences (by tensor:
+        ‖merged − as training saw it‖ / ‖as training saw it‖, Frobenius, of every weight that a packed storage held;
+        empty unless `base_precision` is "original").
 
     Raises UserError, with nothing left behind, when the adapter does not fit the base, a file is damaged, a result is
     not finite, the disk is too small, or `output` exists and `overwrite` is False.
@@ -79,6 +88,9 @@ def consolidate(
         consolidate(checkpoint / "adapter", "base", Path("merged"), dtype="bf16")
     """
     started = time.monotonic()
+    if base_precision not in get_args(BasePrecision):
+        choices = ", ".join(get_args(BasePrecision))
+        raise UserError(f"base_precision={base_precision!r} is not supported; choose one of {choices}")
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     adapter = open_adapter(adapter_folder)
@@ -100,7 +112,8 @@ def consolidate(
     ):
         _copy_companions(base.path, folder, tokenizer=own_tokenizer(Path(adapter_folder)) or base.path)
         _write_config(folder, base.config, adapter.model_config, dtype=dtype, untied=plan.untied)
-        odd = _write_weights(folder, shards, adapter, storage=storage, bar=bar)
+        merger = _Merger(adapter, storage, base_precision == "original")
+        odd = _write_weights(folder, shards, merger, bar=bar)
         add_card(folder, about_adapter(adapter), replaced=output)
     warn_of_magnitudes(adapter.path, odd)
     return {
@@ -111,6 +124,7 @@ def consolidate(
         "shards": len(shards),
         "bytes_read": base.tensors.bytes_read,
         "bytes_written": total,
+        "differences": merger.differences,
         "seconds": round(time.monotonic() - started, 3),
     }
 
@@ -130,20 +144,55 @@ def _warn_of_another(adapter: AdapterFolder, base: TensorFolder) -> None:
     warn_of_lacking(adapter.path, adapter.lacking(name.removesuffix(".weight") for name in weights))
 
 
-def _blocks(output: Output, layer: SavedLayer | None, storage: WeightStorage) -> Iterator[Tensor]:
-    """The tensor as it is to be written, a block of rows at a time; UserError if a number is not finite.
-
-    What is merged is the weight as training saw it, through `storage`.
+@dataclass
+class _Merger:
+    """Makes the merged tensors of an adapter that was trained on a base in `storage`: of that, or of the base's own
+    weights (`original`).
     """
-    dtype = output.dtype
-    for start, block in row_blocks(output, storage if layer else None):
+
+    adapter: AdapterFolder
+    storage: WeightStorage
+    original: bool
+    differences: dict[str, float] = field(default_factory=dict)
+
+    def layer(self, output: Output) -> SavedLayer | None:
+        return self.adapter.layer(output.module) if output.module else None
+
+    def blocks(self, output: Output, layer: SavedLayer | None) -> Iterator[Tensor]:
+        """The tensor as it is to be written, a block of rows at a time; UserError if a number is not finite."""
+        dtype, held_by = output.dtype, trained_on(output, self.storage)
+        if self.original and output.packed:
+            blocks = self._compared(output, layer)
+        elif held_by is None:
+            blocks = (block for _, block in row_blocks(output))
+        else:
+            blocks = _merged(output, layer, held_by)
+        for block in blocks:
+            block = block.to(dtype)
+            if block.is_floating_point() and dtype.itemsize > 1 and not bool(torch.isfinite(block).all()):
+                origin = "source" if layer is None else "base, adapter or their sum"
+                cause = f"its {origin} holds NaN, infinity or a value too large for {dtype}"
+                raise UserError(
+                    f"tensor {output.name!r} would not be finite: {cause}; try --dtype bf16 or fp32, or fix it"
+                )
+            yield block
+
+    def _compared(self, output: Output, layer: SavedLayer | None) -> Iterator[Tensor]:
+        """Of the base's own weight; `differences` gets how far that is from what training saw."""
+        apart = whole = 0.0
+        both = zip(_merged(output, layer, PLAIN), _merged(output, layer, self.storage), strict=True)
+        for own, seen in both:
+            apart += float((own - seen).double().square().sum())
+            whole += float(seen.double().square().sum())
+            yield own
+        self.differences[output.name] = math.sqrt(apart / whole) if whole else 0.0
+
+
+def _merged(output: Output, layer: SavedLayer | None, held_by: WeightStorage) -> Iterator[Tensor]:
+    """Blocks of rows (rows, in), fp32, of a weight as `held_by` has it, with the layer's update."""
+    for start, block in row_blocks(output, held_by):
         if layer is not None:
             layer.merge_rows(block, start)
-            block = block.to(dtype)
-        if block.is_floating_point() and dtype.itemsize > 1 and not bool(torch.isfinite(block).all()):
-            origin = "source" if layer is None else "base, adapter or their sum"
-            cause = f"its {origin} holds NaN, infinity or a value too large for {dtype}"
-            raise UserError(f"tensor {output.name!r} would not be finite: {cause}; try --dtype bf16 or fp32, or fix it")
         yield block
 
 
@@ -175,9 +224,7 @@ def _write_config(
     (folder / "config.json").write_text(written + "\n", encoding="utf-8")
 
 
-def _write_weights(
-    folder: Path, shards: Sequence[Shard], adapter: AdapterFolder, *, storage: WeightStorage, bar: Any
-) -> dict[str, int]:
+def _write_weights(folder: Path, shards: Sequence[Shard], merger: _Merger, *, bar: Any) -> dict[str, int]:
     """Read, merge and write every tensor, and the index where there are several files.
 
     Returns how many odd magnitudes each tensor's update has.
@@ -187,9 +234,9 @@ def _write_weights(
         layout = [(output.name, output.dtype, output.entry.shape) for output in shard.outputs]
         with TensorWriter(folder / shard.name, layout, {"format": "pt"}) as writer:
             for output in shard.outputs:
-                layer = adapter.layer(output.module) if output.module else None
+                layer = merger.layer(output)
                 odd[output.name] = layer.odd_magnitudes() if layer else 0
-                for block in _blocks(output, layer, storage):
+                for block in merger.blocks(output, layer):
                     writer.write(output.name, block)
                     bar.update(block.nbytes)
     if len(shards) > 1:

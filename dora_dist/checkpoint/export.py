@@ -20,7 +20,7 @@ from dora_dist.adapters.row_norms import row_norms
 from dora_dist.adapters.storage import WeightStorage, labelled
 from dora_dist.checkpoint.adapter_folders import open_adapter
 from dora_dist.checkpoint.merge_plan import MergePlan, Output, plan_merge
-from dora_dist.checkpoint.merging import check_place, open_base, row_blocks
+from dora_dist.checkpoint.merging import check_place, open_base, row_blocks, trained_on
 from dora_dist.checkpoint.model_card import about_adapter, add_card
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import new_folder
@@ -93,7 +93,7 @@ def _exported(adapter: NativeFolder, module: str, base_norm: Tensor | None) -> A
 
 def _row_norms(weight: Output, storage: WeightStorage) -> Tensor:
     """Of a weight (out, in) as training saw it: (out,) fp32."""
-    blocks = (block for _, block in row_blocks(weight, storage))
+    blocks = (block for _, block in row_blocks(weight, trained_on(weight, storage)))
     return torch.cat([row_norms(block).float() for block in blocks])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dora_dist.adapters.adapter_folder import AdapterFolder, agrees
+from dora_dist.adapters.adapter_folder import AdapterFolder, agrees, packed_in_training
 from dora_dist.adapters.patterns import outside
 from dora_dist.models.build import skeleton
 from dora_dist.models.families import family_of
@@ -23,13 +23,17 @@ from dora_dist.weights.safetensors_io import TensorEntry, TensorFolder
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor to write: its name and dtype there, where it is read, and the module whose update it gets."""
+    """One tensor to write: its name and dtype there, where it is read, and the module whose update it gets.
+
+    `packed` says that training saw it as a packed storage has it, whether or not it was adapted.
+    """
 
     name: str
     dtype: torch.dtype
     source: TensorFolder
     entry: TensorEntry
     module: str | None = None
+    packed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +90,7 @@ def plan_merge(adapter: AdapterFolder, base: ModelFolder, dtype: str | None) -> 
     stored = stored_names(entries, names.rename)
     prefix = prefix_between([f"{module}.weight" for module in adapter.modules] or adapter.trained, stored)
     targets = _targets(adapter, base.path, entries, stored=stored, prefix=prefix)
+    packed = _located(packed_in_training(adapter), stored, prefix)
     uses = [(name, use) for name in adapter.trained for use in names.tied.get(name, (name,))]
     replaced = {found: (name, use) for name, use in uses if (found := locate(use, stored, prefix))}
     lacks_prefix = all(not name.startswith(f"{prefix}.") for name in stored)
@@ -99,7 +104,7 @@ def plan_merge(adapter: AdapterFolder, base: ModelFolder, dtype: str | None) -> 
         else:
             name = f"{prefix}.{modern(own)}" if prefix and lacks_prefix else modern(own)
             name = own if names.rename or own not in base.tensors.entries else name
-            outputs.append(Output(name, written_as, base.tensors, entry, targets.get(own)))
+            outputs.append(Output(name, written_as, base.tensors, entry, targets.get(own), own in packed))
     new = [name for name in adapter.trained if name not in dict(replaced.values())]
     outputs += [_trained(adapter, name, name, dtype=_usual_dtype(outputs, adapter)) for name in new]
     return MergePlan(outputs, names.untied)
@@ -180,6 +185,11 @@ def _targets(
             raise UserError(f"{who} {mismatch}; give the base that it was trained on")
         targets[own] = module
     return targets
+
+
+def _located(modules: Iterable[str], stored: Mapping[str, str], prefix: str) -> set[str]:
+    """The weights of `modules` by their names in the folder, those that it has."""
+    return {own for module in modules if (own := locate(f"{module}.weight", stored, prefix))}
 
 
 def _trained(adapter: AdapterFolder, trained: str, name: str, *, dtype: torch.dtype) -> Output:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dora_dist.adapters.adapter_folder import AdapterFolder
-from dora_dist.adapters.storage import WeightStorage, as_held
+from dora_dist.adapters.storage import PLAIN, WeightStorage, as_held
 from dora_dist.checkpoint.adapter_folders import base_path
 from dora_dist.checkpoint.manifest import MANIFEST, NAME
 from dora_dist.checkpoint.merge_plan import Output
@@ -45,11 +45,18 @@ def check_place(output: Path, base: Path, adapter: Path, *, what: str, marks: Se
             )
 
 
+def trained_on(output: Output, storage: WeightStorage) -> WeightStorage | None:
+    """What held a weight that is adapted or `packed`, in a run with this `storage`; None for any other tensor."""
+    if output.packed:
+        return storage
+    return PLAIN if output.module else None
+
+
 def row_blocks(output: Output, storage: WeightStorage | None = None) -> Iterator[tuple[int, Tensor]]:
     """A tensor in blocks of rows, each with the number of its first row: memory is that of BLOCK_BYTES in fp32.
 
     Blocks are flat and have the output's dtype; with a `storage`, of a weight (out, in), they are (rows, in), fp32, and
-    the weight as training saw it.
+    the weight as that holds it.
     """
     entry, source = output.entry, output.source
     rows = entry.shape[0] if entry.shape else 1

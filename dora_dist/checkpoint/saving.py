@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dora_dist.adapters.adapter_folder import SavedAdapter
+from dora_dist.adapters.held import held_layers, packed_modules
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.method import AdapterMethod, Method
 from dora_dist.adapters.native_format import NativeAdapter, NativeLayer
@@ -79,6 +80,9 @@ class Saver:
         self._engine, self._model, self._origin = engine, model, origin
         # Always gloo: the copies are in host memory, and the device's own group belongs to training.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s), group_desc="saving")
+        held = held_layers(model).values()
+        self._storage = next((label(layer.storage) for layer in held if layer.storage is not PLAIN), PLAIN.name)
+        self._packed = packed_modules(model)
         self._state = state_writer(model, self._group, run_dir)
         self._thread: threading.Thread | None = None
         self._ended: deque[Saved] = deque()
@@ -227,7 +231,8 @@ class Saver:
             "modules_to_save": [*origin.trained_modules, *origin.trained_parameters.modules],
             "stored": {n: (masters.state, masters.stored(n)) for n in masters if n not in adapters},
             "base_digest": origin.base_digest,
-            "base_storage": next((label(layer.storage) for layer in adapted.values()), PLAIN.name),
+            "base_storage": self._storage,
+            "base_packed": self._packed,
         }
         if not method.in_peft:
             native = {n: NativeLayer(layer.method, layer.shape, own[n]) for n, layer in adapted.items()}

@@ -67,6 +67,9 @@ class TrainedWeights:
     def base_storage(self) -> str:
         return PLAIN.name
 
+    def base_packed(self) -> list[str] | None:
+        return None
+
     def modules_to_save(self) -> list[str]:
         return list(self.manifest["trained_modules"])
 

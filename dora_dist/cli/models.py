@@ -1,6 +1,7 @@
 """Commands that make folders of models and adapters: `consolidate`, `export-peft`, `import-gguf`, `assemble-llava`."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from dora_dist.checkpoint import run_folder
@@ -22,6 +23,13 @@ def declare_consolidate(commands: Commands) -> None:
     _add_adapter(command, "the merged model")
     command.add_argument("--dtype", choices=DTYPES, help="number format to write (default: the base's)")
     command.add_argument(
+        "--base-precision",
+        choices=("trained", "original"),
+        default="trained",
+        help="of a run with a quantised base: merge into the weights as training saw them, or into the base's own, and "
+        "say how far the two results are apart (default: %(default)s)",
+    )
+    command.add_argument(
         "--max-shard-size",
         type=size,
         default="5GB",
@@ -41,14 +49,35 @@ def _consolidate(options: argparse.Namespace) -> None:
             base,
             options.output,
             dtype=options.dtype,
+            base_precision=options.base_precision,
             max_shard_bytes=options.max_shard_size,
             overwrite=options.overwrite,
         )
+    if options.base_precision == "original":
+        _say_differences(result["differences"])
     replaced = f"{result['replaced']} replaced, " if result["replaced"] else ""
     say(
         f"{options.output}: {result['merged']} of {result['tensors']} tensors merged, {replaced}"
         f"{result['bytes_written'] / 1e9:.3f} GB written in {result['seconds']:.1f} s"
     )
+
+
+def _say_differences(differences: Mapping[str, float]) -> None:
+    """How far a merge into the base's own weights is from what training saw: the largest of each layer."""
+    largest: dict[str, tuple[float, str]] = {}
+    for name, difference in differences.items():
+        largest[_layer_of(name)] = max(largest.get(_layer_of(name), (0.0, "")), (difference, name))
+    for difference, name in largest.values():
+        say(f"{name}: differs by {difference:.2%} from what training saw")
+    if not differences:
+        say("the base was not quantised in training: nothing differs from what training saw")
+
+
+def _layer_of(tensor: str) -> str:
+    """The numbered layer of a tensor's name: "model.layers.3"."""
+    steps = tensor.split(".")
+    last = max((place for place, step in enumerate(steps) if step.isdigit()), default=len(steps) - 1)
+    return ".".join(steps[: last + 1])
 
 
 def declare_export_peft(commands: Commands) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dora_dist.adapters.adapter_folder import packed_in_training
 from dora_dist.adapters.folders import holds_adapter
 from dora_dist.adapters.inject import like
 from dora_dist.adapters.patterns import outside
@@ -187,6 +188,7 @@ def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) 
     adapter, head = read_adapter(folder), head_of_adapter(open_adapter(folder))
     placement = WholePlacement(device or "cpu")
     single = outside(adapter.trained, adapter.modules_to_save)
+    packed = packed_in_training(open_adapter(folder))
     run = build_model(
         base,
         like(adapter),
@@ -197,6 +199,7 @@ def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) 
         trained_parameters=lambda model: single,
         start_from=adapter,
         storage=labelled(adapter.base_storage, f"{folder}: the base's storage"),
+        packed=lambda model: packed,
     )
     return run.model
 

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from dora_dist.adapters.adapter_folder import SavedAdapter
-from dora_dist.adapters.inject import AdapterPlan, held_weights, initial_fills, inject, weight_count
+from dora_dist.adapters.inject import (
+    AdapterPlan,
+    Packed,
+    held_weights,
+    initial_fills,
+    inject,
+    packable,
+    weight_count,
+)
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.patterns import ParameterPlan, trained_in_full
 from dora_dist.adapters.recompute import keeping_outputs
@@ -89,6 +97,7 @@ def build_model(
     dtype: str = "bf16",
     head: Head = CAUSAL_LM,
     storage: WeightStorage = PLAIN,
+    packed: Packed | None = None,
     trained_modules: Sequence[str] | None = None,
     trained_parameters: ParameterPlan = lambda model: [],
     start_from: SavedAdapter | None = None,
@@ -103,10 +112,10 @@ def build_model(
     place (whole, or this rank's shard). Adapters start as the DoRA paper says (section 4.1, by `seed`), or as
     `start_from` has them. `trained_modules` are patterns of modules to train in full; None: the head's default;
     `trained_parameters` names what is trained as it is besides these, which the folder must have.
-    `storage` is how adapted layers hold their frozen weights; `refresher` reads norms as `placement` holds parameters
-    (`ShardedNormRefresher` for shards). `inspect` may refuse the adapted model before its weights are read. On ZeRO-3
-    this is collective. Raises UserError for a folder that is not a model, a plan that does not fit it, and missing,
-    misshapen or truncated tensors.
+    `storage` is how layers hold their frozen weights, those that are `packed` (None: `packable`); `refresher` reads
+    norms as `placement` holds parameters (`ShardedNormRefresher` for shards). `inspect` may refuse the adapted model
+    before its weights are read. On ZeRO-3 this is collective. Raises UserError for a folder that is not a model, a plan
+    that does not fit it, and missing, misshapen or truncated tensors.
     """
     folder = ModelFolder.open(base)
     model = skeleton(base, head, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
@@ -116,6 +125,7 @@ def build_model(
         plan,
         head=head,
         storage=storage,
+        packed=packed,
         trained_modules=trained_modules,
         trained_parameters=trained_parameters,
     )
@@ -148,6 +158,7 @@ def _inject(
     *,
     head: Head,
     storage: WeightStorage,
+    packed: Packed | None,
     trained_modules: Sequence[str] | None,
     trained_parameters: ParameterPlan,
 ) -> InjectedModel:
@@ -161,11 +172,12 @@ def _inject(
         trained = trained_in_full(model, trained_modules, apart=family.apart)
     untied, stored = untie(model, [*trained, *plan(model)], stored)
     own = TrainedParameters.of(model, trained_parameters(model), trained)
-    adapted = inject(model, plan, trained, trained_parameters=own.names, storage=storage)
+    packed = packed or partial(packable, apart=family.apart)
+    adapted = inject(model, plan, trained, trained_parameters=own.names, storage=storage, packed=packed)
     if not adapted and storage is not PLAIN:
         raise UserError(
-            f'model.storage = "{storage.name}": adapted layers alone are held so, and no layer is adapted; set it to '
-            f'"{PLAIN.name}"'
+            f'model.storage = "{storage.name}": frozen weights under adapters are held so, and no layer is adapted; '
+            f'set it to "{PLAIN.name}"'
         )
     return InjectedModel(
         family=family,

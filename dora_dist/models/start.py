@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dora_dist.adapters.adapter_folder import SavedAdapter, agrees
+from dora_dist.adapters.held import HeldLinear
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.peft_folder import warn_of_lacking
 from dora_dist.adapters.storage import label
@@ -26,7 +27,8 @@ def check(
     """
     where = str(adapter.source.path) if adapter.source else "the adapter"
     layers = adapted_layers(model)
-    plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | HeldLinear)]
+    plain = [name for name in plain if name not in layers]
     _check_names(where, layers, adapter, base=base, plain=plain)
     for name, layer in layers.items():
         theirs = adapter.layers[name]

@@ -212,6 +212,7 @@ CHANGED = "changed since checkpoint-4: "
 changed("other_rank", "--adapter.r=5", says="written with adapter.r = 4, this run has 5", ranks=BOTH)
 changed("other_alpha", "--adapter.lora_alpha=9", says="with adapter.lora_alpha = 8.0, this run has 9.0: what it holds")
 changed("other_kind", "--adapter.weight_decomposed=false", says="adapter.weight_decomposed = true, this run has false")
+changed("other_storage", "--model.storage=int8", says='with model.storage = "plain", this run has "int8"')
 changed("now_dynamic", "--adapter.dynamic_rank=true", "--adapter.prune_every=1", says="adapter.dynamic_rank = false, ")
 changed("other_seed", "--training.seed=43", says="training.seed = 42, this run has 43: the order of the data would not")
 changed(

@@ -116,6 +116,16 @@ CASES.option(
 )
 CASES.option("method_unknown", "--adapter.method=dvora", says='adapter.method = "dvora": there is no such method; name')
 CASES.option("storage_unknown", "--model.storage=nf5", says='model.storage = "nf5": no such storage (known: plain')
+CASES.option(
+    "storage_setting_unknown",
+    *("--model.storage=int8", '--model.storage_settings={"double_quant": true}'),
+    says="model.storage_settings: \"double_quant\" is not a setting of the storage 'int8'; it has: block_size",
+)
+CASES.option(
+    "storage_block_size_100",
+    *("--model.storage=nf4", '--model.storage_settings={"block_size": 100}'),
+    says="model.storage_settings: block_size = 100: must be one of 64, 128, 256, 512",
+)
 CASES.option("plugin_absent", "--plugins=absent", says='plugins = "absent": there is no such Python module; install it')
 
 # --- numbers that do not go with the model or the length of the run ---------------------------------------------------

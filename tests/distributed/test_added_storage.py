@@ -27,6 +27,7 @@ RECORDS = {
 }
 """Numbers of a weight in a record, and bytes of a record in all of the storage's tensors."""
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
+"""The other projections have no adapter, and are packed all the same."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def decoded_base(folder: Path, storage: str) -> Path:
-    """The base with the weights that `storage` makes of those that are adapted."""
+    """The base with the weights that `storage` makes of those of the layers, adapted or not."""
     from dora_dist.adapters.storage import labelled
 
     target = folder / f"base-{list(RECORDS).index(storage)}"
@@ -49,7 +50,7 @@ def decoded_base(folder: Path, storage: str) -> Path:
         toy.base_model(target)
         tensors = load_file(folder / "base" / "model.safetensors")
         for name, values in tensors.items():
-            if name.removesuffix(".weight").endswith(TARGETS):
+            if name.endswith("_proj.weight"):
                 tensors[name] = labelled(storage, "").round_trip(values.flatten()).view(values.shape)
         save_file(tensors, target / "model.safetensors", {"format": "pt"})
     return target
@@ -90,6 +91,7 @@ def build(base: str, storage: str) -> dict[str, Any]:
     """Build on shards: bytes read and held of each adapted weight, and row norms."""
     import torch.distributed as dist
 
+    from dora_dist.adapters.held import held_layers
     from dora_dist.adapters.layer import adapted_layers
     from dora_dist.config import AdapterConfig, ModelConfig
     from dora_dist.training.model import build_model
@@ -102,7 +104,7 @@ def build(base: str, storage: str) -> dict[str, Any]:
         AdapterConfig(r=4, target_modules=list(TARGETS)),
         deepspeed=engine_json(dist.get_world_size()),
     )
-    layers = adapted_layers(run.model)
+    layers = held_layers(run.model)
     return {
         "read": run.base_bytes_read,
         "held": {n: sum(p.ds_tensor.nbytes for p in layer.held()) for n, layer in layers.items()},
@@ -112,7 +114,7 @@ def build(base: str, storage: str) -> dict[str, Any]:
             for p in layer.held()
         },
         "dtypes": {p.ds_tensor.dtype for layer in layers.values() for p in layer.held()},
-        "norms": {name: layer.base_norm for name, layer in layers.items()},
+        "norms": {name: layer.base_norm for name, layer in adapted_layers(run.model).items()},
         "weights": run.weights,
     }
 
@@ -130,8 +132,10 @@ def test_a_rank_reads_and_holds_its_records_alone(storage: str, world_size: int,
         for name, held in rank["held"].items():
             records = -(-tensors[f"{name}.weight"].numel() // numbers)
             assert held == -(-records // world_size) * size
+        for name, found_norms in rank["norms"].items():
             norms = tensors[f"{name}.weight"].double().norm(dim=1).float()
-            torch.testing.assert_close(rank["norms"][name], norms, rtol=1e-6, atol=0)
+            torch.testing.assert_close(found_norms, norms, rtol=1e-6, atol=0)
+        assert len(rank["held"]) == sum(name.endswith("_proj.weight") for name in tensors) > len(rank["norms"])
         assert {torch.uint8, torch.int8} & rank["dtypes"]
         # The engine's gathers allocate ceil(numel / world size) elements a rank: shards must be that long.
         assert all(ours == theirs for ours, theirs in rank["cuts"])
