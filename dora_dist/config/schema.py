@@ -401,10 +401,21 @@ class LoggingConfig(Section):
     """What a run reports."""
 
     every: Steps = Field(default=10, description="Optimizer steps between log lines")
-    tensorboard: bool = Field(default=False, description="Write TensorBoard events into the run folder")
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        default=[],
+        description="Experiment trackers that get the run's numbers and its whole configuration, from rank 0: "
+        "tensorboard (events in the run folder), wandb, trackio, mlflow; each needs its package and takes "
+        "its own environment variables; one that fails or hangs does not hold up the run",
+    )
+    tensorboard: bool = Field(default=False, description='The same as "tensorboard" in trackers')
     progress_bar: bool = Field(default=True, description="Show a progress bar on rank 0")
     report: bool = Field(default=True, description="Keep the run's page, report.html in the run folder, up to date")
     peak_flops: Annotated[float, Field(gt=0), at_most(1e24)] | None = Field(
         default=None,
         description="Peak FLOP/s of one device, for the utilisation in the log; null: known GPUs looked up",
     )
+
+    @property
+    def every_tracker(self) -> tuple[str, ...]:
+        """The trackers, each once."""
+        return tuple(dict.fromkeys([*self.trackers, *(["tensorboard"] if self.tensorboard else [])]))

@@ -8,11 +8,14 @@ BROUGHT_BY = {
     "PIL": ("pillow", "images"),
     "av": ("av", "video"),
     "h5py": ("h5py", "features"),
+    "mlflow": ("mlflow-skinny", "mlflow"),
     "matplotlib": ("matplotlib", "plots"),
     "nltk": ("nltk", "captions"),
     "pycocoevalcap": ("pycocoevalcap", "captions"),
     "rouge_score": ("rouge-score", "metrics"),
     "scipy": ("scipy", "metrics"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "wandb": ("wandb", "wandb"),
     "sklearn": ("scikit-learn", "metrics"),
 }
 """Names of modules, with the package that has each and the extra that brings it."""

@@ -9,7 +9,7 @@ from dora_dist.adapters.methods import chosen
 from dora_dist.adapters.storage import storage_of
 from dora_dist.config import AdapterConfig, ModelConfig, RunConfig, deepspeed_options
 from dora_dist.models.folder import check_base, read_config, transformers_config
-from dora_dist.runtime import distributed
+from dora_dist.runtime import distributed, extras
 from dora_dist.runtime.errors import UserError
 
 
@@ -30,6 +30,8 @@ def check(config: RunConfig) -> None:
     distributed.choose_accelerator(config.engine.accelerator)
     distributed.check_attention(config.model.attn_implementation)
     deepspeed_options.check(config.engine.deepspeed)
+    for tracker in config.logging.every_tracker:
+        extras.need(tracker, purpose=f'logging.trackers: "{tracker}"')
 
 
 def check_own_code(model: ModelConfig, adapter: AdapterConfig, base: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch.distributed as dist
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
 
 from dora_dist.adapters.components import Budget
 from dora_dist.adapters.inject import with_ranks
@@ -31,7 +30,7 @@ from dora_dist.models.build import AdaptedModel, checkpoint_activations
 from dora_dist.runtime.agreement import check_agreement, of_code
 from dora_dist.runtime.console import say
 from dora_dist.runtime.distributed import World, together
-from dora_dist.runtime.errors import Stopped, UserError
+from dora_dist.runtime.errors import Stopped
 from dora_dist.runtime.folders import write_json
 from dora_dist.runtime.run_log import RunLog
 from dora_dist.tasks import task_named
@@ -52,6 +51,7 @@ from dora_dist.training.recording import AnalysisCallback
 from dora_dist.training.reporting import ReportCallback
 from dora_dist.training.resume import check_unused, compare, find_checkpoint, is_finished, read_by_all
 from dora_dist.training.steps import Deadlines, Randomness
+from dora_dist.training.trackers import Trackers
 from dora_dist.training.trainer import DoraTrainer
 from dora_dist.training.unreadable import Unreadable
 from dora_dist.zero3.teardown import collect
@@ -79,6 +79,7 @@ def run(
     log: RunLog,
     *,
     history: History,
+    trackers: Trackers,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
     """Train from the beginning, or from a checkpoint, to the last step (collective); returns the newest checkpoint."""
@@ -97,7 +98,15 @@ def run(
         phase: Phase | None = first_phase(config, inputs, world, resume=resume)
         while phase is not None:
             phase = train_phase(
-                config, inputs, phase, ranks=ranks, log=log, in_use=in_use, history=history, callbacks=callbacks
+                config,
+                inputs,
+                phase,
+                ranks=ranks,
+                log=log,
+                in_use=in_use,
+                history=history,
+                trackers=trackers,
+                callbacks=callbacks,
             )
             collect()  # the engine that was: the next one needs its memory
     newest = [run_folder.newest_checkpoint(run_dir)]
@@ -134,6 +143,7 @@ def train_phase(
     log: RunLog,
     in_use: InUse,
     history: History,
+    trackers: Trackers,
     callbacks: Sequence[TrainerCallback],
 ) -> Phase | None:
     """Build a phase's model and train it to the phase's end (collective). Returns the next phase; None after the last.
@@ -142,7 +152,7 @@ def train_phase(
     """
     world, run_dir = ranks.world, Path(config.checkpoint.run_dir)
     ranks.stop.can_save = False
-    trainer = build_trainer(config, inputs, phase, ranks=ranks, history=history, callbacks=callbacks)
+    trainer = build_trainer(config, inputs, phase, ranks=ranks, history=history, trackers=trackers, callbacks=callbacks)
     with together("writing the run folder"):  # only now: a run that cannot start leaves nothing behind
         if world.first:
             in_use.claim()
@@ -191,6 +201,7 @@ def build_trainer(
     *,
     ranks: Ranks,
     history: History,
+    trackers: Trackers,
     callbacks: Sequence[TrainerCallback],
 ) -> DoraTrainer:
     """The model of a phase, adapted and sharded, and what trains it (collective)."""
@@ -214,14 +225,14 @@ def build_trainer(
     )
     pruning = Pruning(phase.budget, config.adapter)
     run_dir = Path(config.checkpoint.run_dir)
-    report = ReportCallback(world, adapted, pruning, history=history, run_dir=run_dir, options=config.logging)
+    report = ReportCallback(
+        world, adapted, pruning, history=history, trackers=trackers, run_dir=run_dir, options=config.logging
+    )
     # Deadlines end before the report draws what only rank 0 draws.
     ours: list[TrainerCallback] = [Randomness(training.seed, world.rank), Deadlines(ranks.watch, config.engine)]
     if config.analysis.every != 0:
         ours.append(_recorder(config, adapted, phase, world))
     ours.append(report)
-    if config.logging.tensorboard:
-        ours.append(_tensorboard(run_dir))
     elsewhere = phase.checkpoint is not None and phase.checkpoint.resolve().parent != run_dir.resolve()
     return DoraTrainer(
         adapted,
@@ -295,18 +306,6 @@ def _open_checkpoints(
     run_dir, timeout_s = Path(config.checkpoint.run_dir), config.engine.start_timeout_s
     saver = Saver(engine, adapted.model, origin, run_dir=run_dir, timeout_s=timeout_s)
     return Checkpoints(saver, config.checkpoint, world, trained_with=phase.trained_with, metric=config.training.metric)
-
-
-def _tensorboard(run_dir: Path) -> TensorBoardCallback:
-    """Hugging Face's callback, with one folder for a run whatever it is resumed from: one curve per metric."""
-    try:
-        callback = TensorBoardCallback()
-    except RuntimeError as error:
-        raise UserError(
-            f"logging.tensorboard = true: {error}; `pip install tensorboard`, or set it to false"
-        ) from error
-    callback.logging_dir = callback.logging_dir or str(run_dir / run_folder.TENSORBOARD)
-    return callback
 
 
 def _begin(history: History, config: RunConfig, inputs: Inputs, phase: Phase, *, world: World) -> None:

@@ -20,6 +20,7 @@ from dora_dist.runtime.folders import DISK_IS_FULL, disk_errors
 from dora_dist.training.pruning import Pruning
 from dora_dist.training.rates import rates_by_pattern
 from dora_dist.training.table import Table
+from dora_dist.training.trackers import Trackers
 
 PEAK_BF16_FLOPS = {
     "H200": 989e12,
@@ -50,13 +51,14 @@ class ReportCallback(TrainerCallback):
         pruning: Pruning,
         *,
         history: History,
+        trackers: Trackers,
         run_dir: Path,
         options: LoggingConfig,
     ) -> None:
         self._tokens = self._places = 0
         self._world, self._norms, self._pruning = world, run.norms, pruning
         self._weights = run.weights
-        self._history, self._run_dir = history, run_dir
+        self._history, self._trackers, self._run_dir = history, trackers, run_dir
         self._peak = options.peak_flops or _known_peak()
         self._show_bar = options.progress_bar
         self._bar: Any = None
@@ -70,6 +72,8 @@ class ReportCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._table = Table(state.max_steps, width())
+        if self._world.first:
+            self._trackers.begin(args, state, kwargs["model"])
         self._begun = time.perf_counter(), state.global_step
         self._bar = progress(
             state.max_steps, "training", "step", initial=state.global_step, leave=False, shown=self._show_bar
@@ -109,6 +113,7 @@ class ReportCallback(TrainerCallback):
         with together("writing the log"):  # or the other ranks would go on, and wait for rank 0
             if self._world.first:
                 self._write(logs)
+                self._trackers.log(args, state, logs)
 
     def _write(self, logs: dict[str, Any]) -> None:
         if "components_kept" in logs:

@@ -51,15 +51,19 @@ def train(config: RunConfig, callbacks: "Sequence[TrainerCallback]" = ()) -> Pat
         from dora_dist.checkpoint.history import History
         from dora_dist.report.writing import PageWriter
         from dora_dist.training import blocks, phases
+        from dora_dist.training.trackers import Trackers
 
         run_dir, timeout_s = Path(config.checkpoint.run_dir), config.engine.start_timeout_s
         page = PageWriter(run_dir, kept=config.logging.report)
         with (
+            Trackers(config, first=world.first) as trackers,
             History(run_dir, first=world.first, heard=page.hear) as history,
             Watch(world, timeout_s, told=history.lost) as watch,
             disk_errors(run_dir, only=DISK_IS_FULL),
         ):
-            checkpoint = phases.run(config, Ranks(world, watch, stop), log, history=history, callbacks=callbacks)
+            checkpoint = phases.run(
+                config, Ranks(world, watch, stop), log, history=history, trackers=trackers, callbacks=callbacks
+            )
         if world.first:
             blocks.closing(checkpoint, time.perf_counter() - started)
     return checkpoint

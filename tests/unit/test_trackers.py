@@ -1,0 +1,105 @@
+"""Experiment trackers: the real ones, all at once, on a tiny run; one that fails or hangs holds nothing up."""
+
+import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dora_dist.checkpoint import run_folder
+from dora_dist.config import RunConfig
+from dora_dist.training import trackers
+from tests import toy
+from tests.distributed.training_runs import config, run
+from tests.ranks import run_ranks
+
+ALL = ["tensorboard", "wandb", "mlflow"]
+
+
+def tracked(folder: Path) -> dict[str, Any]:
+    """Two steps with every tracker, and what each has of them."""
+    import os
+
+    import mlflow
+
+    os.environ.pop("WANDB_API_KEY", None)
+    os.environ["NETRC"] = str(folder / "none")
+    os.environ["MLFLOW_TRACKING_URI"] = f"file:{folder / 'mlruns'}"
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    changes: dict[str, Any] = {"training": {"max_steps": 2}, "logging": {"trackers": ALL, "tensorboard": True}}
+    run(config(folder / "base", folder / "data.json", folder / "run", **changes))
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("dora_dist")
+    runs = client.search_runs([experiment.experiment_id])
+    losses = [metric.value for metric in client.get_metric_history(runs[0].info.run_id, "loss")]
+    return {"runs": len(runs), "losses": losses, "status": runs[0].info.status, "params": runs[0].data.params}
+
+
+def test_real_trackers_get_the_numbers_and_the_configuration_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    toy.training_folder(tmp_path)
+    [mlflow] = run_ranks(tracked, 1, tmp_path)
+    log = (tmp_path / "run" / run_folder.LOG).read_text()
+    assert "logging.trackers: no API key of wandb here: recorded offline" in log
+    assert "failed, and the run goes on" not in log and "did not end" not in log, log
+    losses = [line["loss"] for line in run_folder.metrics(tmp_path / "run") if line["event"] == "log"]
+    assert (mlflow["runs"], mlflow["status"]) == (1, "FINISHED")
+    assert mlflow["losses"] == pytest.approx(losses) and mlflow["params"]["adapter.r"] == "4"
+    [events] = (tmp_path / "run" / run_folder.TENSORBOARD).glob("events*")
+    board = EventAccumulator(str(events)).Reload()
+    assert [scalar.value for scalar in board.Scalars("train/loss")] == pytest.approx(losses)
+    assert board.Scalars("train/tokens_per_second")
+    [offline] = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"tokens_per_second" in offline.read_bytes() and b"adapter.r" in offline.read_bytes()
+
+
+class Stands(threading.Event):
+    """A callback that waits for ever."""
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        self.wait()
+
+    on_log = on_train_end = on_train_begin
+
+
+class Fails:
+    """A callback that cannot reach its server."""
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        raise OSError("401 for key abcdef-secret at https://me:pass@host/x")
+
+
+def test_a_tracker_that_fails_or_hangs_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trackers, "_CALLBACKS", {"wandb": Fails, "mlflow": Stands})
+    monkeypatch.setattr(trackers, "CLOSING_S", 0.1)
+    monkeypatch.setattr(trackers, "MOST_WAITING", 5)
+    for name in ("WANDB_PROJECT", "WANDB_DIR", "WANDB_CONSOLE", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_LOG_MODEL"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "x")
+    monkeypatch.setenv("WANDB_API_KEY", "abcdef-secret")
+    changes: dict[str, Any] = {"logging": {"trackers": ["wandb", "mlflow"]}}
+    raw = config(tmp_path / "base", tmp_path / "data.json", tmp_path / "run", **changes)
+    model = SimpleNamespace(
+        config=SimpleNamespace(to_dict=dict, to_json_string=lambda: json.dumps({})), num_parameters=lambda: 1
+    )
+    state = SimpleNamespace(global_step=1)
+    with trackers.Trackers(RunConfig.from_dict(raw), first=True) as sent:
+        sent.begin(SimpleNamespace(), state, model)
+        for _ in range(20):
+            sent.log(SimpleNamespace(), state, {"loss": 1.0})
+    said = capsys.readouterr().err
+    assert said.count("wandb failed, and the run goes on without it (OSError: 401 for key (not shown)") == 1
+    assert "//(not shown)@host" in said and "abcdef" not in said
+    assert "mlflow failed, and the run goes on without it (5 lines wait for it)" in said
+    assert "mlflow did not end within 0.1 s" in said
+
+
+def test_secrets_are_not_described() -> None:
+    raw = {"model": {"path": "m"}, "data": {"train": "d"}, "engine": {"deepspeed": {"comet": {"api_key": "k"}}}}
+    assert trackers.described(RunConfig.from_dict(raw))["engine.deepspeed"] == {"comet": {"api_key": "(not shown)"}}
