@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
-
-if TYPE_CHECKING:
-    from dora_dist.data.packing import Packing
 
 FILLER = -1
 """A place of a global batch beyond its last sample; `WithFiller` puts a sample without loss there."""
@@ -19,6 +16,13 @@ EpochOrder = Callable[[int, int], list[int]]
 
 A batch that is not full is filled up with FILLER. Sample i + k·n is variant k of sample i, where there are n.
 """
+
+
+class Rows(Protocol):
+    """What puts samples into rows (`packing.Packing`)."""
+
+    def rows(self, samples: Sequence[int], count: int) -> list[tuple[int, ...]]:
+        """The samples in `count` rows; one without a sample has FILLER."""
 
 
 _EPOCHS = 1_000_003
@@ -55,7 +59,7 @@ class EpochBatches(BatchSampler):
         shuffle: bool = True,
         order: EpochOrder | None = None,
         parts: Iterable[int] | None = None,
-        packing: Packing | None = None,
+        packing: Rows | None = None,
         passes: int = 1,
     ):
         """order: an epoch's order, where it is more than a permutation. parts: samples of each kind, where no two kinds

@@ -7,6 +7,7 @@ from dora_dist.runtime.errors import UserError
 BROUGHT_BY = {
     "PIL": ("pillow", "images"),
     "av": ("av", "video"),
+    "bitsandbytes": ("bitsandbytes", "quantised"),
     "h5py": ("h5py", "features"),
     "mlflow": ("mlflow-skinny", "mlflow"),
     "matplotlib": ("matplotlib", "plots"),

@@ -178,7 +178,8 @@ def test_an_extraction_that_was_killed_goes_on_and_leaves_the_same_file(
     assert len(read(output)) == 8
     done = extract_features(pictures, tower, output, OPTIONS)
     assert (done.new, done.present, done.complete, parts.exists()) == (0, 8, True, False)
-    same(read(output), read(tmp_path / "whole.h5"))
+    # Another number of pictures in a batch can be another product on a processor, with other last bits.
+    same(read(output), read(tmp_path / "whole.h5"), 1e-6)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["f.h5", "whole.h5"]
 
 

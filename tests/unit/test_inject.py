@@ -116,7 +116,8 @@ def test_a_model_with_weights_starts_as_pefts_freshly_adapted_one() -> None:
         assert not ours.lora_B.any()
         assert not peft.lora_B["default"].weight.any()
         magnitude = ours.base_norm + ours.magnitude_offset
-        assert torch.equal(magnitude, peft.lora_magnitude_vector["default"].weight)
+        theirs_too = peft.lora_magnitude_vector["default"].weight
+        assert ((magnitude - theirs_too).abs() <= 1.2e-7 * theirs_too).all()  # one unit in the last place of fp32
     assert torch.equal(model(ids).logits, before)
     assert (theirs(ids).logits - before).abs().max() < 1e-5
 

@@ -29,7 +29,7 @@ class LowRank(Factored):
     titles = ("LoRA", "DoRA")
     r: int = 16
     lora_alpha: float = 32.0
-    use_rslora: bool = field(default=False, compare=False)
+    use_rslora: bool = field(default=False, compare=False, kw_only=True)
 
     @classmethod
     def from_config(cls, adapter: AdapterConfig) -> Self:
