@@ -35,38 +35,62 @@ COMMANDS = [
 
 # Users' scripts depend on these: whoever changes one changes the interface.
 CONFIG_OPTIONS = {
-    "model": "path revision tokenizer dtype attn_implementation task num_labels feature_dim storage trust_remote_code",
+    "model": (
+        "path revision tokenizer dtype attn_implementation task num_labels feature_dim storage storage_settings "
+        "trust_remote_code"
+    ),
     "adapter": (
-        "method settings weight_decomposed r lora_alpha dropout dropout_mode norm_gradient target_modules "
-        "magnitude_only_modules trained_modules trained_parameters init_from dynamic_rank start_rank_factor "
-        "component_init component_scale prune_start prune_stop prune_every prune_schedule importance_beta dem_weight "
-        "dem_form pruned_moments compact"
+        "method settings weight_decomposed r lora_alpha use_rslora dropout dropout_mode norm_gradient "
+        "target_modules magnitude_only_modules trained_modules trained_parameters init_from dynamic_rank "
+        "start_rank_factor component_init component_scale prune_start prune_stop prune_every prune_schedule "
+        "importance_beta dem_weight dem_form pruned_moments compact"
     ),
     "data": (
-        "train validation validation_samples format text_fields label_field loss_on cutoff_len target_len doc_stride "
-        "cache features prompts image_folder image_aspect_ratio max_image_pixels bad_images chat_template "
-        "group_by_modality_length num_workers"
+        "train validation validation_samples format text_fields label_field loss_on prompt_template answer_field "
+        "train_on cutoff_len target_len doc_stride packing packing_length cache features prompts image_folder "
+        "image_aspect_ratio max_image_pixels bad_images chat_template group_by_modality_length num_workers"
     ),
     "training": (
-        "learning_rate learning_rates schedule warmup_steps warmup_ratio epochs max_steps global_batch_size "
-        "micro_batch_size weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon "
-        "activation_checkpointing recompute_all eval_every metric num_beams seed"
+        "learning_rate learning_rates schedule schedule_settings warmup_steps warmup_ratio epochs max_steps "
+        "global_batch_size micro_batch_size weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon "
+        "neftune_alpha activation_checkpointing recompute_all loss_chunk eval_every metric early_stopping "
+        "early_stopping_min_delta num_beams seed"
     ),
     "checkpoint": "run_dir save_every keep_last on_failure keep_best resume",
     "engine": (
         "accelerator offload_param offload_optimizer hpz_partition_size param_persistence_threshold "
-        "prefetch_bucket_size reduce_bucket_size max_live_parameters max_reuse_distance "
-        "allgather_sequential start_timeout_s step_timeout_s deepspeed"
+        "prefetch_bucket_size reduce_bucket_size max_live_parameters max_reuse_distance allgather_sequential "
+        "start_timeout_s step_timeout_s deepspeed"
     ),
-    "logging": "every tensorboard progress_bar report peak_flops",
+    "logging": "every trackers tensorboard progress_bar report peak_flops",
     "analysis": "every modules",
 }
 OWN_OPTIONS: dict[str, list[str]] = {
     "train": ["--config", "--resume", "--local_rank", "--local-rank"],
     "validate": ["--data", "--world-size", "--no-files"],
     "schema": [],
-    "consolidate": ["--output", "--overwrite", "--base", "--dtype", "--max-shard-size", "--plugins"],
+    "consolidate": [
+        "--output",
+        "--overwrite",
+        "--base",
+        "--dtype",
+        "--base-precision",
+        "--max-shard-size",
+        "--plugins",
+    ],
     "export-peft": ["--output", "--overwrite", "--base", "--plugins"],
+    "export": [
+        "--to",
+        "--output",
+        "--overwrite",
+        "--base",
+        "--rank",
+        "--max-error",
+        "--force",
+        "--no-logits",
+        "--dtype",
+        "--plugins",
+    ],
     "import-gguf": ["--output", "--overwrite", "--dtype"],
     "assemble-llava": [
         "--vision",
@@ -122,8 +146,44 @@ OWN_OPTIONS: dict[str, list[str]] = {
         "--chat-template",
         "--plugins",
     ],
+    "generate": [
+        "--prompt",
+        "--file",
+        "--output",
+        "--batch-size",
+        "--limit",
+        "--system",
+        "--image",
+        "--format",
+        "--chat-template",
+        "--base",
+        "--dtype",
+        "--max-new-tokens",
+        "--temperature",
+        "--top-p",
+        "--top-k",
+        "--repetition-penalty",
+        "--seed",
+        "--plugins",
+    ],
+    "chat": [
+        "--system",
+        "--image",
+        "--format",
+        "--chat-template",
+        "--base",
+        "--dtype",
+        "--max-new-tokens",
+        "--temperature",
+        "--top-p",
+        "--top-k",
+        "--repetition-penalty",
+        "--seed",
+        "--plugins",
+    ],
     "analyze": ["--modules", "--recordings", "--steps", "--output", "--overwrite"],
     "report": ["--output", "--overwrite"],
+    "push": ["--public", "--message", "--dry-run"],
     "env": ["--json", "--timeout"],
 }
 
