@@ -45,6 +45,7 @@ class Trackers:
         self._config, self._run_dir = config, Path(config.checkpoint.run_dir)
         self._names = config.logging.every_tracker if first else ()
         self._threads: list[_Tracker] = []
+        self._were_set: list[str] = []
 
     def begin(self, args: Any, state: Any, model: Any) -> None:
         """Start them before the first step; a later phase is of the same start. `model` gives its configuration."""
@@ -80,6 +81,9 @@ class Trackers:
             if not tracker.ended(max(0.0, deadline - time.monotonic())):
                 warn(f"logging.trackers: {tracker.name} did not end within {CLOSING_S:g} s; its last lines may be lost")
         self._threads = []
+        for name in self._were_set:
+            os.environ.pop(name, None)
+        self._were_set = []
 
     def _settle(self, run: str) -> None:
         """The trackers' own settings, where the user's environment has none."""
@@ -92,12 +96,18 @@ class Trackers:
             "WANDB_LOG_MODEL": "false",
             "MLFLOW_EXPERIMENT_NAME": "dora_dist",
         }.items():
-            os.environ.setdefault(name, value)
+            self._set(name, value)
         if "wandb" in self._names and not _has_wandb_key() and "WANDB_MODE" not in os.environ:
-            os.environ["WANDB_MODE"] = "offline"  # it would ask for a key, and nobody could answer
+            self._set("WANDB_MODE", "offline")  # it would ask for a key, and nobody could answer
             note(
                 f"logging.trackers: no API key of wandb here: recorded offline; wandb sync {self._run_dir}/wandb/*run*"
             )
+
+    def _set(self, name: str, value: str) -> None:
+        """Set a variable of the environment that is not set, until the run ends: the next one may be another."""
+        if name not in os.environ:
+            os.environ[name] = value
+            self._were_set.append(name)
 
     def _callback(self, name: str) -> Any:
         callback = _CALLBACKS[name]()

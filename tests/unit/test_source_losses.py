@@ -20,7 +20,9 @@ def test_each_source_has_the_mean_loss_of_its_own_tokens() -> None:
         labels[0, : 2 + step] = labels[3] = IGNORED
         sources = torch.tensor([0, 1, 1, -1])
         found.add(objective.row_losses(ModelOutput(logits=logits), {"shift_labels": labels}), sources)
-        all_logits.append(logits), all_labels.append(labels), all_sources.append(sources)
+        all_logits.append(logits)
+        all_labels.append(labels)
+        all_sources.append(sources)
     logits, labels, sources = torch.cat(all_logits), torch.cat(all_labels), torch.cat(all_sources)
     settled = found.settle(torch.device("cpu"))
     assert list(settled) == ["loss/a", "learnt/a", "loss/b", "learnt/b"]
