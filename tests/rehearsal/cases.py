@@ -86,6 +86,10 @@ ROPES = {
         "rope_theta": 10000.0,
     },
 }
+CHUNKS: Sections = {"training": {"loss_chunk": 16}}
+ROWS: Sections = {"data": {"packing": True, "packing_length": 512}, **CHUNKS}
+IN_ROWS = ("mistral", "qwen3", "gemma2")
+"""Families that are rehearsed with packed rows and losses in chunks."""
 BF16: Sections = {"model": {"dtype": "bf16"}, "training": {"activation_checkpointing": True}}
 
 
@@ -107,7 +111,8 @@ def decoder(family: str) -> Callable[[Path], Case]:
 
     def case(folder: Path) -> Case:
         case = _decoder(folder, family)
-        last = case.run("run", BF16, {"adapter": {"magnitude_only_modules": ["o_proj"]}})
+        rows = ROWS if family in IN_ROWS else {}
+        last = case.run("run", BF16, rows, {"adapter": {"magnitude_only_modules": ["o_proj"]}})
         for mode in ("generate", "likelihood"):
             case.score(last, task="boolq", mode=mode, limit=3, dtype="bf16", **_few_tokens(mode))
         return case
@@ -241,7 +246,7 @@ def bart(folder: Path) -> Case:
         "data": {**data, "cutoff_len": 40, "target_len": 6},
         "training": {"num_beams": 2, "metric": "rougeL"},
     }
-    case.score(case.run("run", summarising), limit=3)
+    case.score(case.run("run", summarising, CHUNKS), limit=3)
     return case
 
 
@@ -259,7 +264,7 @@ def vl_bart(folder: Path) -> Case:
     }
     last = case.run("run", seeing)
     case.score(last, "tvc-0.json", task="tvc", limit=3)
-    case.run("bf16", seeing, BF16, STATIC)
+    case.run("bf16", seeing, BF16, STATIC, CHUNKS)
     return case
 
 
@@ -279,7 +284,7 @@ def llava_with(tower: str) -> Callable[[Path], Case]:
         }
         everywhere: Sections = {"adapter": {"target_modules": [r".*(vision_tower|language_model)\..*\.(q|v)_proj"]}}
         case.run("tower", pictures, everywhere, STATIC, {"data": {"cutoff_len": 256}})
-        last = case.run("run", pictures, BF16, {"data": {"cutoff_len": 256}})
+        last = case.run("run", pictures, BF16, {"data": {"cutoff_len": 256}}, ROWS)
         for mode in ("generate", "likelihood"):
             case.score(last, "asked.json", format="pope", mode=mode, limit=3, **_few_tokens(mode))
         return case
