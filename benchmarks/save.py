@@ -88,7 +88,8 @@ class Run:
 
         from dora_dist import build_model
         from dora_dist.adapters.methods import chosen
-        from dora_dist.checkpoint.saving import Origin, Saver
+        from dora_dist.checkpoint.adapter_of_model import Origin
+        from dora_dist.checkpoint.saving import Saver
         from dora_dist.config import AdapterConfig
 
         section, config = AdapterConfig(**adapter), settings.deepspeed_config()

@@ -12,6 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dora_dist.adapters.switch import adapters_off as adapters_off
+    from dora_dist.checkpoint.adapter_of_model import save_adapter as save_adapter
     from dora_dist.checkpoint.consolidate import consolidate as consolidate
     from dora_dist.config import RunConfig as RunConfig
     from dora_dist.evaluation.export_lora import export_lora as export_lora
@@ -21,12 +23,25 @@ if TYPE_CHECKING:
     from dora_dist.training.run import train as train
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "__version__", "build_model", "consolidate", "evaluate", "export_lora", "generate", "train"]
+__all__ = [
+    "RunConfig",
+    "__version__",
+    "adapters_off",
+    "build_model",
+    "consolidate",
+    "evaluate",
+    "export_lora",
+    "generate",
+    "save_adapter",
+    "train",
+]
 
 _DEFINED_IN = {
     "RunConfig": "dora_dist.config",
     "train": "dora_dist.training.run",
     "build_model": "dora_dist.training.model",
+    "save_adapter": "dora_dist.checkpoint.adapter_of_model",
+    "adapters_off": "dora_dist.adapters.switch",
     "consolidate": "dora_dist.checkpoint.consolidate",
     "evaluate": "dora_dist.evaluation.run",
     "export_lora": "dora_dist.evaluation.export_lora",

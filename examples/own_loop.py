@@ -1,6 +1,6 @@
 """A training loop of your own over an adapted model on DeepSpeed ZeRO-3.
 
-    deepspeed --num_accelerators 2 examples/own_loop.py runs/quickstart/base
+    deepspeed --num_accelerators 2 examples/own_loop.py runs/quickstart/base runs/own
 
 `make demo` makes that base; any causal language model of Hugging Face, a folder or a hub name, will do.
 """
@@ -12,7 +12,7 @@ import deepspeed
 import torch
 from transformers import AutoTokenizer
 
-from dora_dist import build_model
+from dora_dist import build_model, save_adapter
 from dora_dist.config import AdapterConfig
 
 TEXTS = [
@@ -29,8 +29,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def main(base: str, steps: int = 10) -> list[float]:
-    """Train on the texts above, the same batch in every step; returns this rank's losses."""
+def main(base: str, output: str, steps: int = 10) -> list[float]:
+    """Train on the texts above, the same batch in every step, and save the adapter; returns this rank's losses."""
     run = build_model(
         base, AdapterConfig(r=8, lora_alpha=16.0, target_modules=["q_proj", "v_proj"]), deepspeed=SETTINGS
     )
@@ -46,6 +46,7 @@ def main(base: str, steps: int = 10) -> list[float]:
         losses.append(loss.item())
         if rank == 0:
             print(f"step {step + 1}: loss {losses[-1]:.4f}")
+    save_adapter(run, output, overwrite=True)  # on every rank; rank 0 writes
     return losses
 
 
@@ -59,4 +60,5 @@ def encode(texts: list[str], base: str) -> Any:
 
 
 if __name__ == "__main__":
-    main(next(word for word in sys.argv[1:] if not word.startswith("--local_rank")))
+    base, output = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    main(base, output)

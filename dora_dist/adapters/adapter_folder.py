@@ -191,6 +191,6 @@ class SavedAdapter(Protocol):
         """Values of the parameters of a layer with `method`, which gives the function that `module` has here."""
         ...
 
-    def write(self, path: Path) -> None:
-        """Write the folder `path`. Raises UserError where it exists, or cannot be written."""
+    def write(self, path: Path, *, overwrite: bool = False) -> None:
+        """Write the folder `path`. Raises UserError where it exists, unless `overwrite`, or cannot be written."""
         ...

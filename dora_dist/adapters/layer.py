@@ -37,6 +37,7 @@ class AdaptedLinear(HeldLinear):
         self.method = method
         self.base_norm: Tensor | None = None
         self.norm: Tensor | None = None
+        self.is_on = True  # off: the layer computes what the base's does (`switch.py`)
         self.dem_weight = 0.0  # of the penalty on components, per component and backward pass (`components.py`)
         # Under activation checkpointing: whether the output, small relative to its FLOPs, is kept (`recompute.py`).
         self.keeps_output = self.in_features >= 2 * self.out_features
@@ -65,9 +66,16 @@ class AdaptedLinear(HeldLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out), in x's dtype. Raises RuntimeError before norms were ever computed."""
+        if not self.is_on:
+            return self._base_output(x)
         drops = self.method.dropout > 0.0 and self.training
         dropped = F.dropout(x, self.method.dropout) if drops else None
         return cast(Tensor, _AdaptedProduct.apply(x, dropped, self, self.bias, *self.adapter_parameters().values()))
+
+    def _base_output(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # also a segment that backward computes again, which was computed with adapters
+            raise RuntimeError("adapters are off, and then nothing is trained; call backward outside of adapters_off()")
+        return self.base_product(x.reshape(-1, x.shape[-1]), self.bias).view(*x.shape[:-1], -1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AdaptedLinear":
         # Norms follow the module between devices, but never to another dtype: a bf16 norm changes step 0.

@@ -74,9 +74,9 @@ class PeftAdapter(AdapterFields):
         """Values of the parameters of a layer with `method`, which gives the function that `module` has here."""
         return method.from_peft(self.layers[module], base_norm)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, *, overwrite: bool = False) -> None:
         """Write the folder `path` (`write_peft_folder`)."""
-        write_peft_folder(path, self)
+        write_peft_folder(path, self, overwrite=overwrite)
 
 
 def open_peft_folder(path: Path) -> PeftFolder:

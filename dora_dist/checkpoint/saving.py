@@ -6,13 +6,12 @@ a large one goes into the rank's own file. A thread of every rank does the rest,
 """
 
 import json
-import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,42 +20,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dora_dist.adapters.adapter_folder import SavedAdapter
-from dora_dist.adapters.held import held_layers, packed_modules
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
-from dora_dist.adapters.method import AdapterMethod, Method
-from dora_dist.adapters.native_format import NativeAdapter, NativeLayer
-from dora_dist.adapters.peft_format import PeftAdapter
-from dora_dist.adapters.peft_layer import AdapterLayer
-from dora_dist.adapters.storage import PLAIN, label
-from dora_dist.adapters.trained_parameters import TrainedParameters
+from dora_dist.adapters.method import AdapterMethod
+from dora_dist.adapters.storage import PLAIN
 from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.adapter_of_model import Origin, how_held, saved_adapter
 from dora_dist.checkpoint.format import Survivors, adapter_ranks, identity
 from dora_dist.checkpoint.manifest import write_manifest
 from dora_dist.checkpoint.model_card import About, add_card, progress
 from dora_dist.checkpoint.state import Masters, open_files
 from dora_dist.checkpoint.state_writers import state_writer
-from dora_dist.models.heads import CAUSAL_LM, Head
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import new_folder
 from dora_dist.weights.safetensors_io import TensorFolder
 from dora_dist.zero3.optimizer_state import optimizer_step_count
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """What a checkpoint says of where it comes from, and its adapter, if the method has one. `trained_modules`: PEFT's
-    modules_to_save; `files`: the tokenizer's, by name, for rank 0 alone. `run`: the configuration, for the model card.
-    """
-
-    method: Method
-    base_model: str
-    revision: str | None = None
-    head: Head = CAUSAL_LM
-    trained_modules: Sequence[str] = ()
-    trained_parameters: TrainedParameters = field(default_factory=TrainedParameters)
-    base_digest: str = ""
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    run: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,9 +57,7 @@ class Saver:
         self._engine, self._model, self._origin = engine, model, origin
         # Always gloo: the copies are in host memory, and the device's own group belongs to training.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s), group_desc="saving")
-        held = held_layers(model).values()
-        self._storage = next((label(layer.storage) for layer in held if layer.storage is not PLAIN), PLAIN.name)
-        self._packed = packed_modules(model)
+        self._held = how_held(model)  # now: the thread that saves may not walk a model whose parameters come and go
         self._state = state_writer(model, self._group, run_dir)
         self._thread: threading.Thread | None = None
         self._ended: deque[Saved] = deque()
@@ -204,6 +179,12 @@ class Saver:
             **progress(trainer_state),
         )
 
+    def _adapter(self, method: AdapterMethod, masters: Masters) -> SavedAdapter:
+        own = {name: _own(name, layer, masters) for name, layer in adapted_layers(self._model).items()}
+        adapters = {f"{name}.{kind}" for name, values in own.items() for kind in values}
+        stored = {name: (masters.state, masters.stored(name)) for name in masters if name not in adapters}
+        return saved_adapter(self._model, method, self._origin, own=own, stored=stored, held=self._held)
+
     def _run(self, folder: Path, write: Callable[[], None], stall: float) -> None:
         started, failure = time.perf_counter(), None
         try:
@@ -218,37 +199,6 @@ class Saver:
             failure = f"the ranks lost each other: {error}"
         self._ended.append(Saved(folder, stall, time.perf_counter() - started, failure))
 
-    def _adapter(self, method: AdapterMethod, masters: Masters) -> SavedAdapter:
-        """What trained, in PEFT's format, or in our own where PEFT has none for the method."""
-        origin, adapted = self._origin, adapted_layers(self._model)
-        own = {name: _own(name, layer, masters) for name, layer in adapted.items()}
-        adapters = {f"{name}.{kind}" for name, values in own.items() for kind in values}
-        common: dict[str, Any] = {
-            "base_model": origin.base_model,
-            "revision": origin.revision,
-            "task_type": origin.head.peft_type,
-            "model_config": origin.head.kept_config(self._model),
-            "modules_to_save": [*origin.trained_modules, *origin.trained_parameters.modules],
-            "stored": {n: (masters.state, masters.stored(n)) for n in masters if n not in adapters},
-            "base_digest": origin.base_digest,
-            "base_storage": self._storage,
-            "base_packed": self._packed,
-        }
-        if not method.in_peft:
-            native = {n: NativeLayer(layer.method, layer.shape, own[n]) for n, layer in adapted.items()}
-            return NativeAdapter(layers=native, **common)
-        layers = {name: _peft_layer(layer, own[name]) for name, layer in adapted.items()}
-        return PeftAdapter(
-            lora_alpha=method.scaling * math.sqrt(method.r) if method.use_rslora else method.lora_alpha,
-            use_rslora=method.use_rslora,
-            r=method.r or 1,
-            dropout=method.dropout,
-            use_dora=method.weight_decomposed,
-            all_biases=origin.trained_parameters.all_biases,
-            layers={name: layer for name, layer in layers.items() if layer is not None},
-            **common,
-        )
-
 
 def _own(name: str, layer: AdaptedLinear, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A layer's parameters, as far as they are left."""
@@ -256,8 +206,3 @@ def _own(name: str, layer: AdaptedLinear, masters: Mapping[str, Tensor]) -> dict
     # DeepSpeed's lookup of a parameter that is away gathers it, which is collective.
     kinds = [kind for kind in layer.method.parameters(layer.shape) if f"{name}.{kind}" in masters]
     return {kind: masters[f"{name}.{kind}"] for kind in kinds}
-
-
-def _peft_layer(layer: AdaptedLinear, own: dict[str, Tensor]) -> AdapterLayer | None:
-    """A layer as PEFT knows it; None if nothing of it is left."""
-    return layer.method.to_peft(layer.shape, own, None if layer.base_norm is None else layer.base_norm.cpu())

@@ -69,12 +69,13 @@ class InjectedModel:
 class AdaptedModel(InjectedModel):
     """A model ready to train: `norms` is attached to it, `base` is the folder that its weights came from.
 
-    `fresh` are parameters of `trained` that the folder did not have. `base_digest` is the `sampled_digest` of the base,
-    on the first process alone.
+    `placement` is where its parameters live. `fresh` are parameters of `trained` that the folder did not have.
+    `base_digest` is the `sampled_digest` of the base, on the first process alone.
     """
 
     model: nn.Module
     norms: NormRefresher
+    placement: Placement
     base: Path
     base_bytes_read: int
     base_digest: str
@@ -143,6 +144,7 @@ def build_model(
         **vars(made),
         model=model,
         norms=norms,
+        placement=placement,
         base=base,
         base_bytes_read=folder.tensors.bytes_read,
         base_digest=digest,

@@ -19,12 +19,13 @@ from dora_dist.adapters.inject import with_ranks
 from dora_dist.adapters.layer import adapted_layers
 from dora_dist.adapters.methods import chosen
 from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.adapter_of_model import Origin
 from dora_dist.checkpoint.format import check_budget
 from dora_dist.checkpoint.history import History
 from dora_dist.checkpoint.in_use import InUse
 from dora_dist.checkpoint.manifest import read_manifest
 from dora_dist.checkpoint.resuming import forgets_best, located, optimizer_steps
-from dora_dist.checkpoint.saving import Origin, Saver
+from dora_dist.checkpoint.saving import Saver
 from dora_dist.config import RunConfig
 from dora_dist.models.build import AdaptedModel, checkpoint_activations
 from dora_dist.runtime.agreement import check_agreement, of_code

@@ -38,6 +38,12 @@ class Placement(Protocol):
         """Overwrite a placed parameter, before any optimizer exists, with whole `values` known on every rank."""
         ...
 
+    def read(self, parameter: nn.Parameter) -> Tensor | None:
+        """A trained parameter's whole values as its optimizer has them, fp32 on the CPU; on shards collective, and None
+        on all processes but the first.
+        """
+        ...
+
     def anywhere(self, found: list[str]) -> list[str]:
         """What any process that holds a share of the model has `found`: the same list on each (collective)."""
         ...
@@ -69,6 +75,9 @@ class WholePlacement:
 
     def assign(self, parameter: nn.Parameter, values: Tensor) -> None:
         parameter.data.copy_(values)
+
+    def read(self, parameter: nn.Parameter) -> Tensor | None:
+        return parameter.detach().to("cpu", torch.float32, copy=True)
 
     def anywhere(self, found: list[str]) -> list[str]:
         return list(dict.fromkeys(found))

@@ -17,7 +17,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from dora_dist.zero3.gather import forget_copies
-from dora_dist.zero3.partition import local_range, shard_length
+from dora_dist.zero3.partition import local_range, local_values, shard_length
 from dora_dist.zero3.state_names import MASTER, MOMENTS
 
 
@@ -33,6 +33,12 @@ def read_state(parameter: nn.Parameter, key: str) -> Tensor:
     else:  # no step has been taken yet
         local = torch.zeros_like(safe_get_local_fp32_param(parameter))
     return local.detach().flatten()[: stop - start]
+
+
+def master_or_shard(parameter: nn.Parameter) -> Tensor:
+    """This rank's valid elements of the fp32 master; of the shard itself where no engine has made a master yet."""
+    has_master = hasattr(parameter, "_z3_optimizer")
+    return read_state(parameter, MASTER) if has_master else local_values(parameter)
 
 
 def _has_moment(parameter: nn.Parameter, key: str) -> bool:

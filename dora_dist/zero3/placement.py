@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dora_dist.weights.placement import RecordFill
 from dora_dist.zero3.flat import replace_reductions
 from dora_dist.zero3.gather import forget_copies, replace_gathers
-from dora_dist.zero3.partition import local_range
+from dora_dist.zero3.optimizer_state import master_or_shard
+from dora_dist.zero3.partition import local_range, shard_length
 
 
 class ShardedPlacement:
@@ -80,6 +81,15 @@ class ShardedPlacement:
         start, stop = local_range(parameter)
         parameter.ds_tensor.data[: stop - start].copy_(values.flatten()[start:stop])
         forget_copies(parameter)
+
+    def read(self, parameter: nn.Parameter) -> Tensor | None:
+        device, group = self._init.local_device, parameter.ds_process_group
+        mine = torch.zeros(shard_length(parameter), dtype=torch.float32, device=device)
+        held = master_or_shard(parameter)
+        mine[: len(held)].copy_(held)
+        whole = torch.empty(len(mine) * dist.get_world_size(group), dtype=torch.float32, device=device)
+        dist.all_gather_into_tensor(whole, mine, group=group)
+        return whole[: parameter.ds_numel].view(parameter.ds_shape).cpu() if self.first else None
 
     def anywhere(self, found: list[str]) -> list[str]:
         everyone: list[list[str]] = [[]] * dist.get_world_size()

@@ -74,8 +74,9 @@ def written_again(base: Path, source: Path, target: Path) -> list[str]:
     from dora_dist import build_model
     from dora_dist.adapters.methods import chosen
     from dora_dist.checkpoint import state
+    from dora_dist.checkpoint.adapter_of_model import Origin
     from dora_dist.checkpoint.format import load_checkpoint
-    from dora_dist.checkpoint.saving import Origin, Saver
+    from dora_dist.checkpoint.saving import Saver
     from dora_dist.config import AdapterConfig, ModelConfig
     from dora_dist.runtime.errors import UserError
 

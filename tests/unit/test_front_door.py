@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_names_are_these() -> None:
-    functions = ["build_model", "consolidate", "evaluate", "export_lora", "generate", "train"]
+    functions = ["adapters_off", "build_model", "consolidate", "evaluate", "export_lora", "generate", "save_adapter"]
+    functions.append("train")
     assert dora_dist.__all__ == ["RunConfig", "__version__", *functions]
     for name in dora_dist.__all__:
         assert getattr(dora_dist, name) is not None

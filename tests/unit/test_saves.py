@@ -11,7 +11,8 @@ from torch import nn
 
 from dora_dist.adapters.layer import AdaptedLinear
 from dora_dist.adapters.methods import LowRank
-from dora_dist.checkpoint.saving import Saved, _own, _peft_layer
+from dora_dist.checkpoint.adapter_of_model import _peft_layer
+from dora_dist.checkpoint.saving import Saved, _own
 from dora_dist.checkpoint.state_writers import _is_large
 from dora_dist.config import CheckpointConfig
 from dora_dist.runtime.errors import UserError
