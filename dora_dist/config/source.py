@@ -69,8 +69,7 @@ def read(path: Path) -> Source:
 
 
 def _read_over(found: Source, path: Path, chain: tuple[Path, ...]) -> None:
-    here = path.resolve()
-    if here in [known.resolve() for known in chain]:
+    if os.path.realpath(path) in map(os.path.realpath, chain):
         circle = " -> ".join(map(str, (*chain, path)))
         raise UserError(f"{chain[-1]}: {EXTENDS} leads in a circle, {circle}; take one of them out")
     raw = read_file(path)

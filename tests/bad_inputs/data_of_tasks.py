@@ -81,9 +81,15 @@ chats(
 )
 chats("role_in_capitals", '(did you mean "assistant"?)', USER, {**ANSWER, "role": "Assistant"})
 chats(
-    "typed_content",
-    'a.jsonl, line 2: message 1 must have a string "content", found [{"type"',
-    {"role": "user", "content": [{"type": "text", "text": "x"}]},
+    "picture_in_content",
+    "a.jsonl, line 2: message 1 has a picture in its content; pictures are for model.task",
+    {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image"}]},
+    ANSWER,
+)
+chats(
+    "untyped_part",
+    'a.jsonl, line 2: message 1 has a part of its content that is not {"type": "text", "text": "..."}',
+    {"role": "user", "content": [{"text": "x"}]},
     ANSWER,
 )
 chats(
@@ -92,7 +98,8 @@ chats(
     USER,
     {**ANSWER, "content": None},
 )
-chats("sharegpt", 'a.jsonl, line 2: message 1 must have a string "role"', {"from": "human", "value": "x"})
+chats("sharegpt", 'a.jsonl, line 2: message 1 must have a string "value", found 1', {"from": "human", "value": 1})
+chats("neither_form", 'a.jsonl, line 2: message 1 must have a string "role"', {"speaker": "human", "value": "x"})
 chats("turn_of_text", 'a.jsonl, line 2: message 1 must be an object with "role" and "content", found "x"', "x")
 chats("no_turns", 'a.jsonl, line 2: "messages" is empty')
 chats("assistant_first", "a.jsonl, line 2: the first message is the assistant's, which answers nothing", ANSWER)
