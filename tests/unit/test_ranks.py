@@ -48,6 +48,7 @@ def sum_of_ranks(folder: Path, scale: float) -> dict[str, object]:
 
 def raise_on_rank_1(folder: Path) -> None:
     note_pid(folder)
+    dist.barrier()  # the other rank is ended with this one, and is to be counted
     if dist.get_rank() == 1:
         raise KeyError("a lost key")
     dist.barrier()
@@ -61,6 +62,7 @@ def hang_on_rank_0(folder: Path) -> None:
 
 def kill_rank_1(folder: Path) -> None:
     note_pid(folder)
+    dist.barrier()
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()

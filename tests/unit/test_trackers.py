@@ -91,6 +91,7 @@ def test_a_tracker_that_fails_or_hangs_holds_nothing_up(
     state = SimpleNamespace(global_step=1)
     with trackers.Trackers(RunConfig.from_dict(raw), first=True) as sent:
         sent.begin(SimpleNamespace(), state, model)
+        assert sent._threads[0].ended(60.0)  # before lines can fill its queue, which would be another reason
         for _ in range(20):
             sent.log(SimpleNamespace(), state, {"loss": 1.0})
     said = capsys.readouterr().err
