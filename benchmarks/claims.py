@@ -3,7 +3,7 @@
 SmolLM2-135M learns questions with answers to choose from (sarcasm, socialiqa, quartz), MiniLM whether texts are liked
 (snippets, news, tweets, reviews). Compared are LoRA, DoRA, dynamic rank, both together, DVoRA, MoRA and full
 fine-tuning: those with a size at the numbers that a LoRA of --r trains (dynamic rank at its end), and at half. Each
-method gets its own learning rate: the best of --rates on validation texts, with a seed of its own, for each task; where
+method gets its own learning rate: the best of --rates on validation texts, with seeds of its own, for each task; where
 the best is the lowest or highest, the next beyond it is tried as well. Test texts are asked once, of runs with other
 seeds. The runs of one seed and task see the same texts in the same order, so that methods can be compared seed by seed
 and text by text.
@@ -29,7 +29,6 @@ from stages import set_environment
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
 
-SWEEP_SEED = 0
 Rates = Mapping[float, float]
 """Validation accuracy by learning rate."""
 
@@ -73,7 +72,7 @@ def chosen(options: argparse.Namespace) -> list[Task]:
 def sweep(
     tasks: Sequence[Task], methods: Mapping[str, Method], options: argparse.Namespace, settings: Settings
 ) -> Mapping[tuple[Task, str], Rates]:
-    """Validation accuracies by task and method; range after range, until none has its best at an end of those tried.
+    """Validation accuracies (means over seeds) by task and method; more, until none has its best at an end.
 
     Nothing is tried where options.rates is a single one.
     """
@@ -83,12 +82,14 @@ def sweep(
     wanted = {key: [rate * methods[key[1]].rate_factor for rate in options.rates] for key in tried}
     for _ in range(1 + options.extend):
         runs = [
-            Run(task, name, methods[name], options.r, rate, SWEEP_SEED, "validation")
+            Run(task, name, methods[name], options.r, rate, seed, "validation")
             for (task, name), rates in wanted.items()
             for rate in rates
+            for seed in options.sweep_seeds
         ]
         for run, result in results(runs, settings).items():
-            tried[run.task, run.name][run.rate] = result["accuracy"]
+            rates = tried[run.task, run.name]
+            rates[run.rate] = rates.get(run.rate, 0.0) + result["accuracy"] / len(options.sweep_seeds)
         wanted = {key: beyond(rates) for key, rates in tried.items()}
     return tried
 
@@ -132,6 +133,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         "--variant", action="append", default=[], metavar='"NAME METHOD --section.field=VALUE ..."', help="repeatable"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the test runs (%(default)s)")
+    parser.add_argument(
+        "--sweep-seeds",
+        nargs="+",
+        type=int,
+        default=[0, 10],
+        help="of the runs that choose learning rates; one alone may choose one at which others diverge (%(default)s)",
+    )
     parser.add_argument(
         "--rates",
         nargs="+",

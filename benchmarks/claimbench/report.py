@@ -171,7 +171,8 @@ def _mean_over_tasks(found: Found, name: str, r: int, size: int) -> str:
 
 
 def _validation(found: Found) -> list[str]:
-    lines = ["Validation accuracy by learning rate (one seed):", "", "| task | method | |", "|---|---|---|"]
+    said = "Validation accuracy by learning rate (mean over the sweep's seeds):"
+    lines = [said, "", "| task | method | |", "|---|---|---|"]
     for (task, name), rates in found.sweeps.items():
         if not rates:  # of one there was nothing to choose
             continue
