@@ -153,7 +153,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         "--half", nargs="*", metavar="METHOD", help="which are run at half the size, too (all that have one)"
     )
     parser.add_argument(
-        "--steps", type=int, default=120, help="optimizer steps of a run, thrice for MiniLM (%(default)s)"
+        "--steps", type=int, default=120, help="optimizer steps of a run, twice for MiniLM (%(default)s)"
     )
     parser.add_argument("--batch", type=int, default=16, help="texts a step (%(default)s)")
     parser.add_argument("--test", type=int, default=2000, help="most test texts of a task (%(default)s)")

@@ -57,7 +57,7 @@ def sentiment(name: str, kind: str) -> Task:
         "data.label_field": "label",
         "data.cutoff_len": CUTOFF,
     }
-    return Task(name, "minilm", partial(_liked, kind), fields, longer=3)
+    return Task(name, "minilm", partial(_liked, kind), fields, longer=2)
 
 
 def _liked(kind: str, packages: Path) -> Iterator[Record]:
