@@ -190,7 +190,8 @@ def recorded(config: dict[str, Any]) -> dict[str, Any]:
         if "mora_M" in own:
             v = w0 + change(layer.shape, own["mora_M"], kind=6)
         magnitude = w0.norm(dim=1) + own["magnitude_offset"] if "magnitude_offset" in own else v.norm(dim=1)
-        expected[name] = (*defined(w0[kept], v[kept], magnitude[kept]), int(kept.sum()))
+        mean = float(magnitude[kept].mean())
+        expected[name] = (*defined(w0[kept], v[kept], magnitude[kept]), int(kept.sum()), mean)
     return {
         "recorded": {name: tuple(found) for name, found in moved(changes).items()},
         "expected": expected,
