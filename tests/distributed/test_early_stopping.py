@@ -1,9 +1,10 @@
 """A run on two ranks that evaluation ends early: well, and finished; with more patience it counts on."""
 
+import os
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch.distributed as dist
 
 from dora_dist.checkpoint import run_folder
@@ -24,7 +25,9 @@ def three_starts(folder: Path) -> list[tuple[int, str, list[int]]]:
             "training": {**PATIENT, "early_stopping": patience},
             "checkpoint": {"keep_best": True, "save_every": None, "resume": resume},
         }
-        run(config(folder / "base", folder / "data.json", run_dir, **changes))
+        printed = f"printed-{patience}-{resume}-{os.environ['RANK']}"
+        with (folder / printed).open("w") as file, redirect_stdout(file):
+            run(config(folder / "base", folder / "data.json", run_dir, **changes))
         if dist.get_rank() > 0:
             continue
         last = run_folder.metrics(run_dir)[-1]
@@ -33,7 +36,7 @@ def three_starts(folder: Path) -> list[tuple[int, str, list[int]]]:
     return found
 
 
-def test_a_run_ends_early_and_well_and_is_then_finished(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_ends_early_and_well_and_is_then_finished(tmp_path: Path) -> None:
     toy.training_folder(tmp_path)
     early, again, longer = run_ranks(three_starts, 2, tmp_path)[0]
     assert early[:2] == (3, "finished") and early[2][-1] == 3
@@ -41,6 +44,6 @@ def test_a_run_ends_early_and_well_and_is_then_finished(tmp_path: Path, capfd: p
     assert longer[:2] == (4, "finished")  # one evaluation more, not three
     assert [line["step"] for line in run_folder.metrics(tmp_path / "run") if line["event"] == "early_stop"] == [3, 4]
     assert run_folder.best_checkpoint(tmp_path / "run") is not None
-    printed = capfd.readouterr().out
-    assert "ended early: no better loss in 2 evaluations since step 1" in printed
+    assert "ended early: no better loss in 2 evaluations since step 1" in (tmp_path / "printed-2-None-0").read_text()
+    printed = (tmp_path / "printed-2-auto-0").read_text()
     assert "the run is finished" in printed and "larger training.early_stopping" in printed
