@@ -20,6 +20,7 @@ from dora_dist.config.mixture import mixture_of, replaced
 from dora_dist.config.names import Sources, data_set, is_local
 from dora_dist.data.sampler import batches_of
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.secrets import without_secrets
 from dora_dist.weights.digest import sampled_digest
 
 if TYPE_CHECKING:
@@ -297,5 +298,5 @@ def _or_start_from(folder: Path) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(without_secrets(value), ensure_ascii=False)  # the page shows it, too
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -12,6 +12,7 @@ from dora_dist.config import AdapterConfig, RunConfig
 from dora_dist.config.fields import REQUIRED, field_specs
 from dora_dist.report.reading import Record, Run, ranks_of
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.secrets import without_secrets
 
 _SILENCE_S = 900.0
 """A run whose history has no new line for so long has probably been killed."""
@@ -194,10 +195,12 @@ def _started(record: Record) -> str:
 
 
 def settings(run: Run) -> list[Setting]:
-    """Every field of the configuration, and what the schema does not know, those that depart from a default first."""
+    """Every field of the configuration, and what the schema does not know, those that depart from a default first.
+    Pages are passed on, so values that may be secret are left out.
+    """
     specs = field_specs(RunConfig)
     known = {}
-    for name, value in _flat(run.config):
+    for name, value in _flat(without_secrets(run.config)):
         spec = specs.get(name)
         default = REQUIRED if spec is None else spec.default
         changed = default is REQUIRED or value != default

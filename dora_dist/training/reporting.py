@@ -73,7 +73,7 @@ class ReportCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._table = Table(state.max_steps, width())
         if self._world.first:
-            self._trackers.begin(args, state, kwargs["model"])
+            self._trackers.begin(args, state, kwargs["model"], parameters=self._weights)
         self._begun = time.perf_counter(), state.global_step
         self._bar = progress(
             state.max_steps, "training", "step", initial=state.global_step, leave=False, shown=self._show_bar

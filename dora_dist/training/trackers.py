@@ -5,9 +5,9 @@ holds nothing up, and at the end of a run all are waited for once, for a short t
 """
 
 import copy
+import json
 import os
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import transformers.integrations as integrations
 
@@ -22,12 +23,12 @@ from dora_dist.checkpoint import run_folder
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import values
 from dora_dist.runtime.console import note, warn
+from dora_dist.runtime.secrets import redacted, without_secrets
 
 CLOSING_S = 15.0
 """How long the end of a run waits for all trackers together."""
 MOST_WAITING = 10_000
 """Lines that a tracker which does not keep up may have waiting; later ones are dropped."""
-_SECRET = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
 _CALLBACKS = {
     "tensorboard": integrations.TensorBoardCallback,
     "wandb": integrations.WandbCallback,
@@ -47,16 +48,19 @@ class Trackers:
         self._threads: list[_Tracker] = []
         self._were_set: list[str] = []
 
-    def begin(self, args: Any, state: Any, model: Any) -> None:
-        """Start them before the first step; a later phase is of the same start. `model` gives its configuration."""
+    def begin(self, args: Any, state: Any, model: Any, *, parameters: int) -> None:
+        """Start them before the first step; a later phase is of the same start. `model` gives its configuration, and
+        `parameters` is its whole size: its own are shards.
+        """
         if self._threads or not self._names:
             return
         run = run_folder.run_of(self._run_dir) or ""
         self._settle(run)
         args = copy.copy(args)
+        args.deepspeed = without_secrets(args.deepspeed)  # callbacks send all fields, the user's engine.deepspeed too
         args.run_name = f"{self._run_dir.name}-{run[:6]}"
         args.project = os.environ["WANDB_PROJECT"]
-        described = _Described(model.config, self._config, model.num_parameters())
+        described = _Described(model.config, self._config, parameters)
         for name in self._names:
             tracker = _Tracker(name, partial(self._callback, name))
             tracker.send("on_train_begin", args, state, model=described)
@@ -180,8 +184,8 @@ class _Described:
     def __init__(self, config: Any, run: RunConfig, parameters: int) -> None:
         self._parameters = parameters
         fields = {**config.to_dict(), **described(run)}
-        text = config.to_json_string()
-        self.config = SimpleNamespace(to_dict=lambda: fields, to_json_string=lambda: f"{run.to_json()}\n{text}")
+        text = f"{json.dumps(without_secrets(run.model_dump(mode='json')), indent=2)}\n{config.to_json_string()}"
+        self.config = SimpleNamespace(to_dict=lambda: fields, to_json_string=lambda: text)
 
     def num_parameters(self) -> int:
         return self._parameters
@@ -190,25 +194,15 @@ class _Described:
 def described(run: RunConfig) -> dict[str, Any]:
     """Every field of a run by its dotted name, without what may be a secret."""
     fields = values(run.model_dump(mode="json"), type(run))
-    return {name: _without_secrets(value) for name, value in fields.items()}
-
-
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: "(not shown)" if _SECRET.search(str(k)) else _without_secrets(v) for k, v in value.items()}
-    return value
-
-
-def redacted(text: str) -> str:
-    """A message without the values of secrets that the environment has."""
-    for name, value in os.environ.items():
-        if _SECRET.search(name) and len(value) > 3:
-            text = text.replace(value, "(not shown)")
-    return re.sub(r"//[^/@\s]+@", "//(not shown)@", text)
+    return {name: without_secrets(value) for name, value in fields.items()}
 
 
 def _has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    try:
+        netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+        return netrc.is_file() and bool(server) and str(server) in netrc.read_text(errors="replace")
+    except (OSError, RuntimeError):  # one that may not be read, or a user without a home
+        return False

@@ -71,6 +71,16 @@ def test_the_page_has_all_that_the_folder_tells(html: str) -> None:
     assert len(html) < 300_000
 
 
+def test_the_settings_have_no_secret(run: Run, tmp_path: Path) -> None:
+    folder = report_runs.write(tmp_path / "run", report_runs.history())
+    config = json.loads((folder / "config.json").read_text())
+    config["engine"]["deepspeed"] = {"comet": {"enabled": True, "api_key": "abcdef"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    html = page.of_run(reading.read(folder), now=NOW)
+    assert "abcdef" not in html + page.of_runs([reading.read(folder), run], now=NOW)
+    assert '"api_key": "(not shown)"' in Text(html).text
+
+
 def test_a_texts_markup_is_text(html: str) -> None:
     found = Text(html)
     assert report_runs.HOSTILE in found.text

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
 from dora_dist.checkpoint import run_folder
 from dora_dist.config import RunConfig
+from dora_dist.runtime.secrets import redacted
 from dora_dist.training import trackers
 from tests import toy
 from tests.distributed.training_runs import config, run
@@ -85,12 +87,10 @@ def test_a_tracker_that_fails_or_hangs_holds_nothing_up(
     monkeypatch.setenv("WANDB_API_KEY", "abcdef-secret")
     changes: dict[str, Any] = {"logging": {"trackers": ["wandb", "mlflow"]}}
     raw = config(tmp_path / "base", tmp_path / "data.json", tmp_path / "run", **changes)
-    model = SimpleNamespace(
-        config=SimpleNamespace(to_dict=dict, to_json_string=lambda: json.dumps({})), num_parameters=lambda: 1
-    )
+    model = SimpleNamespace(config=SimpleNamespace(to_dict=dict, to_json_string=lambda: json.dumps({})))
     state = SimpleNamespace(global_step=1)
     with trackers.Trackers(RunConfig.from_dict(raw), first=True) as sent:
-        sent.begin(SimpleNamespace(), state, model)
+        sent.begin(SimpleNamespace(deepspeed=None), state, model, parameters=1)
         assert sent._threads[0].ended(60.0)  # before lines can fill its queue, which would be another reason
         for _ in range(20):
             sent.log(SimpleNamespace(), state, {"loss": 1.0})
@@ -101,6 +101,55 @@ def test_a_tracker_that_fails_or_hangs_holds_nothing_up(
     assert "mlflow did not end within 0.1 s" in said
 
 
-def test_secrets_are_not_described() -> None:
-    raw = {"model": {"path": "m"}, "data": {"train": "d"}, "engine": {"deepspeed": {"comet": {"api_key": "k"}}}}
-    assert trackers.described(RunConfig.from_dict(raw))["engine.deepspeed"] == {"comet": {"api_key": "(not shown)"}}
+class Keeps:
+    """A callback that keeps what it is given, all of which Hugging Face's send."""
+
+    given: tuple[Any, Any]
+
+    def on_train_begin(self, args: Any, *_: object, model: Any) -> None:
+        Keeps.given = args, model
+
+    def on_train_end(self, *_: object) -> None:
+        pass
+
+
+def test_no_secret_of_the_engine_reaches_a_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "_CALLBACKS", {"mlflow": Keeps})
+    comet = {"comet": {"enabled": True, "api_key": "abcdef"}, "more": [{"token": "abcdef"}]}
+    changes: dict[str, Any] = {"logging": {"trackers": ["mlflow"]}, "engine": {"deepspeed": comet}}
+    config_ = RunConfig.from_dict(config(tmp_path / "base", tmp_path / "data.json", tmp_path / "run", **changes))
+    model = SimpleNamespace(config=SimpleNamespace(to_dict=dict, to_json_string=lambda: "{}"))
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[])
+    args.deepspeed = comet
+    with trackers.Trackers(config_, first=True) as sent:
+        sent.begin(args, SimpleNamespace(), model, parameters=7)
+    theirs, described = Keeps.given
+    sent_whole = f"{theirs.to_dict()} {theirs.to_json_string()} {described.config.to_dict()}"
+    assert "abcdef" not in sent_whole + described.config.to_json_string()
+    assert theirs.to_dict()["deepspeed"]["comet"] == {"enabled": True, "api_key": "(not shown)"}
+    assert args.deepspeed == comet  # the engine's own
+    assert described.num_parameters() == 7
+
+
+def test_a_netrc_that_cannot_be_read_is_no_key_and_a_server_of_ones_own_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not trackers._has_wandb_key()
+    (tmp_path / "netrc").write_text("machine board.firm.com login user password k")
+    assert not trackers._has_wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://board.firm.com:8080")
+    assert trackers._has_wandb_key()
+
+    def refused(*_: object, **__: object) -> str:
+        raise PermissionError("netrc")
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert not trackers._has_wandb_key()
+
+
+def test_what_no_secret_is_stays_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "abcdef")
+    assert redacted("false: abcdef") == "false: (not shown)"
