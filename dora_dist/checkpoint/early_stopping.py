@@ -1,6 +1,6 @@
 """Early stopping: how long evaluation has brought nothing, from the log that a checkpoint keeps.
 
-Nothing else is remembered, so a run that is resumed counts on where it was.
+Besides it, a checkpoint says from where on evaluations count, so a run that is resumed counts on where it was.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from dora_dist.checkpoint.run_folder import TRAINER_STATE
 
 if TYPE_CHECKING:
     from dora_dist.config import TrainingConfig
+
+COUNTS_AFTER = "evaluations_count_after"
+"""Of a checkpoint's manifest (`counts_after`)."""
 
 
 def without_gain(
@@ -38,12 +41,20 @@ def without_gain(
     return waited, sign * best, at
 
 
-def ended_early(folder: Path, training: TrainingConfig) -> str | None:
+def counts_after(manifest: Mapping[str, Any]) -> int:
+    """The step of a checkpoint's run after which evaluations count: those while it pruned, or of other validation data,
+    do not.
+    """
+    pruning = manifest.get("components", {}).get("budget", {}).get("last", 0)
+    return int(manifest.get(COUNTS_AFTER, pruning))  # earlier versions did not say it
+
+
+def ended_early(folder: Path, manifest: Mapping[str, Any], training: TrainingConfig) -> str | None:
     """That the run of a checkpoint has ended by early stopping, in words; None if it goes on."""
     if training.early_stopping is None:
         return None
     state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-    waited, best, at = without_gain(state.get("log_history", []), training)
+    waited, best, at = without_gain(state.get("log_history", []), training, after=counts_after(manifest))
     return told(training, waited, best, at) if waited >= training.early_stopping else None
 
 

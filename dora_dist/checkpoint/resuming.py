@@ -266,10 +266,9 @@ def finished(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> st
 
 
 def _ended_early(folder: Path, manifest: Mapping[str, Any], training: TrainingConfig) -> str | None:
-    """As `finished`, of a run with steps left. Values of another metric say nothing, nor those while it pruned."""
+    """As `finished`, of a run with steps left. Values of another metric say nothing."""
     theirs = manifest["trained_with"]["configuration"]["training"]
-    prunes = "components" in manifest and not manifest["compacted"]
-    if prunes or theirs["metric"] != training.metric or (why := ended_early(folder, training)) is None:
+    if theirs["metric"] != training.metric or (why := ended_early(folder, manifest, training)) is None:
         return None
     return (
         f"the run is finished: {folder} is at step {manifest['step']}, where it ended early: {why}; to train on, give "

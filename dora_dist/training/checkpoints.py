@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerState
 
 from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.early_stopping import COUNTS_AFTER
 from dora_dist.checkpoint.saving import Saver
 from dora_dist.config import CheckpointConfig
 from dora_dist.runtime.console import warn
@@ -36,8 +37,13 @@ class Checkpoints:
         self._saver, self._options, self._world = saver, options, world
         self._run_dir, self._trained_with, self._metric = Path(options.run_dir), trained_with, metric
 
-    def save(self, state: TrainerState, learning_rates: Sequence[Any], pruning: Pruning) -> None:
-        """Start to write the checkpoint of the step that `state` is at; training goes on meanwhile."""
+    def save(
+        self, state: TrainerState, learning_rates: Sequence[Any], pruning: Pruning, *, counts_after: int = 0
+    ) -> None:
+        """Start to write the checkpoint of the step that `state` is at; training goes on meanwhile.
+
+        counts_after: the step after which evaluations count for early stopping.
+        """
         folder = run_folder.checkpoint_folder(self._run_dir, state.global_step)
         best = None
         if self.keeps_best and state.best_global_step == state.global_step:
@@ -48,6 +54,7 @@ class Checkpoints:
             "run": run_folder.run_of(self._run_dir) if self._world.first else None,
             "trained_with": self._trained_with,
             "learning_rates": learning_rates,
+            COUNTS_AFTER: counts_after,
             **pruning.manifest_fields(),
         }
 

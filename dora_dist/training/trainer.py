@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from dora_dist.checkpoint.early_stopping import told, without_gain
+from dora_dist.checkpoint.early_stopping import counts_after, told, without_gain
 from dora_dist.checkpoint.format import load_checkpoint
 from dora_dist.config import TrainingConfig
 from dora_dist.data import EpochDataLoader
@@ -63,7 +63,7 @@ class DoraTrainer(Trainer):
         self._training, self._step_timeout_s = training, step_timeout_s
         self.ended_early: str | None = None
         """Why the run is over before its last step (training.early_stopping)."""
-        self._evaluations_from = pruning.budget.last if pruning.budget is not None else 0
+        self._counts_after = pruning.budget.last if pruning.budget is not None else 0
         self._unreadable, self._report = unreadable, report
         self._open_checkpoints, self._forget_best = open_checkpoints, forget_best
         self._objective, self._losses = loaders.objective, StepLosses()
@@ -207,7 +207,7 @@ class DoraTrainer(Trainer):
         patience = self._training.early_stopping
         if patience is None or not self.pruning.over:
             return
-        waited, value, at = without_gain(self.state.log_history, self._training, after=self._evaluations_from)
+        waited, value, at = without_gain(self.state.log_history, self._training, after=self._counts_after)
         enough = torch.tensor(int(waited >= patience), device=self.args.device)
         dist.broadcast(enough, 0)  # metrics are the same everywhere, or nearly: all ranks do as rank 0
         if enough.item():
@@ -237,15 +237,17 @@ class DoraTrainer(Trainer):
             )
         self.state.compute_steps(self.args, self.state.max_steps)  # else logging, saving, evaluating as they were then
         self.state.train_batch_size = self._train_batch_size
+        self._counts_after = max(self._counts_after, counts_after(manifest))
         if self._forget_best:
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
-            self._evaluations_from = max(self._evaluations_from, manifest["step"])
+            self._counts_after = manifest["step"]
         self.run.norms.mark_stale()
         return manifest
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self.lr_scheduler is not None
-        self._checkpoints.save(self.state, self.lr_scheduler.get_last_lr(), self.pruning)
+        rates = self.lr_scheduler.get_last_lr()
+        self._checkpoints.save(self.state, rates, self.pruning, counts_after=self._counts_after)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load nothing: the random state is a function of (seed, step, rank), set at every step's start."""

@@ -1,11 +1,18 @@
 """Early stopping counts evaluations without a gain, from the log alone."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainerState
 
-from dora_dist.checkpoint.early_stopping import without_gain
+from dora_dist.checkpoint.early_stopping import COUNTS_AFTER, counts_after, without_gain
+from dora_dist.checkpoint.resuming import finished
+from dora_dist.config import CheckpointConfig, RunConfig
 from dora_dist.config.schema import TrainingConfig
+from dora_dist.training.checkpoints import Checkpoints
 
 
 def counted(values: list[float], after: int = 0, **fields: Any) -> tuple[int, int]:
@@ -32,3 +39,43 @@ def counted(values: list[float], after: int = 0, **fields: Any) -> tuple[int, in
 )
 def test_evaluations_without_a_gain(values: list[float], fields: dict[str, Any], expected: tuple[int, int]) -> None:
     assert counted(values, **fields) == expected
+
+
+PRUNED = {"components": {"budget": {"last": 3}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "ended"),
+    [
+        ({}, True),  # the best is of step 2, and four evaluations since were worse
+        (PRUNED | {"compacted": True}, False),  # of an earlier version: those up to step 3 were while it pruned
+        (PRUNED | {"compacted": False}, False),
+        (PRUNED | {"compacted": False, COUNTS_AFTER: 2}, True),  # adapter.compact = false never compacts
+        ({COUNTS_AFTER: 4}, False),  # resumed at step 4 with other validation data
+    ],
+)
+def test_a_resume_counts_the_evaluations_that_the_run_counted(
+    fields: dict[str, Any], ended: bool, tmp_path: Path
+) -> None:
+    raw = {"model": {"path": "m"}, "data": {"train": "d", "validation": "v"}}
+    training = {"max_steps": 20, "eval_every": 1, "early_stopping": 3}
+    config = RunConfig.from_dict({**raw, "training": training})
+    log = [{"step": step, "eval_loss": loss} for step, loss in enumerate([2.0, 1.0, 3.0, 4.0, 5.0, 6.0], 1)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    trained_with = {
+        "order": {"number of training samples": 100},
+        "configuration": {"training": {"metric": "loss"}},
+    }
+    told = finished(tmp_path, {"step": 6, "trained_with": trained_with, **fields}, config)
+    assert (told is not None and "where it ended early" in told) is ended
+
+
+def test_a_checkpoint_says_from_where_on_evaluations_count(tmp_path: Path) -> None:
+    kept: list[dict[str, Any]] = []
+    saver: Any = SimpleNamespace(save=lambda folder, fields, state, **_: kept.append(fields))
+    pruning: Any = SimpleNamespace(manifest_fields=dict, survivors=lambda: None)
+    world: Any = SimpleNamespace(first=False)
+    checkpoints = Checkpoints(saver, CheckpointConfig(run_dir=str(tmp_path)), world, trained_with={}, metric="loss")
+    checkpoints.save(TrainerState(global_step=5), [1e-4], pruning, counts_after=4)
+    assert counts_after(kept[0]) == 4
+    assert counts_after({}) == 0
