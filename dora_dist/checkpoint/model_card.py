@@ -16,7 +16,8 @@ from typing import Any
 from dora_dist.adapters import native_format, peft_config
 from dora_dist.adapters.adapter_folder import AdapterFolder
 from dora_dist.checkpoint import run_folder
-from dora_dist.config.names import data_set, is_local
+from dora_dist.config.mixture import checked
+from dora_dist.config.names import data_set, is_local, listed
 from dora_dist.runtime.console import warn
 
 CARD = "README.md"
@@ -152,16 +153,9 @@ def _base(about: About) -> str:
 
 def _sources(run: Mapping[str, Any]) -> Iterator[str]:
     """The hub names of the training data, and the names of files."""
-    for text in _texts(run.get("data", {}).get("train")):
-        found = data_set(text)
-        yield found.repository if found is not None else text
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
-        yield from _texts(part)
+    for name in listed(checked(run.get("data", {}).get("train"))):
+        found = data_set(name)
+        yield found.repository if found is not None else name
 
 
 def _trained(about: About) -> Iterator[str]:

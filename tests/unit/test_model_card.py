@@ -101,3 +101,10 @@ def test_what_goes_wrong_with_a_card_is_a_warning(
 def test_results_are_those_of_the_last_evaluation() -> None:
     assert progress({"global_step": 4, "log_history": LOGGED}) == {"step": 4, "results": {"loss": 1.25}}
     assert progress({}) == {"step": None, "results": {}}
+
+
+def test_sources_are_the_paths_of_a_mixture_and_of_each_task() -> None:
+    train: Any = [{"path": "mine.jsonl", "name": "chats", "format": "messages"}, {"path": ["org/texts:part", "b.json"]}]
+    assert list(model_card._sources({"data": {"train": train}})) == ["mine.jsonl", "org/texts", "b.json"]
+    assert list(model_card._sources({"data": {"train": {"vqa": ["a.json"], "gqa": "org/b"}}})) == ["a.json", "org/b"]
+    assert list(model_card._sources({})) == []
