@@ -29,6 +29,7 @@ from dora_dist.runtime.signs import Reason, Sign, SignsOfLife
 
 INTERVAL_S = 1.0  # between signs of life
 FAREWELL_S = 5.0  # for ranks to end by themselves; a rank silent for so long is lost if a collective broke, too
+TELLING_S = 5.0  # for whoever gets the reason of an end, who may write files
 SILENCE_S = 30.0
 """Without a sign for so long a rank is lost, once steps are taken. The thread does nothing else, so a sign is late only
 where the process does not run, or other code holds Python's global interpreter lock, which a step does for moments."""
@@ -83,7 +84,7 @@ class Watch:
         self, world: World, start_timeout_s: float = 1800.0, *, told: Callable[[str], None] = lambda text: None
     ) -> None:
         """start_timeout_s: how long ranks may keep the others waiting while no steps are taken. told: gets the reason
-        where a thread ends the process.
+        where a thread ends the process, after `before_exit`; it may take TELLING_S.
         """
         self._world, self._start_timeout_s, self._told = world, start_timeout_s, told
         self.before_exit: Callable[[], None] = lambda: None
@@ -197,8 +198,10 @@ class Watch:
 
     def _end(self, reason: Reason, can_tell: bool = True) -> None:
         complain(f"error on rank {self._world.rank}: {reason.text}")
-        self._told(reason.text)
-        self.before_exit()
+        self.before_exit()  # first: a launcher may not wait for long
+        telling = threading.Thread(target=self._told, args=(reason.text,), name="telling", daemon=True)
+        telling.start()
+        telling.join(TELLING_S)  # a file server that hangs, too, may not keep this process
         if can_tell:
             with suppress(RuntimeError):  # then the others find the store gone, too
                 self._signs.say_ended()

@@ -1,7 +1,15 @@
 """Who is lost and who hangs, from signs alone. With real ranks: tests/distributed and tests/launch."""
 
-from dora_dist.runtime.signs import Sign
-from dora_dist.runtime.watch import Judge
+import os
+import threading
+
+import pytest
+
+from dora_dist.runtime import watch
+from dora_dist.runtime.distributed import World
+from dora_dist.runtime.exit_codes import LOST_RANK
+from dora_dist.runtime.signs import Reason, Sign
+from dora_dist.runtime.watch import Judge, Watch
 
 
 def signs(*numbers_and_collectives: tuple[int, int]) -> dict[int, Sign]:
@@ -39,3 +47,22 @@ def test_ranks_that_are_equally_far_do_not_wait_for_each_other() -> None:
     for look in range(9):
         judge.look(signs((look, 5), (look, 5)))
     assert judge.hanging(2) == []
+
+
+def test_a_rank_that_is_ended_saves_first_and_waits_for_no_history_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str | int] = []
+    hangs = threading.Event()
+
+    def told(text: str) -> None:
+        happened.append(text)
+        hangs.wait()
+
+    monkeypatch.setattr(watch, "TELLING_S", 0.1)
+    monkeypatch.setattr(os, "_exit", happened.append)
+    ending = Watch(World(0, 1, 0, 1, "here", "none"), told=told)
+    ending.before_exit = lambda: happened.append("saved")
+    thread = threading.Thread(target=ending._end, args=(Reason(1, LOST_RANK, "lost rank 1"), False), daemon=True)
+    thread.start()
+    thread.join(60.0)
+    assert happened == ["saved", "lost rank 1", LOST_RANK]
+    hangs.set()
