@@ -240,7 +240,7 @@ class DoraTrainer(Trainer):
         self._counts_after = max(self._counts_after, counts_after(manifest))
         if self._forget_best:
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
-            self._counts_after = manifest["step"]
+            self._counts_after = max(self._counts_after, manifest["step"])
         self.run.norms.mark_stale()
         return manifest
 
