@@ -138,7 +138,7 @@ def log_file(run_dir: Path, host: str, first_host: str) -> Path:
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl; lines that a killed process began are left out."""
     path = run_dir / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if _is_up_to(line, 2**63)]
 
 
@@ -152,21 +152,21 @@ def forget_after(run_dir: Path, step: int) -> None:
 
 
 def _forget_lines_after(path: Path, step: int) -> None:
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)  # a text would be split within its values, too
     kept = [line for line in lines if _is_up_to(line, step) or _is_of_a_start(line)]
     if kept != lines:
         with new_file(path, alone=True) as partial:
-            partial.write_text("".join(kept))
+            partial.write_bytes(b"".join(kept))
 
 
-def _is_up_to(line: str, step: int) -> bool:
+def _is_up_to(line: bytes, step: int) -> bool:
     try:
         return int(json.loads(line)["step"]) <= step
     except (ValueError, KeyError, TypeError):
         return False  # a line that a killed process began
 
 
-def _is_of_a_start(line: str) -> bool:
+def _is_of_a_start(line: bytes) -> bool:
     return _is_up_to(line, 2**63) and json.loads(line).get("event") in ("start", "end")
 
 

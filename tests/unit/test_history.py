@@ -62,3 +62,13 @@ def test_the_first_reason_counts_and_a_run_that_never_began_writes_nothing(tmp_p
         raise UserError("refused")
     course(tmp_path / "other rank", first=False)
     assert not (tmp_path / "refused").exists() and not (tmp_path / "other rank").exists()
+
+
+def test_a_line_separator_in_a_text_does_not_cut_its_line(tmp_path: Path) -> None:
+    with History(tmp_path, first=True) as history:
+        history.begin(0)
+        history.add("log", text="one\u2028two\u0085three")
+        history.step = 5
+        history.add("log")
+    run_folder.forget_after(tmp_path, 2)
+    assert [line.get("text") for line in run_folder.metrics(tmp_path)] == [None, "one\u2028two\u0085three", ""]
