@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -19,11 +20,13 @@ FILES = (
     "model_config.json",
     "*processor_config.json",
     "tokenizer*.json",
-    "*token*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "tokenizer.model",
+    "*.model",
+    "*.tiktoken",
     "chat_template.*",
     "README.md",
     "LICENSE*",
@@ -41,7 +44,7 @@ def files_to_push(folder: Path) -> list[Path]:
         for path in sorted(folder.iterdir())
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in FILES)
     ]
-    if not any(fnmatch(path.name, pattern) for path in found for pattern in (*WEIGHTS, "*.gguf")):
+    if not any(fnmatch(path.name, pattern) for path in found for pattern in WEIGHTS):
         raise UserError(
             f"{folder}: has no weights that belong on the hub ({', '.join(WEIGHTS)}); give an adapter folder, or merge "
             "a run first (dora-dist consolidate)"
@@ -49,8 +52,16 @@ def files_to_push(folder: Path) -> list[Path]:
     return found
 
 
-def push(folder: Path, repository: str, *, private: bool = True, message: str | None = None) -> str:
-    """Upload a folder's files (`files_to_push`) in one commit; the page of the commit.
+def push(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool = True,
+    message: str | None = None,
+    instead: Mapping[str, bytes] | None = None,
+) -> str:
+    """Upload a folder's files (`files_to_push`) in one commit, with what is to be there `instead` of those of a name;
+    the page of the commit.
 
     The repository is made if it is not there, `private` or public; one that is there stays as it is. The token is the
     hub library's own (`hf auth login` or HF_TOKEN). Raises UserError where the hub refuses or cannot be reached.
@@ -63,7 +74,7 @@ def push(folder: Path, repository: str, *, private: bool = True, message: str | 
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        operations = [CommitOperationAdd(path.name, str(path)) for path in files]
+        operations = [CommitOperationAdd(path.name, (instead or {}).get(path.name, str(path))) for path in files]
         told = message or f"{Path(folder).resolve().name}, by dora_dist"
         commit = api.create_commit(repository, operations, commit_message=told)
     except errors.HFValidationError as error:

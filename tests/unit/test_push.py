@@ -1,5 +1,6 @@
 """`push`: what goes to the hub and what does not, to a stand-in that speaks what the hub's own library asks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,12 +9,16 @@ from pathlib import Path
 import pytest
 
 from dora_dist import cli
+from dora_dist.cli.push import _with_base
+from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.exit_codes import USERS_MISTAKE
 from tests.hub_server import Hub, folder_files
 
 TOKEN = "hf_thisMayNotBeShown"
 MERGED = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}", "README.md": "# card"}
+MERGED |= {"spiece.model": "m", "special_tokens_map.json": "{}"}
 OTHERS = {"state.safetensors": "moments", "trainer_state.json": "{}", "run.log": "", "data.jsonl": "{}", "a.bin": ""}
+OTHERS |= {"token.json": "{}", "hf_token.json": "{}"}
 
 
 @pytest.fixture
@@ -52,7 +57,7 @@ def test_a_dry_run_lists_and_asks_no_hub(merged: Path, capsys: pytest.CaptureFix
     assert cli.main(["push", str(merged), "org/mine", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in MERGED) and not any(name in said for name in OTHERS)
-    assert "nothing was uploaded (--dry-run): 4 files" in said
+    assert "nothing was uploaded (--dry-run): 6 files" in said
     assert cli.main(["push", str(merged), "org/mine"]) == USERS_MISTAKE  # tests are offline
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
 
@@ -66,3 +71,25 @@ def test_of_a_checkpoint_the_adapter_is_uploaded(tmp_path: Path, capsys: pytest.
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     assert cli.main(["push", str(tmp_path), "org/mine", "--dry-run"]) == USERS_MISTAKE
     assert "merge a run first (dora-dist consolidate)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("adapter_config.json", "base_model_name_or_path"), ("dora_dist_adapter.json", "base_model")],
+)
+def test_no_folder_of_this_machine_is_uploaded_as_an_adapters_base(
+    name: str, field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {field: "/home/alice/models/small", "r": 2}
+    (tmp_path / name).write_text(json.dumps(config))
+    [alone] = _with_base(tmp_path, None).values()
+    assert json.loads(alone) == {field: "small", "r": 2}
+    assert "without its folder; --base ORG/NAME names one of the hub" in capsys.readouterr().err
+    assert json.loads(_with_base(tmp_path, "org/small")[name])[field] == "org/small"
+    with pytest.raises(UserError, match="is no name of the hub"):
+        _with_base(tmp_path, "./small")
+    (tmp_path / name).write_text(json.dumps({field: "org/base"}))
+    assert _with_base(tmp_path, None) == {}
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match="is no adapter"):
+        _with_base(tmp_path, "org/small")
