@@ -8,6 +8,7 @@ A run with `analysis.every` writes both for every matrix into RUN/analysis.jsonl
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +79,16 @@ class Recording:
 
     @classmethod
     def of(cls, record: Any) -> "Recording":
-        """From a line's JSON. Raises ValueError, TypeError or KeyError for anything else."""
-        matrices = {str(name): Moved(**own) for name, own in record["matrices"].items()}
+        """From a line's JSON; what is not finite there is None. Raises ValueError, TypeError or KeyError for anything
+        else.
+        """
+        found = {str(name): own.items() for name, own in record["matrices"].items()}
+        matrices = {name: Moved(**{key: _finite(value) for key, value in own}) for name, own in found.items()}
         return cls(int(record["step"]), str(record["method"]), matrices)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_recordings(file: Path) -> list[Recording]:

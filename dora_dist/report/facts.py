@@ -53,7 +53,8 @@ def state(run: Run, *, now: float, live: bool = False) -> State:
     if run.ending is not None:
         how, text = str(run.ending.get("how")), str(run.ending.get("text") or "")
         if how == "finished":
-            return State("Finished", "good", at)
+            early = [f", ended early: {r.get('text')}" for r in run.since_start if r.get("event") == "early_stop"]
+            return State("Finished", "good", "".join([at, *early]))
         return State({"stopped": "Stopped", "lost": "Lost a rank"}.get(how, "Failed"), "bad", text or at)
     spoke = [record["time"] for record in run.records if _is_number(record.get("time"))]
     if live or (spoke and run.of("start") and now - spoke[-1] < _SILENCE_S):
@@ -112,7 +113,9 @@ def trained_seconds(run: Run) -> float:
 
 
 def progress(run: Run) -> float | None:
-    """From 0 to 1."""
+    """From 0 to 1, where nothing is left to do."""
+    if run.finished:
+        return 1.0
     return min(run.step / run.steps, 1.0) if run.steps else None
 
 
@@ -165,6 +168,8 @@ def _happened(record: Record) -> str:
             return _started(record)
         case "end":
             return ": ".join(str(record[key]) for key in ("how", "text") if record.get(key))
+        case "early_stop":
+            return f"ended early: {record.get('text')}"
         case "save_failed":
             return "a checkpoint could not be written"
     number = {key: value for key, value in record.items() if _is_number(value)}

@@ -45,9 +45,19 @@ class Run:
         return holder.get(key, otherwise) if isinstance(holder, Mapping) else otherwise
 
     @cached_property
+    def since_start(self) -> Sequence[Record]:
+        """The records of the last start, or all where none says that it is one."""
+        starts = [place for place, record in enumerate(self.records) if record.get("event") == "start"]
+        return self.records[starts[-1] :] if starts else self.records
+
+    @cached_property
     def step(self) -> int:
-        """The newest optimizer step that anything is known of."""
-        steps = [int(r["step"]) for r in self.records if isinstance(r.get("step"), int | float)]
+        """The newest optimizer step that anything is known of. Where an earlier start ended is not: the last one may
+        have gone on from before that.
+        """
+        before = self.records[: len(self.records) - len(self.since_start)]
+        known = [*(r for r in before if r.get("event") not in ("start", "end")), *self.since_start]
+        steps = [int(r["step"]) for r in known if isinstance(r.get("step"), int | float)]
         return max([0, *steps, *self.saved])
 
     @cached_property

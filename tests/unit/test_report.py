@@ -113,6 +113,29 @@ def test_a_finished_run_is_not_read_again_and_a_running_one_is(run: Run, tmp_pat
     assert facts.state(run, now=NOW) == facts.State("Finished", "good", "step 120 of 120")
 
 
+def test_a_resumed_run_is_where_it_goes_on_and_not_where_it_failed(tmp_path: Path) -> None:
+    lines = [
+        {"event": "start", "step": 0, "steps": 100},
+        {"event": "log", "step": 40, "loss": 1.0},
+        {"event": "end", "step": 95, "how": "failed"},
+        {"event": "start", "step": 40, "steps": 100},
+    ]
+    folder = report_runs.write(tmp_path / "run", lines)
+    assert reading.read(folder).step == 40
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "end", "step": 99, "how": "stopped"}\n')
+    assert reading.read(folder).step == 99
+
+
+def test_a_run_that_ended_early_is_finished_and_says_why(tmp_path: Path) -> None:
+    stop = {"event": "early_stop", "step": 40, "text": "no better loss"}
+    ends = [{"event": "start", "step": 0, "steps": 100}, stop, {"event": "end", "step": 40, "how": "finished"}]
+    run = reading.read(report_runs.write(tmp_path / "run", ends))
+    assert facts.state(run, now=NOW) == facts.State("Finished", "good", "step 40 of 100, ended early: no better loss")
+    assert facts.progress(run) == 1.0
+    assert ("", "40", "ended early: no better loss") in facts.timeline(run)
+
+
 def test_curves_are_the_historys_numbers(run: Run) -> None:
     drawn = {chart.name: chart for chart in charts.of_run(run)}
     loss = drawn["loss"]
@@ -160,6 +183,15 @@ def test_values_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
     lines = [{"step": n, "loss": loss} for n, loss in enumerate([1.0, float("nan"), float("inf"), 0.5])]
     found = data_of(page.of_run(reading.read(report_runs.write(tmp_path / "run", lines)), now=NOW))
     assert found["charts"][0]["curves"][0]["y"] == [1.0, None, None, 0.5]
+
+
+def test_movements_that_are_not_finite_are_empty_cells(tmp_path: Path) -> None:
+    folder = report_runs.write(tmp_path / "run", report_runs.history())
+    recorded = (folder / "analysis.jsonl").read_text()
+    (folder / "analysis.jsonl").write_text(recorded.replace('"delta_d": 0.12', '"delta_d": NaN'))
+    html = page.of_run(reading.read(folder), now=NOW)
+    assert "NaN" not in re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
+    assert data_of(html)
 
 
 def test_runs_of_version_0_1_0_have_a_page(tmp_path: Path) -> None:

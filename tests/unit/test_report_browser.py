@@ -92,6 +92,17 @@ def test_toggles_change_what_is_drawn(page: Page) -> None:
     expect(loss.get_by_role("row").nth(1)).to_contain_text("3.8364")
 
 
+def test_all_curves_can_be_off_under_a_logarithmic_axis(page: Page) -> None:
+    loss = chart(page, "loss")
+    loss.get_by_role("button", name="Logarithmic axis of Loss").click()
+    legend = loss.get_by_role("group", name="Curves of Loss")
+    for name in ("training", "evaluation"):
+        legend.get_by_role("button", name=name).click()
+    assert paths(loss) == []
+    legend.get_by_role("button", name="training").click()
+    assert len(paths(loss)) == 2
+
+
 def test_maps_show_any_recorded_step(page: Page) -> None:
     ranks = page.locator('[data-map="ranks"]')
     assert ranks.locator("tbody td").all_inner_texts() == ["2", "1"] * 3

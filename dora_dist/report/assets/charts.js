@@ -25,6 +25,11 @@ function drawn(name, attributes) {
   return made;
 }
 
+/* The least and the largest; a function does not take as many arguments as many runs have points. */
+function extent(values) {
+  return values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+}
+
 /* Round numbers from low to high, about `count` of them. */
 function ticks(low, high, count) {
   const raw = (high - low) / Math.max(count, 1);
@@ -179,12 +184,11 @@ class Chart {
 
   scale(curves) {
     const ys = curves.flatMap((curve) => curve.y).filter((y) => y !== null);
-    let low = Math.min(...ys), high = Math.max(...ys);
-    if (!ys.length) [low, high] = [0, 1];
+    let [low, high] = ys.length ? extent(ys) : this.log ? [1, 10] : [0, 1];
+    const above = !this.log && low >= 0;
     if (this.log) [low, high] = [Math.log10(low), Math.log10(high)];
     if (low === high) [low, high] = [low - (Math.abs(low) * 0.05 || 0.5), high + (Math.abs(high) * 0.05 || 0.5)];
     const room = (high - low) * 0.06;
-    const above = !this.log && Math.min(...ys, 0) >= 0;
     this.bottom = above && low - room < 0 ? 0 : low - room;
     if (above && low < 0.35 * high) this.bottom = 0;
     this.top = high + room;

@@ -16,7 +16,7 @@ const kept = {
 
 const page = {
   smoothing: 0,
-  last: Math.max(1, ...data.charts.flatMap((chart) => chart.curves).flatMap((curve) => curve.x)),
+  last: extent([1, ...data.charts.flatMap((chart) => chart.curves).flatMap((curve) => curve.x)])[1],
   charts: [],
   pointAt(owner, step) {
     for (const chart of this.charts) chart.point(step, chart === owner);
