@@ -183,7 +183,7 @@ OWN_OPTIONS: dict[str, list[str]] = {
     ],
     "analyze": ["--modules", "--recordings", "--steps", "--output", "--overwrite"],
     "report": ["--output", "--overwrite"],
-    "push": ["--public", "--message", "--dry-run"],
+    "push": ["--base", "--public", "--message", "--dry-run"],
     "env": ["--json", "--timeout"],
 }
 
