@@ -160,3 +160,14 @@ def test_a_run_keeps_its_name_and_one_that_starts_elsewhere_gets_its_own(tmp_pat
     with pytest.raises(UserError, match="checkpoint-2 was written by another run than the one in .*other; move it"):
         run_folder.newest_intact(other)
     assert moved.is_dir()  # refused, not set aside
+
+
+def test_a_change_is_told_without_secrets() -> None:
+    raw = {"model": {"path": "lab/base"}, "data": {"train": "lab/records"}}
+    keys = [{"deepspeed": {"comet": {"api_key": key, "enabled": False}}} for key in ("first-key", "second-key")]
+    before, now = (RunConfig.from_dict({**raw, "engine": engine}) for engine in keys)
+    same = {"base": {"weights": "", "config": {}}, "data": {}, "order": {}, "ranks": 1}
+    manifest = {"trained_with": {**same, "configuration": json.loads(before.to_json())}}
+    told = resuming.changes(Path("checkpoint-2"), manifest, now, ours=same)
+    assert list(told) == ["engine.deepspeed"]
+    assert "-key" not in told["engine.deepspeed"] and '"api_key": "(not shown)"' in told["engine.deepspeed"]

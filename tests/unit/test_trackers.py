@@ -10,6 +10,7 @@ import pytest
 from transformers import TrainingArguments
 
 from dora_dist.checkpoint import run_folder
+from dora_dist.checkpoint.manifest import MANIFEST
 from dora_dist.config import RunConfig
 from dora_dist.runtime.secrets import redacted
 from dora_dist.training import trackers
@@ -18,6 +19,7 @@ from tests.distributed.training_runs import config, run
 from tests.ranks import run_ranks
 
 ALL = ["tensorboard", "wandb", "mlflow"]
+SECRET = "key-that-nobody-may-see"
 
 
 def tracked(folder: Path) -> dict[str, Any]:
@@ -32,6 +34,7 @@ def tracked(folder: Path) -> dict[str, Any]:
     os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     changes: dict[str, Any] = {"training": {"max_steps": 2}, "logging": {"trackers": ALL, "tensorboard": True}}
+    changes["engine"] = {"deepspeed": {"comet": {"enabled": False, "api_key": SECRET}}}
     run(config(folder / "base", folder / "data.json", folder / "run", **changes))
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("dora_dist")
@@ -57,6 +60,8 @@ def test_real_trackers_get_the_numbers_and_the_configuration_once(tmp_path: Path
     assert board.Scalars("train/tokens_per_second")
     [offline] = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"tokens_per_second" in offline.read_bytes() and b"adapter.r" in offline.read_bytes()
+    kept = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert {path.name for path in kept} <= {run_folder.CONFIG, run_folder.DEEPSPEED, MANIFEST}, kept
 
 
 class Stands(threading.Event):
