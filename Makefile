@@ -53,7 +53,7 @@ test-gpu: $(VENV)/.installed-test  ## check on this machine's GPUs what no test 
 	DORA_DIST_TEST_DEVICE=$(or $(DEVICE),cuda) $(BIN)/python -m tests.gpu $(ARGS)
 
 lint: $(VENV)/.installed-test  ## ruff, mypy, the import contract and shellcheck
-	@if command -v shellcheck >/dev/null; then shellcheck slurm/*.sh tools/*.sh .ci/run; \
+	@if command -v shellcheck >/dev/null; then shellcheck slurm/*.sh tools/*.sh containers/*.sh .ci/run; \
 	else echo "shellcheck is not installed: shell scripts are not checked" >&2; fi
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

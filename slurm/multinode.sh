@@ -17,7 +17,7 @@ set -uo pipefail
 # module load cuda
 # source ~/venvs/dora/bin/activate
 python=(python)
-# python=(apptainer exec --nv dora_dist.sif python)
+[ -z "${CONTAINER:-}" ] || python=(apptainer exec --nv "$CONTAINER" python) # CONTAINER=dora_dist.sif sbatch …
 # ------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_CONFIG=${DEFAULT_CONFIG:-configs/llama7b_dora.json}

@@ -18,7 +18,7 @@ from dora_dist.runtime import exit_codes
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TOP = ("dora_dist", "launch", "configs", "slurm", "examples", "benchmarks", "tools", "docs", "tests")
+TOP = ("dora_dist", "launch", "configs", "containers", "slurm", "examples", "benchmarks", "tools", "docs", "tests")
 
 
 def test_the_table_has_every_field_with_its_default_and_meaning() -> None:
