@@ -86,11 +86,13 @@ def joined(turn: int, parts: list[Any], picture: str | None = None) -> str:
 def _message(turn: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise UserError(f'message {turn} must be an object with "role" and "content", found {shown(message)}')
-    message = {name: value for name, value in message.items() if name not in _MARKS}
+    given = message
+    # A Parquet column gives every message every field, and templates ask whether one is there, not whether it is null.
+    message = {name: value for name, value in given.items() if name not in _MARKS and value is not None}
     if "from" in message and "role" not in message:
-        message = _of_sharegpt(turn, message)
+        message = given = _of_sharegpt(turn, message)
     if not isinstance(message.get("role"), str):
-        raise UserError(f'message {turn} must have a string "role", found {_found(message, "role")}')
+        raise UserError(f'message {turn} must have a string "role", found {_found(given, "role")}')
     calls = message.get("tool_calls")
     if calls is not None:
         message["tool_calls"] = _calls(turn, calls)
@@ -100,7 +102,7 @@ def _message(turn: int, message: Any) -> dict[str, Any]:
     elif content is None and calls:
         content = ""
     if not isinstance(content, str):
-        raise UserError(f'message {turn} must have a string "content", found {_found(message, "content")}')
+        raise UserError(f'message {turn} must have a string "content", found {_found(given, "content")}')
     return {**message, "content": content}
 
 

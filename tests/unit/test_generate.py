@@ -27,6 +27,7 @@ from dora_dist.tasks.evaluations.pictures import answer_questions
 from dora_dist.tasks.prompting.base import before
 from tests import toy
 from tests.terminal import CTRL_C, Terminal
+from tests.unit.test_data import TOOLS
 from tests.unit.test_evaluate_chats import ANSWERS, CHATML, chats
 from tests.unit.test_evaluate_chats import folder as learnt  # noqa: F401
 from tests.unit.test_evaluate_chats import one_thread as one_thread
@@ -78,6 +79,18 @@ def test_every_turn_s_prompt_is_what_training_rendered(learnt: Path) -> None:  #
         assert [(prompt.text, prompt.ids)] == training_prompts(rendered, prompting.tokenizer), format
         if format == "completion":
             assert prompting.of_turns([{"role": "user", "content": "The answer is"}]) == prompt
+
+
+def test_what_a_record_says_besides_its_messages_is_in_its_prompt(learnt: Path) -> None:  # noqa: F811
+    """Tools, "system" and the parts of a content, as training has them."""
+    prompting = Speaker(str(learnt / "base")).prompting
+    prompting.tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+    parts = {"role": "user", "content": [{"type": "text", "text": "is 1 "}, {"type": "text", "text": "even?"}]}
+    record = {"messages": [parts, {"role": "assistant", "content": "no"}], "system": "Be brief.", "tools": TOOLS}
+    rendered = FORMATS["messages"].render(record, prompting.tokenizer, True)
+    prompt = prompting.of_record(record, system="not this one")
+    assert [(prompt.text, prompt.ids)] == training_prompts(rendered, prompting.tokenizer)
+    assert prompt.text.startswith('[{"') and "Be brief." in prompt.text
 
 
 def test_blanks_that_a_tokenizer_draws_into_the_answer_are_left_to_the_model() -> None:
