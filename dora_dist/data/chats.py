@@ -57,6 +57,12 @@ def read_chat(record: Mapping[str, Any], field: str) -> Chat:
     return Chat(messages, tuple(marks), _tools(record.get("tools")))
 
 
+def listed_in(value: Any) -> Any:
+    """A list, also where the cell of a table holds it as JSON; anything else as it is."""
+    parsed = _parsed(value) if isinstance(value, str) else value
+    return parsed if isinstance(parsed, list) else value
+
+
 def texts_of(message: Mapping[str, Any]) -> str:
     """What a message says: its content, else its tool calls."""
     return message["content"] or (json.dumps(message["tool_calls"]) if message.get("tool_calls") else "")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dora_dist.config.mixture import checked, formats_of
 from dora_dist.config.names import SPEAKERS
 from dora_dist.config.templates import PromptTemplate
-from dora_dist.data.chats import Chat, read_chat, texts_of
+from dora_dist.data.chats import Chat, listed_in, read_chat, texts_of
 from dora_dist.data.files import shown
 from dora_dist.runtime.errors import UserError
 
@@ -338,7 +338,11 @@ _ASKED_AS = {"sharegpt": "messages", "template": "completion"}
 
 
 def _as_messages(record: Record) -> Record:
-    return {**record, "messages": read_chat(record, "conversations").messages} if "conversations" in record else record
+    if "conversations" not in record:
+        return record
+    if not isinstance(turns := listed_in(record["conversations"]), list):
+        raise UserError(f'"conversations" must be a list, found {shown(turns)}')
+    return {**record, "messages": read_chat({**record, "conversations": turns}, "conversations").messages}
 
 
 def _as_completion(template: PromptTemplate, answer: str, record: Record) -> Record:
