@@ -222,7 +222,7 @@ def test_a_long_prompt_does_not_cut_the_answers_of_others(learnt: Path) -> None:
             rooms.extend(prompting.room(prompt, sampling.max_new_tokens) for prompt in prompts)
             return [Answer(f"{len(prompt.ids)}", 1, "end") for prompt in prompts]
 
-    said = list(answered(Heard(), [*short, long], Sampling(max_new_tokens=8), batch_size=8, progress=False))  # type: ignore[arg-type]
+    said = list(answered(Heard(), [*short, long], Sampling(max_new_tokens=8), batch_size=8, progress=False))
     assert [answer.text for answer in said] == [f"{len(prompt.ids)}" for prompt in (*short, long)]
     assert len(asked) == 2 and asked[0] == [positions - 3] and sorted(rooms) == [3, 8, 8]
 
