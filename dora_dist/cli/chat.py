@@ -24,13 +24,12 @@ class Chat:
 
     def __init__(self, speaker: Speaker, sampling: Sampling, system: str | None, pictures: list[str]) -> None:
         """pictures: shown with the first question of the first conversation. Raises UserError where the model has no
-        place for them or for a system turn."""
+        place for them, for a system turn, or for a text alone; its weights need not be loaded yet."""
         self._speaker, self._sampling, self._system = speaker, sampling, system
         self._turns: list[Message] = []
         self._pictures: list[str] = []  # of the turns
         self._shown = list(pictures)  # with the next question
-        if system is not None or pictures:
-            self._prompt("a")  # refuses what the model has no place for
+        self._prompt("a")  # refuses what the model has no place for
 
     def run(self) -> None:
         with suppress(ImportError):

@@ -3,9 +3,10 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from dora_dist.checkpoint import run_folder
 from dora_dist.cli.endings import ended_by_signals
@@ -13,7 +14,7 @@ from dora_dist.cli.options import DTYPES, Commands, add_plugins, declare, positi
 from dora_dist.runtime import plugins
 from dora_dist.runtime.console import note
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.folders import disk_errors, new_file
+from dora_dist.runtime.folders import disk_errors
 
 _SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 _FORMATS = ("instruction", "alpaca", "completion", "messages")
@@ -36,7 +37,7 @@ def declare_generate(commands: Commands) -> None:
     what.add_argument(
         "--file",
         metavar="FILE",
-        help="prompts: .json, .jsonl or .parquet with records as in training, their answers not needed, or with "
+        help="prompts: any file of records as in training, their answers not needed, or with "
         '{"prompt": TEXT}; or a .txt with one prompt a line',
     )
     command.add_argument("--output", type=Path, metavar="FILE", help="JSONL with an answer a line (default: stdout)")
@@ -116,14 +117,11 @@ def _generate(options: argparse.Namespace) -> None:
     if options.image:
         raise UserError('--image: is for --prompt; give each record of --file its own "image"')
     made = made_prompts(speaker, prompts, options.system)
-    with ended_by_signals():
+    with _lines_into(options.output) as write, ended_by_signals("the model has not answered all prompts"):
         speaker.load()
         answers = answered(speaker, made, sampling, batch_size=options.batch_size, progress=True)
-        records = [
-            {**(given if isinstance(given, dict) else {}), **as_record(prompt, answer)}
-            for (_, given), prompt, answer in zip(prompts, made, answers, strict=True)
-        ]
-        _write(records, options.output)
+        for (_, given), prompt, answer in zip(prompts, made, answers, strict=True):
+            write({**(given if isinstance(given, dict) else {}), **as_record(prompt, answer)})
 
 
 def _answer_one(options: argparse.Namespace, speaker: Any, sampling: Any, said: Any) -> None:
@@ -133,13 +131,16 @@ def _answer_one(options: argparse.Namespace, speaker: Any, sampling: Any, said: 
     prompting = speaker.prompting
     prompt = prompting.of_turns(prompting.opened(said, options.system, len(pictures)), pictures)
     prompting.room(prompt, sampling.max_new_tokens)
-    with ended_by_signals():
-        speaker.load()
-        [answer] = speaker.answers([prompt], sampling, write=_shown if options.output is None else None)
-        if options.output is not None:
-            _write([as_record(prompt, answer)], options.output)
     if options.output is None:
+        with ended_by_signals():
+            speaker.load()
+            speaker.answers([prompt], sampling, write=_shown)
         _shown("\n")
+        return
+    with _lines_into(options.output) as write, ended_by_signals():
+        speaker.load()
+        [answer] = speaker.answers([prompt], sampling)
+        write(as_record(prompt, answer))
 
 
 def _shown(text: str) -> None:
@@ -158,7 +159,7 @@ def _read(options: argparse.Namespace) -> Sequence[tuple[str, str | Mapping[str,
     if not options.file.endswith(".txt"):
         return list(read_records([options.file], {}))[: options.limit]
     try:
-        lines = Path(options.file).read_text(encoding="utf-8").splitlines()
+        lines = Path(options.file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"--file {options.file}: cannot be read as text ({error}); give another file") from error
     found = [(f"{options.file}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -167,21 +168,53 @@ def _read(options: argparse.Namespace) -> Sequence[tuple[str, str | Mapping[str,
     return found[: options.limit]
 
 
-def _write(records: list[dict[str, Any]], output: Path | None) -> None:
-    def dump(file: TextIO) -> None:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+@contextmanager
+def _lines_into(output: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yield what writes a record as a line of JSON to stdout, or to a file that becomes `output` at the end.
 
+    What was written before an interruption or an error is kept beside `output`, and its place said. Raises UserError
+    at once for a file that cannot be written.
+    """
     if output is None:
-        dump(sys.stdout)
+        yield lambda record: _shown(_as_line(record))
         return
-    with disk_errors(output), new_file(output) as partial, partial.open("w", encoding="utf-8") as file:
-        dump(file)
+    partial, count = output.with_name(f"{output.name}.partial"), 0
+
+    def write(record: Mapping[str, Any]) -> None:
+        nonlocal count
+        with disk_errors(output):
+            file.write(_as_line(record))
+            file.flush()
+        count += 1
+
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; name a file")
+    with disk_errors(output):
+        file = partial.open("w", encoding="utf-8")
+    try:
+        with file:
+            yield write
+        with disk_errors(output):
+            partial.replace(output)
+    except BaseException:
+        if count:
+            note(f"the first {count:,} answers are in {partial}")
+        else:
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def _as_line(record: Mapping[str, Any]) -> str:
+    """JSON; of what it has no form for, such as a date of a Parquet file, the text. Half a character is escaped."""
+    line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
+    return line.encode(errors="backslashreplace").decode()
 
 
 def _chat(options: argparse.Namespace) -> None:
     speaker, sampling = _speaker(options, "chat {}")
     from dora_dist.cli.chat import Chat
 
+    chat = Chat(speaker, sampling, options.system, options.image)
     with ended_by_signals("the conversation is not kept"):
         speaker.load()
-        Chat(speaker, sampling, options.system, options.image).run()
+        chat.run()

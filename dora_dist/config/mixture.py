@@ -1,6 +1,7 @@
 """Sources of training data that are mixed by weights, as `data.train` lists them."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,9 +38,11 @@ def formats_of(sources: Any, format: str) -> set[str]:
 def names_of(mixture: Sequence[MixtureSource]) -> list[str]:
     """What each source is called: a name of its own, else that of its first file, numbered where another has it."""
     found: list[str] = []
+    given = [each.name for each in mixture if each.name]
     for each in mixture:
         name = each.name or Path(listed(each.path)[0].partition(":")[0]).name.partition(".")[0]
-        found.append(name if name not in found else f"{name}-{len(found) + 1}")
+        numbered = (f"{name}-{number}" for number in count(len(found) + 1))
+        found.append(next(own for own in chain([name], numbered) if own == each.name or own not in [*found, *given]))
     return found
 
 

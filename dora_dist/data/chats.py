@@ -57,6 +57,12 @@ def read_chat(record: Mapping[str, Any], field: str) -> Chat:
     return Chat(messages, tuple(marks), _tools(record.get("tools")))
 
 
+def listed_in(value: Any) -> Any:
+    """A list, also where the cell of a table holds it as JSON; anything else as it is."""
+    parsed = _parsed(value) if isinstance(value, str) else value
+    return parsed if isinstance(parsed, list) else value
+
+
 def texts_of(message: Mapping[str, Any]) -> str:
     """What a message says: its content, else its tool calls."""
     return message["content"] or (json.dumps(message["tool_calls"]) if message.get("tool_calls") else "")
@@ -86,11 +92,13 @@ def joined(turn: int, parts: list[Any], picture: str | None = None) -> str:
 def _message(turn: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise UserError(f'message {turn} must be an object with "role" and "content", found {shown(message)}')
-    message = {name: value for name, value in message.items() if name not in _MARKS}
+    given = message
+    # A Parquet column gives every message every field, and templates ask whether one is there, not whether it is null.
+    message = {name: value for name, value in given.items() if name not in _MARKS and value is not None}
     if "from" in message and "role" not in message:
-        message = _of_sharegpt(turn, message)
+        message = given = _of_sharegpt(turn, message)
     if not isinstance(message.get("role"), str):
-        raise UserError(f'message {turn} must have a string "role", found {_found(message, "role")}')
+        raise UserError(f'message {turn} must have a string "role", found {_found(given, "role")}')
     calls = message.get("tool_calls")
     if calls is not None:
         message["tool_calls"] = _calls(turn, calls)
@@ -100,7 +108,7 @@ def _message(turn: int, message: Any) -> dict[str, Any]:
     elif content is None and calls:
         content = ""
     if not isinstance(content, str):
-        raise UserError(f'message {turn} must have a string "content", found {_found(message, "content")}')
+        raise UserError(f'message {turn} must have a string "content", found {_found(given, "content")}')
     return {**message, "content": content}
 
 

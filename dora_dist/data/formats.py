@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from dora_dist.config.mixture import checked, formats_of
 from dora_dist.config.names import SPEAKERS
 from dora_dist.config.templates import PromptTemplate
-from dora_dist.data.chats import Chat, read_chat, texts_of
+from dora_dist.data.chats import Chat, listed_in, read_chat, texts_of
 from dora_dist.data.files import shown
 from dora_dist.runtime.errors import UserError
 
@@ -174,9 +175,11 @@ def _marked_by_template(
     )
 
 
-def templated_prompt(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> str:
+def templated_prompt(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, tools: list[dict[str, Any]] | None = None
+) -> str:
     """The conversation under the tokenizer's chat template, up to where the assistant answers its last message."""
-    return _template(tokenizer, messages, add_generation_prompt=True)
+    return _template(tokenizer, messages, tools, add_generation_prompt=True)
 
 
 def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -312,31 +315,51 @@ def _templated(data: DataConfig) -> Format:
 
 
 def asked_as(data: Mapping[str, Any]) -> tuple[str | None, Callable[[Record], Record] | None]:
-    """The format by which a model is asked whose run had this data section, and what makes records records of it."""
-    name = data.get("format")
-    if name == "sharegpt":
-        return (
-            "messages",
-            lambda record: (
-                {**record, "messages": read_chat(record, "conversations").messages}
-                if "conversations" in record
-                else record
-            ),
+    """The format by which a model is asked whose run had this data section, and what makes records records of it.
+
+    Raises UserError where the sources of a mixture are asked in several ways.
+    """
+    found = formats_of(checked(data.get("train")), data.get("format") or "")
+    ways = {_ASKED_AS.get(name, name) for name in found}
+    if len(ways) > 1 or {"template", "completion"} <= found:
+        raise UserError(
+            f"data.train of the run has sources of several formats ({', '.join(sorted(found))}); say with --format "
+            f"which of them is meant: {' or '.join(sorted(ways))}"
         )
-    if name == "template":
-        template, answer = PromptTemplate.of(data["prompt_template"]), data["answer_field"]
+    way = ways.pop() or None
+    if "sharegpt" in found:
+        return way, _as_messages
+    if "template" in found:
+        return way, partial(_as_completion, PromptTemplate.of(data["prompt_template"]), data["answer_field"])
+    return way, None
 
-        def as_completion(record: Record) -> Record:
-            if set(record) == {"prompt"} and len(template.fields) == 1:  # a text that was typed
-                record = {template.fields[0]: record["prompt"]}
-            missing = [name for name in template.fields if not isinstance(record.get(name), str)]
-            if missing:
-                raise UserError(f'has no text in "{missing[0]}", which data.prompt_template of the run names')
-            there = {"completion": record[answer]} if answer in record else {}
-            return {**record, "prompt": template.filled(record), **there}
 
-        return "completion", as_completion
-    return name, None
+_ASKED_AS = {"sharegpt": "messages", "template": "completion"}
+
+
+def _as_messages(record: Record) -> Record:
+    if "conversations" not in record:
+        return record
+    if not isinstance(turns := listed_in(record["conversations"]), list):
+        raise UserError(f'"conversations" must be a list, found {shown(turns)}')
+    return {**record, "messages": read_chat({**record, "conversations": turns}, "conversations").messages}
+
+
+def _as_completion(template: PromptTemplate, answer: str, record: Record) -> Record:
+    if isinstance(record.get("prompt"), str) and not any(name in record for name in template.fields):
+        if len(template.fields) > 1:
+            raise UserError(
+                f"data.prompt_template of the run has several fields ({', '.join(template.fields)}), and a text is "
+                "one; give records with all of them (generate --file), or the whole prompt with --format completion"
+            )
+        record = {**record, template.fields[0]: record["prompt"]}  # a text that was typed
+    missing = [name for name in template.fields if not isinstance(record.get(name), str)]
+    if missing:
+        raise UserError(f'has no text in "{missing[0]}", which data.prompt_template of the run names')
+    if not isinstance(record.get(answer, ""), str):
+        raise UserError(f'"{answer}" (data.answer_field of the run) must be a string, found {shown(record[answer])}')
+    there = {"completion": record[answer]} if answer in record else {}
+    return {**record, "prompt": template.filled(record), **there}
 
 
 FORMATS: dict[str, Format] = {

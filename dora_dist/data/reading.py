@@ -54,7 +54,8 @@ def read(reader: Reader, data: DataConfig, *, seed: int, progress: bool = True) 
 
 
 def _mixed(train: RaggedDataset, sources: Sequence[MixtureSource]) -> RaggedDataset:
-    """The set as a mixture of its sources. Raises UserError for one that nothing can be learnt from."""
+    """The set as a mixture of its sources. Raises UserError for one that nothing can be learnt from, or that is
+    never drawn."""
     mixture = Mixture(tuple(names_of(sources)), tuple(source.weight for source in sources))
     mixed = RaggedDataset(train.reader, train.table, train.index, mixture)
     for number, share in enumerate(mixed.shares, start=1):
@@ -62,6 +63,11 @@ def _mixed(train: RaggedDataset, sources: Sequence[MixtureSource]) -> RaggedData
             raise UserError(
                 f'data.train, source {number} ("{share.name}") has no sample to learn from; look at its data, raise '
                 "data.cutoff_len, or take the source out"
+            )
+        if not share.drawn:
+            raise UserError(
+                f'data.train, source {number} ("{share.name}") is never drawn: its weight is less than one of the '
+                f"{share.all_drawn:,} samples of an epoch; raise it, or take the source out"
             )
     return mixed
 

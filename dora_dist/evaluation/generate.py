@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from dora_dist.data.chats import listed_in
 from dora_dist.evaluation.speaking import Answer, Sampling, Speaker
 from dora_dist.runtime import console
 from dora_dist.runtime.errors import UserError
 from dora_dist.tasks.prompting.base import Prompt
+
+WINDOW = 16
+"""Batches whose prompts are sorted by length together, so that those of a batch need little padding."""
 
 
 def generate(
@@ -57,7 +62,7 @@ def generate(
     places = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     made = made_prompts(speaker, list(zip(places, prompts, strict=True)), system)
     speaker.load()
-    answers = answered(speaker, made, chosen, batch_size=batch_size, progress=progress)
+    answers = list(answered(speaker, made, chosen, batch_size=batch_size, progress=progress))
     return [as_record(prompt, answer) for prompt, answer in zip(made, answers, strict=True)]
 
 
@@ -86,7 +91,9 @@ def _prompt(speaker: Speaker, given: str | Mapping[str, Any], system: str | None
     prompting = speaker.prompting
     if isinstance(given, str):
         return prompting.of_turns(prompting.opened(given, system))
-    given = prompting.prepared(given)
+    given = {**prompting.prepared(given)}
+    for name in (name for name, kind in prompting.fields.items() if kind is list and name in given):
+        given[name] = listed_in(given[name])
     if lacking := [name for name in prompting.fields if name not in given]:
         if isinstance(text := given.get("prompt"), str):
             return prompting.of_turns(prompting.opened(text, system))
@@ -99,14 +106,24 @@ def _prompt(speaker: Speaker, given: str | Mapping[str, Any], system: str | None
 
 def answered(
     speaker: Speaker, prompts: Sequence[Prompt], sampling: Sampling, *, batch_size: int, progress: bool
-) -> list[Answer]:
-    """The answers in the prompts' order; prompts of similar length share a batch."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids), reverse=True)
-    found: dict[int, Answer] = {}
+) -> Iterator[Answer]:
+    """The answers in the prompts' order, as they come: after each WINDOW of batches."""
     with console.progress(len(prompts), "generating", " prompts", shown=progress) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            answers = speaker.answers([prompts[i] for i in chosen], sampling)
-            found |= dict(zip(chosen, answers, strict=True))
-            bar.update(len(chosen))
-    return [found[i] for i in range(len(prompts))]
+        for first in range(0, len(prompts), WINDOW * batch_size):
+            part = prompts[first : first + WINDOW * batch_size]
+            found: dict[int, Answer] = {}
+            for chosen in _batches(speaker, part, sampling.max_new_tokens, batch_size):
+                answers = speaker.answers([part[i] for i in chosen], sampling)
+                found |= dict(zip(chosen, answers, strict=True))
+                bar.update(len(chosen))
+            yield from (found[i] for i in range(len(part)))
+
+
+def _batches(speaker: Speaker, prompts: Sequence[Prompt], longest: int, batch_size: int) -> Iterator[list[int]]:
+    """Prompts of similar length, by number. Where the model's positions leave less than `longest` tokens for an answer,
+    only prompts of one length: a batch ends where its longest prompt has no more room.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids), reverse=True)
+    for _, alike in groupby(order, key=lambda i: speaker.prompting.room(prompts[i], longest)):
+        of_room = list(alike)
+        yield from (of_room[start : start + batch_size] for start in range(0, len(of_room), batch_size))

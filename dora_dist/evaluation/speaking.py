@@ -120,7 +120,7 @@ class Speaker:
             generation_config=_config(tokenizer, sampling, new, ends=ends, stop=stop),
             tokenizer=tokenizer if stop else None,
             stopping_criteria=[_Interrupted(interrupted)],
-            streamer=_Streamer(tokenizer, prompts[0].begins, write) if write else None,
+            streamer=_Streamer(tokenizer, prompts[0].begins, stop, write) if write else None,
         )[:, batch["input_ids"].shape[1] :].tolist()
         return [
             _answer(tokenizer, row, prompt, ends, stop=stop, interrupted=interrupted())
@@ -177,11 +177,12 @@ class _Interrupted(StoppingCriteria):
 
 
 class _Streamer(TextStreamer):
-    """Writes words as they are complete, without what an answer has to begin with."""
+    """Writes words as they are complete, without what an answer has to begin with, up to the text that ends it."""
 
-    def __init__(self, tokenizer: Any, begins: str, write: Callable[[str], object]) -> None:
+    def __init__(self, tokenizer: Any, begins: str, stop: str | None, write: Callable[[str], object]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._begins, self._write = begins, write
+        self._begins, self._stop, self._write = begins, stop, write
+        self._held = ""  # what may be the beginning of `stop`
         self._begun: str | None = "" if begins else None  # what has come so far of the beginning
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -190,4 +191,15 @@ class _Streamer(TextStreamer):
             if self._begins.strip().startswith(self._begun.lstrip()) and not stream_end:
                 return  # not more than what it begins with yet
             text, self._begun = _own_words(self._begun, self._begins), None
-        self._write(text)
+        self._write(self._before_stop(text, stream_end))
+
+    def _before_stop(self, text: str, stream_end: bool) -> str:
+        stop, text = self._stop, self._held + text
+        if not stop:
+            return text
+        if stop in text:
+            self._held = text[text.index(stop) :]  # nothing behind it is written either
+            return text[: text.index(stop)]
+        may_begin = 0 if stream_end else max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - may_begin :]
+        return text[: len(text) - may_begin]

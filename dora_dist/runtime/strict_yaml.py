@@ -1,7 +1,8 @@
 """YAML that means what the same words in JSON would: `strict_json` with YAML's spelling.
 
 PyYAML reads YAML 1.1, in which `1e-4` is a text, `no` is false and `2026-01-31` a date. Here a plain word is a number,
-true, false or null where it is one in JSON, as in YAML 1.2's core schema, and a text otherwise.
+true, false or null where it is one in JSON, and a text otherwise. Of YAML 1.2's core schema `True`, `TRUE`, `Null`, `~`
+and nothing at all are read, too; its other numbers (`+1`, `.5`, `0x10`, `.nan`) are texts.
 """
 
 import re
@@ -75,8 +76,8 @@ def _number(read: Any) -> Any:
 
 _NUMBER = r"-?(0|[1-9][0-9]*)"
 for _tag, _pattern, _first in (
-    ("null", r"null|~|", ["n", "~", ""]),
-    ("bool", r"true|false", ["t", "f"]),
+    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", _NUMBER, list("-0123456789")),
     ("float", rf"{_NUMBER}(\.[0-9]+)?([eE][-+]?[0-9]+)?", list("-0123456789")),
     ("merge", r"<<", ["<"]),
@@ -85,7 +86,7 @@ for _tag, _pattern, _first in (
 _Loader.yaml_constructors = {None: _unknown}
 for _tag, _construct in (
     ("null", lambda loader, node: None),
-    ("bool", lambda loader, node: node.value == "true"),
+    ("bool", lambda loader, node: node.value.lower() == "true"),
     ("int", _number(strict_json.whole)),
     ("float", _number(strict_json.finite)),
     ("str", lambda loader, node: node.value),

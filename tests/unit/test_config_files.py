@@ -50,6 +50,7 @@ def test_plain_words_are_what_json_has_or_text() -> None:
     text = "[1, -2.5, 1E5, 1e-4, true, null, ~, no, on, 2026-01-31, 1_000, 0x10, 010, '1', .nan]"
     numbers = [1, -2.5, 1e5, 1e-4, True, None, None]
     assert strict_yaml.parse(text) == [*numbers, "no", "on", "2026-01-31", "1_000", "0x10", "010", "1", ".nan"]
+    assert strict_yaml.parse("[True, FALSE, Null, NULL, nULL]") == [True, False, None, None, "nULL"]
     assert strict_yaml.parse("a: &x {b: 1}\nc: {<<: *x, d: 2}")["c"] == {"b": 1, "d": 2}
 
 

@@ -13,6 +13,7 @@ from pyarrow import parquet
 from dora_dist.config import DataConfig
 from dora_dist.config.templates import PromptTemplate
 from dora_dist.data import FORMATS, RaggedDataset, TextReader, load_records, read
+from dora_dist.data.chats import read_chat
 from dora_dist.data.formats import answered, asked_as, generation_prompt, training_prompt
 from dora_dist.data.records import read_records
 from dora_dist.data.texts import encode
@@ -253,6 +254,42 @@ def test_a_template_of_ones_own_is_filled_with_fields_alone(tokenizer: Any, tmp_
     wrong = write(tmp_path / "b.jsonl", [{"questions": "x", "topic": "y", "reply": "z"}])
     with pytest.raises(UserError, match='b.jsonl, line 1 has no "question".*set data.prompt_template .*"questions"'):
         build(tokenizer, wrong, **how)
+
+
+def test_a_run_is_asked_in_the_format_of_its_sources() -> None:
+    """Of a mixture not in data.format, which none of them may have; in several, the user has to say which."""
+    chats, shared, plain = ({"path": "a", "format": name} for name in ("messages", "sharegpt", "completion"))
+    assert asked_as({"format": "instruction", "train": [chats]}) == ("messages", None)
+    assert asked_as({"format": "completion", "train": ["a", "b"]}) == ("completion", None)
+    assert asked_as({}) == (None, None)
+    format, prepare = asked_as({"format": "instruction", "train": [chats, shared]})
+    assert format == "messages" and prepare is not None and prepare({"messages": MESSAGES}) == {"messages": MESSAGES}
+    for train, named in (([chats, plain], "messages"), ([chats, {"path": "b"}], "instruction")):
+        with pytest.raises(UserError, match=f"data.train of the run has sources of several formats.*--format.*{named}"):
+            asked_as({"format": "instruction", "train": train})
+
+
+def test_texts_alone_fill_a_template_of_one_field() -> None:
+    one = {"format": "template", "prompt_template": "Q: {question}", "answer_field": "reply"}
+    _, prepare = asked_as(one)
+    assert prepare is not None
+    assert prepare({"prompt": "a", "id": 3})["prompt"] == "Q: a"
+    with pytest.raises(UserError, match=r'"reply" \(data.answer_field of the run\) must be a string, found 3'):
+        prepare({"question": "a", "reply": 3})
+    _, prepare = asked_as({**one, "prompt_template": "{topic}: {question}"})
+    assert prepare is not None
+    with pytest.raises(UserError, match=r"has several fields \(topic, question\), and a text is one"):
+        prepare({"prompt": "a"})
+
+
+def test_fields_of_messages_that_are_null_are_left_out() -> None:
+    """As a Parquet file has them, in which each message has every field that one has. (transformers leaves them out of
+    what it renders, too, but not where the marks of {% generation %} are read.)"""
+    nulls = {"tool_calls": None, "name": None, "from": None, "value": None, "weight": None}
+    chat = read_chat({"messages": [{**message, **nulls} for message in MESSAGES]}, "messages")
+    assert chat.messages == MESSAGES and set(chat.marks) == {None}
+    with pytest.raises(UserError, match='message 1 must have a string "content", found null'):
+        read_chat({"messages": [{"role": "user", "content": None, "name": None}]}, "messages")
 
 
 @pytest.mark.parametrize("bad", ["{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{a", "a}"])

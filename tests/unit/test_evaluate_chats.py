@@ -17,9 +17,11 @@ from dora_dist.checkpoint.manifest import write_manifest
 from dora_dist.data.formats import FORMATS
 from dora_dist.data.texts import encode
 from dora_dist.evaluation import as_table, evaluate
+from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
 from dora_dist.tasks.evaluations.answers import exchange, reference, turn_ends
 from tests import toy
+from tests.unit.test_data import GENERATION, TOOLS, WITH_TOOLS
 
 # Turns end with a token that is not the tokenizer's end of sequence, which nothing here is trained to say.
 CHATML = (
@@ -175,6 +177,19 @@ def test_what_a_template_writes_around_an_answer_is_not_the_answer() -> None:
     assert turn_ends([found, itself], tokenizer) == ([], None)
     tokenizer.add_tokens("[end]", special_tokens=True)
     assert turn_ends([found], tokenizer) == ([tokenizer.convert_tokens_to_ids("[end]")], None)
+
+
+def test_what_a_record_says_besides_its_messages_is_asked_as_it_was_learnt() -> None:
+    """Tools, "system", parts of a content and tool calls: the prompt is where training's answer begins."""
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = GENERATION.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    record = {"messages": WITH_TOOLS[1:], "system": "Be brief.", "tools": TOOLS}
+    learnt = FORMATS["messages"].render(record, tokenizer, True)
+    found = exchange(record, "messages", reference(record, "messages"), tokenizer)
+    assert found.words == "Two." and "Be brief." in found.prompt and '"add"' in found.prompt
+    assert (found.prompt, found.text) == (learnt.text[: learnt.answers[-1][0]], learnt.text)
+    with pytest.raises(UserError, match="its last assistant turn is a tool call"):
+        reference({"messages": WITH_TOOLS[:4]}, "messages")
 
 
 def test_a_table_of_tasks_with_other_metrics_keeps_its_columns() -> None:

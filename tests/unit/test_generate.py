@@ -1,9 +1,14 @@
 """`generate` and `chat`: prompts are training's own, on every kind of folder; a conversation in a terminal."""
 
 import json
+from argparse import Namespace
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -14,19 +19,23 @@ from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.checkpoint.consolidate import consolidate
 from dora_dist.checkpoint.manifest import write_manifest
+from dora_dist.cli import speak
 from dora_dist.config import DataConfig
 from dora_dist.data.conversations import Conversation, render
 from dora_dist.data.formats import FORMATS, Rendered
 from dora_dist.data.texts import encode
+from dora_dist.evaluation.generate import answered, made_prompts
 from dora_dist.evaluation.inference import load_for_inference
-from dora_dist.evaluation.speaking import Sampling, Speaker
+from dora_dist.evaluation.speaking import Answer, Sampling, Speaker, _Streamer
 from dora_dist.models.families import load_processor
+from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
 from dora_dist.tasks.evaluations.answers import Exchange
 from dora_dist.tasks.evaluations.pictures import answer_questions
 from dora_dist.tasks.prompting.base import before
 from tests import toy
 from tests.terminal import CTRL_C, Terminal
+from tests.unit.test_data import TOOLS
 from tests.unit.test_evaluate_chats import ANSWERS, CHATML, chats
 from tests.unit.test_evaluate_chats import folder as learnt  # noqa: F401
 from tests.unit.test_evaluate_chats import one_thread as one_thread
@@ -78,6 +87,18 @@ def test_every_turn_s_prompt_is_what_training_rendered(learnt: Path) -> None:  #
         assert [(prompt.text, prompt.ids)] == training_prompts(rendered, prompting.tokenizer), format
         if format == "completion":
             assert prompting.of_turns([{"role": "user", "content": "The answer is"}]) == prompt
+
+
+def test_what_a_record_says_besides_its_messages_is_in_its_prompt(learnt: Path) -> None:  # noqa: F811
+    """Tools, "system" and the parts of a content, as training has them."""
+    prompting = Speaker(str(learnt / "base")).prompting
+    prompting.tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+    parts = {"role": "user", "content": [{"type": "text", "text": "is 1 "}, {"type": "text", "text": "even?"}]}
+    record = {"messages": [parts, {"role": "assistant", "content": "no"}], "system": "Be brief.", "tools": TOOLS}
+    rendered = FORMATS["messages"].render(record, prompting.tokenizer, True)
+    prompt = prompting.of_record(record, system="not this one")
+    assert [(prompt.text, prompt.ids)] == training_prompts(rendered, prompting.tokenizer)
+    assert prompt.text.startswith('[{"') and "Be brief." in prompt.text
 
 
 def test_blanks_that_a_tokenizer_draws_into_the_answer_are_left_to_the_model() -> None:
@@ -178,6 +199,95 @@ def test_a_file_of_prompts_becomes_lines_of_answers(
     one = ["generate", str(learnt / "base"), "--dtype", "fp32", "--system", "answer 0", "--prompt", "is 0 even?"]
     assert cli.main(one) == 0
     assert capfd.readouterr().out == f"{ANSWERS[0]}\n"
+
+
+def test_a_long_prompt_does_not_cut_the_answers_of_others(learnt: Path) -> None:  # noqa: F811
+    """The last one leaves the model room for three tokens; its neighbours in the file have what they ask for."""
+    speaker = Speaker(str(learnt / "base"), format="completion", dtype="fp32")
+    prompting: Any = speaker.prompting
+    short = [prompting.of_turns([{"role": "user", "content": text}]) for text in ("is 1 even?", "please answer")]
+    positions = prompting.positions
+    long = replace(short[0], ids=(short[0].ids * positions)[: positions - 3])
+    asked: list[list[int]] = []
+    rooms: list[int] = []
+
+    class Heard:
+        """Notes what would be asked together."""
+
+        def __init__(self) -> None:
+            self.prompting = prompting
+
+        def answers(self, prompts: list[Any], sampling: Sampling) -> list[Answer]:
+            asked.append([len(prompt.ids) for prompt in prompts])
+            rooms.extend(prompting.room(prompt, sampling.max_new_tokens) for prompt in prompts)
+            return [Answer(f"{len(prompt.ids)}", 1, "end") for prompt in prompts]
+
+    said = list(answered(Heard(), [*short, long], Sampling(max_new_tokens=8), batch_size=8, progress=False))
+    assert [answer.text for answer in said] == [f"{len(prompt.ids)}" for prompt in (*short, long)]
+    assert len(asked) == 2 and asked[0] == [positions - 3] and sorted(rooms) == [3, 8, 8]
+
+
+def test_answers_are_kept_whatever_ends_the_work(
+    learnt: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Of the first batches, where a later one is interrupted; fields that are not JSON's do not lose them either."""
+    rows = [{**row, "at": datetime(2026, 1, 31), "odd": f"{i}"} for i, row in enumerate(ASKED)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "asked.parquet")
+    output = tmp_path / "said.jsonl"
+    line = ["generate", str(learnt / "base"), "--dtype", "fp32", "--max-new-tokens", "3", "--batch-size", "1"]
+    line += ["--file", str(tmp_path / "asked.parquet"), "--output"]
+    assert cli.main([*line, str(tmp_path / "nowhere" / "said.jsonl")]) == 2
+    assert "cannot be written: No such file or directory" in capfd.readouterr().err
+    assert cli.main([*line, str(output)]) == 0
+    whole = output.read_text()
+    assert len(whole.splitlines()) == len(rows) and json.loads(whole.splitlines()[0])["at"] == "2026-01-31 00:00:00"
+
+    asked = Speaker.answers
+
+    def interrupted(speaker: Speaker, prompts: Any, sampling: Any, **how: Any) -> Any:
+        if left_to_say.pop() == 0:
+            raise KeyboardInterrupt
+        return asked(speaker, prompts, sampling, **how)
+
+    left_to_say = list(range(5))
+    monkeypatch.setattr(Speaker, "answers", interrupted)
+    monkeypatch.setattr("dora_dist.evaluation.generate.WINDOW", 2)
+    output.unlink()
+    capfd.readouterr()
+    assert cli.main([*line, str(output)]) != 0
+    assert f"the first 4 answers are in {output}.partial" in capfd.readouterr().err
+    assert Path(f"{output}.partial").read_text().splitlines() == whole.splitlines()[:4] and not output.exists()
+
+
+def test_a_line_of_a_text_file_is_one_prompt(tmp_path: Path) -> None:
+    (tmp_path / "asked.txt").write_bytes(b"\xef\xbb\xbfone\xe2\x80\xa8and more\r\n\r\ntwo")
+    options = Namespace(prompt=None, file=str(tmp_path / "asked.txt"), limit=None)
+    assert [text for _, text in speak._read(options)] == ["one\u2028and more", "two"]
+    assert speak._as_line({"a": "\ud83d é"}) == '{"a": "\\ud83d é"}\n'
+
+
+def test_the_text_that_ends_a_turn_is_not_shown() -> None:
+    said: list[str] = []
+    streamer = _Streamer(toy.tokenizer(), "", "[end]", said.append)
+    for text in ("a [e", "asy] one [", "en", "d] more", " more"):
+        streamer.on_finalized_text(text)
+    assert "".join(said) == "a [easy] one "
+    said.clear()
+    streamer = _Streamer(toy.tokenizer(), "", "[end]", said.append)
+    streamer.on_finalized_text("a [en")
+    streamer.on_finalized_text("", stream_end=True)
+    assert "".join(said) == "a [en"
+
+
+def test_chats_may_be_the_cells_of_a_table(learnt: Path) -> None:  # noqa: F811
+    speaker = Speaker(str(learnt / "base"))
+    cell = {"messages": json.dumps(ASKED[0]["messages"])}
+    assert made_prompts(speaker, [("a", cell)], None) == made_prompts(speaker, [("a", ASKED[0])], None)
+    with pytest.raises(UserError, match='a: "messages" must be a list'):
+        made_prompts(speaker, [("a", {"messages": "[1"})], None)
 
 
 def test_a_conversation_in_a_terminal(learnt: Path, tmp_path: Path) -> None:  # noqa: F811

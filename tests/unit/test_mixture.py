@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dora_dist.config import DataConfig
+from dora_dist.config.mixture import MixtureSource, names_of
 from dora_dist.data import EpochBatches, RaggedDataset, TextReader, read
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.sampler import FILLER
@@ -106,6 +107,21 @@ def test_sources_keep_their_names_formats_and_held_out_records(tmp_path: Path) -
     assert "source" not in data.validation[0]
     other = build([{**train[0], "weight": 2}, *train[1:]], validation_samples=3, loss_on="answer").train
     assert other.fingerprint() == mixed.fingerprint() and other.order_facts != mixed.order_facts
+
+
+def test_a_source_that_no_epoch_would_have_is_refused(tmp_path: Path) -> None:
+    a = str(toy.write_records(tmp_path / "a.json", 8))
+    with pytest.raises(UserError, match=r'source 2 \("rare"\) is never drawn: its weight is less than one of the 16'):
+        build([{"path": a, "weight": 100}, {"path": a, "name": "rare"}])
+
+
+def test_each_source_has_a_name_of_its_own() -> None:
+    def names(*given: tuple[str, str | None]) -> list[str]:
+        return names_of([MixtureSource(path=path, name=name) for path, name in given])
+
+    assert names(("a.json", None), ("a.csv", None)) == ["a", "a-2"]
+    assert names(("a.json", None), ("b.json", "a-3"), ("a.csv", None)) == ["a", "a-3", "a-4"]
+    assert names(("a.json", None), ("b.json", "a")) == ["a-1", "a"]
 
 
 @pytest.mark.parametrize(

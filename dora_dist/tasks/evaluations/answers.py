@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dora_dist.data.chats import read_chat
 from dora_dist.data.formats import ANSWER_FIELDS, Rendered, candidate, templated, templated_prompt
 from dora_dist.data.records import Record
 from dora_dist.runtime.errors import UserError
@@ -56,7 +57,12 @@ class Exchange:
 
 def reference(record: Record, format: str) -> str:
     """The answer that a record has: of a chat the last assistant turn. Raises UserError if there is none."""
-    return str(_last_turn(record)[1]["content"] if format == CHAT else record[ANSWER_FIELDS[format]])
+    if format != CHAT:
+        return str(record[ANSWER_FIELDS[format]])
+    _, turn, _ = _last_turn(record)
+    if turn.get("tool_calls") and not turn["content"]:
+        raise UserError("its last assistant turn is a tool call, which has no words to compare with; take the turn out")
+    return str(turn["content"])
 
 
 def exchange(record: Record, format: str, answer: str, tokenizer: PreTrainedTokenizerFast) -> Exchange:
@@ -78,9 +84,9 @@ def exchange(record: Record, format: str, answer: str, tokenizer: PreTrainedToke
             "--format messages: the tokenizer has no chat template; evaluate a model whose tokenizer has one, or give "
             "another --format"
         )
-    before, turn = _last_turn(record)
-    prompt = templated_prompt(before, tokenizer)
-    text = templated([*before, {**turn, "content": answer}], tokenizer, False).text
+    before, turn, tools = _last_turn(record)
+    prompt = templated_prompt(before, tokenizer, tools)
+    text = templated([*before, {**turn, "content": answer}], tokenizer, False, tools=tools).text
     words = answer.strip()  # many templates trim
     start = text.find(words, len(prompt))
     if not text.startswith(prompt) or start < 0:
@@ -91,17 +97,14 @@ def exchange(record: Record, format: str, answer: str, tokenizer: PreTrainedToke
     return Exchange(prompt, text, start, start + len(words), complete=True)
 
 
-def _last_turn(record: Record) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The messages before the last one of the assistant, and that one; what follows it is left out."""
-    messages = record["messages"]
-    for number, message in enumerate(messages, start=1):
-        given = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None,)
-        if not all(isinstance(field, str) for field in given):
-            raise UserError(f'message {number} must be an object with the strings "role" and "content"')
+def _last_turn(record: Record) -> tuple[list[dict[str, Any]], dict[str, Any], list[dict[str, Any]] | None]:
+    """The messages before the last one of the assistant, that one, and the tools; what follows it is left out."""
+    chat = read_chat(record, CHAT)
+    messages = chat.messages
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
     if not last:
         raise UserError('"messages" has no assistant turn that answers something; the last one is the reference')
-    return messages[:last], messages[last]
+    return messages[:last], messages[last], chat.tools
 
 
 @dataclass(frozen=True)

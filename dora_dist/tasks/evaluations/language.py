@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from dora_dist.config.mixture import checked, formats_of
 from dora_dist.data.formats import FORMATS, asked_as
 from dora_dist.data.records import Record, read_records
 from dora_dist.runtime import console
@@ -115,9 +116,10 @@ def _asking(settings: Settings, format: str) -> Asking:
 def _format_of(run: Mapping[str, Any]) -> tuple[str, Callable[[Record], Record] | None]:
     """The record format of a run's data, the paper's where it was trained in none, and what makes records of it."""
     data = {"format": PAPER, **run.get("data", {})}
-    if data["format"] != PAPER:
-        note(f'records are read as the run\'s data.format says, "{data["format"]}"; --format gives another')
     format, prepare = asked_as(data)
+    if format != PAPER:
+        said = " and ".join(sorted(formats_of(checked(data.get("train")), data["format"])))
+        note(f'records are read as the run\'s data.format says, "{said}"; --format gives another')
     return str(format), prepare
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dora_dist.data.chats import read_chat
 from dora_dist.data.formats import FORMATS, asked_as, check_template, templated_prompt
 from dora_dist.runtime.console import note
 from dora_dist.runtime.errors import UserError
@@ -51,7 +52,7 @@ class TextPrompting(Prompting):
         if pictures:
             raise UserError("--image: the model reads no pictures; leave it out")
         if self.remembers:
-            return self._of_chat([dict(turn) for turn in turns])
+            return self._of_chat([dict(turn) for turn in turns], None)
         system = next((turn["content"] for turn in turns if turn["role"] == "system"), None)
         asked = next(iter(self.fields))
         return self.of_record(self.prepared({asked: turns[-1]["content"]}), system)
@@ -62,18 +63,19 @@ class TextPrompting(Prompting):
                 raise UserError(f"--system: prompts of {self.name} have no place for it; leave it out")
             given = {**record, str(ANSWERED[self._format]): SOME}
             return before(exchange(given, self._format, SOME, self.tokenizer), self.tokenizer)
-        messages = list(record["messages"])
-        while messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+        chat = read_chat(record, CHAT)
+        messages = list(chat.messages)
+        while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
             raise UserError('"messages" asks nothing: it needs a turn of the user')
-        led = isinstance(messages[0], dict) and messages[0].get("role") == "system"
+        led = messages[0]["role"] == "system"
         first = [] if system is None or led else [{"role": "system", "content": system}]
-        return self._of_chat([*first, *messages])
+        return self._of_chat([*first, *messages], chat.tools)
 
-    def _of_chat(self, messages: list[dict[str, Any]]) -> Prompt:
-        text = templated_prompt(messages, self.tokenizer)
-        answered = {"messages": [*messages, {"role": "assistant", "content": SOME}]}
+    def _of_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Prompt:
+        text = templated_prompt(messages, self.tokenizer, tools)
+        answered = {"messages": [*messages, {"role": "assistant", "content": SOME}], "tools": tools}
         try:
             return before(exchange(answered, CHAT, SOME, self.tokenizer), self.tokenizer)
         except UserError:  # the template writes an earlier turn differently once an answer follows
