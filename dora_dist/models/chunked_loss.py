@@ -88,7 +88,8 @@ def chunked_loss(
     hidden, and of weight and bias where these are trained (added up in fp32).
     """
     each = None if weights is None else weights.flatten()
-    loss: Tensor = _ChunkedLoss.apply(hidden.flatten(0, -2), weight, bias, targets.flatten(), each, rows, finish)
+    graph = torch.is_grad_enabled()  # inside of forward it never is
+    loss: Tensor = _ChunkedLoss.apply(hidden.flatten(0, -2), weight, bias, targets.flatten(), each, rows, finish, graph)
     return loss
 
 
@@ -105,8 +106,9 @@ class _ChunkedLoss(torch.autograd.Function):
         weights: Tensor | None,
         rows: int,
         finish: Callable[[Tensor], Tensor],
+        graph: bool,
     ) -> Tensor:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_hidden, needs_weight, needs_bias = (graph and needed for needed in ctx.needs_input_grad[:3])
         # The leaves of each chunk's own small graph.
         w = weight.detach().requires_grad_(needs_weight)
         b = None if bias is None else bias.detach().requires_grad_(needs_bias)
@@ -136,8 +138,13 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (scale,) = gradients
-        scaled = [None if of is None else of * scale.to(of.dtype) for of in ctx.saved_tensors]
-        return (*scaled, None, None, None, None)
+        scaled = [None if of is None else _times(of, scale) for of in ctx.saved_tensors]
+        return (*scaled, None, None, None, None, None)
+
+
+def _times(values: Tensor, scale: Tensor) -> Tensor:
+    """values · scale (), fp32, in the dtype of values. The scale is not rounded to that: all would be off by as much."""
+    return torch.mul(values, scale.view(1), out=torch.empty_like(values))
 
 
 def _sum(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
