@@ -1,6 +1,7 @@
 """Sources of training data that are mixed by weights, as `data.train` lists them."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +40,8 @@ def names_of(mixture: Sequence[MixtureSource]) -> list[str]:
     found: list[str] = []
     for each in mixture:
         name = each.name or Path(listed(each.path)[0].partition(":")[0]).name.partition(".")[0]
-        found.append(name if name not in found else f"{name}-{len(found) + 1}")
+        tried = chain([name], (f"{name}-{number}" for number in count(len(found) + 1)))
+        found.append(next(each for each in tried if each not in found))
     return found
 
 

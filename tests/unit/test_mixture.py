@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dora_dist.config import DataConfig
+from dora_dist.config.mixture import MixtureSource, names_of
 from dora_dist.data import EpochBatches, RaggedDataset, TextReader, read
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.sampler import FILLER
@@ -120,6 +121,11 @@ def test_sources_keep_their_names_formats_and_held_out_records(tmp_path: Path) -
 def test_a_mixture_that_cannot_be_meant_is_refused(train: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         DataConfig(train=train)
+
+
+def test_no_two_sources_have_one_name() -> None:
+    named = [MixtureSource(path="x", name=name) for name in ("a-3", "a", "a", "a-3", "a")]
+    assert names_of(named) == ["a-3", "a", "a-4", "a-3-4", "a-5"]
 
 
 def test_a_source_that_teaches_nothing_is_named(tmp_path: Path) -> None:
