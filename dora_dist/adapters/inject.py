@@ -135,6 +135,11 @@ def inject(
             "before quantisation"
         )
     holds = set() if storage is PLAIN else set((packed or packable)(model))
+    if missing := sorted(holds - linears.keys()):
+        raise UserError(
+            f"the adapter was trained with a packed weight of {missing[0]!r}, which is no linear layer of this model: "
+            "another base?"
+        )
     model.requires_grad_(False)
     for name in trained_modules:
         module = model.get_submodule(name).requires_grad_(True)

@@ -23,7 +23,7 @@ from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.adapters.storage import WeightStorage, labelled
 from dora_dist.checkpoint.adapter_folders import open_adapter
 from dora_dist.checkpoint.merge_plan import Output, plan_merge
-from dora_dist.checkpoint.merging import check_place, open_base, row_blocks
+from dora_dist.checkpoint.merging import check_place, open_base, row_blocks, trained_on
 from dora_dist.runtime import console
 from dora_dist.runtime.errors import UserError
 from dora_dist.weights.digest import sampled_digest, warn_of_another_base
@@ -108,7 +108,7 @@ def _difference(adapter: AdapterFolder, weight: Output, storage: WeightStorage) 
     layer = adapter.layer(weight.module or "")
 
     def rows() -> Iterator[Tensor]:
-        for start, block in row_blocks(weight, storage):
+        for start, block in row_blocks(weight, trained_on(weight, storage)):
             before = block.clone()
             layer.merge_rows(block, start)
             yield block.sub_(before)

@@ -94,11 +94,24 @@ def packed_plan(batches: EpochBatches, packing: Packing, *, steps: int, micro_ba
 
 
 def passes_over(packing: Packing, across: int) -> int:
-    """How many passes over a whole set its samples need in rows, of which all ranks take `across` in a pass."""
+    """How many passes over a whole set its samples need in rows, of which all ranks take `across` in a pass.
+
+    Tries a number of passes some log2(passes) times: one takes a while for a large set.
+    """
     everything = range(len(packing.lengths))
-    passes = max(-(-sum(packing.lengths) // (packing.capacity * across)), 1)
-    while not packing.fits(everything, passes * across):
-        passes += 1
+    alone = sum(2 * length > packing.capacity for length in packing.lengths)  # no two of these share a row
+    tokens = -(-sum(packing.lengths) // packing.capacity)
+    fewer = -(-max(tokens, alone, 1) // across) - 1  # too few
+    step = 1
+    while not packing.fits(everything, (fewer + step) * across):
+        fewer, step = fewer + step, 2 * step
+    passes = fewer + step
+    while passes - fewer > 1:
+        middle = (fewer + passes) // 2
+        if packing.fits(everything, middle * across):
+            passes = middle
+        else:
+            fewer = middle
     return passes
 
 

@@ -101,6 +101,7 @@ class Loaders:
         self.data, self.objective, self.plan = data, objective, plan
         self._world, self._training = world, training
         self._row_length, self._workers, self._pin_memory = row_length, workers, pin_memory
+        self._passes: dict[Any, int] = {}  # over each data set in rows, found once: it takes a while
 
     def training(self) -> EpochDataLoader:
         """The training set in the run's order, every sample once per epoch."""
@@ -131,6 +132,8 @@ class Loaders:
         """A whole set as one global batch in rows."""
         packing = Packing(dataset.lengths, row_length)
         micro, world = self._training.micro_batch_size, self._world.world_size
+        if dataset not in self._passes:
+            self._passes[dataset] = passes_over(packing, micro * world)
         return EpochBatches(
             len(dataset),
             global_batch_size=len(dataset),
@@ -139,7 +142,7 @@ class Loaders:
             rank=self._world.rank,
             shuffle=False,
             packing=packing,
-            passes=passes_over(packing, micro * world),
+            passes=self._passes[dataset],
         )
 
     def _loader(self, dataset: Any, batches: EpochBatches, collator: Any = None) -> EpochDataLoader:

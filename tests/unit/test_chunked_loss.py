@@ -63,15 +63,27 @@ def test_a_frozen_weight_gets_no_gradient_and_evaluation_makes_no_graph() -> Non
         assert not chunked_loss(hidden, weight, targets, rows=4).requires_grad
 
 
+def test_a_scale_between_two_numbers_of_bf16_is_not_rounded_to_one() -> None:
+    hidden, weight, bias, targets, weights = given(torch.bfloat16)
+    leaves = [hidden, weight, bias]
+    between = 0.7011  # bf16 has 0.69922 and 0.70313
+    loss = chunked_loss(hidden, weight, targets, weights, bias=bias, rows=5)
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for found, gradient in zip(torch.autograd.grad(between * loss, leaves), once, strict=True):
+        ours, of_one = found.double().flatten(), gradient.double().flatten()
+        assert float(ours @ of_one / (of_one @ of_one)) == pytest.approx(between, abs=5e-4)
+
+
 class Largest(TorchDispatchMode):
-    """Notes the largest tensor that an operation makes, in bytes."""
+    """Notes the largest tensor that an operation makes, in bytes; a view is not made."""
 
     bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        given = {tensor.data_ptr() for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.data_ptr() not in given:
                 self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
         return out
 
@@ -86,6 +98,13 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits() -> None:
         chunked_loss(hidden, weight, targets, rows=40).backward()
     assert whole.bytes == 40 * TOKENS * WORDS * 4
     assert chunked.bytes == max(40 * WORDS * 4, hidden.numel() * 4)
+
+
+def test_without_gradients_a_trained_weight_gets_no_memory_for_one() -> None:
+    hidden, weight, bias, targets, _ = given()
+    with torch.no_grad(), Largest() as seen:
+        chunked_loss(hidden, weight, targets, bias=bias, rows=4)
+    assert seen.bytes == 4 * WORDS * 4 < weight.numel() * 4
 
 
 def outcome(model: Any, **inputs: Any) -> tuple[Tensor, Tensor]:

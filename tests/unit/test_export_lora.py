@@ -93,6 +93,18 @@ def test_of_a_base_held_in_few_bits_it_is_the_change_of_what_training_saw(folder
     assert not torch.allclose(ours.lora_B @ ours.lora_A, others.lora_B @ others.lora_A, rtol=1e-4)
 
 
+def test_a_layer_that_stayed_plain_beside_a_packed_one_changes_as_training_saw_it(folder: Path) -> None:
+    packed, plain = MODULES
+    theirs = read_peft_folder(folder / "adapter")
+    write_peft_folder(folder / "mixed", replace(theirs, base_storage="nf4", base_packed=[packed]))
+    for name in ("mixed", "adapter"):
+        export_lora(folder / name, folder / f"of_{name}", r=36, logits=False, progress=False)
+    ours, others = (read_peft_folder(folder / f"of_{name}").layers for name in ("mixed", "adapter"))
+    for module, same in ((packed, False), (plain, True)):
+        products = [layer.lora_B @ layer.lora_A for layer in (ours[module], others[module])]  # type: ignore[operator]
+        assert torch.equal(*products) == same
+
+
 def test_the_random_projection_comes_close_to_the_exact_decomposition() -> None:
     """Of a difference such as DoRA's: a weight whose rows are scaled, and a large part of low rank."""
     draw = torch.Generator().manual_seed(0)

@@ -11,6 +11,7 @@ from dora_dist.adapters.layer import AdaptedLinear
 from dora_dist.adapters.methods import DynamicRank, FullFineTuning, LowRank, WeightDecomposed
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.patterns import parameters_matching
+from dora_dist.adapters.storage import Int8
 from dora_dist.models.families import adapter_plan, trained_parameters
 from dora_dist.runtime.errors import UserError
 
@@ -189,3 +190,9 @@ def test_full_fine_tuning_adapts_nothing_and_trains_the_whole_model_or_chosen_mo
     with pytest.raises(UserError, match="adapter.target_modules: 'score' matches no module with parameters"):
         trained_parameters(full, ["score"])(model)
     assert trained_parameters(SPEC)(model) == []
+
+
+def test_a_packed_layer_that_the_model_does_not_have_is_named() -> None:
+    model = llama()
+    with pytest.raises(UserError, match="packed weight of 'h.7.up', which is no linear layer of this model: another"):
+        inject(model, by_pattern(SPEC, ["q_proj"]), storage=Int8(), packed=lambda model: ["h.7.up"])

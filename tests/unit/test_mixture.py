@@ -138,6 +138,11 @@ def test_a_mixture_that_cannot_be_meant_is_refused(train: Any, complaint: str) -
         DataConfig(train=train)
 
 
+def test_no_two_sources_have_one_name() -> None:
+    named = [MixtureSource(path="x", name=name) for name in ("a-3", "a", "a", "a-3", "a")]
+    assert names_of(named) == ["a-3", "a", "a-4", "a-3-4", "a-5"]
+
+
 def test_a_source_that_teaches_nothing_is_named(tmp_path: Path) -> None:
     good = {"path": str(toy.write_records(tmp_path / "a.json", 4))}
     (tmp_path / "b.json").write_text(json.dumps([{"instruction": "x " * 300, "output": "y"}]))

@@ -119,10 +119,44 @@ def test_products_are_those_of_the_decoded_weight(
             assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
 
 
-def test_bitsandbytes_gives_the_plain_forms_numbers_and_is_used() -> None:
+def test_elsewhere_usual_layers_are_multiplied_back_whole_and_decoded_in_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The plain product to the bit, which a sum of blocks in another order is not; as on a GPU, without one."""
+    weight = gaussian(50 * 83).view(50, 83)
+    tensors, grad = kept(Int8(), weight), gaussian(9 * 50, 2).view(9, 50).bfloat16()
+    decoded, pieces = Int8().round_trip(weight.flatten()).view(50, 83).bfloat16(), []
+    decode_into = Int8.decode_into
+
+    def noted(storage: Int8, records: Any, out: Tensor) -> None:
+        pieces.append(out.numel())
+        decode_into(storage, records, out)
+
+    monkeypatch.setattr(Int8, "decode_into", noted)
+    monkeypatch.delitem(packed.PRODUCT_ELEMENTS, "cpu")
+    monkeypatch.setattr(packed, "OTHER_PRODUCT_ELEMENTS", 7 * 83)
+    assert torch.equal(Int8().project_back(grad, tensors, (50, 83)), grad @ decoded)
+    assert len(pieces) > 1 and max(pieces) <= 7 * 83
+    assert packed.OTHER_SUM_ELEMENTS >= 8192 * 28672
+
+
+@pytest.mark.parametrize("block_size", packed.BLOCK_SIZES)
+def test_bitsandbytes_gives_the_plain_forms_numbers_and_is_used(block_size: int) -> None:
     """The extra is part of the tests: where it is installed and works, it decodes."""
     nf4._kernel.cache_clear()
-    assert nf4._kernel("cpu") is nf4._of_bitsandbytes
+    assert nf4._kernel("cpu", block_size) is nf4._of_bitsandbytes
+
+
+def test_a_kernel_is_used_for_those_sizes_of_blocks_alone_that_it_decodes_as_the_plain_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wrong_for_256(codes: Tensor, scales: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+        return nf4.decoded(codes, scales, block_size, dtype) * (1.001 if block_size == 256 else 1.0)
+
+    monkeypatch.setattr(nf4, "_of_bitsandbytes", wrong_for_256)
+    nf4._kernel.cache_clear()
+    assert [size for size in packed.BLOCK_SIZES if nf4._kernel("cpu", size) is nf4.decoded] == [256]
+    nf4._kernel.cache_clear()
 
 
 @pytest.mark.parametrize("broken", ["absent", "wrong"])
@@ -135,7 +169,7 @@ def test_without_bitsandbytes_the_plain_form_decodes(broken: str, monkeypatch: p
     else:
         monkeypatch.setattr(nf4, "_of_bitsandbytes", lambda *sample: nf4.decoded(*sample) * 1.001)
     nf4._kernel.cache_clear()
-    assert nf4._kernel("cpu") is nf4.decoded
+    assert nf4._kernel("cpu", 64) is nf4.decoded
     nf4._kernel.cache_clear()
 
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_dist.config import TrainingConfig
-from dora_dist.data import FILLER, IGNORED, Collator, EpochBatches, Packing, RowCollator
+from dora_dist.config import DataConfig, TrainingConfig
+from dora_dist.data import FILLER, IGNORED, Collator, EpochBatches, Packing, RowCollator, TextReader, read
 from dora_dist.data.packing import filled, packed_plan, passes_over
 from dora_dist.models.families import _FAMILIES
+from dora_dist.runtime.distributed import World
 from dora_dist.tasks.objectives.language import LanguageModelling, PictureModelling
+from dora_dist.training import loaders as loading
+from dora_dist.training.loaders import Loaders
 from tests import llava, toy
 
 CAPACITY = 64
@@ -85,6 +88,36 @@ def test_a_set_to_evaluate_on_is_one_batch_of_rows() -> None:
     rows = packing.rows(range(50), 4 * passes)
     assert max(sum(packing.lengths[i] for i in row) for row in rows) <= CAPACITY
     assert passes * 4 * CAPACITY < 1.3 * sum(packing.lengths)
+
+
+@pytest.mark.parametrize("shortest", [33, 22, 2])
+def test_rows_of_a_large_set_are_planned_in_few_tries(shortest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of which each has a row of its own, of which two share one, of any length: as few as one by one."""
+    each = torch.randint(shortest, shortest + 20, (900,), generator=torch.Generator().manual_seed(3))
+    packing, tried = Packing(each, CAPACITY), []
+    fewest = -(-int(each.sum()) // (CAPACITY * 3))
+    while not packing.fits(range(900), 3 * fewest):
+        fewest += 1
+    fits = packing.fits
+    monkeypatch.setattr(packing, "fits", lambda samples, count: (tried.append(count), fits(samples, count))[1])
+    assert passes_over(packing, 3) == fewest
+    assert len(tried) <= 16
+
+
+def test_an_evaluation_in_rows_is_planned_once_for_each_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = DataConfig(train=str(toy.write_records(tmp_path / "a.json", 30)), cutoff_len=512, cache=None)
+    found = read(TextReader(data, toy.tokenizer()), data, seed=1, progress=False)
+    objective, training = LanguageModelling(toy.tokenizer(), None, packs=True), TrainingConfig(micro_batch_size=2)
+    world, planned = World(0, 1, 0, 1, "here", "none"), []
+
+    def noted(packing: Packing, across: int) -> int:
+        planned.append(across)
+        return passes_over(packing, across)
+
+    monkeypatch.setattr(loading, "passes_over", noted)
+    loaders = Loaders(found, objective, training.batch_plan(1), world=world, training=training, row_length=512)
+    first, again = (list(loaders.evaluation(found.train).batch_sampler) for _ in range(2))
+    assert first == again and planned == [2]
 
 
 def test_a_row_begins_positions_and_labels_again_with_each_sample() -> None:

@@ -8,6 +8,7 @@ from dora_dist.data import IGNORED
 from dora_dist.tasks.objectives.language import LanguageModelling
 from dora_dist.training.source_losses import KEY, SourceLosses, WithSources
 from tests import toy
+from tests.unit.test_packing import language_model
 
 
 def test_each_source_has_the_mean_loss_of_its_own_tokens() -> None:
@@ -34,11 +35,23 @@ def test_each_source_has_the_mean_loss_of_its_own_tokens() -> None:
     assert found.settle(torch.device("cpu")) == {}
 
 
-def test_a_loss_without_logits_says_nothing_of_sources() -> None:
-    objective, found = LanguageModelling(toy.tokenizer(), None), SourceLosses(["a"])
-    batch = {"shift_labels": torch.zeros(1, 2, dtype=torch.int64)}
-    found.add(objective.row_losses(ModelOutput(loss=torch.zeros(())), batch), torch.tensor([0]))
-    assert found.settle(torch.device("cpu")) == {}
+def test_losses_in_chunks_are_those_of_the_same_rows() -> None:
+    """As in a step: chunks begin within rows, and the sum of all is what is minimised."""
+    model, ids = language_model("llama", "sdpa"), toy.tokens(3, 12)
+    labels = ids.clone()
+    labels[0, :7] = labels[2] = IGNORED
+    batch = {"input_ids": ids, "labels": labels}
+    plain = LanguageModelling(toy.tokenizer(), model)
+    prepared = plain.prepared(batch)
+    wanted = plain.row_losses(model(**prepared, num_items_in_batch=1), prepared)
+    chunked = LanguageModelling(toy.tokenizer(), model, loss_chunk=5)
+    prepared = chunked.prepared(batch)
+    outputs = model(**prepared, num_items_in_batch=1)
+    found = chunked.row_losses(outputs, prepared)
+    assert outputs.logits is None and wanted is not None and found is not None
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=0)
+    assert torch.equal(found[1], wanted[1]) and found[0][2] == 0
+    assert not found[0].requires_grad and float(found[0].sum()) == pytest.approx(float(outputs.loss.detach()))
 
 
 def test_batches_say_the_source_of_each_row() -> None:

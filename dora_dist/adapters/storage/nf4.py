@@ -49,7 +49,8 @@ class NF4(PackedStorage):
     with `double_quant`, 16 blocks: their codes, their scales in a byte each, and the bfloat16 that is these' unit.
 
     A number is the code's value · scale, rounded once. Decoding is the work of bitsandbytes where that is installed and
-    agrees with the plain form to the last bit, which is asked once for each kind of device; encoding is always ours.
+    agrees with the plain form to the last bit, which is asked once for each kind of device and size of blocks; encoding
+    is always ours.
     """
 
     name = "nf4"
@@ -96,7 +97,8 @@ class NF4(PackedStorage):
         unit = records.view(torch.bfloat16)[:, -1:].float()
         if self.double_quant:
             unit = records[:, self._code_bytes : -SCALE_BYTES].view(torch.uint8) * unit
-        out.copy_(_kernel(records.device.type)(codes, unit.reshape(-1), self.block_size, out.dtype).view_as(out))
+        kernel = _kernel(records.device.type, self.block_size)
+        out.copy_(kernel(codes, unit.reshape(-1), self.block_size, out.dtype).view_as(out))
 
 
 def nearest(values: Tensor) -> Tensor:
@@ -139,14 +141,14 @@ def _pairs(device: torch.device) -> Tensor:
 
 
 @lru_cache
-def _kernel(device_type: str) -> Kernel:
+def _kernel(device_type: str, block_size: int) -> Kernel:
     """bitsandbytes' on this kind of device if it is there and gives the numbers of `decoded`, else that."""
     try:
         _import_bitsandbytes()
         generator = torch.Generator().manual_seed(0)
-        codes = torch.randint(0, 256, (2048,), dtype=torch.uint8, generator=generator).to(device_type)
+        codes = torch.randint(0, 256, (32 * block_size,), dtype=torch.uint8, generator=generator).to(device_type)
         scales = torch.rand(64, generator=generator).to(torch.bfloat16).float().to(device_type)
-        sample = (codes, scales, 64)
+        sample = (codes, scales, block_size)
         agrees = all(
             torch.equal(_of_bitsandbytes(*sample, dtype), decoded(*sample, dtype))
             for dtype in (torch.bfloat16, torch.float16, torch.float32)

@@ -19,6 +19,10 @@ OTHER_PRODUCT_ELEMENTS = 32 * 2**20
 """Elements of a weight that are decoded at a time while they are multiplied, by the kind of device: on a CPU they
 should stay in its cache, elsewhere a product should be large.
 """
+OTHER_SUM_ELEMENTS = 256 * 2**20
+"""The same, on other devices than a CPU, where products of blocks are added up: what is in one block, as usual layers
+are, needs no sum in fp32 beside the result, and is rounded as with a plain weight.
+"""
 SCALE_BYTES = 2
 """Of a block's scale in the package's storages, a bfloat16."""
 BLOCK_SIZES = (64, 128, 256, 512)
@@ -108,27 +112,40 @@ class PackedStorage(ABC):
         return y
 
     def project_back(self, grad: Tensor, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-        # In fp32: each block's product is rounded as the whole one would be, and their sum a second time only.
-        total = torch.zeros(len(grad), shape[1], dtype=torch.float32, device=grad.device)
-        for start, stop, weight in self._row_blocks(tensors, shape, like=grad):
+        for start, stop, weight in self._row_blocks(tensors, shape, like=grad, other=OTHER_SUM_ELEMENTS):
             if stop - start == shape[0]:
                 return grad @ weight
+            if not start:
+                # In fp32: each block's product is rounded as the whole one would be, and their sum a second time only.
+                total = torch.zeros(len(grad), shape[1], dtype=torch.float32, device=grad.device)
             total += grad[:, start:stop] @ weight
         return total.to(grad.dtype)
 
     def _row_blocks(
-        self, tensors: Sequence[Tensor], shape: tuple[int, int], *, like: Tensor
+        self,
+        tensors: Sequence[Tensor],
+        shape: tuple[int, int],
+        *,
+        like: Tensor,
+        other: int = OTHER_PRODUCT_ELEMENTS,
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """Rows [start, stop) of the weight (out, in), with dtype and device of `like`; each overwrites the last."""
+        """Rows [start, stop) of the weight (out, in), with dtype and device of `like`; each overwrites the last.
+
+        other: elements at a time on devices that PRODUCT_ELEMENTS does not have.
+        """
         rows, width = shape
-        at_once = PRODUCT_ELEMENTS.get(like.device.type, OTHER_PRODUCT_ELEMENTS)
+        at_once = PRODUCT_ELEMENTS.get(like.device.type, other)
         step = min(max(1, at_once // width), rows)
         # Rows need not begin where records do.
         memory = like.new_empty(-(-step * width // self.record) + 1, self.record)
+        pieces = max(1, OTHER_PRODUCT_ELEMENTS // self.record)  # decoding may need memory of its own
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             first, last = start * width // self.record, -(-stop * width // self.record)
-            self.decode_into(self._records(tensors, first, last, device=like.device), memory[: last - first])
+            for begin in range(first, last, pieces):
+                end = min(begin + pieces, last)
+                records = self._records(tensors, begin, end, device=like.device)
+                self.decode_into(records, memory[begin - first : end - first])
             offset = start * width - first * self.record
             yield start, stop, memory.view(-1)[offset : offset + (stop - start) * width].view(-1, width)
 
