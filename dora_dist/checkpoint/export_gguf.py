@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dora_dist.adapters.folders import holds_adapter
 from dora_dist.adapters.peft_folder import warn_of_magnitudes
 from dora_dist.adapters.storage import PLAIN, labelled
+from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_folders import open_adapter, own_tokenizer
 from dora_dist.checkpoint.merge_plan import Output, plan_merge
 from dora_dist.checkpoint.merger import Merger, merged_config, warn_of_another
 from dora_dist.checkpoint.merging import check_place, check_space, open_base
+from dora_dist.checkpoint.trained_weights import is_trained_weights
 from dora_dist.models.folder import ModelFolder
 from dora_dist.models.gguf_layout import Layout
 from dora_dist.models.gguf_vocabulary import Vocabulary, vocabulary_of
@@ -93,6 +96,12 @@ def export_gguf(
         "bytes_written": output.stat().st_size,
         "in_f16": [name for name, tensor in tensors.items() if gguf_type == "q8_0" and tensor.kind == "F16"],
     }
+
+
+def is_plain_model(path: Path) -> bool:
+    """Whether `path` is a model's folder, not an adapter's, a checkpoint or a run."""
+    holds = holds_adapter(path) or holds_adapter(path / run_folder.ADAPTER) or is_trained_weights(path)
+    return not holds and (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def declare_consolidate(commands: Commands) -> None:
 def _consolidate(options: argparse.Namespace) -> None:
     from dora_dist.checkpoint.consolidate import consolidate
 
-    adapter, base = _adapter_and_base(options, "merging", "consolidate")
+    adapter, base = adapter_and_base(options, "merging", "consolidate")
     with ended_by_signals():
         result = consolidate(
             adapter,
@@ -95,7 +95,7 @@ def declare_export_peft(commands: Commands) -> None:
 def _export_peft(options: argparse.Namespace) -> None:
     from dora_dist.checkpoint.export import export_peft
 
-    adapter, base = _adapter_and_base(options, "exporting", "export-peft")
+    adapter, base = adapter_and_base(options, "exporting", "export-peft")
     with ended_by_signals():
         modules = export_peft(adapter, base, options.output, overwrite=options.overwrite)
     say(f"{options.output}: {modules} modules")
@@ -107,7 +107,7 @@ def _add_adapter(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)")
 
 
-def _adapter_and_base(options: argparse.Namespace, doing: str, command: str) -> tuple[Path, str]:
+def adapter_and_base(options: argparse.Namespace, doing: str, command: str) -> tuple[Path, str]:
     """The adapter's folder and its base, for a command that says what it is `doing` with a run's checkpoint."""
     from dora_dist.checkpoint.adapter_folders import find_adapter
 
