@@ -89,6 +89,7 @@ OWN_OPTIONS: dict[str, list[str]] = {
         "--force",
         "--no-logits",
         "--dtype",
+        "--type",
         "--plugins",
     ],
     "import-gguf": ["--output", "--overwrite", "--dtype"],
