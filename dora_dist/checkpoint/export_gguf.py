@@ -16,7 +16,7 @@ from dora_dist.adapters.folders import holds_adapter
 from dora_dist.adapters.peft_folder import warn_of_magnitudes
 from dora_dist.adapters.storage import PLAIN, labelled
 from dora_dist.checkpoint import run_folder
-from dora_dist.checkpoint.adapter_folders import open_adapter, own_tokenizer
+from dora_dist.checkpoint.adapter_folders import adapter_and_base, open_adapter, own_tokenizer
 from dora_dist.checkpoint.merge_plan import Output, plan_merge
 from dora_dist.checkpoint.merger import Merger, merged_config, warn_of_another
 from dora_dist.checkpoint.merging import check_place, check_space, open_base
@@ -38,22 +38,24 @@ _BLOCK = 32  # numbers that share a scale in q8_0
 
 
 def export_gguf(
-    source: Path,
-    base_folder: Path | str | None,
+    path: str | Path,
     output: Path,
     *,
     gguf_type: str = "f16",
+    base: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write a causal language model of LLaMA's architecture as the file `output`, with its tokenizer.
 
     Args:
-        source: an adapter's folder or a checkpoint without adapter (as `find_adapter` gives them) with `base_folder`,
-            a folder or hub name; or, without that, the folder of a plain model such as `consolidate` writes.
+        path: a run, a checkpoint or an adapter folder, which is merged into its base; or the folder of a plain model,
+            such as `consolidate` writes.
         output: the file; it appears under its name once it is complete.
         gguf_type: one of TYPES. Sums of base and adapter are rounded to it from fp32. q8_0 is 8 bit with a scale per 32
             numbers; a weight whose rows are not a multiple of 32 is f16 in its place.
+
+        base: folder or hub name of the base; None: as the run, or else the adapter, says.
 
     Returns: {"output", "tensors", "merged": adapted weights, "bytes_written", "in_f16": tensors that are not q8_0}.
 
@@ -61,11 +63,16 @@ def export_gguf(
     result that `gguf_type` cannot hold, and an `output` that exists unless `overwrite`.
 
     Memory: a few blocks of rows, the vocabulary, and the largest adapted layer's own tensors.
+
+    Example::
+
+        export_gguf("runs/mine", Path("mine.gguf"), gguf_type="q8_0")
     """
     if gguf_type not in TYPES:
         raise UserError(f"type={gguf_type!r} is not supported; choose one of {', '.join(TYPES)}")
     extras.need("gguf", purpose="writing GGUF")
-    model = _adapted(source, base_folder) if base_folder is not None else _plain(source)
+    path = Path(path)
+    model = _plain(path, base) if _is_plain(path) else _adapted(*adapter_and_base(path, base))
     output = Path(output).resolve()
     _check_place(output, model, overwrite)
     layout = Layout(model.config, model.told)
@@ -98,7 +105,7 @@ def export_gguf(
     }
 
 
-def is_plain_model(path: Path) -> bool:
+def _is_plain(path: Path) -> bool:
     """Whether `path` is a model's folder, not an adapter's, a checkpoint or a run."""
     holds = holds_adapter(path) or holds_adapter(path / run_folder.ADAPTER) or is_trained_weights(path)
     return not holds and (path / "config.json").is_file() and any(path.glob("*.safetensors"))
@@ -119,7 +126,9 @@ class _Model:
     inputs: dict[str, Path]
 
 
-def _plain(folder: Path) -> _Model:
+def _plain(folder: Path, base: str | None) -> _Model:
+    if base is not None:
+        raise UserError(f"--base {base}: {folder} is a whole model; leave it out")
     found = ModelFolder.open(folder)
     entries = sorted(found.tensors.entries.items(), key=lambda item: (item[1].path, item[1].offset))
     outputs = [Output(modern(name), torch.float32, found.tensors, entry) for name, entry in entries]
@@ -127,10 +136,10 @@ def _plain(folder: Path) -> _Model:
     return _Model(outputs, merger, found.config, found.path, str(found.path / "config.json"), {"model": found.path})
 
 
-def _adapted(adapter_folder: Path, base_folder: Path | str) -> _Model:
+def _adapted(adapter_folder: Path, base_name: str) -> _Model:
     adapter = open_adapter(adapter_folder)
     storage = labelled(adapter.base_storage(), f"{adapter.path}: the base's storage")
-    base = open_base(adapter, str(base_folder))
+    base = open_base(adapter, base_name)
     warn_of_another(adapter, base.tensors)
     plan = plan_merge(adapter, base, "fp32")
     config = merged_config(base.config, adapter.model_config, dtype=None, untied=plan.untied)

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from dora_dist.checkpoint import run_folder
 from dora_dist.cli.endings import ended_by_signals
-from dora_dist.cli.models import adapter_and_base
 from dora_dist.cli.options import DTYPES, Commands, add_plugins, declare, positive
 from dora_dist.runtime import plugins
 from dora_dist.runtime.console import say
@@ -97,16 +97,18 @@ def _lora(options: argparse.Namespace) -> None:
 
 
 def _gguf(options: argparse.Namespace) -> None:
-    from dora_dist.checkpoint.export_gguf import export_gguf, is_plain_model
+    from dora_dist.checkpoint.export_gguf import export_gguf
 
-    if is_plain_model(options.path):
-        if options.base is not None:
-            raise UserError(f"--base {options.base}: {options.path} is a whole model; leave it out")
-        source, base = options.path, None
-    else:
-        source, base = adapter_and_base(options, "merging", "export --to gguf")
+    if (choice := run_folder.chosen(options.path)) is not None:
+        print(f"merging {choice.told(f'export {{}} --to gguf --output {options.output}')}")
     with ended_by_signals():
-        result = export_gguf(source, base, options.output, gguf_type=options.type or TYPE, overwrite=options.overwrite)
+        result = export_gguf(
+            options.path,
+            options.output,
+            gguf_type=options.type or TYPE,
+            base=options.base,
+            overwrite=options.overwrite,
+        )
     if result["in_f16"]:
         say(f"{len(result['in_f16']):,} weights are f16: their rows are not a multiple of 32, as q8_0 needs")
     say(

@@ -9,7 +9,6 @@ from dora_dist.cli.endings import ended_by_signals
 from dora_dist.cli.options import DTYPES, Commands, add_output, add_plugins, declare, positive, size
 from dora_dist.runtime import plugins
 from dora_dist.runtime.console import say
-from dora_dist.runtime.errors import UserError
 
 
 def declare_consolidate(commands: Commands) -> None:
@@ -42,7 +41,7 @@ def declare_consolidate(commands: Commands) -> None:
 def _consolidate(options: argparse.Namespace) -> None:
     from dora_dist.checkpoint.consolidate import consolidate
 
-    adapter, base = adapter_and_base(options, "merging", "consolidate")
+    adapter, base = _adapter_and_base(options, "merging", "consolidate")
     with ended_by_signals():
         result = consolidate(
             adapter,
@@ -95,7 +94,7 @@ def declare_export_peft(commands: Commands) -> None:
 def _export_peft(options: argparse.Namespace) -> None:
     from dora_dist.checkpoint.export import export_peft
 
-    adapter, base = adapter_and_base(options, "exporting", "export-peft")
+    adapter, base = _adapter_and_base(options, "exporting", "export-peft")
     with ended_by_signals():
         modules = export_peft(adapter, base, options.output, overwrite=options.overwrite)
     say(f"{options.output}: {modules} modules")
@@ -107,18 +106,15 @@ def _add_adapter(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)")
 
 
-def adapter_and_base(options: argparse.Namespace, doing: str, command: str) -> tuple[Path, str]:
+def _adapter_and_base(options: argparse.Namespace, doing: str, command: str) -> tuple[Path, str]:
     """The adapter's folder and its base, for a command that says what it is `doing` with a run's checkpoint."""
-    from dora_dist.checkpoint.adapter_folders import find_adapter
+    from dora_dist.checkpoint.adapter_folders import adapter_and_base
 
     plugins.load(options.plugins, "--plugins")
-    adapter, found = find_adapter(options.path)
+    found = adapter_and_base(options.path, options.base)
     if (choice := run_folder.chosen(options.path)) is not None:
         print(f"{doing} {choice.told(f'{command} {{}} --output {options.output}')}")
-    base = options.base or found
-    if base is None:
-        raise UserError(f"{options.path}: does not say what its base model is; give it with --base MODEL")
-    return adapter, base
+    return found
 
 
 def declare_import_gguf(commands: Commands) -> None:

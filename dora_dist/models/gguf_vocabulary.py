@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dora_dist.runtime.console import note
 from dora_dist.runtime.errors import UserError
 
 _QWEN2 = (
@@ -90,9 +91,9 @@ def vocabulary_of(tokenizer: Any, rows: int, source: str) -> Vocabulary:
     space_prefix = None
     if model.get("byte_fallback"):
         kind, rule, space_prefix = "llama", "default", _space_prefix(backend, source)
-        ranks = _scores(pairs, source)
-        scores = [ranks.get(text, _WITHOUT_MERGE if len(text) > 1 else 0.0) for text in texts]
         kinds = [_kind_of_piece(text, kind, model) for text, kind in zip(texts, kinds, strict=True)]
+        ranks = _scores(pairs, [text for text, kind in zip(texts, kinds, strict=True) if kind == _NORMAL], source)
+        scores = [ranks.get(text, _WITHOUT_MERGE if len(text) > 1 else 0.0) for text in texts]
         texts = [
             text.replace(_SPACE, " ") if kind == _USER_DEFINED else text
             for text, kind in zip(texts, kinds, strict=True)
@@ -181,7 +182,13 @@ def _space_prefix(backend: Mapping[str, Any], source: str) -> bool:
     words, normalizer = backend["pre_tokenizer"], backend["normalizer"]
     if words is not None and normalizer is None:
         if words["type"] == "Metaspace" and words["replacement"] == _SPACE and not words.get("split", True):
-            return bool(words["prepend_scheme"] != "never")
+            if words["prepend_scheme"] == "never":
+                return False
+            note(
+                f"{source}: llama.cpp puts a space in front of each text and after special tokens, as sentencepiece does; "
+                "the tokenizer that was trained with does not where a text has one already, nor after special tokens"
+            )
+            return True
     elif words is None and normalizer is not None:
         steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
         spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -198,25 +205,32 @@ def _kind_of_piece(text: str, kind: int, model: Mapping[str, Any]) -> int:
     return _BYTE if kind == _NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", text) else kind
 
 
-def _scores(merges: Sequence[Sequence[str]], source: str) -> dict[str, float]:
+def _scores(merges: Sequence[Sequence[str]], pieces: Sequence[str], source: str) -> dict[str, float]:
     """Scores of pieces that prefer the same merges.
 
-    sentencepiece takes the pair whose union has the highest score, so all merges that end in one piece follow each
-    other; those of pieces with equal scores, which are LLaMA's runs of spaces, may alternate.
+    sentencepiece joins any two whose union is a piece, that with the highest score first. So every such pair is a
+    merge, and all merges that end in one piece follow each other; those of pieces with equal scores, which are LLaMA's
+    runs of spaces, may alternate.
     """
+    known, joined = set(pieces), {(left, right) for left, right in merges}
+    for piece in pieces:
+        for cut in range(1, len(piece)):
+            pair = piece[:cut], piece[cut:]
+            if pair not in joined and known.issuperset(pair):
+                raise _unknown(source, f"never joins {pair[0]!r} and {pair[1]!r}, though it has a piece {piece!r}")
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         first.setdefault(left + right, rank)
         last[left + right] = rank
     scores, group, end = {}, 0, -1
-    pieces: list[str] = []
+    equal: list[str] = []
     for piece, rank in first.items():  # in the order of their ranks
         if rank > end:
-            group, pieces = rank, []
-        pieces.append(piece)
+            group, equal = rank, []
+        equal.append(piece)
         end = max(end, last[piece])
-        if len(pieces) > 1 and any(set(other) != {piece[0]} for other in pieces):
-            raise _unknown(source, f"has merges that no scores of pieces stand for ({pieces[0]!r}, {piece!r})")
+        if len(equal) > 1 and any(set(other) != {piece[0]} for other in equal):
+            raise _unknown(source, f"has merges that no scores of pieces stand for ({equal[0]!r}, {piece!r})")
         scores[piece] = -float(group)
     return scores
