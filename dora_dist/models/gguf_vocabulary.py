@@ -185,11 +185,13 @@ def _space_prefix(backend: Mapping[str, Any], source: str) -> bool:
             if words["prepend_scheme"] == "never":
                 return False
             note(
-                f"{source}: llama.cpp puts a space in front of each text and after special tokens, as sentencepiece does; "
-                "the tokenizer that was trained with does not where a text has one already, nor after special tokens"
+                f"{source}: llama.cpp puts a space in front of each text and after special tokens; the tokenizer that was "
+                "trained with does not where a text has one already, nor after special tokens"
             )
             return True
     elif words is None and normalizer is not None:
+        if changed := next((token["content"] for token in backend["added_tokens"] if token["normalized"]), None):
+            raise _unknown(source, f"finds its token {changed!r} after it has put spaces into texts (normalized)")
         steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
         spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
         prefix = {"type": "Prepend", "prepend": _SPACE}

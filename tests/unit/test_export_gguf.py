@@ -12,7 +12,7 @@ import pytest
 import torch
 import xllamacpp
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -232,7 +232,7 @@ def pieces(prepended: bool) -> Any:
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     bpe.add_special_tokens(["<unk>", "<s>", "</s>"])
-    bpe.add_tokens(["[x]"])
+    bpe.add_tokens([AddedToken("[x]", normalized=False)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
