@@ -185,8 +185,8 @@ def _space_prefix(backend: Mapping[str, Any], source: str) -> bool:
             if words["prepend_scheme"] == "never":
                 return False
             note(
-                f"{source}: llama.cpp puts a space in front of each text and after special tokens; the tokenizer that was "
-                "trained with does not where a text has one already, nor after special tokens"
+                f"{source}: llama.cpp puts a space in front of each text and after special tokens; what was trained "
+                "with does not where a text has one already, nor after special tokens"
             )
             return True
     elif words is None and normalizer is not None:
