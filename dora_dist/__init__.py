@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dora_dist.adapters.switch import adapters_off as adapters_off
     from dora_dist.checkpoint.adapter_of_model import save_adapter as save_adapter
     from dora_dist.checkpoint.consolidate import consolidate as consolidate
+    from dora_dist.checkpoint.export_gguf import export_gguf as export_gguf
     from dora_dist.config import RunConfig as RunConfig
     from dora_dist.evaluation.export_lora import export_lora as export_lora
     from dora_dist.evaluation.generate import generate as generate
@@ -30,6 +31,7 @@ __all__ = [
     "build_model",
     "consolidate",
     "evaluate",
+    "export_gguf",
     "export_lora",
     "generate",
     "save_adapter",
@@ -43,6 +45,7 @@ _DEFINED_IN = {
     "save_adapter": "dora_dist.checkpoint.adapter_of_model",
     "adapters_off": "dora_dist.adapters.switch",
     "consolidate": "dora_dist.checkpoint.consolidate",
+    "export_gguf": "dora_dist.checkpoint.export_gguf",
     "evaluate": "dora_dist.evaluation.run",
     "export_lora": "dora_dist.evaluation.export_lora",
     "generate": "dora_dist.evaluation.generate",

@@ -54,6 +54,14 @@ def find_adapter(path: Path) -> tuple[Path, str | None]:
     return find_adapter(choice.folder)
 
 
+def adapter_and_base(path: Path, base: str | None) -> tuple[Path, str]:
+    """As `find_adapter`, with the base that is given in the place of the one that is known. UserError where none is."""
+    adapter, found = find_adapter(path)
+    if base is None and found is None:
+        raise UserError(f"{path}: does not say what its base model is; give it with --base MODEL")
+    return adapter, base or str(found)
+
+
 def kept_tokenizer(adapter: Path) -> Path | None:
     """The folder with the tokenizer of what `find_adapter` has found, if that holds one."""
     places = (adapter, adapter / run_folder.TOKENIZER)

@@ -11,32 +11,26 @@ each use is written on its own, with tie_word_embeddings: false in config.json, 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor
-
-from dora_dist.adapters.adapter_folder import AdapterFolder, SavedLayer
-from dora_dist.adapters.peft_folder import warn_of_lacking, warn_of_magnitudes
-from dora_dist.adapters.storage import PLAIN, WeightStorage, labelled
+from dora_dist.adapters.peft_folder import warn_of_magnitudes
+from dora_dist.adapters.storage import labelled
 from dora_dist.checkpoint.adapter_folders import open_adapter, own_tokenizer
-from dora_dist.checkpoint.merge_plan import Output, Shard, plan_merge
-from dora_dist.checkpoint.merging import check_place, open_base, row_blocks, trained_on
+from dora_dist.checkpoint.merge_plan import Shard, plan_merge
+from dora_dist.checkpoint.merger import Merger, merged_config, warn_of_another
+from dora_dist.checkpoint.merging import check_place, check_space, open_base
 from dora_dist.checkpoint.model_card import about_adapter, add_card
 from dora_dist.models.folder import DTYPES
 from dora_dist.runtime import console
 from dora_dist.runtime.console import note
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import MODEL_MARKS, new_folder
-from dora_dist.weights.digest import sampled_digest, warn_of_another_base
-from dora_dist.weights.safetensors_io import TensorFolder, TensorWriter
+from dora_dist.weights.safetensors_io import TensorWriter
 
 BasePrecision = Literal["trained", "original"]
 
@@ -98,24 +92,24 @@ def consolidate(
     base = open_base(adapter, str(base_folder))
     output = Path(output).resolve()
     check_place(output, base.path, Path(adapter_folder), what="a model", marks=MODEL_MARKS)
-    _warn_of_another(adapter, base.tensors)
+    warn_of_another(adapter, base.tensors)
     plan = plan_merge(adapter, base, dtype)
     adapter = adapter.of_base(plan.adapted)
     shards = plan.shards(max_shard_bytes)
     if larger := sum(output.nbytes > max_shard_bytes for output in plan.outputs):
         note(f"{larger:,} of {len(plan.outputs):,} tensors are larger than --max-shard-size and get files of their own")
     total = sum(shard.nbytes for shard in shards)
-    _check_space(output, total)
+    check_space(output, total)
     with (
         new_folder(output, overwrite) as folder,
         console.progress(total, "consolidating", "B", unit_scale=True, shown=progress) as bar,
     ):
         _copy_companions(base.path, folder, tokenizer=own_tokenizer(Path(adapter_folder)) or base.path)
         _write_config(folder, base.config, adapter.model_config, dtype=dtype, untied=plan.untied)
-        merger = _Merger(adapter, storage, base_precision == "original")
-        odd = _write_weights(folder, shards, merger, bar=bar)
+        merger = Merger(adapter, storage, base_precision == "original")
+        _write_weights(folder, shards, merger, bar=bar)
         add_card(folder, about_adapter(adapter), replaced=output)
-    warn_of_magnitudes(adapter.path, odd)
+    warn_of_magnitudes(adapter.path, merger.odd)
     return {
         "output": str(output),
         "tensors": len(plan.outputs),
@@ -129,73 +123,6 @@ def consolidate(
     }
 
 
-def _check_space(output: Path, nbytes: int) -> None:
-    place = next(folder for folder in output.parents if folder.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < nbytes:
-        needed = f"{nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
-        raise UserError(f"{output}: disk full: {needed}; free some space or choose another place")
-
-
-def _warn_of_another(adapter: AdapterFolder, base: TensorFolder) -> None:
-    """Warn where the adapter is of another base, or of more layers than it has tensors for."""
-    warn_of_another_base(adapter.path, adapter.base_model, adapter.base_digest(), base.path, sampled_digest(base))
-    weights = [name for name, entry in base.entries.items() if name.endswith(".weight") and len(entry.shape) == 2]
-    warn_of_lacking(adapter.path, adapter.lacking(name.removesuffix(".weight") for name in weights))
-
-
-@dataclass
-class _Merger:
-    """Makes the merged tensors of an adapter that was trained on a base in `storage`: of that, or of the base's own
-    weights (`original`).
-    """
-
-    adapter: AdapterFolder
-    storage: WeightStorage
-    original: bool
-    differences: dict[str, float] = field(default_factory=dict)
-
-    def layer(self, output: Output) -> SavedLayer | None:
-        return self.adapter.layer(output.module) if output.module else None
-
-    def blocks(self, output: Output, layer: SavedLayer | None) -> Iterator[Tensor]:
-        """The tensor as it is to be written, a block of rows at a time; UserError if a number is not finite."""
-        dtype, held_by = output.dtype, trained_on(output, self.storage)
-        if self.original and output.packed:
-            blocks = self._compared(output, layer)
-        elif held_by is None:
-            blocks = (block for _, block in row_blocks(output))
-        else:
-            blocks = _merged(output, layer, held_by)
-        for block in blocks:
-            block = block.to(dtype)
-            if block.is_floating_point() and dtype.itemsize > 1 and not bool(torch.isfinite(block).all()):
-                origin = "source" if layer is None else "base, adapter or their sum"
-                cause = f"its {origin} holds NaN, infinity or a value too large for {dtype}"
-                raise UserError(
-                    f"tensor {output.name!r} would not be finite: {cause}; try --dtype bf16 or fp32, or fix it"
-                )
-            yield block
-
-    def _compared(self, output: Output, layer: SavedLayer | None) -> Iterator[Tensor]:
-        """Of the base's own weight; `differences` gets how far that is from what training saw."""
-        apart = whole = 0.0
-        both = zip(_merged(output, layer, PLAIN), _merged(output, layer, self.storage), strict=True)
-        for own, seen in both:
-            apart += float((own - seen).double().square().sum())
-            whole += float(seen.double().square().sum())
-            yield own
-        self.differences[output.name] = math.sqrt(apart / whole) if whole else 0.0
-
-
-def _merged(output: Output, layer: SavedLayer | None, held_by: WeightStorage) -> Iterator[Tensor]:
-    """Blocks of rows (rows, in), fp32, of a weight as `held_by` has it, with the layer's update."""
-    for start, block in row_blocks(output, held_by):
-        if layer is not None:
-            layer.merge_rows(block, start)
-        yield block
-
-
 def _copy_companions(base: Path, folder: Path, *, tokenizer: Path) -> None:
     """Configuration and licence files of the base, and the files of the folder `tokenizer` that are a tokenizer's."""
     for place, patterns in ((base, _CONFIGURATION), (tokenizer, _TOKENIZER)):
@@ -207,41 +134,23 @@ def _copy_companions(base: Path, folder: Path, *, tokenizer: Path) -> None:
 def _write_config(
     folder: Path, config: dict[str, Any], model_config: Mapping[str, Any], *, dtype: str | None, untied: bool
 ) -> None:
-    """Write the base's `config` where it does not hold any more: the weights' new `dtype`, the new head's fields
-    (`model_config`), and that a head is not the embedding any more (`untied`).
-    """
-    if not (dtype or model_config or untied):
-        return
-    if dtype:
-        for section in (config, *(part for part in config.values() if isinstance(part, dict))):
-            key = "dtype" if "dtype" in section else "torch_dtype"
-            if key in section or section is config:
-                section[key] = str(DTYPES[dtype]).removeprefix("torch.")
-    if untied:
-        for section in (config, *([config["text_config"]] if isinstance(config.get("text_config"), dict) else [])):
-            section["tie_word_embeddings"] = False
-    written = json.dumps({**config, **model_config}, indent=2)
-    (folder / "config.json").write_text(written + "\n", encoding="utf-8")
+    """Write what `merged_config` says where the copied config.json does not hold any more."""
+    if dtype or model_config or untied:
+        written = json.dumps(merged_config(config, model_config, dtype=dtype, untied=untied), indent=2)
+        (folder / "config.json").write_text(written + "\n", encoding="utf-8")
 
 
-def _write_weights(folder: Path, shards: Sequence[Shard], merger: _Merger, *, bar: Any) -> dict[str, int]:
-    """Read, merge and write every tensor, and the index where there are several files.
-
-    Returns how many odd magnitudes each tensor's update has.
-    """
-    odd: dict[str, int] = {}
+def _write_weights(folder: Path, shards: Sequence[Shard], merger: Merger, *, bar: Any) -> None:
+    """Read, merge and write every tensor, and the index where there are several files."""
     for shard in shards:
         layout = [(output.name, output.dtype, output.entry.shape) for output in shard.outputs]
         with TensorWriter(folder / shard.name, layout, {"format": "pt"}) as writer:
             for output in shard.outputs:
-                layer = merger.layer(output)
-                odd[output.name] = layer.odd_magnitudes() if layer else 0
-                for block in merger.blocks(output, layer):
+                for block in merger.blocks(output):
                     writer.write(output.name, block)
                     bar.update(block.nbytes)
     if len(shards) > 1:
         _write_index(folder, shards)
-    return odd
 
 
 def _write_index(folder: Path, shards: Sequence[Shard]) -> None:

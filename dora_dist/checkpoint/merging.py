@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,15 @@ def check_place(output: Path, base: Path, adapter: Path, *, what: str, marks: Se
             raise UserError(
                 f"{output}: lies in the checkpoint {place}, which must stay as it is; choose another folder"
             )
+
+
+def check_space(output: Path, nbytes: int) -> None:
+    """Raise UserError where the disk of the new file or folder `output` is too small for `nbytes`."""
+    place = next(folder for folder in output.parents if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        needed = f"{nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+        raise UserError(f"{output}: disk full: {needed}; free some space or choose another place")
 
 
 def trained_on(output: Output, storage: WeightStorage) -> WeightStorage | None:

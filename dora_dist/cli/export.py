@@ -1,14 +1,20 @@
-"""`dora-dist export`: a trained adapter in the form that another program takes."""
+"""`dora-dist export`: what was trained, in the form that another program takes."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+from dora_dist.checkpoint import run_folder
 from dora_dist.cli.endings import ended_by_signals
-from dora_dist.cli.options import DTYPES, Commands, add_output, add_plugins, declare, positive
+from dora_dist.cli.options import DTYPES, Commands, add_plugins, declare, positive
 from dora_dist.runtime import plugins
 from dora_dist.runtime.console import say
+from dora_dist.runtime.errors import UserError
 
+RANK, MAX_ERROR = 64, 0.3
+TYPES, TYPE = ("f32", "f16", "bf16", "q8_0"), "f16"
+_OPTIONS = {"lora": ("rank", "max_error", "force", "no_logits", "dtype"), "gguf": ("type",)}
+"""Form -> options that have a meaning with it alone."""
 _WORST = 5  # modules whose error is shown
 
 
@@ -17,46 +23,98 @@ def declare_export(commands: Commands) -> None:
         commands,
         "export",
         _export,
-        summary="write an adapter as a plain LoRA, for servers that read no other, and measure what that loses",
-        example="dora-dist export runs/mine --to lora --rank 64 --output lora/",
+        summary="write an adapter as a plain LoRA, for servers that read no other, and measure what that loses; or the "
+        "merged model as a GGUF file, for llama.cpp",
+        example="dora-dist export runs/mine --to lora --rank 64 --output lora/\n"
+        "          dora-dist export runs/mine --to gguf --output mine.gguf",
     )
-    command.add_argument("path", type=Path, metavar="PATH", help="run folder, checkpoint, or adapter folder")
-    command.add_argument("--to", choices=("lora",), required=True, help="lora: the nearest LoRA of --rank")
-    add_output(command, "the result")
-    command.add_argument("--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)")
-    command.add_argument("--rank", type=positive, default=64, metavar="R", help="rank of the LoRA (%(default)s)")
     command.add_argument(
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="run, checkpoint, or adapter folder; for gguf also a merged model",
+    )
+    command.add_argument(
+        "--to", choices=("lora", "gguf"), required=True, help="lora: the nearest LoRA of --rank; gguf: a merged model"
+    )
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="PATH", help="new folder for the LoRA, or new GGUF file"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace the output if it is there already")
+    command.add_argument("--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)")
+    add_plugins(command)
+    _declare_lora(command.add_argument_group("for --to lora"))
+    command.add_argument_group("for --to gguf").add_argument(
+        "--type", choices=TYPES, help=f"number format of the weights (default: {TYPE})"
+    )
+
+
+def _declare_lora(group: Any) -> None:
+    """The options of a LoRA: None where they are not given, so that those of the other form can be refused."""
+    group.add_argument("--rank", type=positive, metavar="R", help=f"rank of the LoRA ({RANK})")
+    group.add_argument(
         "--max-error",
         type=float,
-        default=0.3,
         metavar="E",
-        help="refuse to lose more than this share of the adapter's effect on the logits (%(default)s)",
+        help=f"refuse to lose more than this share of the adapter's effect on the logits ({MAX_ERROR})",
     )
-    command.add_argument("--force", action="store_true", help="write it whatever it loses")
-    command.add_argument(
-        "--no-logits", action="store_true", help="load no model; --max-error is then of the weights' change"
+    group.add_argument("--force", action="store_true", default=None, help="write it whatever it loses")
+    group.add_argument(
+        "--no-logits",
+        action="store_true",
+        default=None,
+        help="load no model; --max-error is then of the weights' change",
     )
-    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the logits (default: %(default)s)")
-    add_plugins(command)
+    group.add_argument("--dtype", choices=DTYPES, help="of the logits (default: fp32)")
 
 
 def _export(options: argparse.Namespace) -> None:
     plugins.load(options.plugins, "--plugins")
+    for form, names in _OPTIONS.items():
+        given = [name for name in names if getattr(options, name) is not None]
+        if given and form != options.to:
+            flag = f"--{given[0].replace('_', '-')}"
+            raise UserError(f"{flag}: is for --to {form}, and has no meaning with --to {options.to}; leave it out")
+    {"lora": _lora, "gguf": _gguf}[options.to](options)
+
+
+def _lora(options: argparse.Namespace) -> None:
     from dora_dist.evaluation.export_lora import export_lora
 
     with ended_by_signals():
         result = export_lora(
             options.path,
             options.output,
-            r=options.rank,
+            r=options.rank or RANK,
             base=options.base,
-            max_error=options.max_error,
-            force=options.force,
+            max_error=MAX_ERROR if options.max_error is None else options.max_error,
+            force=bool(options.force),
             logits=not options.no_logits,
-            dtype=options.dtype,
+            dtype=options.dtype or "fp32",
             overwrite=options.overwrite,
         )
     say(_told(result))
+
+
+def _gguf(options: argparse.Namespace) -> None:
+    from dora_dist.checkpoint.export_gguf import export_gguf
+
+    if (choice := run_folder.chosen(options.path)) is not None:
+        print(f"merging {choice.told(f'export {{}} --to gguf --output {options.output}')}")
+    with ended_by_signals():
+        result = export_gguf(
+            options.path,
+            options.output,
+            gguf_type=options.type or TYPE,
+            base=options.base,
+            overwrite=options.overwrite,
+        )
+    if result["in_f16"]:
+        say(f"{len(result['in_f16']):,} weights are f16: their rows are not a multiple of 32, as q8_0 needs")
+    say(
+        f"{options.output}: {result['merged']} of {result['tensors']} tensors merged, "
+        f"{result['bytes_written'] / 1e9:.3f} GB written"
+    )
 
 
 def _told(result: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from dora_dist.cli.endings import ended_by_signals
 from dora_dist.cli.options import DTYPES, Commands, add_output, add_plugins, declare, positive, size
 from dora_dist.runtime import plugins
 from dora_dist.runtime.console import say
-from dora_dist.runtime.errors import UserError
 
 
 def declare_consolidate(commands: Commands) -> None:
@@ -109,16 +108,13 @@ def _add_adapter(command: argparse.ArgumentParser, what: str) -> None:
 
 def _adapter_and_base(options: argparse.Namespace, doing: str, command: str) -> tuple[Path, str]:
     """The adapter's folder and its base, for a command that says what it is `doing` with a run's checkpoint."""
-    from dora_dist.checkpoint.adapter_folders import find_adapter
+    from dora_dist.checkpoint.adapter_folders import adapter_and_base
 
     plugins.load(options.plugins, "--plugins")
-    adapter, found = find_adapter(options.path)
+    found = adapter_and_base(options.path, options.base)
     if (choice := run_folder.chosen(options.path)) is not None:
         print(f"{doing} {choice.told(f'{command} {{}} --output {options.output}')}")
-    base = options.base or found
-    if base is None:
-        raise UserError(f"{options.path}: does not say what its base model is; give it with --base MODEL")
-    return adapter, base
+    return found
 
 
 def declare_import_gguf(commands: Commands) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dora_dist.models.folder import DTYPES
+from dora_dist.runtime import extras
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import check_output, new_folder
 
@@ -29,8 +29,7 @@ def import_gguf(file: Path, output: Path, *, dtype: str = "bf16", overwrite: boo
     check_output(Path(output), {"GGUF file": file})
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{file}: reading GGUF needs the package gguf; pip install 'dora-dist[demo]'")
+    extras.need("gguf", purpose=f"{file}: reading GGUF")
     with new_folder(output, overwrite) as folder:
         model, tokenizer = _load(file, DTYPES[dtype])
         model.save_pretrained(folder)

@@ -8,6 +8,7 @@ BROUGHT_BY = {
     "PIL": ("pillow", "images"),
     "av": ("av", "video"),
     "bitsandbytes": ("bitsandbytes", "quantised"),
+    "gguf": ("gguf", "gguf"),
     "h5py": ("h5py", "features"),
     "mlflow": ("mlflow-skinny", "mlflow"),
     "matplotlib": ("matplotlib", "plots"),

@@ -114,6 +114,60 @@ def lora_of_a_model(folder: Folder) -> Words:
     return ["export", "base", "--to", "lora", "--output", "lora"]
 
 
+def gguf(path: str, *options: str) -> Words:
+    return ["export", path, "--to", "gguf", "--output", "model.gguf", *options]
+
+
+@CASES.bad(says=("base/config.json: hidden_act = 'gelu' cannot be written as GGUF", "llama.cpp computes silu"))
+def gguf_of_another_activation(folder: Folder) -> Words:
+    folder.base()
+    folder.edited("base/config.json", hidden_act="gelu")
+    return gguf("base")
+
+
+@CASES.bad(says="nowhere: no such folder; give an adapter folder, a checkpoint or a run folder")
+def gguf_of_nothing(folder: Folder) -> Words:
+    return gguf("nowhere")
+
+
+@CASES.bad(says="--rank: is for --to lora, and has no meaning with --to gguf; leave it out")
+def gguf_of_a_rank(folder: Folder) -> Words:
+    folder.base()
+    return gguf("base", "--rank", "8")
+
+
+@CASES.bad(says="--type: is for --to gguf, and has no meaning with --to lora; leave it out")
+def lora_of_a_type(folder: Folder) -> Words:
+    return ["export", "adapter", "--to", "lora", "--output", "lora", "--type", "f16"]
+
+
+@CASES.bad(says="--base base: base is a whole model; leave it out")
+def gguf_of_a_model_with_a_base(folder: Folder) -> Words:
+    folder.base()
+    return gguf("base", "--base", "base")
+
+
+@CASES.bad(says="model.gguf: is a folder; give the name of a file")
+def gguf_into_a_folder(folder: Folder) -> Words:
+    folder.base()
+    folder.text("model.gguf/notes.txt", "mine")
+    return gguf("base")
+
+
+@CASES.bad(says="model.gguf: already exists and is not a GGUF file")
+def gguf_over_something_else(folder: Folder) -> Words:
+    folder.base()
+    folder.text("model.gguf", "my notes")
+    return gguf("base", "--overwrite")
+
+
+@CASES.bad(says=("tokenizer cuts words by Whitespace", "known are those of gpt-2"))
+def gguf_of_a_tokenizer_that_is_not_known(folder: Folder) -> Words:
+    folder.base()
+    folder.edited("base/tokenizer.json", pre_tokenizer={"type": "Whitespace"})
+    return gguf("base")
+
+
 @CASES.bad(says="nowhere: no such folder; give an adapter folder, a merged folder or a run")
 def push_nothing(folder: Folder) -> Words:
     return ["push", "nowhere", "org/name", "--dry-run"]

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_names_are_these() -> None:
-    functions = ["adapters_off", "build_model", "consolidate", "evaluate", "export_lora", "generate", "save_adapter"]
-    functions.append("train")
+    functions = ["adapters_off", "build_model", "consolidate", "evaluate", "export_gguf", "export_lora"]
+    functions += ["generate", "save_adapter", "train"]
     assert dora_dist.__all__ == ["RunConfig", "__version__", *functions]
     for name in dora_dist.__all__:
         assert getattr(dora_dist, name) is not None
@@ -29,7 +29,7 @@ def test_importing_it_imports_neither_torch_nor_a_schema() -> None:
 
 
 def test_each_name_says_what_it_takes_and_raises_and_shows_an_example() -> None:
-    for name in ("build_model", "consolidate", "evaluate", "export_lora", "generate", "train"):
+    for name in ("build_model", "consolidate", "evaluate", "export_gguf", "export_lora", "generate", "train"):
         text = getattr(dora_dist, name).__doc__
         for part in ("Args:", "Raises", "Example::"):
             assert part in text, (name, part)

@@ -139,7 +139,7 @@ def test_what_cannot_be_converted_is_named_and_leaves_nothing(tmp_path: Path, mo
     assert "dtype='int4'" in failure(whole, dtype="int4")
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
-        assert "pip install 'dora-dist[demo]'" in failure(whole)
+        assert "pip install 'dora-dist[gguf]'" in failure(whole)
     assert sorted(tmp_path.iterdir()) == files
     (tmp_path / "other.gguf").write_bytes(b"PK" + bytes(100))
     assert "other.gguf: not a GGUF file" in failure(tmp_path / "other.gguf")
