@@ -64,8 +64,8 @@ def take_losses_in_chunks(model: Any, rows: Rows) -> bool:
             return logits
         count = max(CHUNK_BYTES // (4 * head.out_features), 1) if rows == "auto" else rows
         finished = functools.partial(finish, model)
-        each = {"bias": head.bias, "rows": count, "finish": finished, "losses": losses}
-        return chunked_loss(hidden, head.weight, targets, weights, **each)
+        each = functools.partial(chunked_loss, bias=head.bias, rows=count, finish=finished, losses=losses)
+        return each(hidden, head.weight, targets, weights)
 
     @functools.wraps(plain_forward)
     def forward(*args: Any, targets: Tensor | None = None, token_weights: Tensor | None = None, **inputs: Any) -> Any:

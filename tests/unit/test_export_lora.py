@@ -101,7 +101,7 @@ def test_a_layer_that_stayed_plain_beside_a_packed_one_changes_as_training_saw_i
         export_lora(folder / name, folder / f"of_{name}", r=36, logits=False, progress=False)
     ours, others = (read_peft_folder(folder / f"of_{name}").layers for name in ("mixed", "adapter"))
     for module, same in ((packed, False), (plain, True)):
-        products = [layer.lora_B @ layer.lora_A for layer in (ours[module], others[module])]  # type: ignore[operator]
+        products = [layer.lora_B @ layer.lora_A for layer in (ours[module], others[module])]
         assert torch.equal(*products) == same
 
 

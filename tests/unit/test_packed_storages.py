@@ -125,7 +125,8 @@ def test_elsewhere_usual_layers_are_multiplied_back_whole_and_decoded_in_pieces(
     """The plain product to the bit, which a sum of blocks in another order is not; as on a GPU, without one."""
     weight = gaussian(50 * 83).view(50, 83)
     tensors, grad = kept(Int8(), weight), gaussian(9 * 50, 2).view(9, 50).bfloat16()
-    decoded, pieces = Int8().round_trip(weight.flatten()).view(50, 83).bfloat16(), []
+    decoded = Int8().round_trip(weight.flatten()).view(50, 83).bfloat16()
+    pieces: list[int] = []
     decode_into = Int8.decode_into
 
     def noted(storage: Int8, records: Any, out: Tensor) -> None:

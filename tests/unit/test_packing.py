@@ -1,6 +1,6 @@
 """Several samples in one row: which share one, and that a model's losses and gradients do not know it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,12 +94,17 @@ def test_a_set_to_evaluate_on_is_one_batch_of_rows() -> None:
 def test_rows_of_a_large_set_are_planned_in_few_tries(shortest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples of which each has a row of its own, of which two share one, of any length: as few as one by one."""
     each = torch.randint(shortest, shortest + 20, (900,), generator=torch.Generator().manual_seed(3))
-    packing, tried = Packing(each, CAPACITY), []
+    packing = Packing(each, CAPACITY)
     fewest = -(-int(each.sum()) // (CAPACITY * 3))
     while not packing.fits(range(900), 3 * fewest):
         fewest += 1
-    fits = packing.fits
-    monkeypatch.setattr(packing, "fits", lambda samples, count: (tried.append(count), fits(samples, count))[1])
+    fits, tried = packing.fits, list[int]()
+
+    def noted(samples: Sequence[int], count: int) -> bool:
+        tried.append(count)
+        return fits(samples, count)
+
+    monkeypatch.setattr(packing, "fits", noted)
     assert passes_over(packing, 3) == fewest
     assert len(tried) <= 16
 
@@ -108,7 +113,7 @@ def test_an_evaluation_in_rows_is_planned_once_for_each_set(tmp_path: Path, monk
     data = DataConfig(train=str(toy.write_records(tmp_path / "a.json", 30)), cutoff_len=512, cache=None)
     found = read(TextReader(data, toy.tokenizer()), data, seed=1, progress=False)
     objective, training = LanguageModelling(toy.tokenizer(), None, packs=True), TrainingConfig(micro_batch_size=2)
-    world, planned = World(0, 1, 0, 1, "here", "none"), []
+    world, planned = World(0, 1, 0, 1, "here", "none"), list[int]()
 
     def noted(packing: Packing, across: int) -> int:
         planned.append(across)

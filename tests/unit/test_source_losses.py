@@ -35,6 +35,13 @@ def test_each_source_has_the_mean_loss_of_its_own_tokens() -> None:
     assert found.settle(torch.device("cpu")) == {}
 
 
+def test_a_model_that_returns_its_loss_alone_says_nothing_of_sources() -> None:
+    objective, found = LanguageModelling(toy.tokenizer(), None), SourceLosses(["a"])
+    batch = {"shift_labels": torch.zeros(1, 2, dtype=torch.int64)}
+    found.add(objective.row_losses(ModelOutput(loss=torch.zeros(())), batch), torch.tensor([0]))
+    assert found.settle(torch.device("cpu")) == {}
+
+
 def test_losses_in_chunks_are_those_of_the_same_rows() -> None:
     """As in a step: chunks begin within rows, and the sum of all is what is minimised."""
     model, ids = language_model("llama", "sdpa"), toy.tokens(3, 12)

@@ -112,13 +112,14 @@ class PackedStorage(ABC):
         return y
 
     def project_back(self, grad: Tensor, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+        total: Tensor | None = None
         for start, stop, weight in self._row_blocks(tensors, shape, like=grad, other=OTHER_SUM_ELEMENTS):
+            part = grad[:, start:stop] @ weight
             if stop - start == shape[0]:
-                return grad @ weight
-            if not start:
-                # In fp32: each block's product is rounded as the whole one would be, and their sum a second time only.
-                total = torch.zeros(len(grad), shape[1], dtype=torch.float32, device=grad.device)
-            total += grad[:, start:stop] @ weight
+                return part
+            # In fp32: each block's product is rounded as the whole one would be, and their sum a second time only.
+            total = part.float() if total is None else total.add_(part)
+        assert total is not None  # a weight has rows
         return total.to(grad.dtype)
 
     def _row_blocks(

@@ -45,8 +45,9 @@ class LanguageModelling(Objective):
     @torch.no_grad()
     def row_losses(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor] | None:
         logits, labels = outputs.get("logits"), batch["shift_labels"]
-        if logits is None:  # a loss in chunks
-            return outputs["token_losses"].sum(1), (labels != IGNORED).sum(1)
+        if logits is None:
+            each = outputs.get("token_losses")  # of a loss in chunks; another model may say nothing
+            return None if each is None else (each.sum(1), (labels != IGNORED).sum(1))
         # Row by row: in fp32 the logits of all would be the largest tensor of the step.
         pairs = zip(logits, labels, strict=True)
         sums = [nn.functional.cross_entropy(a.float(), b, ignore_index=IGNORED, reduction="sum") for a, b in pairs]
