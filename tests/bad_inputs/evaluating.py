@@ -197,7 +197,7 @@ def chat_without_an_answer(folder: Folder) -> Words:
     return evaluate(folder, "--format", "messages", task="mine=data.json")
 
 
-@CASES.bad(says='message 1 must be an object with the strings "role" and "content"')
+@CASES.bad(says='message 1 must be an object with "role" and "content", found "is 2 even?"')
 def chat_of_texts(folder: Folder) -> Words:
     template(folder)
     records(folder, {"messages": ["is 2 even?", "true"]})

@@ -14,7 +14,7 @@ import pytest
 from dora_dist.cli import build_parser
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import REQUIRED, field_specs
-from dora_dist.config.names import DATA_SUFFIXES
+from dora_dist.config.names import DATA_SUFFIXES, GZIP
 from dora_dist.runtime import exit_codes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,11 +60,9 @@ def test_extras_kinds_of_data_and_how_tos_are_named_where_users_look() -> None:
     of_developers = {"demo", "demo-llava", "demo-vlbart", "bench", "docs", "hooks", "test"}
     table = "".join(line.split("|")[1] for line in data.splitlines() if line.startswith("| `"))
     assert {extra for extra in extras if f"`{extra}`" not in table} == of_developers
-    for page in (readme, data, (ROOT / "docs/reference/files.md").read_text()):
+    for text in (readme, data, (ROOT / "docs/reference/files.md").read_text()):
         for kind in DATA_SUFFIXES:
-            assert (".gz" if kind.endswith(".gz") else kind.removeprefix(".").upper()) in page.replace(
-                "Parquet", "PARQUET"
-            )
+            assert (GZIP if kind.endswith(GZIP) else kind.removeprefix(".")) in text.lower()
     for page in sorted((ROOT / "docs/how-to").glob("*.md")):
         if page.stem not in ("full", "features", "vl-bart"):  # of the lead, and of the tutorials
             assert f"docs/how-to/{page.name})" in readme.partition("| do one thing |")[2].partition("\n")[0], page
