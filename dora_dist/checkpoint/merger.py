@@ -82,16 +82,16 @@ def merged_config(
     """The base's `config` where it does not hold any more: the weights' new `dtype`, the new head's fields
     (`model_config`), and that a head is not the embedding any more (`untied`).
     """
-    config = deepcopy(dict(config))
+    merged: dict[str, Any] = deepcopy(dict(config))
     if dtype:
-        for section in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for section in (merged, *(part for part in merged.values() if isinstance(part, dict))):
             key = "dtype" if "dtype" in section else "torch_dtype"
-            if key in section or section is config:
+            if key in section or section is merged:
                 section[key] = str(DTYPES[dtype]).removeprefix("torch.")
     if untied:
-        for section in (config, *([config["text_config"]] if isinstance(config.get("text_config"), dict) else [])):
+        for section in (merged, *([merged["text_config"]] if isinstance(merged.get("text_config"), dict) else [])):
             section["tie_word_embeddings"] = False
-    return {**config, **model_config}
+    return {**merged, **model_config}
 
 
 def warn_of_another(adapter: AdapterFolder, base: TensorFolder) -> None:
