@@ -42,7 +42,8 @@ def names_of(mixture: Sequence[MixtureSource]) -> list[str]:
     for each in mixture:
         name = each.name or Path(listed(each.path)[0].partition(":")[0]).name.partition(".")[0]
         numbered = (f"{name}-{number}" for number in count(len(found) + 1))
-        found.append(next(own for own in chain([name], numbered) if own == each.name or own not in [*found, *given]))
+        free = (own for own in chain([name], numbered) if own not in found and (own == each.name or own not in given))
+        found.append(next(free))
     return found
 
 
