@@ -74,7 +74,7 @@ class Table:
 
     @property
     def _step_width(self) -> int:
-        return 2 * len(self._steps) + 1
+        return max(2 * len(self._steps) + 1, len("step"))
 
     def _chosen(self, record: dict[str, Any]) -> tuple[Column, ...]:
         left = self._width - self._step_width

@@ -271,7 +271,7 @@ def test_a_data_set_by_its_card_by_its_file_or_as_the_hub_converts_it(hub: Hub, 
     assert "has no configuration 'middle'; it has easy, hard" in unknown
     assert "has no split 'test'; it has train (say which: lab/cards:hard:train)" in split
     assert "has no file nothing.json" in file
-    assert "has no .json, .jsonl, .parquet files" in program
+    assert "has no .json, .jsonl, .parquet, .csv, .tsv, or .json.gz, .jsonl.gz, .csv.gz, .tsv.gz files" in program
 
 
 CODE_CONFIG = b"""

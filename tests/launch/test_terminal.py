@@ -63,6 +63,7 @@ def test_a_run_in_a_terminal(folder: Path, columns: int) -> None:
     assert [line.split()[0] for line in opening if BLOCK.match(line)] == OPENING.split()
     assert [line.split()[0] for line in closing if BLOCK.match(line)] == CLOSING.split()
     assert ("memory" in table[0].split()) == (columns == 120)
+    assert all(len(line.split()) > 1 for line in table), terminal.text
     assert [line.split()[0] for line in table if "." in line.split()[1]] == ["1/4", "2/4", "3/4", "4/4"]
     assert sum("evaluation: loss" in line for line in table) == 2
     assert "FutureWarning" in (folder / name / run_folder.LOG).read_text()
@@ -106,7 +107,8 @@ def test_output_that_nobody_reads_ends_no_run(folder: Path) -> None:
 
 def test_a_full_disk_is_no_traceback(folder: Path) -> None:
     train = f"{sys.executable} {TRAIN} {' '.join(written(folder, 'full', eval_every=None))}"
-    ran = in_a_shell(folder, f"ulimit -f 3; {train}")  # 3 KiB a file: the configuration fits, checkpoints do not
+    # 16 KiB a file: the configuration and the history fit, checkpoints do not
+    ran = in_a_shell(folder, f"ulimit -f 16; {train}")
     assert ran.returncode == USERS_MISTAKE, ran.stderr
     assert "cannot be written: File too large" in ran.stderr and "Traceback" not in ran.stdout + ran.stderr
     assert "\r" not in ran.stdout
