@@ -54,7 +54,7 @@ def test_methods_are_compared_and_finished_runs_are_kept(folder: Path) -> None:
     widths = sum(layer[0] + layer[1] for layer in _shapes()) * toy.SIZES["num_hidden_layers"]
     assert lora["trained_numbers"] == [2 * widths]
     assert lora["trained_numbers"][0] / 2 < short["trained_numbers"][0] < 1.5 * lora["trained_numbers"][0]  # 3 pruned
-    assert found["steps"] == {"even": 6, "news": 18}
+    assert found["steps"] == {"even": 6, "news": 12}
     assert [(row["task"], row["method"]) for row in encoders] == [("news", "lora"), ("news", "short")]
     texts = {"even": 15, "news": 40}
     for row in (lora, short, *encoders):
