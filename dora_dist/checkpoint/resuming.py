@@ -18,6 +18,7 @@ from dora_dist.config.fields import values
 from dora_dist.config.files import new_run_from
 from dora_dist.config.mixture import mixture_of, replaced
 from dora_dist.config.names import Sources, data_set, is_local
+from dora_dist.data.mixture import SHARES
 from dora_dist.data.sampler import batches_of
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.secrets import without_secrets
@@ -213,7 +214,7 @@ def changes(folder: Path, manifest: Mapping[str, Any], config: RunConfig, *, our
                 f"there, {now} here{why}; {_or_start_from(folder)}"
             )
         found[name] = f"{before or 'none'} -> {now or 'none'}"
-    for name, (before, now) in _differing(theirs["order"], ours["order"]):
+    for name, (before, now) in _differing(_order(theirs), _order(ours)):
         raise UserError(
             f"checkpoint.resume: {folder} was written with {name} = {_shown(before)}, this run has {_shown(now)}: the "
             f"order of the data would not continue; {_or_start_from(folder)}"
@@ -284,6 +285,14 @@ def _changed(manifest: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[s
         before, now = theirs.get(name, ours[name]), ours[name]
         if before != now and rule is not Rule.PLACE:
             yield name, before, now
+
+
+def _order(trained_with: Mapping[str, Any]) -> dict[str, Any]:
+    """What the order follows from; of a mixture's sources by position, as they were once written by name."""
+    order = dict(trained_with["order"])
+    if isinstance(by_name := order.get(SHARES), Mapping):
+        order[SHARES] = list(by_name.values())
+    return order
 
 
 def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:

@@ -47,6 +47,12 @@ def names_of(mixture: Sequence[MixtureSource]) -> list[str]:
     return found
 
 
+def named(sources: Sources) -> list[MixtureSource]:
+    """The sources of a mixture, each with the name that it is called by."""
+    mixture = mixture_of(sources)
+    return [each.model_copy(update={"name": name}) for each, name in zip(mixture, names_of(mixture), strict=True)]
+
+
 def replaced(sources: Sources, path: Any) -> Any:
     """A mixture with `path` of the names of each source in place of them."""
     return [each.model_copy(update={"path": path(each.path)}) for each in mixture_of(sources)]

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from dora_dist.data.sampler import FILLER, EpochOrder, parted_seed
 
+SHARES = "samples of each source, and of an epoch"
+"""Where a checkpoint says how the sources of a mixture are mixed, in their order."""
+
 
 class Share(NamedTuple):
     """A source: its samples, and how many samples an epoch has of them, and of all sources."""

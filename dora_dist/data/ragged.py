@@ -13,14 +13,11 @@ from torch.utils.data import Dataset
 
 from dora_dist.data import columns
 from dora_dist.data.columns import Table
-from dora_dist.data.mixture import Mixture, Share, shares, sources_of
+from dora_dist.data.mixture import SHARES, Mixture, Share, shares, sources_of
 from dora_dist.data.preview import Preview
 from dora_dist.data.reader import Reader
 from dora_dist.data.sampler import EpochOrder
 from dora_dist.data.stats import Stats
-
-SHARES = "samples of each source, and of an epoch"
-"""Where a checkpoint says how the sources of a mixture are mixed."""
 
 
 class RaggedDataset(Dataset[dict[str, Any]]):
@@ -133,7 +130,7 @@ class RaggedDataset(Dataset[dict[str, Any]]):
         facts = self.reader.order_facts(self.table, self.index)
         if self.mixture is None:
             return facts
-        return {**facts, SHARES: {share.name: [share.samples, share.drawn] for share in self.shares}}
+        return {**facts, SHARES: [[share.samples, share.drawn] for share in self.shares]}
 
 
 def _digest(content: bytes) -> bytes:

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from dora_dist.config import RunConfig, is_local
-from dora_dist.config.mixture import mixture_of, replaced
+from dora_dist.config.mixture import mixture_of, named, replaced
 from dora_dist.config.names import Sources, data_set, listed
 from dora_dist.data.repository import data_files
 from dora_dist.runtime.distributed import World, together
@@ -66,7 +66,8 @@ def _found(sources: Sources, split: str, local_only: bool) -> Any:
     if isinstance(sources, Mapping):
         return {task: _found(names, split, local_only) for task, names in sources.items()}
     if mixture_of(sources):
-        return replaced(sources, lambda path: _found(path, split, local_only))
+        # Named first: a data set's files are called as all others are, "train-00000-of-00001".
+        return replaced(named(sources), lambda path: _found(path, split, local_only))
     return [file for name in listed(sources) for file in _files(name, split, local_only)]
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from dora_dist.config import DataConfig
+from dora_dist.config import DataConfig, RunConfig
 from dora_dist.config.mixture import MixtureSource, names_of
 from dora_dist.data import EpochBatches, RaggedDataset, TextReader, read
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.sampler import FILLER
 from dora_dist.runtime.errors import UserError
+from dora_dist.training.fetching import fetched_for_data
 from tests import toy
 
 SOURCES = torch.tensor([0] * 30 + [1] * 7 + [2] * 3)
@@ -141,6 +142,17 @@ def test_a_mixture_that_cannot_be_meant_is_refused(train: Any, complaint: str) -
 def test_no_two_sources_have_one_name() -> None:
     named = [MixtureSource(path="x", name=name) for name in ("a-3", "a", "a", "a-3", "a")]
     assert names_of(named) == ["a-3", "a", "a-4", "a-3-4", "a-5"]
+
+
+def test_a_data_set_is_called_as_it_was_named_whatever_its_files_are(tmp_path: Path) -> None:
+    for name in ("sums", "chats"):
+        (tmp_path / name).mkdir()
+        toy.write_records(tmp_path / name / "train-00000-of-00001.json", 4)
+    sources = [{"path": str(tmp_path / "sums")}, {"path": str(tmp_path / "chats"), "weight": 2}]
+    config = RunConfig.from_dict({"model": {"path": str(tmp_path)}, "data": {"train": sources, "cache": None}})
+    local = fetched_for_data(config)
+    assert names_of(local.data.train) == ["sums", "chats"]
+    assert [Path(each.path[0]).name for each in local.data.train] == ["train-00000-of-00001.json"] * 2
 
 
 def test_a_source_that_teaches_nothing_is_named(tmp_path: Path) -> None:

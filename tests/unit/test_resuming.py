@@ -12,6 +12,7 @@ from dora_dist.checkpoint.manifest import write_manifest
 from dora_dist.checkpoint.run_folder import chosen, set_best
 from dora_dist.config import RunConfig
 from dora_dist.config.fields import field_specs
+from dora_dist.data.mixture import SHARES
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
 from dora_dist.weights.safetensors_io import TensorFolder
@@ -171,3 +172,15 @@ def test_a_change_is_told_without_secrets() -> None:
     told = resuming.changes(Path("checkpoint-2"), manifest, now, ours=same)
     assert list(told) == ["engine.deepspeed"]
     assert "-key" not in told["engine.deepspeed"] and '"api_key": "(not shown)"' in told["engine.deepspeed"]
+
+
+def test_sources_of_a_mixture_are_compared_by_position_whatever_they_are_called() -> None:
+    config = RunConfig.from_dict({"model": {"path": "lab/base"}, "data": {"train": "lab/records"}})
+    same = {"base": {"weights": "", "config": {}}, "data": {}, "ranks": 1}
+    before = {**same, "configuration": json.loads(config.to_json())}
+    named = {SHARES: {"train-00000-of-00001": [7, 9], "train-00000-of-00001-2": [3, 1]}}  # as once written
+    for order in (named, {SHARES: [[7, 9], [3, 1]]}):
+        manifest = {"trained_with": {**before, "order": order}}
+        assert resuming.changes(Path("c"), manifest, config, ours={**same, "order": {SHARES: [[7, 9], [3, 1]]}}) == {}
+        with pytest.raises(UserError, match="the order of the data would not continue"):
+            resuming.changes(Path("c"), manifest, config, ours={**same, "order": {SHARES: [[7, 8], [3, 2]]}})
