@@ -186,10 +186,11 @@ def open_components(model: nn.Module) -> int:
 
 
 def unsharded(model: nn.Module, settings: Settings) -> Iterator[str]:
-    """Names of parameters that the engine does not shard, or that are not bf16: there should be none."""
+    """Names of parameters that the engine does not shard, or that are neither bf16 nor packed: there should be none."""
     dtypes = (torch.bfloat16, torch.float32) if settings.peft_fp32 else (torch.bfloat16,)
     from dora_dist.zero3.partition import is_sharded
 
     for name, parameter in model.named_parameters():
-        if not is_sharded(parameter) or parameter.dtype not in dtypes:
+        packed = not parameter.is_floating_point()
+        if not is_sharded(parameter) or not (packed or parameter.dtype in dtypes):
             yield f"{name} ({parameter.dtype})"

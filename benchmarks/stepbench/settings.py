@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ import torch
 from dora_dist.adapters import storage
 from dora_dist.runtime import distributed
 
+STORED = {f"dora-{name}": name for name in storage.names() if name != "plain"}
+"""Variants that are DoRA on another storage of the base weights."""
 VARIANTS = {
     "dora": "this project, DoRA",
+    **{variant: f"  on {name}" for variant, name in STORED.items()},
     "recorded": "  recording every step",
     "lora": "this project, LoRA",
     "none": "no adapter",
@@ -112,6 +115,11 @@ class Settings:
         return asdict(self)
 
 
+def resolved(variant: str, settings: Settings) -> tuple[str, Settings]:
+    """What ranks build for a variant, and with which settings: "dora-nf4" is "dora" on NF4."""
+    return ("dora", replace(settings, storage=STORED[variant])) if variant in STORED else (variant, settings)
+
+
 def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     nested = {k: _merged(base[k], v) for k, v in extra.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
     return {**base, **extra, **nested}
@@ -136,7 +144,6 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, argparse.Namesp
     parser.add_argument(
         "--pictures", action="store_true", help="a LLaVA: frozen tower, projector trained in full, a picture a record"
     )
-    parser.add_argument("--storage", choices=storage.names(), default="plain", help="of the base in this project's")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument(
         "--peft-fp32", action="store_true", help="leave PEFT's adapters in fp32, which is its default, not in bf16"
@@ -147,5 +154,5 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, argparse.Namesp
     parser.add_argument("--base", type=Path, help="keep the synthetic base model in this folder, or reuse it")
     parser.add_argument("--profile", choices=VARIANTS, help="print one step's top operations on rank 0 instead")
     options = parser.parse_args(arguments)
-    names = [f.name for f in fields(Settings)]
-    return Settings(**{name: getattr(options, name) for name in names}), options
+    given = {f.name: getattr(options, f.name) for f in fields(Settings) if hasattr(options, f.name)}
+    return Settings(**given), options
