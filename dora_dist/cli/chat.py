@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from dora_dist.evaluation.speaking import INTERRUPTED, Answer, Sampling, Speaker
+from dora_dist.evaluation.speaking import Sampling, Speaker
 from dora_dist.runtime.console import say
 from dora_dist.runtime.errors import UserError
+from dora_dist.tasks.prompting.answering import INTERRUPTED, Answer
 from dora_dist.tasks.prompting.base import Message, Prompt
 
 HELP = (

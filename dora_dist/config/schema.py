@@ -410,6 +410,14 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(default=False, description='The same as "tensorboard" in trackers')
     progress_bar: bool = Field(default=True, description="Show a progress bar on rank 0")
     report: bool = Field(default=True, description="Keep the run's page, report.html in the run folder, up to date")
+    samples: Annotated[int, Field(ge=0, le=64)] = Field(
+        default=4,
+        description="Records of the validation set, the first ones, that the model answers in its own words after each "
+        "evaluation (causal_lm, image_text_to_text), for the history and the run's page; 0: none",
+    )
+    sample_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(
+        default=48, description="Most tokens of each of these answers: as many forward passes on all ranks"
+    )
     peak_flops: Annotated[float, Field(gt=0), at_most(1e24)] | None = Field(
         default=None,
         description="Peak FLOP/s of one device, for the utilisation in the log; null: known GPUs looked up",

@@ -16,7 +16,7 @@ from dora_dist.data.packing import InRows, Packing, RowCollator
 from dora_dist.data.pictured import ConversationReader
 from dora_dist.data.ragged import RaggedDataset, TokenizedData
 from dora_dist.data.reader import Reader
-from dora_dist.data.reading import read
+from dora_dist.data.reading import read, validation_records
 from dora_dist.data.records import load_records
 from dora_dist.data.sampler import FILLER, EpochBatches, EpochDataLoader
 from dora_dist.data.set_warnings import warn_of_the_whole
@@ -52,5 +52,6 @@ __all__ = [
     "load_records",
     "read",
     "text_filler",
+    "validation_records",
     "warn_of_the_whole",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dora_dist.data.doubts import Doubts, pack_doubts, say
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.ragged import RaggedDataset, TokenizedData
 from dora_dist.data.reader import Reader
+from dora_dist.data.records import Record
 from dora_dist.data.stats import Stats
 from dora_dist.runtime import console
 from dora_dist.runtime.errors import UserError
@@ -107,15 +108,38 @@ def _table(reader: Reader, data: DataConfig, split: str, progress: bool) -> Tabl
     return reader.opened(table, f"data.{split}")
 
 
+def _parts(reader: Reader, sources: Sources) -> list[tuple[Reader, Sources]]:
+    """The sources of a split with what reads each: those of a mixture one by one, all others together."""
+    mixture = mixture_of(sources)
+    return [(reader.of_format(source.format) if source.format else reader, source.path) for source in mixture] or [
+        (reader, sources)
+    ]
+
+
+def validation_records(rows: RaggedDataset, data: DataConfig, *, most: int) -> Iterator[tuple[str, Record]]:
+    """The format and the record of the first samples, `most` of them, of the validation set that `read` made of `data`.
+
+    Its files are read again, as far as it takes. Raises UserError.
+    """
+    split = "train" if data.validation is None else "validation"
+    wanted = set(rows.records[:most].tolist())
+    number = -1
+    for reader, named in _parts(rows.reader, getattr(data, split)):
+        for _, record in reader.records(named, split):
+            number += 1
+            if number in wanted:
+                yield reader.data.format, record
+            if number >= max(wanted):
+                return
+
+
 def _code_of(reader: Reader) -> set[Path]:
     return {Path(inspect.getfile(kind)) for kind in type(reader).__mro__ if issubclass(kind, Reader)}
 
 
 def _encoded(reader: Reader, sources: Sources, split: str, progress: bool) -> dict[str, Tensor]:
     field, mixture = f"data.{split}", mixture_of(sources)
-    parts = [(reader.of_format(source.format) if source.format else reader, source.path) for source in mixture] or [
-        (reader, sources)
-    ]
+    parts = _parts(reader, sources)
     into, doubts, bounds = Columns(), Doubts(reader.tokenizer, but=reader.allowed), [0]
     for each, named in parts:
         records = list(each.records(named, split))

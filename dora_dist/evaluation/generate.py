@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.data.chats import listed_in
-from dora_dist.evaluation.speaking import Answer, Sampling, Speaker
+from dora_dist.evaluation.speaking import Sampling, Speaker
 from dora_dist.runtime import console
 from dora_dist.runtime.errors import UserError
+from dora_dist.tasks.prompting.answering import Answer
 from dora_dist.tasks.prompting.base import Prompt
 
 WINDOW = 16

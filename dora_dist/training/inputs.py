@@ -22,6 +22,7 @@ from dora_dist.training.blocks import about_data
 from dora_dist.training.checks import check_own_code
 from dora_dist.training.fetching import fetched
 from dora_dist.training.loaders import batch_plan
+from dora_dist.training.samples import Samples, read_samples
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Inputs:
     start_from: SavedAdapter | None
     plan: BatchPlan
     """How each rank takes its part of every global batch."""
+    samples: Samples | None
+    """What the model answers after each evaluation, if anything."""
 
 
 def read_inputs(config: RunConfig, world: World) -> Inputs:
@@ -65,7 +68,8 @@ def read_inputs(config: RunConfig, world: World) -> Inputs:
     check_agreement(world, files | contents)
     tokenizer = task_named(model.task).tokenizer(processor)
     check_vocabulary(tokenizer, base_config.get_text_config().vocab_size, model.path, ids=data.token_ids())
-    return Inputs(base, processor, data, contents, start_from, plan)
+    samples = read_samples(local, base, processor, data, world=world)
+    return Inputs(base, processor, data, contents, start_from, plan, samples)
 
 
 def read_data(config: RunConfig, base: Path, *, progress: bool) -> tuple[Any, TokenizedData]:

@@ -246,6 +246,7 @@ def build_trainer(
         pruning=pruning,
         unreadable=Unreadable(objective.problems, config.data.bad_images, world),
         report=report,
+        samples=inputs.samples,
         callbacks=[*ours, *callbacks],
         open_checkpoints=partial(_open_checkpoints, config, inputs, phase, world=world, adapted=adapted),
         forget_best=forgets_best(phase.changed) or elsewhere,

@@ -2,6 +2,7 @@
 
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class ReportCallback(TrainerCallback):
         options: LoggingConfig,
     ) -> None:
         self._tokens = self._places = 0
+        self._samples: list[dict[str, str]] = []
         self._world, self._norms, self._pruning = world, run.norms, pruning
         self._weights = run.weights
         self._history, self._trackers, self._run_dir = history, trackers, run_dir
@@ -69,6 +71,10 @@ class ReportCallback(TrainerCallback):
         """Count a batch of this rank: its tokens, and with padding its places."""
         self._tokens += tokens
         self._places += places
+
+    def answered(self, samples: list[dict[str, str]]) -> None:
+        """What the model said in the evaluation that is logged next: {"prompt", "answer", "expected"}."""
+        self._samples = samples
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._table = Table(state.max_steps, width())
@@ -113,11 +119,13 @@ class ReportCallback(TrainerCallback):
         with together("writing the log"):  # or the other ranks would go on, and wait for rank 0
             if self._world.first:
                 self._write(logs)
-                self._trackers.log(args, state, logs)
+                self._trackers.log(args, state, logs)  # numbers alone
 
     def _write(self, logs: dict[str, Any]) -> None:
         if "components_kept" in logs:
             logs["components_by_layer"] = self._pruning.events[-1].by_layer
+        if self._samples and event_of(logs) == "evaluation":
+            logs, self._samples = {**logs, "samples": self._samples}, []
         self._show(self._history.add(event_of(logs), **logs))
 
     def _show(self, record: dict[str, Any]) -> None:
@@ -129,6 +137,8 @@ class ReportCallback(TrainerCallback):
                 say(self._table.event(record["step"], f"loss by source: {by_source}"))
         elif text := event_text(record):
             say(self._table.event(record["step"], text))
+            for number, sample in enumerate(record.get("samples", ()), start=1):
+                say(self._table.event(record["step"], sample_text(number, sample, width())))
 
     def _clock(self, state: Any) -> dict[str, float]:
         """Seconds of training in this start, and those to the last step at this pace."""
@@ -216,6 +226,14 @@ def event_text(record: dict[str, Any]) -> str:
     names = _EVALUATED | {key: key.removeprefix("eval_").replace("_", " ") for key in record if key in others}
     found = [f"{name} {record[key]:.4f}" for key, name in names.items() if key in record]
     return f"evaluation: {', '.join(found)}" if found else ""
+
+
+def sample_text(number: int, sample: Mapping[str, str], width: int) -> str:
+    """A line about an answer that the model gave in an evaluation, for a screen of that many columns."""
+    most = max(width // 2 - 20, 16)
+    words = (" ".join(sample[field].split()) for field in ("answer", "expected"))
+    said, wanted = (text if len(text) <= most else f"{text[: most - 2]} …" for text in words)
+    return f"sample {number}: {said or 'no words'} (expected: {wanted})"
 
 
 def _known_peak() -> float | None:

@@ -23,6 +23,7 @@ from dora_dist.training.pruning import Pruning
 from dora_dist.training.ranks import Ranks
 from dora_dist.training.rates import go_on_at, set_rates
 from dora_dist.training.reporting import ReportCallback
+from dora_dist.training.samples import Samples
 from dora_dist.training.source_losses import KEY, SourceLosses
 from dora_dist.training.unreadable import Unreadable
 from dora_dist.zero3.optimizer_state import step_was_skipped
@@ -51,6 +52,7 @@ class DoraTrainer(Trainer):
         pruning: Pruning,
         unreadable: Unreadable,
         report: ReportCallback,
+        samples: Samples | None,
         callbacks: Sequence[TrainerCallback],
         open_checkpoints: Callable[[Any], Checkpoints],
         forget_best: bool,
@@ -64,7 +66,7 @@ class DoraTrainer(Trainer):
         self.ended_early: str | None = None
         """Why the run is over before its last step (training.early_stopping)."""
         self._counts_after = pruning.budget.last if pruning.budget is not None else 0
-        self._unreadable, self._report = unreadable, report
+        self._unreadable, self._report, self._samples = unreadable, report, samples
         self._open_checkpoints, self._forget_best = open_checkpoints, forget_best
         self._objective, self._losses = loaders.objective, StepLosses()
         mixture = loaders.data.train.mixture
@@ -132,8 +134,12 @@ class DoraTrainer(Trainer):
         super().log(logs, start_time)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        half = torch.bfloat16 if self.args.bf16 else torch.float32
-        return self._objective.placed(on_device(inputs, self.args.device, half, exact=self._objective.exact))
+        return self._objective.placed(on_device(inputs, self.args.device, self._half, exact=self._objective.exact))
+
+    @property
+    def _half(self) -> torch.dtype:
+        """Of the numbers that a batch has, besides token ids."""
+        return torch.bfloat16 if self.args.bf16 else torch.float32
 
     def agree(self) -> None:
         """Learn what any rank knows, and act on it on every rank, in every optimizer step (collective)."""
@@ -180,6 +186,8 @@ class DoraTrainer(Trainer):
             self.stopping = self.control.should_save = self.control.should_training_stop = True
             return {}
         self._log_if_any(self._unreadable.settle())
+        if self._samples is not None:
+            self._report.answered(self._samples.answered(model, self.args.device, self._half))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -26,6 +26,12 @@ def release(engine: Any) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def abandon_forward(engine: Any) -> None:
+    """After a forward that ended in an exception, on every rank alike: give back the weights that it had gathered."""
+    engine.empty_partition_cache()
+    FWD_MODULE_STACK[:] = [engine.module]  # without the modules that it was in
+
+
 def collect() -> None:
     """Free what nothing refers to any more: engines, trainers and callbacks refer to one another."""
     gc.collect()

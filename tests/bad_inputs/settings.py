@@ -108,6 +108,7 @@ CASES.option(
     "--training.schedule=reduce_lr_on_plateau",
     says='training.schedule = "reduce_lr_on_plateau": must be one of "linear"',
 )
+CASES.option("samples_below_none", "--logging.samples=-1", says="logging.samples = -1: must be a whole number >= 0")
 CASES.option("noise_of_nothing", "--training.neftune_alpha=0", says="training.neftune_alpha = 0: must be a number > 0")
 CASES.option(
     "rslora_without_a_scale",

@@ -30,7 +30,7 @@ def config(base: Path, data: Path, run_dir: Path, /, **changes: dict[str, Any]) 
         },
         "checkpoint": {"run_dir": str(run_dir), "save_every": 3, "keep_best": False},
         "engine": {"param_persistence_threshold": 40},
-        "logging": {"every": 1, "progress_bar": False, "report": False},
+        "logging": {"every": 1, "progress_bar": False, "report": False, "samples": 0},
         "analysis": {"every": 0},
     }
     for section, fields in changes.items():

@@ -70,6 +70,10 @@ class Prompting(ABC):
     def of_record(self, record: Mapping[str, Any], system: str | None = None) -> Prompt:
         """The prompt of a record, whose own answer does not count; `system` for one that has none. Raises UserError."""
 
+    @abstractmethod
+    def asked(self, record: Mapping[str, Any]) -> tuple[Prompt, str]:
+        """A record of training as the prompt before its last answer, and that answer. Raises UserError."""
+
     def shown(self, text: str, pictures: int) -> str:
         """A user's turn about so many pictures: with a mark for each, where it has none."""
         return text

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, device
 
-from dora_dist.data.conversations import MARK, Conversation, picture_paths, render, render_turns
+from dora_dist.data.conversations import (
+    MARK,
+    Conversation,
+    picture_paths,
+    read_conversation,
+    render,
+    render_turns,
+    with_conversations,
+)
 from dora_dist.models.families import load_processor
 from dora_dist.runtime.errors import UserError
 from dora_dist.tasks.evaluations.answers import Exchange
@@ -51,6 +59,12 @@ class PicturePrompting(Prompting):
         """A record {"text", "image": path, paths or absent} below the run's data.image_folder, or else below here."""
         pictures = [str(self._folder / path) for path in picture_paths(record.get("image"))]
         return self.of_turns(self.opened(record["text"], system, len(pictures)), pictures)
+
+    def asked(self, record: Mapping[str, Any]) -> tuple[Prompt, str]:
+        talk = read_conversation(with_conversations({**record}))
+        turns = [{"role": role, "content": text} for role, text in talk.turns]
+        prompt = self.of_turns(turns[:-1], [str(self._folder / path) for path in talk.pictures])
+        return prompt, turns[-1]["content"]
 
     def shown(self, text: str, pictures: int) -> str:
         return text if MARK in text else f"{MARK}\n" * pictures + text

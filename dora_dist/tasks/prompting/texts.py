@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dora_dist.data.chats import read_chat
+from dora_dist.data.chats import read_chat, texts_of
 from dora_dist.data.formats import FORMATS, asked_as, check_template, templated_prompt
 from dora_dist.runtime.console import note
 from dora_dist.runtime.errors import UserError
@@ -72,6 +72,16 @@ class TextPrompting(Prompting):
         led = messages[0]["role"] == "system"
         first = [] if system is None or led else [{"role": "system", "content": system}]
         return self._of_chat([*first, *messages], chat.tools)
+
+    def asked(self, record: Mapping[str, Any]) -> tuple[Prompt, str]:
+        record = self.prepared(record)
+        if not self.remembers:
+            return self.of_record(record), record[str(ANSWERED[self._format])]
+        messages = read_chat(record, CHAT).messages
+        last = max((turn for turn, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+        if not last:
+            raise UserError('"messages" has no turn of the assistant that answers something')
+        return self.of_record({**record, "messages": messages[:last]}), texts_of(messages[last])
 
     def _of_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Prompt:
         text = templated_prompt(messages, self.tokenizer, tools)

@@ -1,0 +1,83 @@
+"""Answers after each evaluation on two ranks: what `generate` says of the checkpoint, and no trace in the training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+from dora_dist import generate
+from dora_dist.checkpoint import run_folder
+from dora_dist.config import RunConfig
+from dora_dist.data.reading import held_out
+from tests import toy
+from tests.distributed.training_runs import config
+from tests.ranks import run_ranks
+
+STEPS = 3
+NOISY = {"max_steps": STEPS, "eval_every": 1, "neftune_alpha": 5.0, "activation_checkpointing": True}
+
+
+class FailsAtTheSecondToken(TrainerCallback):
+    """Breaks every forward of one token in the middle of the model, on all ranks."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        [layer] = [module for name, module in kwargs["model"].named_modules() if name.endswith("layers.1")]
+        layer.register_forward_pre_hook(self.fail)
+
+    @staticmethod
+    def fail(module: Any, inputs: tuple[Any, ...]) -> None:
+        if inputs[0].shape[1] == 1:
+            raise ValueError("this model cannot write")
+
+
+def three_runs(folder: Path) -> None:
+    """Without samples, with three, and with three of a model that fails to write them."""
+    from accelerate.state import AcceleratorState
+
+    from dora_dist.training.run import train
+    from dora_dist.zero3 import gather
+
+    gather.IN_PLACE_BYTES = 4096
+    for name, samples in (("without", 0), ("with", 3), ("failing", 3)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        raw = config(
+            folder / "base",
+            folder / "data.json",
+            folder / name,
+            training=NOISY,
+            model={"storage": "int8"},
+            adapter={"dropout": 0.1},
+            data={"cutoff_len": 500},
+            logging={"samples": samples, "sample_tokens": 5},
+        )
+        train(RunConfig.from_dict(raw), [FailsAtTheSecondToken()] if name == "failing" else [])
+
+
+def test_answers_are_the_checkpoint_s_and_leave_no_trace(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    toy.training_folder(tmp_path)
+    run_ranks(three_runs, 2, tmp_path)
+    printed = capfd.readouterr()
+    lines = {name: run_folder.metrics(tmp_path / name) for name in ("without", "with", "failing")}
+    losses = {
+        name: [(line["step"], line.get("loss"), line.get("eval_loss")) for line in found if line["event"] != "save"]
+        for name, found in lines.items()
+    }
+    assert losses["without"] == losses["with"] == losses["failing"]  # to the last bit
+
+    said = [line["samples"] for line in lines["with"] if line["event"] == "evaluation"]
+    records = toy.records(25)
+    first = [records[i] for i in sorted(held_out(25, 5, 42))[:3]]
+    assert len(said) == STEPS
+    assert [each["expected"] for each in said[0]] == [record["output"] for record in first]
+    asked = [{"instruction": record["instruction"]} for record in first]
+    how: dict[str, Any] = {"dtype": "fp32", "max_new_tokens": 5, "progress": False}
+    answered = generate(tmp_path / "with", asked, **how)
+    assert [each["answer"] for each in said[-1]] == [each["answer"] for each in answered]
+    assert [each["prompt"] for each in said[-1]] == [each["prompt"] for each in answered]
+    assert said[-1] != said[0]  # it has learnt something else to say
+    assert "sample 3: " in printed.out and f"(expected: {first[2]['output'][:8]}" in printed.out
+
+    assert not any("samples" in line for name in ("without", "failing") for line in lines[name])
+    assert (printed.out + printed.err).count("no answers of this run are recorded") == 1
+    assert "this model cannot write" in printed.out + printed.err
