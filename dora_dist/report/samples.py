@@ -20,24 +20,25 @@ class Sample:
 
 def of_run(run: Run) -> list[Sample]:
     """What the history has under "samples": objects with "prompt", "answer" and perhaps "expected"."""
-    found: dict[str, Sample] = {}
-    for step, sample in reversed(list(_said(run))):
+    found: dict[tuple[int, str], Sample] = {}
+    for step, number, sample in _said(run):
         prompt = str(sample.get("prompt", ""))
-        known = found.get(prompt)
+        known = found.get((number, prompt))
         if known is None and len(found) < MOST_SAMPLES:
-            known = found[prompt] = Sample(_cut(prompt), _cut(sample.get("expected") or ""), [])
+            known = found[number, prompt] = Sample(_cut(prompt), _cut(sample.get("expected") or ""), [])
         if known is not None and len(known.answers) < MOST_ANSWERS:
             answers = [*known.answers, (step, _cut(sample.get("answer") or ""))]
-            found[prompt] = Sample(known.prompt, known.expected, answers)
+            found[number, prompt] = Sample(known.prompt, known.expected, answers)
     return list(found.values())
 
 
-def _said(run: Run) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for record in run.records:
+def _said(run: Run) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+    """Steps, the newest first; a sample's place in its evaluation, as pictures may share a question; and samples."""
+    for record in reversed(list(run.records)):
         said = record.get("samples")
-        for sample in said if isinstance(said, list) else ():
+        for number, sample in enumerate(said if isinstance(said, list) else ()):
             if isinstance(sample, Mapping) and isinstance(record.get("step"), int):
-                yield record["step"], sample
+                yield record["step"], number, sample
 
 
 def _cut(text: Any) -> str:

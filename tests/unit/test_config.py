@@ -130,7 +130,7 @@ def test_wrong_value_names_field_value_and_what_is_right(raw: dict[str, Any], me
         ({**MINIMAL, "zzz": {}}, "zzz: unknown key; the sections are model, adapter, data, training"),
         ({**MINIMAL, "plugin": []}, "plugin: unknown key; did you mean plugins?"),
         (with_fields(model={"plugins": []}), "model.plugins: unknown key; did you mean plugins?"),
-        (with_fields(logging={"qqq": 1}), "logging.qqq: unknown key; logging has every, trackers, tensorboard"),
+        (with_fields(logging={"qqq": 1}), "logging.qqq: unknown key; logging has every, trackers"),
     ],
 )
 def test_unknown_key_says_what_was_meant(raw: dict[str, Any], message: str) -> None:

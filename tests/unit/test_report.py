@@ -174,9 +174,16 @@ def test_maps_have_each_layer_at_each_step(run: Run) -> None:
 
 def test_each_prompt_is_there_once_with_its_newest_answer_first(run: Run) -> None:
     first, second = samples.of_run(run)
-    assert {first.prompt, second.prompt} == {"Question <1>?", "Question <2>?"}
+    assert [first.prompt, second.prompt] == ["Question <1>?", "Question <2>?"]
     assert [step for step, _ in first.answers] == [120, 90, 60, 30]
     assert first.expected == "b"
+
+
+def test_one_question_about_two_pictures_is_two_samples(tmp_path: Path) -> None:
+    said = [[{"prompt": "red?", "answer": f"{word} {step}", "expected": word} for word in "ab"] for step in (1, 2)]
+    lines = [{"event": "evaluation", "step": step, "samples": each} for step, each in enumerate(said, start=1)]
+    found = samples.of_run(reading.read(report_runs.write(tmp_path / "run", lines)))
+    assert [sample.answers for sample in found] == [[(2, f"{each} 2"), (1, f"{each} 1")] for each in "ab"]
 
 
 def test_values_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
