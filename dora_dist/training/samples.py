@@ -159,8 +159,7 @@ def choose(config: RunConfig, base: Path, tokenizer: Any, rows: RaggedDataset) -
 def _prompting(config: RunConfig, base: Path, tokenizer: Any, format: str | None = None) -> Prompting | None:
     """Of the run's data.format, or of that of one of its sources."""
     task, run = task_named(config.model.task), config.model_dump(mode="json")
-    if format is not None:
-        run["data"]["format"] = format
+    run["data"] |= {"train": None, "format": format or config.data.format}  # not those of a mixture's other sources
     source = config.model.tokenizer or base
     subject = _Subject(config.model.path, task.head(config.model), run, base, source, tokenizer)
     return task.prompting(subject, format=None, chat_template=None)

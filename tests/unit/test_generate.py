@@ -26,12 +26,13 @@ from dora_dist.data.formats import FORMATS, Rendered
 from dora_dist.data.texts import encode
 from dora_dist.evaluation.generate import answered, made_prompts
 from dora_dist.evaluation.inference import load_for_inference
-from dora_dist.evaluation.speaking import Answer, Sampling, Speaker, _Streamer
+from dora_dist.evaluation.speaking import Sampling, Speaker
 from dora_dist.models.families import load_processor
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
 from dora_dist.tasks.evaluations.answers import Exchange
 from dora_dist.tasks.evaluations.pictures import answer_questions
+from dora_dist.tasks.prompting.answering import Answer, _Streamer
 from dora_dist.tasks.prompting.base import before
 from tests import toy
 from tests.terminal import CTRL_C, Terminal

@@ -51,8 +51,8 @@ def written(file: Path, records: list[dict[str, Any]]) -> str:
 
 def conversation(field: str, roles: dict[str, str]) -> dict[str, Any]:
     turns = [*MESSAGES, ANSWER]
-    if field == "messages":
-        return {"messages": turns, "tools": [{"name": "sum"}]}
+    if field == "messages":  # the system's turn apart, and more than one answer
+        return {"messages": turns[1:], "system": turns[0]["content"], "tools": [{"name": "sum"}]}
     return {field: [{"from": roles[turn["role"]], "value": turn["content"]} for turn in turns]}
 
 

@@ -77,11 +77,11 @@ class TextPrompting(Prompting):
         record = self.prepared(record)
         if not self.remembers:
             return self.of_record(record), record[str(ANSWERED[self._format])]
-        messages = read_chat(record, CHAT).messages
-        last = max((turn for turn, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+        chat = read_chat(record, CHAT)
+        last = max((turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant"), default=0)
         if not last:
             raise UserError('"messages" has no turn of the assistant that answers something')
-        return self.of_record({**record, "messages": messages[:last]}), texts_of(messages[last])
+        return self._of_chat(chat.messages[:last], chat.tools), texts_of(chat.messages[last])
 
     def _of_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Prompt:
         text = templated_prompt(messages, self.tokenizer, tools)
