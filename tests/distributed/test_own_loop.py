@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ SETTINGS: dict[str, Any] = {
 def example(name: str, *arguments: Any, **options: Any) -> Any:
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
+    sys.path.insert(0, str(EXAMPLES))  # as Python does for a script: one takes from another
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main(*arguments, **options)
@@ -40,6 +42,8 @@ def on_a_rank(base: Path, folder: Path) -> dict[str, Any]:
     found["preferences"] = preferences(base, folder)
     AcceleratorState._reset_state(reset_partial_state=True)
     found["sft_trainer"] = example("sft_trainer", str(base), str(folder / "sft_trainer"), 8)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    found["dpo_trainer"] = example("dpo_trainer", str(base), str(folder / "dpo_trainer"), 5, bf16=False)
     return found
 
 
@@ -184,6 +188,21 @@ def test_trl_trains_our_layers_and_what_it_learns_is_saved(results: Results) -> 
         assert found["sft_trainer"][-1] < found["sft_trainer"][0] - 0.05
     saved = peft.load_peft_weights(str(folder / "sft_trainer"))
     assert any(values.any() for key, values in saved.items() if "lora_B" in key)
+
+
+def test_trl_learns_preferences_and_the_reference_is_the_base(results: Results) -> None:
+    base, folder, ranks = results
+    for found in ranks:
+        losses = found["dpo_trainer"]
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+        assert losses == sorted(losses, reverse=True)  # with a reference that moves along it stays at log 2
+        assert losses[-1] < losses[0] - 0.03
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokens = toy.tokens()
+    with torch.no_grad():
+        untrained = plain(input_ids=tokens).logits
+        trained = peft.PeftModel.from_pretrained(plain, folder / "dpo_trainer").eval()(input_ids=tokens).logits
+    assert (trained - untrained).abs().max() > 1e-3
 
 
 def test_a_model_in_one_process_trains_alike_by_path_and_by_section(tmp_path: Path) -> None:
