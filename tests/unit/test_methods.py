@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_dist.adapters import methods
 from dora_dist.adapters.layer import AdaptedLinear
-from dora_dist.adapters.method import AdapterMethod, Update, register, registered
+from dora_dist.adapters.method import AdapterMethod, register, registered
 from dora_dist.adapters.methods import LowRank, Mora, WeightDecomposed
 from dora_dist.adapters.norms import NormRefresher, add_base_squares, add_update_sums
 from dora_dist.adapters.peft_layer import VeraLayer
 from dora_dist.adapters.pieces import WeightPiece, rectangles
+from dora_dist.adapters.update import Update
 from dora_dist.config import AdapterConfig
 from dora_dist.runtime import plugins
 from dora_dist.runtime.errors import UserError

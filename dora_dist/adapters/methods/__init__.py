@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from dora_dist.adapters.method import AdapterMethod, Method, Shape, Update, registered
+from dora_dist.adapters.method import AdapterMethod, Method, Shape, registered
 from dora_dist.adapters.methods.dynamic_rank import DynamicRank
 from dora_dist.adapters.methods.full import FullFineTuning
 from dora_dist.adapters.methods.lora import LowRank
@@ -13,6 +13,7 @@ from dora_dist.adapters.methods.mora import Mora
 from dora_dist.adapters.methods.vera import Vera
 from dora_dist.adapters.methods.weight_decomposed import NoUpdate, WeightDecomposed
 from dora_dist.adapters.peft_layer import AdapterLayer, VeraLayer
+from dora_dist.adapters.update import Update
 from dora_dist.config.adapter import AdapterConfig
 from dora_dist.runtime.errors import UserError
 

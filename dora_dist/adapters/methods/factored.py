@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.method import Layer, RowProducts, RowSquares, Shape, Tensors, Update
+from dora_dist.adapters.method import Layer, RowProducts, RowSquares, Shape, Tensors
 from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.adapters.update import Update
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_dist.adapters.method import Initial, Layer, MergeRows, RowProducts, Shape, Tensors, Update, register
+from dora_dist.adapters.method import Initial, Layer, MergeRows, RowProducts, Shape, Tensors, register
 from dora_dist.adapters.pieces import CHUNK_ELEMENTS
+from dora_dist.adapters.update import Update
 from dora_dist.runtime.errors import UserError
 
 MATRIX = "mora_M"

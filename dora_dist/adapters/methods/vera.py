@@ -14,10 +14,11 @@ from typing import Self
 
 from torch import Tensor
 
-from dora_dist.adapters.method import Initial, Layer, RowProducts, Shape, Tensors, Update, register
+from dora_dist.adapters.method import Initial, Layer, RowProducts, Shape, Tensors, register
 from dora_dist.adapters.methods.sums import column_dot
 from dora_dist.adapters.peft_layer import AdapterLayer, VeraLayer
 from dora_dist.adapters.projection import KEYS, Projection
+from dora_dist.adapters.update import Update
 from dora_dist.runtime.errors import UserError
 
 D, B = "vera_lambda_d", "vera_lambda_b"

@@ -31,12 +31,12 @@ from dora_dist.adapters.method import (
     Saved,
     Shape,
     Tensors,
-    Update,
 )
 from dora_dist.adapters.methods.sums import column_dot
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.adapters.recompute import kept_output
 from dora_dist.adapters.row_norms import give_norms, row_norms
+from dora_dist.adapters.update import Update
 
 OFFSET = "magnitude_offset"
 NormGradient = Literal["detached", "full"]
