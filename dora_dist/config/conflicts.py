@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dora_dist.config import schedules
 from dora_dist.config.adapter import AdapterConfig
 from dora_dist.config.engine import EngineConfig
-from dora_dist.config.schema import AnalysisConfig, DataConfig, ModelConfig, TrainingConfig
+from dora_dist.config.outputs import AnalysisConfig
+from dora_dist.config.schema import DataConfig, ModelConfig, TrainingConfig
 
 
 def between_fields(

@@ -17,8 +17,9 @@ from dora_dist.config.names import (
     is_local,
     listed,
 )
+from dora_dist.config.outputs import CheckpointConfig
 from dora_dist.config.pictures import how_to_get
-from dora_dist.config.schema import CheckpointConfig, DataConfig, ModelConfig
+from dora_dist.config.schema import DataConfig, ModelConfig
 from dora_dist.config.source import absence, nearby
 from dora_dist.runtime.errors import UserError
 

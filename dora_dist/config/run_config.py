@@ -9,15 +9,8 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from dora_dist.config import conflicts, engine, files, options, problems, source
 from dora_dist.config.adapter import AdapterConfig
 from dora_dist.config.engine import EngineConfig
-from dora_dist.config.schema import (
-    AnalysisConfig,
-    BatchPlan,
-    CheckpointConfig,
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    TrainingConfig,
-)
+from dora_dist.config.outputs import AnalysisConfig, CheckpointConfig, LoggingConfig
+from dora_dist.config.schema import BatchPlan, DataConfig, ModelConfig, TrainingConfig
 from dora_dist.config.section import Patterns, Section
 
 Rules = Callable[["RunConfig"], Iterable[str]]
