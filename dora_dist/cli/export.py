@@ -1,6 +1,8 @@
 """`dora-dist export`: what was trained, in the form that another program takes."""
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,19 @@ from dora_dist.runtime.errors import UserError
 
 RANK, MAX_ERROR = 64, 0.3
 TYPES, TYPE = ("f32", "f16", "bf16", "q8_0"), "f16"
-_OPTIONS = {"lora": ("rank", "max_error", "force", "no_logits", "dtype"), "gguf": ("type",)}
-"""Form -> options that have a meaning with it alone."""
 _WORST = 5  # modules whose error is shown
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What --to names. own: options that have a meaning with it alone, which `declare` adds to a group; they are None
+    where they are not given, so that those of another form can be refused.
+    """
+
+    help: str
+    own: tuple[str, ...]
+    declare: Callable[[Any], None]
+    write: Callable[[argparse.Namespace], None]
 
 
 def declare_export(commands: Commands) -> None:
@@ -34,23 +46,19 @@ def declare_export(commands: Commands) -> None:
         metavar="PATH",
         help="run, checkpoint, or adapter folder; for gguf also a merged model",
     )
-    command.add_argument(
-        "--to", choices=("lora", "gguf"), required=True, help="lora: the nearest LoRA of --rank; gguf: a merged model"
-    )
+    told = "; ".join(f"{name}: {form.help}" for name, form in _FORMS.items())
+    command.add_argument("--to", choices=tuple(_FORMS), required=True, help=told)
     command.add_argument(
         "--output", type=Path, required=True, metavar="PATH", help="new folder for the LoRA, or new GGUF file"
     )
     command.add_argument("--overwrite", action="store_true", help="replace the output if it is there already")
     command.add_argument("--base", metavar="MODEL", help="base model folder or hub name (default: the run's own)")
     add_plugins(command)
-    _declare_lora(command.add_argument_group("for --to lora"))
-    command.add_argument_group("for --to gguf").add_argument(
-        "--type", choices=TYPES, help=f"number format of the weights (default: {TYPE})"
-    )
+    for name, form in _FORMS.items():
+        form.declare(command.add_argument_group(f"for --to {name}"))
 
 
-def _declare_lora(group: Any) -> None:
-    """The options of a LoRA: None where they are not given, so that those of the other form can be refused."""
+def _lora_options(group: Any) -> None:
     group.add_argument("--rank", type=positive, metavar="R", help=f"rank of the LoRA ({RANK})")
     group.add_argument(
         "--max-error",
@@ -68,14 +76,18 @@ def _declare_lora(group: Any) -> None:
     group.add_argument("--dtype", choices=DTYPES, help="of the logits (default: fp32)")
 
 
+def _gguf_options(group: Any) -> None:
+    group.add_argument("--type", choices=TYPES, help=f"number format of the weights (default: {TYPE})")
+
+
 def _export(options: argparse.Namespace) -> None:
     plugins.load(options.plugins, "--plugins")
-    for form, names in _OPTIONS.items():
-        given = [name for name in names if getattr(options, name) is not None]
-        if given and form != options.to:
+    for name, form in _FORMS.items():
+        given = [option for option in form.own if getattr(options, option) is not None]
+        if given and name != options.to:
             flag = f"--{given[0].replace('_', '-')}"
-            raise UserError(f"{flag}: is for --to {form}, and has no meaning with --to {options.to}; leave it out")
-    {"lora": _lora, "gguf": _gguf}[options.to](options)
+            raise UserError(f"{flag}: is for --to {name}, and has no meaning with --to {options.to}; leave it out")
+    _FORMS[options.to].write(options)
 
 
 def _lora(options: argparse.Namespace) -> None:
@@ -130,3 +142,11 @@ def _told(result: dict[str, Any]) -> str:
             f"{'logits':<{width}}  {logits['lost']:.2%}; {logits['agreement']:.1%} of likeliest tokens are the same"
         )
     return "\n".join([*lines, f"{result['output']}: LoRA of rank {result['r']} for {result['modules']:,} modules"])
+
+
+_FORMS = {
+    "lora": _Form(
+        "the nearest LoRA of --rank", ("rank", "max_error", "force", "no_logits", "dtype"), _lora_options, _lora
+    ),
+    "gguf": _Form("a merged model", ("type",), _gguf_options, _gguf),
+}

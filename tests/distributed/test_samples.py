@@ -14,7 +14,7 @@ from tests import toy
 from tests.distributed.training_runs import config
 from tests.ranks import run_ranks
 
-STEPS = 3
+STEPS = 2
 NOISY = {"max_steps": STEPS, "eval_every": 1, "neftune_alpha": 5.0, "activation_checkpointing": True}
 
 
