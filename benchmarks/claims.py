@@ -120,8 +120,7 @@ def _runs(task: Task, name: str, method: Method, r: int, rate: float, seeds: Ite
     return [Run(task, name, method, r, rate, seed, "test") for seed in seeds]
 
 
-def parse(words: list[str] | None = None) -> argparse.Namespace:
-    """The flags. Raises UserError for names that nothing has."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -167,7 +166,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoder", choices=ENCODERS, default="minilm", help="what learns sentiment (%(default)s)")
     parser.add_argument("--packages", type=Path, default=Path("runs/quickstart/cache"), help="folder for downloads")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-claims"), help="texts, runs and tables")
-    options = parser.parse_args(words)
+    return parser
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The flags. Raises UserError for names that nothing has."""
+    options = _parser().parse_args(words)
     options.known = with_variants(options.variant)
     options.methods = list(dict.fromkeys(options.methods or options.known))
     options.half = options.methods if options.half is None else options.half
