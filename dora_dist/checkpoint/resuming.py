@@ -55,7 +55,7 @@ RULES: dict[Rule, dict[str, str]] = {
         "engine": "accelerator offload_param offload_optimizer hpz_partition_size param_persistence_threshold "
         "prefetch_bucket_size reduce_bucket_size max_live_parameters max_reuse_distance allgather_sequential "
         "start_timeout_s step_timeout_s deepspeed",
-        "logging": "every trackers tensorboard progress_bar report peak_flops",
+        "logging": "every trackers tensorboard progress_bar report samples sample_tokens peak_flops",
         "analysis": "every modules",
     },
     Rule.CONTENT: {
