@@ -65,7 +65,7 @@ RULES: dict[Rule, dict[str, str]] = {
         "adapter": "target_modules magnitude_only_modules trained_modules trained_parameters start_rank_factor "
         "prune_start prune_stop prune_every prune_schedule component_init component_scale",
         "data": "train validation validation_samples format text_fields label_field loss_on train_on cutoff_len "
-        "prompt_template answer_field doc_stride prompts chat_template group_by_modality_length",
+        "bad_records prompt_template answer_field doc_stride prompts chat_template group_by_modality_length",
     },
     Rule.SHAPE: {
         "model": "task num_labels feature_dim storage storage_settings",

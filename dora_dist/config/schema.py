@@ -212,6 +212,11 @@ class DataConfig(Section):
         description="Largest picture that is decoded, width times height after padding; one that is not padded is at "
         "most 100 times as long as wide",
     )
+    bad_records: Literal["error", "skip"] = Field(
+        default="error",
+        description="A record that cannot be read (a line that is not JSON) or used (a field that is missing, or of "
+        "another type): ends the run, or is left out, counted and warned of; more than 1 in 10 are an error always",
+    )
     bad_images: Literal["error", "skip"] = Field(
         default="error",
         description="A picture, or its features, that is missing or cannot be read: ends the run, or its record is "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -20,9 +20,18 @@ from dora_dist.data.strings import pack
 
 IGNORED = -100
 """A label that carries no loss, as in torch.nn.CrossEntropyLoss."""
+BAD = "bad records"
+"""How many records a table does not have because they cannot be used: (1,) int64."""
 Table = Mapping[str, Tensor]
 _LOOKED_AT = 16
 _FACTOR = 1_000_003  # prime; products wrap around
+
+
+class Mark(NamedTuple):
+    """How much of each column there was."""
+
+    records: int
+    ends: list[dict[Any, int]]
 
 
 class Columns:
@@ -54,6 +63,24 @@ class Columns:
         """Append any number of texts to a column, whose own starts are the column `starts`."""
         [(name, texts)] = strings.items()
         self._strings.setdefault((name, starts), []).extend(texts)
+
+    def mark(self) -> Mark:
+        """Where the columns end now, for `back_to`."""
+        return Mark(self.records, [{name: len(each) for name, each in kind.items()} for kind in self._kinds])
+
+    def back_to(self, mark: Mark) -> None:
+        """Take back what was appended since."""
+        self.records = mark.records
+        for kind, ends in zip(self._kinds, mark.ends, strict=True):
+            for name in list(kind):
+                if name in ends:
+                    del kind[name][ends[name] :]
+                else:
+                    del kind[name]
+
+    @property
+    def _kinds(self) -> tuple[dict[Any, Any], ...]:
+        return self._flat, self._values, self._strings
 
     def table(self) -> dict[str, Tensor]:
         arrays: dict[str, Any] = {**self._flat, **self._values}

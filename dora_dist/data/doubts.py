@@ -44,6 +44,14 @@ class Doubts:
             self._special += 1
             self._tokens.update(found)
 
+    def mark(self) -> dict[str, Any]:
+        """What was found until now, for `back_to`."""
+        return {**vars(self), "_tokens": self._tokens.copy()}
+
+    def back_to(self, mark: dict[str, Any]) -> None:
+        """Forget what was looked at since."""
+        vars(self).update(mark)
+
     def found(self, field: str, what: str, *, may_be_empty: bool = False) -> list[str]:
         """All warnings, for `say`.
 

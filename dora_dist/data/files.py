@@ -7,9 +7,10 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from dora_dist.config.names import GZIP, TABLES
 from dora_dist.runtime.errors import UserError
@@ -31,8 +32,18 @@ _KINDS = (
 _HEAD = 4096  # bytes that are searched for these
 
 
-def read_rows(path: Path, source: str) -> Iterator[tuple[str, Any]]:
-    """Each row of a file (`config.names.DATA_SUFFIXES`) with its place for messages; `source` is the file's name there.
+class Row(NamedTuple):
+    """A row of a file: its place for messages, and what reads it.
+
+    `read` raises UserError, which begins with the place, for a row that cannot be read; the rows after it can be.
+    """
+
+    place: str
+    read: Callable[[], Any]
+
+
+def read_rows(path: Path, source: str) -> Iterator[Row]:
+    """Each row of a file (`config.names.DATA_SUFFIXES`); `source` is the file's name in the places of its rows.
 
     Raises UserError for a file that cannot be read as what its name says.
     """
@@ -44,7 +55,8 @@ def read_rows(path: Path, source: str) -> Iterator[tuple[str, Any]]:
             yield from _table(path, "," if kind == ".csv" else "\t")
         else:
             rows = _listed(path) if kind == ".json" else _parquet(path)
-            yield from ((f"{source}, record {number}", row) for number, row in enumerate(rows, start=1))
+            for number, row in enumerate(rows, start=1):
+                yield Row(f"{source}, record {number}", partial(_given, row))
     except gzip.BadGzipFile as error:
         raise UserError(
             f"{source} is not a gzip archive, or a damaged one ({error}); pack it again, or rename it"
@@ -61,21 +73,31 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _given(value: Any) -> Any:
+    """What is known of a row already; raised, where that is an error."""
+    if isinstance(value, UserError):
+        raise value
+    return value
+
+
+def _lines(path: Path) -> Iterator[Row]:
     _check_kind(path)
     first = True
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            value, repeated = _decoded(line.rstrip(b"\r\n"), path, number, first)
-            if repeated:
-                raise UserError(f'{place}: the key "{repeated[0][1]}" is there twice; keep one')
-            if first and isinstance(value, list):
-                raise UserError(f"{place}: expected an object, found a list; a list of records belongs in a .json file")
-            yield place, value
-            first = False
+            if line.strip():
+                yield Row(f"{path}, line {number}", partial(_line, line, path, number, first=first))
+                first = False
+
+
+def _line(line: bytes, path: Path, number: int, *, first: bool) -> Any:
+    place = f"{path}, line {number}"
+    value, repeated = _decoded(line.rstrip(b"\r\n"), path, number, first)
+    if repeated:
+        raise UserError(f'{place}: the key "{repeated[0][1]}" is there twice; keep one')
+    if first and isinstance(value, list):
+        raise UserError(f"{place}: expected an object, found a list; a list of records belongs in a .json file")
+    return value
 
 
 def _listed(path: Path) -> list[Any]:
@@ -91,10 +113,14 @@ def _listed(path: Path) -> list[Any]:
         raise UserError(f"{path}: expected one list of records, found an object{hint}")
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected one list of records, found {shown(rows)}")
-    if repeated:
-        number = next(number for number, row in enumerate(rows, start=1) if _holds(row, repeated[0][0]))
-        raise UserError(f'{path}, record {number}: the key "{repeated[0][1]}" is there twice; keep one')
-    return rows
+    if not repeated:
+        return rows
+    twice = {id(value): key for value, key in repeated}
+    keys = [_held(row, twice) for row in rows]
+    return [
+        row if key is None else UserError(f'{path}, record {number}: the key "{key}" is there twice; keep one')
+        for number, (row, key) in enumerate(zip(rows, keys, strict=True), start=1)
+    ]
 
 
 def _decoded(
@@ -148,34 +174,53 @@ class Cells(dict[str, str]):
     """A row of a table, all of whose values are texts: what else they may be is for whoever knows the fields."""
 
 
-def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Cells]]:
+def _table(path: Path, delimiter: str) -> Iterator[Row]:
     """The rows below a line of names; cells may be quoted and hold line ends then (RFC 4180)."""
     _check_kind(path)
     csv.field_size_limit(sys.maxsize)  # the module's own is 128 KiB
     with _opened(path) as file:
-        rows = csv.reader(_decoded_lines(file, path), delimiter=delimiter, strict=True)
-        line = 0
+        undecodable: list[UserError] = []
+        rows = csv.reader(_decoded_lines(file, path, undecodable), delimiter=delimiter, strict=True)
         names: list[str] = []
-        try:
-            for row in rows:
-                place, line = f"{path}, line {line + 1}", rows.line_num
-                if not row:
-                    continue
-                if not names:
-                    names = row
-                    _check_names(place, names, delimiter)
-                elif len(row) != len(names):
-                    raise UserError(
-                        f"{place}: has {len(row)} cells and the first line names {len(names)}; put a cell that holds "
-                        f'{"a comma" if delimiter == "," else "a tab"}, a quote or a line end between "", quotes twice'
-                    )
-                else:
-                    yield place, Cells(zip(names, row, strict=True))
-        except csv.Error as error:
-            raise UserError(
-                f"{path}, line {line + 1}: is not a row of a table: {error}; a cell that begins with a quote has to "
-                "end with one, and quotes in it are written twice"
-            ) from error
+        while True:
+            place = f"{path}, line {rows.line_num + 1}"
+            wrong: UserError | None = None
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                row, wrong = [], _not_a_row(place, error)
+            if row is None:
+                return
+            if undecodable:
+                wrong = undecodable[0]
+                undecodable.clear()
+            if wrong is not None and not names:
+                raise wrong
+            if wrong is not None:
+                yield Row(place, partial(_given, wrong))
+            elif not row:
+                continue
+            elif not names:
+                names = row
+                _check_names(place, names, delimiter)
+            elif len(row) != len(names):
+                yield Row(place, partial(_given, _other_length(place, row, names, delimiter)))
+            else:
+                yield Row(place, partial(_given, Cells(zip(names, row, strict=True))))
+
+
+def _not_a_row(place: str, error: csv.Error) -> UserError:
+    return UserError(
+        f"{place}: is not a row of a table: {error}; a cell that begins with a quote has to "
+        "end with one, and quotes in it are written twice"
+    )
+
+
+def _other_length(place: str, row: Sequence[str], names: Sequence[str], delimiter: str) -> UserError:
+    return UserError(
+        f"{place}: has {len(row)} cells and the first line names {len(names)}; put a cell that holds "
+        f'{"a comma" if delimiter == "," else "a tab"}, a quote or a line end between "", quotes twice'
+    )
 
 
 def _check_names(place: str, names: Sequence[str], delimiter: str) -> None:
@@ -192,12 +237,15 @@ def _check_names(place: str, names: Sequence[str], delimiter: str) -> None:
         )
 
 
-def _decoded_lines(file: IO[bytes], path: Path) -> Iterator[str]:
+def _decoded_lines(file: IO[bytes], path: Path, undecodable: list[UserError]) -> Iterator[str]:
+    """The lines as texts; what is wrong with one that is none goes to `undecodable`."""
     for number, line in enumerate(file, start=1):
+        text = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
         try:
-            yield line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").decode()
+            yield text.decode()
         except UnicodeDecodeError as error:
-            raise UserError(_not_utf_8(f"{path}, line {number}", line, error)) from error
+            undecodable.append(UserError(_not_utf_8(f"{path}, line {number}", line, error)))
+            yield text.decode(errors="replace")
 
 
 def _not_utf_8(place: str, text: bytes, error: UnicodeDecodeError) -> str:
@@ -215,15 +263,15 @@ def _opened(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix == GZIP else path.open("rb")  # type: ignore[return-value]
 
 
-def _holds(value: Any, wanted: dict[str, Any]) -> bool:
-    """Whether an object is `value`, or somewhere in it."""
+def _held(value: Any, keys: Mapping[int, str]) -> str | None:
+    """What `keys` has for an object, or for one somewhere in it, by their identity; None: for none."""
     waiting = [value]
     while waiting:
         found = waiting.pop()
-        if found is wanted:
-            return True
+        if id(found) in keys:
+            return keys[id(found)]
         waiting += found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
-    return False
+    return None
 
 
 def _parquet(path: Path) -> Sequence[Any]:

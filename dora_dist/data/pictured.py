@@ -22,7 +22,7 @@ from dora_dist.data.formats import Rendered
 from dora_dist.data.pictures import PictureProcessor, PictureTokens, missing_pictures
 from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.reader import Reader
-from dora_dist.data.records import Record, check_characters, read_records
+from dora_dist.data.records import OnBad, Record, check_characters, read_records
 from dora_dist.data.sampler import EpochOrder, grouped_order
 from dora_dist.data.stats import ConversationStats
 from dora_dist.data.strings import unpack
@@ -53,8 +53,8 @@ class ConversationReader(Reader):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "picture": asdict(self.stands)}
 
-    def records(self, sources: Sources, split: str) -> Iterator[tuple[str, Record]]:
-        return read_records(listed(sources), self.fields, split, prepare=with_conversations)
+    def records(self, sources: Sources, split: str, bad: OnBad | None = None) -> Iterator[tuple[str, Record]]:
+        return read_records(listed(sources), self.fields, split, prepare=with_conversations, bad=bad)
 
     def place(self, place: str, record: Record) -> str:
         return f"{place} (id {record['id']!r})" if "id" in record else place

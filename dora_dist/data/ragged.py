@@ -60,6 +60,11 @@ class RaggedDataset(Dataset[dict[str, Any]]):
         return RaggedDataset(self.reader, self.table, self.index[torch.isin(numbers, kept)])
 
     @property
+    def bad(self) -> int:
+        """How many records of the sources cannot be used and are left out (data.bad_records)."""
+        return int(self.table[columns.BAD]) if columns.BAD in self.table else 0
+
+    @property
     def lengths(self) -> Tensor:
         """(samples,) int64: tokens of each as the model takes them."""
         return self.reader.lengths(self.table)[self.index]

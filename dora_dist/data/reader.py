@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dora_dist.config import DataConfig
 from dora_dist.config.names import Sources, listed
-from dora_dist.data.columns import Columns, Table, pieces, row_keys
+from dora_dist.data.columns import BAD, Columns, Table, pieces, row_keys
 from dora_dist.data.doubts import Doubts
 from dora_dist.data.preview import Preview, longest
-from dora_dist.data.records import Record, read_records
+from dora_dist.data.records import OnBad, Record, read_records
 from dora_dist.data.sampler import EpochOrder
 from dora_dist.data.stats import Stats
 from dora_dist.runtime.errors import UserError
@@ -73,9 +73,12 @@ class Reader(ABC):
         """Raise UserError for what no record can be blamed for."""
         return
 
-    def records(self, sources: Sources, split: str) -> Iterator[tuple[str, Record]]:
-        """All records that data.train or data.validation names, each with its place. Raises UserError."""
-        return read_records(listed(sources), self.fields, split, named_by=self.named_by)
+    def records(self, sources: Sources, split: str, bad: OnBad | None = None) -> Iterator[tuple[str, Record]]:
+        """All records that data.train or data.validation names, each with its place.
+
+        bad: takes what is wrong with a record that cannot be used, which is then left out. Raises UserError.
+        """
+        return read_records(listed(sources), self.fields, split, named_by=self.named_by, bad=bad)
 
     def place(self, place: str, record: Record) -> str:
         """Where a record is, for messages."""
@@ -156,7 +159,7 @@ class Reader(ABC):
 
         Checkpoints hold a digest of it: another name or type of a column makes the data look changed.
         """
-        notes = {*self.notes, "doubts"}
+        notes = {*self.notes, "doubts", BAD}
         return {**{name: column for name, column in table.items() if name not in notes}, "index": index}
 
     def references(self, table: Table, index: Tensor) -> Any:

@@ -13,8 +13,9 @@ from torch import Tensor
 from dora_dist.config import DataConfig
 from dora_dist.config.mixture import MixtureSource, mixture_of, names_of
 from dora_dist.config.names import Sources, by_task, listed
+from dora_dist.data.bad_records import BadRecords, encode_usable, usable
 from dora_dist.data.cache import cached
-from dora_dist.data.columns import Columns, Table
+from dora_dist.data.columns import BAD, Columns, Table
 from dora_dist.data.doubts import Doubts, pack_doubts, say
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.ragged import RaggedDataset, TokenizedData
@@ -94,6 +95,7 @@ def _table(reader: Reader, data: DataConfig, split: str, progress: bool) -> Tabl
     sources = listed(named)
     # What is odd about the records, and where they are, is said with the names of the sources.
     settings = {"reader": type(reader).__qualname__, **reader.settings(), "sources": by_task(named) or sources}
+    settings["bad_records"] = data.bad_records
     if mixture := mixture_of(named):
         settings["mixture"] = [[*listed(source.path), source.format] for source in mixture]
     table = cached(
@@ -123,9 +125,11 @@ def validation_records(rows: RaggedDataset, data: DataConfig, *, most: int) -> I
     """
     split = "train" if data.validation is None else "validation"
     wanted = set(rows.records[:most].tolist())
-    number = -1
+    number, bad = -1, BadRecords(skip=data.bad_records == "skip")
     for reader, named in _parts(rows.reader, getattr(data, split)):
-        for _, record in reader.records(named, split):
+        for place, record in reader.records(named, split, bad.take):
+            if bad.skip and not usable(reader, place, record):
+                continue
             number += 1
             if number in wanted:
                 yield reader.data.format, record
@@ -141,18 +145,19 @@ def _encoded(reader: Reader, sources: Sources, split: str, progress: bool) -> di
     field, mixture = f"data.{split}", mixture_of(sources)
     parts = _parts(reader, sources)
     into, doubts, bounds = Columns(), Doubts(reader.tokenizer, but=reader.allowed), [0]
+    bad = BadRecords(skip=reader.data.bad_records == "skip")
     for each, named in parts:
-        records = list(each.records(named, split))
+        records = list(each.records(named, split, bad.take))
         bar: Any = console.progress(
             len(records), f"tokenizing {field}", f" {each.counted}", delay=2.0, leave=False, shown=progress
         )
         with bar:
             for first in range(0, len(records), CHUNK):
                 chunk = [(each.place(place, record), record) for place, record in records[first : first + CHUNK]]
-                each.encode(chunk, into, doubts)
-                into.records += len(chunk)
+                encode_usable(each, chunk, into, doubts, bad=bad)
                 bar.update(len(chunk))
         bounds.append(into.records)
+    left_out = bad.found(field, into.records)
     # Else what is saved of the tokenizer would depend on whether it or the cache had the tokens.
     reader.tokenizer.backend_tokenizer.no_truncation()
     reader.tokenizer.backend_tokenizer.no_padding()
@@ -161,4 +166,5 @@ def _encoded(reader: Reader, sources: Sources, split: str, progress: bool) -> di
         table["sources"] = torch.tensor(bounds)
     learnt = " or ".join(dict.fromkeys(each.learnt for each, _ in parts))
     found = doubts.found(field, learnt, may_be_empty=all(each.learns_without for each, _ in parts))
-    return {**table, "doubts": pack_doubts([*found, *reader.remarks(table)])}
+    doubted = pack_doubts([*left_out, *found, *reader.remarks(table)])
+    return {**table, "doubts": doubted, BAD: torch.tensor([bad.count])}

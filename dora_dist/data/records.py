@@ -11,13 +11,15 @@ from typing import Any
 
 from dora_dist.config.files import not_a_data_file
 from dora_dist.config.names import data_set
-from dora_dist.data.files import Cells, read_rows, shown
+from dora_dist.data.files import Cells, Row, read_rows, shown
 from dora_dist.data.formats import FORMATS, Record
 from dora_dist.data.repository import data_files
 from dora_dist.runtime.errors import UserError
 
 _MOST_SHOWN = 8  # fields of a record that a message lists
 
+OnBad = Callable[[UserError], None]
+"""What is done about a record that cannot be used."""
 TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
 
 
@@ -45,27 +47,48 @@ def read_records(
     *,
     named_by: Mapping[str, str] | None = None,
     prepare: Callable[[Record], Record] | None = None,
+    bad: OnBad | None = None,
 ) -> Iterator[tuple[str, Record]]:
     """As `load_records`, with each record's place for messages: ("train.jsonl, line 7", {...}).
 
     split: taken of hub data sets whose name says none. named_by: the fields of the configuration that name `fields`.
-    prepare: done to each record before its fields are checked.
+    prepare: done to each record before its fields are checked. bad: takes what is wrong with a record, which is then
+    left out; it may raise that, as is done without it. What is wrong with a whole file is raised.
     """
     for source in sources:
-        count = 0
-        for place, record in _read(str(source), split):
-            if isinstance(record, Cells):
-                record = _typed(place, record, fields)
-            if prepare is not None and isinstance(record, dict):
-                try:
-                    record = prepare(record)
-                except UserError as error:
-                    raise UserError(f"{place}: {error}") from error
-            _check_fields(place, record, fields, named_by or {})
-            yield place, record
-            count += 1
-        if count == 0:
+        row = None
+        for row in _read(str(source), split):
+            try:
+                record = record_of(row, fields, named_by=named_by or {}, prepare=prepare)
+            except UserError as error:
+                if bad is None:
+                    raise
+                bad(error)
+            else:
+                yield row.place, record
+        if row is None:
             raise UserError(f"{source} holds no records")
+
+
+def record_of(
+    row: Row,
+    fields: Mapping[str, type],
+    *,
+    named_by: Mapping[str, str],
+    prepare: Callable[[Record], Record] | None = None,
+) -> Record:
+    """A row as `read_records` reads it. Raises UserError, which begins with the row's place."""
+    record = row.read()
+    if isinstance(record, Cells):
+        record = _typed(row.place, record, fields)
+    if prepare is not None and isinstance(record, dict):
+        try:
+            record = prepare(record)
+        except UserError as error:
+            raise UserError(f"{row.place}: {error}") from error
+    _check_fields(row.place, record, fields, named_by)
+    found: Record = record
+    return found
 
 
 def _check_fields(place: str, record: Any, fields: Mapping[str, type], named_by: Mapping[str, str]) -> None:
@@ -134,7 +157,7 @@ def local_file(source: str) -> Path | None:
     return path
 
 
-def _read(source: str, split: str) -> Iterator[tuple[str, Any]]:
+def _read(source: str, split: str) -> Iterator[Row]:
     path, data = local_file(source), data_set(source)
     if path is None:
         assert data is not None

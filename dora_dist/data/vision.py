@@ -18,7 +18,7 @@ from dora_dist.data.doubts import Doubts
 from dora_dist.data.features import FeatureFile, FeatureFiles, Visual
 from dora_dist.data.preview import Part, Preview, numbers
 from dora_dist.data.reader import Reader, check_fits
-from dora_dist.data.records import Record, read_records
+from dora_dist.data.records import OnBad, Record, read_records
 from dora_dist.data.sampler import EpochOrder, subtask_order
 from dora_dist.data.stats import Cut, Subset, SubtaskStats
 from dora_dist.data.strings import pack, unpack
@@ -75,9 +75,9 @@ class VisionReader(Reader):
     def _cutoff(self, subtask: str) -> int:
         return of_task(self.data.cutoff_len, subtask)
 
-    def records(self, sources: Sources, split: str) -> Iterator[tuple[str, Record]]:
+    def records(self, sources: Sources, split: str, bad: OnBad | None = None) -> Iterator[tuple[str, Record]]:
         for subtask, names in by_task(sources).items():
-            for place, record in read_records(names, self.fields, split):
+            for place, record in read_records(names, self.fields, split, bad=bad):
                 yield place, {**record, _OF: subtask}
 
     def encode(self, records: Sequence[tuple[str, Record]], into: Columns, doubts: Doubts) -> None:

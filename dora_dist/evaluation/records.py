@@ -63,6 +63,7 @@ class RecordsEvaluation(Evaluation):
                 "train": self._task.sources(name, file),
                 "validation": None,
                 "validation_samples": 0,
+                "bad_records": "error",  # all that is there is measured
             },
             "training": self._training,
         }

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from dora_dist.data import TokenizedData
 from dora_dist.models.build import AdaptedModel
 from dora_dist.runtime.agreement import versions
 from dora_dist.runtime.distributed import World
@@ -29,6 +30,13 @@ def of_start(world: World, *, steps: int, checkpoint: Path | None, changed: Mapp
         "collectives": dist.get_backend(),
         "versions": versions(),
     }
+
+
+def of_data(data: TokenizedData) -> dict[str, Any]:
+    """Of records that are left out because they cannot be used, by set, where there are any."""
+    sets = {"data.train": data.train, "data.validation": data.validation}
+    bad = {name: each.bad for name, each in sets.items() if each is not None and each.bad}
+    return {"bad_records": bad} if bad else {}
 
 
 def of_model(run: AdaptedModel) -> dict[str, Any]:

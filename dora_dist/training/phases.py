@@ -315,7 +315,8 @@ def _begin(history: History, config: RunConfig, inputs: Inputs, phase: Phase, *,
     if not history.began:
         step = 0 if phase.checkpoint is None else run_folder.step_of(phase.checkpoint)
         steps = optimizer_steps(config.training, inputs.data.train.parts)
-        history.begin(step, **facts.of_start(world, steps=steps, checkpoint=phase.checkpoint, changed=phase.changed))
+        start = facts.of_start(world, steps=steps, checkpoint=phase.checkpoint, changed=phase.changed)
+        history.begin(step, **start, **facts.of_data(inputs.data))
 
 
 def _write_run_folder(config: RunConfig, run_dir: Path, deepspeed: dict[str, Any], resume: Path | None) -> None:

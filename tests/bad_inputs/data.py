@@ -27,6 +27,13 @@ records(
     "broken_line", "a.jsonl", lines(GOOD, "", GOOD[:-9]), "a.jsonl, line 3 is not JSON: Expecting value, at column 40"
 )
 records(
+    "too_many_bad_ones",
+    "a.jsonl",
+    lines(*[GOOD] * 8, '{"instruction": "x"}'),
+    ("data.train: 1 of 9 records cannot be used, and data.bad_records leaves out 1 in 10 at most", "a.jsonl, line 9"),
+    bad_records="skip",
+)
+records(
     "column",
     "a.jsonl",
     lines(GOOD, '{"instruction" "x"}'),
