@@ -29,22 +29,13 @@ from dora_dist.models.folder import DTYPES
 from dora_dist.runtime import console
 from dora_dist.runtime.console import note
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.folders import MODEL_MARKS, new_folder
+from dora_dist.runtime.folders import MODEL_MARKS, TOKENIZER_FILES, new_folder
 from dora_dist.weights.safetensors_io import TensorWriter
 
 BasePrecision = Literal["trained", "original"]
 
 # What makes a folder usable besides its weights; code and pickles are left behind on purpose.
 _CONFIGURATION = ("config.json", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*")
-_TOKENIZER = (
-    "*token*.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.*",
-)
 
 
 def consolidate(
@@ -125,7 +116,7 @@ def consolidate(
 
 def _copy_companions(base: Path, folder: Path, *, tokenizer: Path) -> None:
     """Configuration and licence files of the base, and the files of the folder `tokenizer` that are a tokenizer's."""
-    for place, patterns in ((base, _CONFIGURATION), (tokenizer, _TOKENIZER)):
+    for place, patterns in ((base, _CONFIGURATION), (tokenizer, TOKENIZER_FILES)):
         for file in sorted(place.iterdir()):
             if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns):
                 shutil.copyfile(file, folder / file.name)

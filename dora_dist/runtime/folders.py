@@ -31,6 +31,18 @@ def disk_errors(path: Path, only: Sequence[int] = ()) -> Iterator[None]:
 
 MODEL_MARKS = ("model*.safetensors",)
 """What shows that a folder holds a model, which another may replace."""
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+)
+"""What a tokenizer is made of; no other "token" files, which may hold someone's access."""
 
 
 def check_output(

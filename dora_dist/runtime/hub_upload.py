@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.folders import TOKENIZER_FILES
 
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "adapter.safetensors")
 """Of a merged folder, of PEFT's adapters and of our own; never a checkpoint's state."""
@@ -19,15 +20,7 @@ FILES = (
     "dora_dist_adapter.json",
     "model_config.json",
     "*processor_config.json",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.*",
+    *TOKENIZER_FILES,
     "README.md",
     "LICENSE*",
     "NOTICE*",

@@ -50,6 +50,7 @@ def save_base(path: Path, dtype: torch.dtype = torch.float32, tied: bool = False
     model.to(dtype).save_pretrained(path)
     for name, text in {
         "tokenizer.json": "{}",
+        "token.json": "{}",
         "model.py": "1",
         "optimizer.bin": "x",
         "LICENSE.txt": "L",
