@@ -21,7 +21,8 @@ from dora_dist.adapters.storage import WeightStorage, labelled
 from dora_dist.checkpoint.adapter_folders import open_adapter
 from dora_dist.checkpoint.merge_plan import MergePlan, Output, plan_merge
 from dora_dist.checkpoint.merging import check_place, open_base, row_blocks, trained_on
-from dora_dist.checkpoint.model_card import about_adapter, add_card
+from dora_dist.checkpoint.model_card import about_adapter, add_card, of_packed_base
+from dora_dist.runtime.console import note
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import new_folder
 from dora_dist.runtime.on_demand import OnDemand
@@ -81,6 +82,8 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
     with new_folder(Path(output), overwrite) as folder:
         write_peft_folder(folder, exported, overwrite=True)
         add_card(folder, about, replaced=Path(output))
+    if packed := of_packed_base(about.storage):
+        note(packed)
     return len(norms)
 
 

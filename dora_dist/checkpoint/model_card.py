@@ -15,6 +15,7 @@ from typing import Any
 
 from dora_dist.adapters import native_format, peft_config
 from dora_dist.adapters.adapter_folder import AdapterFolder
+from dora_dist.adapters.storage import PLAIN
 from dora_dist.checkpoint import run_folder
 from dora_dist.config.mixture import checked
 from dora_dist.config.names import data_set, is_local, listed
@@ -52,7 +53,7 @@ class About:
 
     base: str
     revision: str | None = None
-    storage: str = "plain"
+    storage: str = PLAIN.name
     method: str = ""
     task_type: str | None = None
     run: Mapping[str, Any] = field(default_factory=dict)
@@ -75,6 +76,17 @@ def about_adapter(adapter: AdapterFolder) -> About:
         task_type=adapter.task_type,
         run=run,
         **progress(state),
+    )
+
+
+def of_packed_base(storage: str) -> str | None:
+    """What who loads an adapter with PEFT, or serves it, should know of the base's `storage`; None of the plain one."""
+    if storage == PLAIN.name:
+        return None
+    return (
+        f"The base was held as {storage.split()[0]} in training. PEFT, and servers that read its folders, take the "
+        "base as it is, without that rounding: what they compute differs from training by it. `dora-dist consolidate` "
+        "merges the adapter into the weights that training saw."
     )
 
 
@@ -127,6 +139,7 @@ def _card(folder: Path, about: About, *, title: str) -> str:
         f"{kind} fine-tuned from {_base(about)}{f' with {about.method}' if about.method else ''} by dora_dist.",
         *_trained(about),
         f"## How to load\n\n{_loading(adapter, native, config, about)}",
+        *([packed] if adapter and (packed := of_packed_base(about.storage)) else []),
         f"## Versions\n\n{_versions()}",
     ]
     return "\n\n".join(parts) + "\n"
@@ -146,7 +159,7 @@ def _shown(name: str) -> str:
 
 
 def _base(about: About) -> str:
-    held = f", held as {about.storage.split()[0]} in training" if about.storage != "plain" else ""
+    held = f", held as {about.storage.split()[0]} in training" if about.storage != PLAIN.name else ""
     revision = f" at {about.revision}" if about.revision else ""
     return f"`{_shown(about.base)}`{revision}{held}" if about.base else "a base model"
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from dora_dist.adapters.adapter_folder import SavedAdapter
 from dora_dist.adapters.layer import AdaptedLinear, adapted_layers
 from dora_dist.adapters.method import AdapterMethod
-from dora_dist.adapters.storage import PLAIN
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_of_model import Origin, how_held, saved_adapter
 from dora_dist.checkpoint.format import Survivors, adapter_ranks, identity
@@ -172,7 +171,7 @@ class Saver:
         return About(
             base=origin.base_model,
             revision=origin.revision,
-            storage=next((layer.storage.name for layer in adapted_layers(self._model).values()), PLAIN.name),
+            storage=self._held["base_storage"],
             method=method.title,
             task_type=origin.head.peft_type,
             run=origin.run,

@@ -62,14 +62,11 @@ def _validate(options: argparse.Namespace) -> None:
 
 def _check_names(adapter: AdapterConfig, model: ModelConfig) -> None:
     """Raise UserError for a method or storage that does not exist. The defaults do, and need not wait for torch."""
-    if adapter.method is not None or adapter.settings:
-        from dora_dist.adapters.methods import chosen
+    usual = ModelConfig.model_fields["storage"].default
+    if adapter.method is not None or adapter.settings or model.storage != usual or model.storage_settings:
+        from dora_dist.training.checks import check_storage
 
-        chosen(adapter)
-    if model.storage != ModelConfig.model_fields["storage"].default or model.storage_settings:
-        from dora_dist.adapters.storage import storage_of
-
-        storage_of(model.storage, model.storage_settings)
+        check_storage(model, adapter)
 
 
 def _method(adapter: AdapterConfig) -> str:

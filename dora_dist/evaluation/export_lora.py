@@ -14,10 +14,11 @@ from torch import Tensor
 from dora_dist.adapters.folders import CONFIG_NAMES
 from dora_dist.checkpoint.adapter_folders import find_adapter, open_adapter
 from dora_dist.checkpoint.merging import check_place
-from dora_dist.checkpoint.model_card import about_adapter, add_card
+from dora_dist.checkpoint.model_card import about_adapter, add_card, of_packed_base
 from dora_dist.checkpoint.nearest_lora import Nearest, error_of_all, write_nearest_lora
 from dora_dist.evaluation.inference import base_folder, load_for_inference
 from dora_dist.evaluation.speaking import Speaker
+from dora_dist.runtime.console import note
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import new_folder
 
@@ -80,6 +81,8 @@ def export_lora(
         _refuse(error, compared, max_error=max_error, force=force, found=found, r=r)
         about = replace(about_adapter(open_adapter(adapter)), method=_told(r, error, compared))
         add_card(folder, about, replaced=output)
+    if packed := of_packed_base(about.storage):
+        note(packed)
     return {
         "output": str(output),
         "modules": len(found),

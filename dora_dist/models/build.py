@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dora_dist.adapters.adapter_folder import SavedAdapter
+from dora_dist.adapters.held import packed_modules
 from dora_dist.adapters.inject import (
     AdapterPlan,
     Packed,
@@ -180,6 +181,11 @@ def _inject(
         raise UserError(
             f'model.storage = "{storage.name}": frozen weights under adapters are held so, and no layer is adapted; '
             f'set it to "{PLAIN.name}"'
+        )
+    if storage is not PLAIN and packed_modules(model) is None:
+        raise UserError(
+            f'model.storage = "{storage.name}": holds linear layers of the numbered layers, and this model has none '
+            f'that is frozen; set it to "{PLAIN.name}"'
         )
     return InjectedModel(
         family=family,

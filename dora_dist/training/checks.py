@@ -6,7 +6,7 @@ from dora_dist import tasks
 from dora_dist.adapters.components import Budget
 from dora_dist.adapters.method import AdapterMethod
 from dora_dist.adapters.methods import chosen
-from dora_dist.adapters.storage import storage_of
+from dora_dist.adapters.storage import PLAIN, storage_of
 from dora_dist.config import AdapterConfig, ModelConfig, RunConfig, deepspeed_options
 from dora_dist.models.folder import check_base, read_config, transformers_config
 from dora_dist.runtime import distributed, extras
@@ -20,8 +20,7 @@ def check(config: RunConfig) -> None:
     as it is imported.
     """
     tasks.check(config)
-    chosen(config.adapter)
-    storage_of(config.model.storage, config.model.storage_settings)
+    check_storage(config.model, config.adapter)
     config.check_files()
     check_base(config)
     config.deepspeed_config(distributed.launched_world_size())
@@ -32,6 +31,16 @@ def check(config: RunConfig) -> None:
     deepspeed_options.check(config.engine.deepspeed)
     for tracker in config.logging.every_tracker:
         extras.need(tracker, purpose=f'logging.trackers: "{tracker}"')
+
+
+def check_storage(model: ModelConfig, adapter: AdapterConfig) -> None:
+    """Raise UserError for a method or a storage that does not exist, and for a storage where no weight is frozen."""
+    method, storage = chosen(adapter), storage_of(model.storage, model.storage_settings)
+    if storage is not PLAIN and not isinstance(method, AdapterMethod):
+        raise UserError(
+            f'model.storage = "{storage.name}": holds weights that are frozen, and adapter.method = "{adapter.method}" '
+            f'trains them; set model.storage to "{PLAIN.name}", or train an adapter'
+        )
 
 
 def check_own_code(model: ModelConfig, adapter: AdapterConfig, base: Path) -> None:

@@ -127,6 +127,19 @@ CASES.option(
     *("--model.storage=nf4", '--model.storage_settings={"block_size": 100}'),
     says="model.storage_settings: block_size = 100: must be one of 64, 128, 256, 512",
 )
+
+
+@CASES.bad(
+    says=(
+        'model.storage = "int8": holds weights that are frozen, and adapter.method = "full" trains them',
+        'set model.storage to "plain", or train an adapter',
+    ),
+    ranks=RANKS,
+)
+def storage_of_what_is_trained(folder: Folder) -> Words:
+    return folder.run(model={"storage": "int8"}, adapter={"method": "full", "r": None, "target_modules": None})
+
+
 CASES.option("plugin_absent", "--plugins=absent", says='plugins = "absent": there is no such Python module; install it')
 
 # --- numbers that do not go with the model or the length of the run ---------------------------------------------------

@@ -75,14 +75,18 @@ def test_with_its_whole_rank_nothing_is_lost_and_peft_computes_it(folder: Path) 
     assert (peft - merged).abs().max() < 1e-4 < (plain - merged).abs().max() / 10
 
 
-def test_of_a_base_held_in_few_bits_it_is_the_change_of_what_training_saw(folder: Path) -> None:
+def test_of_a_base_held_in_few_bits_it_is_the_change_of_what_training_saw(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The LoRA says how its base is held, too; logits are those of the packed base with each."""
     theirs = replace(read_peft_folder(folder / "adapter"), base_storage="int8")
     write_peft_folder(folder / "packed", theirs)
     result = export_lora(folder / "packed", folder / "lora", r=36, progress=False)
     assert result["error"] < 1e-5 and result["logits"]["lost"] < 1e-4
     assert read_peft_folder(folder / "lora").base_storage == "int8"
-    assert "held as int8 in training" in (folder / "lora" / "README.md").read_text()
+    told = " ".join(capsys.readouterr().err.split())
+    assert "note: The base was held as int8 in training. PEFT, and servers that read its folders, take the base" in told
+    assert "held as int8 in training. PEFT, and servers" in (folder / "lora" / "README.md").read_text()
     written, plain = read_peft_folder(folder / "lora").layers, read_peft_folder(folder / "adapter")
     export_lora(folder / "adapter", folder / "other", r=36, logits=False, progress=False)
     other = read_peft_folder(folder / "other").layers

@@ -82,6 +82,7 @@ def test_an_adapter_s_card_names_its_base_of_the_hub_and_loads_in_peft(run: Path
     card = ModelCard.load(folder / CARD)
     assert (card.data.base_model, card.data.library_name) == ("org/base", "peft")
     assert "dora" in card.data.tags and "held as nf4" in card.text and "with DoRA" in card.text
+    assert "take the base as it is, without that rounding" in card.text
     program = card.text.partition("```python\n")[2].partition("```")[0]
     found: dict[str, Any] = {}
     exec(program.replace('"."', repr(str(folder))), found)

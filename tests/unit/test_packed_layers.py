@@ -53,6 +53,12 @@ def test_nothing_but_adapters_goes_with_a_packed_base(base: Path) -> None:
         build_model(ModelConfig(path=str(base), storage="int8"), AdapterConfig(method="full"))
 
 
+def test_a_model_with_nothing_to_pack_is_refused(base: Path) -> None:
+    head_alone = AdapterConfig(r=2, target_modules=["lm_head"], trained_modules=["model.layers"])
+    with pytest.raises(UserError, match=r'model.storage = "nf4": holds linear layers of the num.*none.*to "plain"'):
+        build_model(ModelConfig(path=str(base), storage="nf4"), head_alone)
+
+
 def test_a_layer_without_an_adapter_is_the_decoded_linear_layer() -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(83, 50), torch.randn(3, 4, 83)

@@ -189,6 +189,12 @@ def test_a_label_says_the_settings_that_are_not_usual() -> None:
         labelled("nf4 [1]", "here")
 
 
+def test_a_name_alone_always_means_the_same_settings() -> None:
+    """Adapters of before say no more: with other defaults they would be merged into other weights, silently."""
+    assert labelled("int8", "here").settings() == {"block_size": 64}
+    assert labelled("nf4", "here").settings() == {"block_size": 64, "double_quant": False}
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [

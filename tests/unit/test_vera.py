@@ -287,14 +287,18 @@ def test_what_starts_from_one_may_have_other_first_values(base: Path) -> None:
     assert key.startswith("its projection_prng_key is 0, adapter.settings: projection_prng_key = 2")
 
 
-def test_an_export_holds_one_layer_in_pefts_form_at_a_time(tmp_path: Path, base: Path) -> None:
+def test_an_export_holds_one_layer_in_pefts_form_at_a_time(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a base that was packed in training, too; then it says how PEFT's differs."""
     method = WeightDecomposed(Vera(r=R)).for_model([(36, 36)])
     shapes = {f"model.layers.{n}.self_attn.{kind}_proj": (36, 36) for n in range(2) for kind in "qo"}
     layers = {
         name: NativeLayer(method, shape, {k: torch.randn(i.shape) for k, i in method.parameters(shape).items()})
         for name, shape in shapes.items()
     }
-    NativeAdapter(base_model=str(base), layers=layers).write(tmp_path / "adapter")
+    packed: dict[str, Any] = {"base_storage": "int8", "base_packed": list(shapes)}
+    NativeAdapter(base_model=str(base), layers=layers, **packed).write(tmp_path / "adapter")
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
     most, make = 0, VeraLayer.low_rank
 
@@ -308,6 +312,7 @@ def test_an_export_holds_one_layer_in_pefts_form_at_a_time(tmp_path: Path, base:
     with patch.object(VeraLayer, "low_rank", counted):
         assert export_peft(tmp_path / "adapter", base, tmp_path / "peft") == 4
     assert most <= 2  # the one before is let go of when the next one is there
+    assert "note: The base was held as int8 in training. PEFT" in " ".join(capsys.readouterr().err.split())
 
 
 def another_torch() -> Any:

@@ -53,7 +53,10 @@ def storage_of(name: str, settings: Mapping[str, Any] | None = None, *, field: s
 
 
 def label(storage: WeightStorage) -> str:
-    """What says which storage held a base: its name, and where it has settings of its own, these as JSON."""
+    """What says which storage held a base: its name, and where it has settings of its own, these as JSON.
+
+    Adapters that say the name alone are read with the default settings, which therefore never change.
+    """
     usual = storage_of(storage.name).settings()
     own = {name: value for name, value in storage.settings().items() if value != usual.get(name)}
     return f"{storage.name} {json.dumps(own)}" if own else storage.name
