@@ -3,10 +3,10 @@
 SmolLM2-135M learns questions with answers to choose from (sarcasm, socialiqa, quartz), MiniLM whether texts are liked
 (snippets, news, tweets, reviews). Compared are LoRA, DoRA, dynamic rank, both together, DVoRA, MoRA and full
 fine-tuning: those with a size at the numbers that a LoRA of --r trains (dynamic rank at its end), and at half. Each
-method gets its own learning rate: the best of --rates on validation texts, with seeds of its own, for each task; where
-the best is the lowest or highest, the next beyond it is tried as well. Test texts are asked once, of runs with other
-seeds. The runs of one seed and task see the same texts in the same order, so that methods can be compared seed by seed
-and text by text.
+method gets its own learning rate: the best of --rates on validation texts, with seeds of its own, for each task, but
+none at which, or at up to twice which, a run learnt nothing; where the best is the lowest or highest, the next beyond
+it is tried as well. Test texts are asked once, of runs with other seeds. The runs of one seed and task see the same
+texts in the same order, so that methods can be compared seed by seed and text by text.
 
 Each run has one core, two run at a time. Finished runs are kept as JSON and not repeated; one that was interrupted
 starts again. --variant adds a method with other settings to all tables, such as
@@ -21,16 +21,14 @@ from pathlib import Path
 
 from claimbench.methods import METHODS, REFERENCE, Method, with_variants
 from claimbench.packages import ENCODERS
+from claimbench.rates import Sweep
 from claimbench.report import Found, Row, plot, tables
-from claimbench.runs import Run, Settings, baseline, results
+from claimbench.runs import Run, Settings, baseline, least, results
 from claimbench.tasks import TASKS, Task, available, prepare
 from stages import set_environment
 
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
-
-Rates = Mapping[float, float]
-"""Validation accuracy by learning rate."""
 
 
 def main(options: argparse.Namespace) -> None:
@@ -45,9 +43,9 @@ def main(options: argparse.Namespace) -> None:
         run
         for (task, name), rates in sweeps.items()
         for r in sizes(methods[name], options.r, half=name in options.half)
-        for run in _runs(task, name, methods[name], r, best(rates or _single(methods[name], options)), options.seeds)
+        for run in _runs(task, name, methods[name], r, _rate(rates, methods[name], options), options.seeds)
     ]
-    named = {(task.name, name): rates for (task, name), rates in sweeps.items()}
+    named = {(task.name, name): rates.means for (task, name), rates in sweeps.items()}
     found = Found(settings, methods, options.r, list(options.seeds), named)
     found.baselines = {task.name: baseline(task, settings) for task in tasks}
     found.steps = {task.name: options.steps * task.longer for task in tasks}
@@ -71,12 +69,12 @@ def chosen(options: argparse.Namespace) -> list[Task]:
 
 def sweep(
     tasks: Sequence[Task], methods: Mapping[str, Method], options: argparse.Namespace, settings: Settings
-) -> Mapping[tuple[Task, str], Rates]:
-    """Validation accuracies (means over seeds) by task and method; more, until none has its best at an end.
+) -> Mapping[tuple[Task, str], Sweep]:
+    """Validation runs by task and method; more, until none has its best rate at an end.
 
     Nothing is tried where options.rates is a single one.
     """
-    tried: dict[tuple[Task, str], dict[float, float]] = {(task, name): {} for task in tasks for name in methods}
+    tried = {(task, name): Sweep(least(task, settings)) for task in tasks for name in methods}
     if len(options.rates) == 1:
         return tried
     wanted = {key: [rate * methods[key[1]].rate_factor for rate in options.rates] for key in tried}
@@ -88,28 +86,14 @@ def sweep(
             for seed in options.sweep_seeds
         ]
         for run, result in results(runs, settings).items():
-            rates = tried[run.task, run.name]
-            rates[run.rate] = rates.get(run.rate, 0.0) + result["accuracy"] / len(options.sweep_seeds)
-        wanted = {key: beyond(rates) for key, rates in tried.items()}
+            tried[run.task, run.name].add(run.rate, result["accuracy"])
+        wanted = {key: rates.beyond() for key, rates in tried.items()}
     return tried
 
 
-def beyond(rates: Rates) -> list[float]:
-    """The rate past the best one, by a factor of 2, where that is the lowest or highest of several."""
-    top = best(rates)
-    if min(rates) < top < max(rates):
-        return []
-    return [top * 2 if top == max(rates) else top / 2]
-
-
-def best(rates: Rates) -> float:
-    """The rate of the highest accuracy; of several the lowest."""
-    return max(sorted(rates), key=rates.__getitem__)
-
-
-def _single(method: Method, options: argparse.Namespace) -> Rates:
-    """The one rate that there is, of which no accuracy is known."""
-    return {options.rates[0] * method.rate_factor: 0.0}
+def _rate(rates: Sweep, method: Method, options: argparse.Namespace) -> float:
+    """The best that was tried, or the only one that there is."""
+    return rates.best() if rates.runs else options.rates[0] * method.rate_factor
 
 
 def sizes(method: Method, r: int, *, half: bool) -> list[int]:
@@ -137,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=int,
         default=[0, 10],
-        help="of the runs that choose learning rates; one alone may choose one at which others diverge (%(default)s)",
+        help="of the runs that choose learning rates (%(default)s)",
     )
     parser.add_argument(
         "--rates",

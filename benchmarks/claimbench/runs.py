@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -108,10 +109,9 @@ def baseline(task: Task, settings: Settings) -> tuple[str, float]:
     where training makes the model's head, the most frequent label.
     """
     texts = split_file(settings.folder, task, "test")
-    records = [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines()]
+    records = _records(texts)
     if "label" in records[0]:
-        (_, count), *_ = Counter(record["label"] for record in records).most_common()
-        return "most frequent label", count / len(records)
+        return "most frequent label", _most_frequent(records)
     file = settings.folder / "results" / f"{task.name}-untrained.json"
     digest = _digest(texts)
     if not file.exists() or (known := json.loads(file.read_text(encoding="utf-8")))["texts"] != digest:
@@ -123,6 +123,22 @@ def baseline(task: Task, settings: Settings) -> tuple[str, float]:
         known = {"texts": digest, "accuracy": right.count("1") / len(right), "right": right}
         write_json(file, known)
     return "before training", known["accuracy"]
+
+
+def least(task: Task, settings: Settings) -> float:
+    """What a model that learnt nothing gets of the validation texts: one answer's share, or that of guesses."""
+    records = _records(split_file(settings.folder, task, "validation"))
+    guessed = statistics.mean(1 / len(record.get("choices", records)) for record in records)
+    return max(_most_frequent(records), guessed)
+
+
+def _most_frequent(records: list[Result]) -> float:
+    answers = Counter(record["label" if "label" in record else "completion"] for record in records)
+    return max(answers.values()) / len(records)
+
+
+def _records(texts: Path) -> list[Result]:
+    return [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines()]
 
 
 def options_of(run: Run, settings: Settings, folder: Path) -> list[str]:

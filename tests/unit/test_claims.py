@@ -80,13 +80,24 @@ def test_variants_are_methods_with_options_of_their_own(tmp_path: Path) -> None:
             with_variants([wrong])
 
 
-def test_rates_are_tried_until_the_best_is_inside() -> None:
-    import claims
+def sweep(**runs: list[float]) -> Any:
+    from claimbench.rates import Sweep
 
-    assert claims.best({1e-3: 0.5, 2e-3: 0.7, 4e-3: 0.7}) == 2e-3
-    assert claims.beyond({1e-3: 0.5, 2e-3: 0.7, 4e-3: 0.6}) == []
-    assert claims.beyond({1e-3: 0.5, 2e-3: 0.7}) == [4e-3]
-    assert claims.beyond({1e-3: 0.9, 2e-3: 0.7}) == [5e-4]
+    return Sweep(0.5, {float(rate): found for rate, found in runs.items()})
+
+
+def test_rates_are_tried_until_the_best_is_inside() -> None:
+    assert sweep(**{"1e-3": [0.6], "2e-3": [0.7, 0.9], "4e-3": [0.8]}).best() == 2e-3
+    assert sweep(**{"1e-3": [0.6], "2e-3": [0.7], "4e-3": [0.6]}).beyond() == []
+    assert sweep(**{"1e-3": [0.6], "2e-3": [0.7]}).beyond() == [4e-3]
+    assert sweep(**{"1e-3": [0.9], "2e-3": [0.7]}).beyond() == [5e-4]
+
+
+def test_no_rate_is_chosen_next_to_one_at_which_a_run_learnt_nothing() -> None:
+    found = sweep(**{"5e-4": [0.7, 0.7], "1e-3": [0.8, 0.8], "2e-3": [0.9, 0.5]})
+    assert found.best() == 5e-4
+    assert found.beyond() == [2.5e-4]
+    assert sweep(**{"1e-3": [0.4], "2e-3": [0.5]}).best() == 2e-3  # there is no other
 
 
 def test_names_that_nothing_has_are_refused(tmp_path: Path) -> None:
