@@ -186,6 +186,13 @@ def test_one_question_about_two_pictures_is_two_samples(tmp_path: Path) -> None:
     assert [sample.answers for sample in found] == [[(2, f"{each} 2"), (1, f"{each} 1")] for each in "ab"]
 
 
+def test_an_answer_without_words_is_said_to_be_one(tmp_path: Path) -> None:
+    said = [{"prompt": "red?", "answer": "", "expected": "yes"}, {"prompt": "blue?", "answer": "no", "expected": "no"}]
+    run = reading.read(report_runs.write(tmp_path / "run", [{"event": "evaluation", "step": 1, "samples": said}]))
+    text = page.of_run(run, now=NOW)
+    assert text.count(">no words<") == 1 and "<pre></pre>" not in text
+
+
 def test_values_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
     lines = [{"step": n, "loss": loss} for n, loss in enumerate([1.0, float("nan"), float("inf"), 0.5])]
     found = data_of(page.of_run(reading.read(report_runs.write(tmp_path / "run", lines)), now=NOW))
