@@ -19,7 +19,7 @@ from dora_dist.checkpoint.manifest import read_manifest
 from dora_dist.checkpoint.state import KEYS, Headers, as_one, read_headers
 from dora_dist.runtime.distributed import together
 from dora_dist.runtime.errors import UserError
-from dora_dist.zero3.optimizer_state import create_optimizer_state, write_state
+from dora_dist.zero3.optimizer_state import new_optimizer_state, write_state
 from dora_dist.zero3.partition import full_shape, local_range
 
 Survivors = Mapping[str, Tensor]
@@ -51,9 +51,8 @@ def load_checkpoint(folder: Path, engine: Any, model: nn.Module) -> dict[str, An
         if dist.get_rank() == 0:  # every rank of many would open every other's file
             headers = [read_headers(folder, manifest["files"])]
     dist.broadcast_object_list(headers)
-    with together(f"resuming from {folder}"):
+    with together(f"resuming from {folder}"), new_optimizer_state(engine, manifest["optimizer_steps"]):
         source = as_one(folder, headers[0], manifest["model"]["trainable"])
-        create_optimizer_state(engine, manifest["optimizer_steps"])
         for name, parameter in trainable(model):
             start, stop = local_range(parameter)
             for key in KEYS:

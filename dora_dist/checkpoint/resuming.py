@@ -47,8 +47,8 @@ RULES: dict[Rule, dict[str, str]] = {
         "adapter": "dropout dropout_mode norm_gradient importance_beta dem_weight dem_form pruned_moments compact",
         "data": "packing packing_length target_len cache features image_folder image_aspect_ratio max_image_pixels "
         "bad_images num_workers",
-        "training": "learning_rate learning_rates schedule schedule_settings warmup_steps warmup_ratio epochs "
-        "max_steps micro_batch_size neftune_alpha weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon "
+        "training": "optimizer learning_rate learning_rates schedule schedule_settings warmup_steps warmup_ratio "
+        "epochs max_steps micro_batch_size neftune_alpha weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon "
         "activation_checkpointing recompute_all loss_chunk eval_every metric early_stopping "
         "early_stopping_min_delta num_beams",
         "checkpoint": "save_every keep_last on_failure keep_best",

@@ -65,7 +65,7 @@ _DECIDED_BY = {
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
     "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
     "gradient_clipping": "training.max_grad_norm",
-    "optimizer": "training.learning_rate, weight_decay, adam_beta1, adam_beta2 and adam_epsilon",
+    "optimizer": "training.optimizer, learning_rate, weight_decay, adam_beta1, adam_beta2 and adam_epsilon",
     "scheduler": "training.schedule, warmup_steps and warmup_ratio",
     "bf16.enabled": "model.dtype",
     "bfloat16": "model.dtype",

@@ -267,6 +267,12 @@ class BatchPlan(NamedTuple):
 class TrainingConfig(Section):
     """Optimisation: AdamW over the trainable parameters."""
 
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw",
+        description='"adamw": torch\'s, with moments in fp32; "adamw_8bit": bitsandbytes\', with moments in 8 bits: 6 '
+        "bytes less for each trained number. Checkpoints hold fp32 either way, and a resumed run may have the other",
+    )
+
     learning_rate: Rate = Field(default=2e-4, description="Peak learning rate")
     learning_rates: dict[str, Rate] = Field(
         default={},

@@ -1,6 +1,10 @@
 """Packages that only some users need: which extra brings each, and what to say where one is missing."""
 
 import importlib.util
+import logging
+import sys
+from types import ModuleType
+from typing import cast
 
 from dora_dist.runtime.errors import UserError
 
@@ -38,3 +42,18 @@ def need(*modules: str, purpose: str) -> None:
     """Raise UserError, `purpose` being its beginning, unless all of `modules` can be imported."""
     if (remedy := missing(*modules)) is not None:
         raise UserError(f"{purpose} {remedy}")
+
+
+def import_bitsandbytes() -> None:
+    """Its operators, and nothing that it would fetch: where `kernels` is installed, it downloads code from the hub."""
+    log = logging.getLogger("bitsandbytes")
+    level, absent = log.level, "kernels" not in sys.modules
+    log.setLevel(logging.ERROR)  # it warns that it could not
+    if absent:
+        sys.modules["kernels"] = cast(ModuleType, None)  # how Python is told that there is no such module
+    try:
+        import bitsandbytes  # noqa: F401  here: it takes seconds
+    finally:
+        log.setLevel(level)
+        if absent:
+            del sys.modules["kernels"]

@@ -25,6 +25,7 @@ from dora_dist.models.build import AdaptedModel
 from dora_dist.runtime.agreement import package_version
 from dora_dist.runtime.console import say, width
 from dora_dist.runtime.distributed import World
+from dora_dist.training.optimizers import state_bytes
 from dora_dist.training.table import duration
 from dora_dist.zero3.partition import full_numel
 
@@ -90,7 +91,7 @@ def about_model(
         f"{plan.micro_batch_size}{rows} x {_count(plan.accumulation_steps, 'accumulation step')}{empty}",
     )
     line("training", _schedule(training, config.checkpoint, parts))
-    line("memory", f"{_memory(run.model, world)} a rank, before gathered layers and activations")
+    line("memory", f"{_memory(run.model, world, state_bytes(training))} a rank, before gathered layers and activations")
     files = f"{run_folder.LOG} (everything that ranks and libraries print), {run_folder.METRICS}, {run_folder.CONFIG}"
     line("files", f"{config.checkpoint.run_dir}/: {files}")
     for text in _notes(model.path, run):
@@ -160,11 +161,11 @@ def _schedule(training: TrainingConfig, checkpoint: CheckpointConfig, parts: Map
     return ", ".join(part for part in words if part)
 
 
-def _memory(model: nn.Module, world: World) -> str:
-    """Bytes that a rank holds all the time: its share of the weights, and fp32 copies and moments of what trains."""
+def _memory(model: nn.Module, world: World, of_trained: float) -> str:
+    """Bytes that a rank holds all the time: its share of the weights, and `of_trained` for each number that trains."""
     share = [(-(-full_numel(p) // world.world_size), p) for p in model.parameters()]
     weights = sum(count * p.element_size() for count, p in share)
-    states = sum(count * 16 for count, p in share if p.requires_grad)  # master, gradient, two moments: 4 bytes each
+    states = sum(count * of_trained for count, p in share if p.requires_grad)
     return f"{_size(weights)} of weights + {_size(states)} of optimizer states"
 
 

@@ -11,6 +11,7 @@ from dora_dist.config import AdapterConfig, ModelConfig, RunConfig, deepspeed_op
 from dora_dist.models.folder import check_base, read_config, transformers_config
 from dora_dist.runtime import distributed, extras
 from dora_dist.runtime.errors import UserError
+from dora_dist.training import optimizers
 
 
 def check(config: RunConfig) -> None:
@@ -29,6 +30,7 @@ def check(config: RunConfig) -> None:
     distributed.choose_accelerator(config.engine.accelerator)
     distributed.check_attention(config.model.attn_implementation)
     deepspeed_options.check(config.engine.deepspeed)
+    optimizers.check(config.training)
     for tracker in config.logging.every_tracker:
         extras.need(tracker, purpose=f'logging.trackers: "{tracker}"')
 

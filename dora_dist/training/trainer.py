@@ -19,6 +19,7 @@ from dora_dist.runtime.stopping import EvaluationStopped, StopTogether
 from dora_dist.training.checkpoints import Checkpoints
 from dora_dist.training.finiteness import StepLosses, refuse_gradient, refuse_loss
 from dora_dist.training.loaders import Loaders, on_device
+from dora_dist.training.optimizers import OPTIMIZERS
 from dora_dist.training.pruning import Pruning
 from dora_dist.training.ranks import Ranks
 from dora_dist.training.rates import go_on_at, set_rates
@@ -81,6 +82,7 @@ class DoraTrainer(Trainer):
             eval_dataset=loaders.data.validation,
             data_collator=self._objective.collator,
             compute_loss_func=self._objective.loss,
+            optimizer_cls_and_kwargs=OPTIMIZERS[training.optimizer].made(training, args.device),
             callbacks=[_EveryStep(self, ranks), *callbacks],
         )
         self.remove_callback(PrinterCallback)  # our own callback says it, readably

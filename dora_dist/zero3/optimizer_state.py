@@ -4,18 +4,16 @@ A trainable parameter exists up to three times: the fp32 master shard, the low-p
 ("persistent") parameters, a resident whole copy. Whoever writes one of them writes all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-)
+from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 
+from dora_dist.zero3 import eight_bit
 from dora_dist.zero3.gather import forget_copies
 from dora_dist.zero3.partition import local_range, local_values, shard_length
 from dora_dist.zero3.state_names import MASTER, MOMENTS
@@ -26,11 +24,8 @@ def read_state(parameter: nn.Parameter, key: str) -> Tensor:
     CPU or device.
     """
     start, stop = local_range(parameter)
-    if key == MASTER:
-        local = safe_get_local_fp32_param(parameter)
-    elif _has_moment(parameter, key):
-        local = safe_get_local_optimizer_state(parameter, key)
-    else:  # no step has been taken yet
+    local = safe_get_local_fp32_param(parameter) if key == MASTER else held_state(parameter, key)
+    if local is None:  # no step has been taken yet
         local = torch.zeros_like(safe_get_local_fp32_param(parameter))
     return local.detach().flatten()[: stop - start]
 
@@ -41,35 +36,35 @@ def master_or_shard(parameter: nn.Parameter) -> Tensor:
     return read_state(parameter, MASTER) if has_master else local_values(parameter)
 
 
-def _has_moment(parameter: nn.Parameter, key: str) -> bool:
+def _place(parameter: nn.Parameter) -> tuple[Tensor, Any, int, int]:
+    """The flat masters that a parameter's shard is part of, the optimizer's state of them, and the range in both."""
+    start, stop = local_range(parameter)
     zero3 = parameter._z3_optimizer
-    sub_group = zero3.grad_position[zero3.get_param_id(parameter)][0]
-    return key in zero3.optimizer.state.get(zero3.fp32_partitioned_groups_flat[sub_group], {})
+    sub_group, first, _ = zero3.grad_position[zero3.get_param_id(parameter)]
+    flat = zero3.fp32_partitioned_groups_flat[sub_group]
+    return flat, zero3.optimizer.state.get(flat, {}), first, first + stop - start
 
 
 def held_state(parameter: nn.Parameter, key: str) -> Tensor | None:
     """As `read_state`, where the engine holds it, on the device or offloaded to the host: a view, nothing is copied.
 
-    None for a moment before the first step.
+    A moment in 8 bits is decoded, and None before the first step.
     """
-    if key != MASTER and not _has_moment(parameter, key):
-        return None
-    start, stop = local_range(parameter)
-    zero3 = parameter._z3_optimizer
-    sub_group, first, _ = zero3.grad_position[zero3.get_param_id(parameter)]
-    flat = zero3.fp32_partitioned_groups_flat[sub_group]
-    held: Tensor = flat if key == MASTER else zero3.optimizer.state[flat][key]
-    return held.detach()[first : first + stop - start]
+    flat, state, first, last = _place(parameter)
+    if key == MASTER:
+        return flat.detach()[first:last]
+    return eight_bit.moment(state, key, first, last)
 
 
 def write_state(parameter: nn.Parameter, key: str, values: Tensor, offset: int = 0) -> None:
     """Write this rank's valid elements of the master or of a moment, from its own element `offset` on.
 
+    Moments only within `new_optimizer_state`.
     The master reaches every copy of the parameter, so every rank writes one, be it of no elements.
     """
     place = slice(offset, offset + len(values))
     held = held_state(parameter, key)
-    assert held is not None  # `create_optimizer_state` has made the moments
+    assert held is not None  # `new_optimizer_state` has made the moments
     held[place].copy_(values)
     if key == MASTER:
         parameter.ds_tensor.data[place].copy_(values)
@@ -97,8 +92,9 @@ def zero_elements(parameter: nn.Parameter, where: Tensor, moments: Sequence[str]
     if not local.any():
         return
     safe_set_local_fp32_param(parameter, _padded(parameter, _zero(read_state(parameter, MASTER).clone(), local)))
+    _, state, first, _ = _place(parameter)
     for key in moments:
-        write_state(parameter, key, _zero(read_state(parameter, key).clone(), local))
+        eight_bit.clear(state, key, first, local)
 
 
 def _zero(values: Tensor, where: Tensor) -> Tensor:
@@ -122,12 +118,26 @@ def optimizer_step_count(engine: Any) -> int:
     return int(states[0]["step"]) if states else 0
 
 
-def create_optimizer_state(engine: Any, step: int) -> None:
-    """Make Adam's state exist before the first step (zeros), so that it can be written, with `step` steps counted."""
+@contextmanager
+def new_optimizer_state(engine: Any, step: int) -> Iterator[None]:
+    """Make Adam's state exist before the first step (zeros), with `step` steps counted, to be written within this.
+
+    Moments in 8 bits are written in fp32, in host memory, and encoded at the end: a block is encoded once, with all
+    parameters in it.
+    """
     zero3 = engine.optimizer
+    codes = eight_bit.holds_codes(zero3.optimizer)
+    states = zero3.optimizer.state
     for flat in zero3.fp32_partitioned_groups_flat:
-        zero3.optimizer.state.pop(flat, None)  # before the new moments ask for as much memory again
-        zero3.optimizer.state[flat] = {
+        states.pop(flat, None)  # before the new moments ask for as much memory again
+        device = "cpu" if codes else flat.device
+        states[flat] = {
             "step": torch.tensor(float(step), dtype=torch.float32),
-            **{key: torch.zeros_like(flat.data) for key in MOMENTS},
+            **{key: torch.zeros_like(flat.data, device=device) for key in MOMENTS},
         }
+    yield
+    if codes:
+        for sub_group, flat in enumerate(zero3.fp32_partitioned_groups_flat):
+            group = zero3.sub_group_to_group_id[sub_group]
+            written = {key: values for key, values in states.pop(flat).items() if key in MOMENTS}
+            eight_bit.encode(zero3.optimizer, group, flat, step=step, moments=written)

@@ -178,6 +178,7 @@ CASES.option("patience_of_0", "--training.early_stopping=0", says="training.earl
 CASES.option(
     "gain_without_patience", "--training.early_stopping_min_delta=0.1", says="means nothing without training.early_st"
 )
+CASES.option("no_such_optimizer", "--training.optimizer=adam", says='must be one of "adamw", "adamw_8bit"')
 CASES.option("rate_of_1", "--training.learning_rate=1", says="learning_rate = 1: AdamW moves every", code=DONE)
 CASES.option(
     "evaluation_of_nothing",

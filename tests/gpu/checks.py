@@ -175,6 +175,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+WIDE = {"r": 64}
+"""More numbers on each rank than the 4,096 below which bitsandbytes keeps moments in fp32."""
+
+
 def toy_run(here: Machine, models: Path, folder: Path, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
     """An action: six steps in fp32, with checkpoints and recordings after the third and the last."""
     changes["training"] = {"global_batch_size": max(8, here.ranks), **changes.get("training", {})}
@@ -196,6 +200,8 @@ def runs(here: Machine, models: Path, folder: Path) -> dict[str, Any]:
             **action("sharded, resumed", checkpoint={"resume": str(folder / "sharded" / "checkpoint-3")}),
             "do": "train_sharded",
         },
+        "wide": action("wide", adapter=WIDE),
+        "wide, 8 bits": action("wide, 8 bits", adapter=WIDE, training={"optimizer": "adamw_8bit"}),
         "pruned": action("pruned", adapter=pruned),
         "pruned and offloaded": action("pruned and offloaded", adapter=pruned, engine=OPTIONS["both offloaded"]),
     }
@@ -231,6 +237,17 @@ def test_engine_option(runs: dict[str, Any], name: str, record_property: Note) -
     difference = apart(result(runs, name)["losses"], result(runs, "plain")["losses"])
     record_property("", f"losses within {difference:.1e} of the plain run's")
     assert difference <= FP32
+
+
+def test_moments_in_8_bits_train_alike_and_are_saved(runs: dict[str, Any], folder: Path, record_property: Note) -> None:
+    expected, found = result(runs, "wide")["losses"], result(runs, "wide, 8 bits")["losses"]
+    difference = apart(found, expected)
+    record_property("", f"losses within {difference:.1e} of those with moments in fp32")
+    assert found != expected and difference <= BF16
+    eight, whole = (open_state(folder / name / "checkpoint-6") for name in ("wide, 8 bits", "wide"))
+    names = [name for name in whole.entries if name.endswith(".exp_avg")]
+    ours, theirs = (torch.cat([state.read(name).flatten() for name in names]) for state in (eight, whole))
+    assert (ours - theirs).norm() < 0.2 * theirs.norm()
 
 
 def test_what_is_recorded_does_not_depend_on_where_weights_are(

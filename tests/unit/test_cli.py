@@ -51,7 +51,7 @@ CONFIG_OPTIONS = {
         "image_aspect_ratio max_image_pixels bad_images chat_template group_by_modality_length num_workers"
     ),
     "training": (
-        "learning_rate learning_rates schedule schedule_settings warmup_steps warmup_ratio epochs max_steps "
+        "optimizer learning_rate learning_rates schedule schedule_settings warmup_steps warmup_ratio epochs max_steps "
         "global_batch_size micro_batch_size weight_decay max_grad_norm adam_beta1 adam_beta2 adam_epsilon "
         "neftune_alpha activation_checkpointing recompute_all loss_chunk eval_every metric early_stopping "
         "early_stopping_min_delta num_beams seed"

@@ -107,7 +107,7 @@ def test_derived_json_is_a_copy() -> None:
         ({"bf16": {"enabled": True}}, "bf16.enabled is decided elsewhere; use model.dtype"),
         ({"bf16": True}, "bf16 = True: must be a JSON object"),
         ({"fp16": {"enabled": True}}, "fp16 is decided elsewhere; use model.dtype"),
-        ({"optimizer": {"type": "Adam"}}, "optimizer is decided elsewhere; use training.learning_rate"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer is decided elsewhere; use training.optimizer"),
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is decided elsewhere"),
         (
             {"zero_optimization": {"stage3_max_live_parameters": 1}},

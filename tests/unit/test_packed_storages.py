@@ -166,7 +166,7 @@ def test_without_bitsandbytes_the_plain_form_decodes(broken: str, monkeypatch: p
         raise ImportError
 
     if broken == "absent":
-        monkeypatch.setattr(nf4, "_import_bitsandbytes", absent)
+        monkeypatch.setattr(nf4, "import_bitsandbytes", absent)
     else:
         monkeypatch.setattr(nf4, "_of_bitsandbytes", lambda *sample: nf4.decoded(*sample) * 1.001)
     nf4._kernel.cache_clear()

@@ -4,18 +4,16 @@ Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023 (
 appendix E.
 """
 
-import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_dist.adapters.storage.base import StoredTensor
 from dora_dist.adapters.storage.packed import SCALE_BYTES, PackedStorage, check_settings
+from dora_dist.runtime.extras import import_bitsandbytes
 
 VALUES = (
     -1.0,
@@ -144,7 +142,7 @@ def _pairs(device: torch.device) -> Tensor:
 def _kernel(device_type: str, block_size: int) -> Kernel:
     """bitsandbytes' on this kind of device if it is there and gives the numbers of `decoded`, else that."""
     try:
-        _import_bitsandbytes()
+        import_bitsandbytes()
         generator = torch.Generator().manual_seed(0)
         codes = torch.randint(0, 256, (32 * block_size,), dtype=torch.uint8, generator=generator).to(device_type)
         scales = torch.rand(64, generator=generator).to(torch.bfloat16).float().to(device_type)
@@ -163,18 +161,3 @@ def _of_bitsandbytes(codes: Tensor, scales: Tensor, block_size: int, dtype: torc
         codes.view(-1, 1), scales, block_size, "nf4", [2 * len(codes)], dtype
     )
     return numbers.view(-1)
-
-
-def _import_bitsandbytes() -> None:
-    """Its operators, and nothing that it would fetch: where `kernels` is installed, it downloads code from the hub."""
-    log = logging.getLogger("bitsandbytes")
-    level, absent = log.level, "kernels" not in sys.modules
-    log.setLevel(logging.ERROR)  # it warns that it could not
-    if absent:
-        sys.modules["kernels"] = cast(ModuleType, None)  # how Python is told that there is no such module
-    try:
-        import bitsandbytes  # noqa: F401  here: it takes seconds
-    finally:
-        log.setLevel(level)
-        if absent:
-            del sys.modules["kernels"]
