@@ -61,6 +61,20 @@ def test_elements_are_cleared_and_their_neighbours_stay_to_the_last_bit(length: 
         assert held is not None and torch.equal(held, expected)
 
 
+def test_moments_of_torchs_adamw_are_read_and_cleared_in_place() -> None:
+    flat = nn.Parameter(torch.zeros(10))
+    flat.grad = torch.arange(1.0, 11.0)
+    optimizer = torch.optim.AdamW([flat])
+    assert not eight_bit.holds_codes(optimizer)
+    eight_bit.clear(optimizer.state[flat], "exp_avg", 0, torch.ones(10, dtype=torch.bool))  # nothing is there yet
+    optimizer.step()
+    state, before = optimizer.state[flat], optimizer.state[flat]["exp_avg"].clone()
+    held = eight_bit.moment(state, "exp_avg", 2, 7)
+    assert held is not None and held.data_ptr() == state["exp_avg"][2:].data_ptr() and len(held) == 5
+    eight_bit.clear(state, "exp_avg", 2, torch.tensor([True, False, True]))
+    assert state["exp_avg"].tolist() == [0.0 if n in (2, 4) else value for n, value in enumerate(before.tolist())]
+
+
 @pytest.mark.parametrize("length", [LENGTH, 1000])
 def test_moments_that_are_written_are_as_near_as_those_of_a_step(length: int) -> None:
     before, of, moments = stepped(length)
