@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 Files = dict[str, bytes]
 _API = re.compile(
-    r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?"
+    r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+)(/(?P<under>.+))?)?"
 )
 _UPLOAD = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)/(?P<what>preupload|commit)/main")
 _FILE = re.compile(r"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
@@ -205,6 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = [
                 {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                 for path, content in files.items()
+                if match["under"] is None or path.rpartition("/")[0] == match["under"]
             ]
         self._send(200, {"Content-Type": "application/json"}, json.dumps(body).encode())
 
@@ -227,10 +228,12 @@ class _Handler(BaseHTTPRequestHandler):
         name, _, rest = unquote(path).removeprefix("/").partition("@")
         commit, _, file = rest.partition("/")
         content = self.server.hub._commits[name][commit][file]
-        start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range", "")) or ["", "0"])[1])
-        headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start, last = (int(asked[1]), int(asked[2] or len(content) - 1)) if asked else (0, len(content) - 1)
+        partly = start > 0 or last < len(content) - 1
+        headers = {"Content-Range": f"bytes {start}-{last}/{len(content)}"} if partly else {}
         cuts = self.server.hub.breaks.get(file, [])
-        self._send(206 if start else 200, headers, content[start:], cuts.pop(0) if cuts else None)
+        self._send(206 if partly else 200, headers, content[start : last + 1], cuts.pop(0) if cuts else None)
 
     def _find(self, kind: str, name: str, revision: str) -> tuple[str, str, Files]:
         hub, revision = self.server.hub, unquote(revision)

@@ -19,7 +19,7 @@ from dora_dist.config.files import new_run_from
 from dora_dist.config.mixture import mixture_of, replaced
 from dora_dist.config.names import Sources, data_set, is_local
 from dora_dist.data.mixture import SHARES
-from dora_dist.data.sampler import batches_of
+from dora_dist.data.sampler import SAMPLES, batches_of
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.secrets import without_secrets
 from dora_dist.weights.digest import sampled_digest
@@ -71,7 +71,7 @@ RULES: dict[Rule, dict[str, str]] = {
         "model": "task num_labels feature_dim storage storage_settings",
         "adapter": "method settings weight_decomposed r lora_alpha use_rslora dynamic_rank",
     },
-    Rule.ORDER: {"training": "global_batch_size seed"},
+    Rule.ORDER: {"data": "streaming shuffle_buffer", "training": "global_batch_size seed"},
     Rule.FIRST: {"adapter": "init_from"},
     Rule.PLACE: {"checkpoint": "run_dir resume"},
 }
@@ -250,7 +250,7 @@ def optimizer_steps(training: TrainingConfig, parts: Mapping[str, int]) -> int:
 def finished(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> str | None:
     """That a checkpoint is at the end of this run, or beyond, and how to train on; None if steps are left."""
     step, order = manifest["step"], manifest["trained_with"]["order"]
-    parts = order.get(PARTS) or {"": order["number of training samples"]}
+    parts = order.get(PARTS) or {"": order[SAMPLES] or 0}
     steps = optimizer_steps(config.training, parts)
     if step < steps:
         return _ended_early(folder, manifest, config.training)

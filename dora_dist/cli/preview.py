@@ -20,16 +20,26 @@ _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"
 """Control characters, which a terminal would obey, to signs for them."""
 
 
-def show(data: TokenizedData, tokenizer: Any, *, title: str, steps: int, batch: int, rows: str | None = None) -> None:
+def show(
+    data: TokenizedData,
+    tokenizer: Any,
+    *,
+    title: str,
+    steps: int,
+    batch: int,
+    rows: str | None = None,
+    counted: bool = True,
+) -> None:
     """Print figures of the data, the length of a run of `steps` steps of `batch` records each, and two samples.
 
-    rows: how the records of a step share rows, where they do.
+    rows: how the records of a step share rows, where they do. counted: whether an epoch's records are.
     """
     console = Console(highlight=False, markup=False, emoji=False)
     _print_figures(console, data, title)
     samples = data.train
     an_epoch = batches_of(samples.parts.values(), batch)
-    console.print(f"\n{steps:,} steps of {batch} records, {an_epoch:,} steps an epoch: {steps / an_epoch:,.1f} epochs")
+    epochs = f", {an_epoch:,} steps an epoch: {steps / an_epoch:,.1f} epochs" if counted else " of a stream"
+    console.print(f"\n{steps:,} steps of {batch} records{epochs}")
     for share in samples.shares:
         console.print(f"  {share}", soft_wrap=True)
     if rows is not None:

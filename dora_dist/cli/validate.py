@@ -102,4 +102,5 @@ def _show_data(config: RunConfig, world_size: int) -> None:
         steps=steps,
         batch=config.training.global_batch_size,
         rows=rows,
+        counted=not config.data.streaming,
     )

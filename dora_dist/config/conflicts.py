@@ -24,6 +24,7 @@ def between_fields(
     yield from _batches_and_warmup(training)
     yield from _validation(data, training)
     yield from _packing(data)
+    yield from _streaming(data, training)
     yield from _adapter(adapter)
     yield from _bad_patterns("analysis.modules", analysis.modules)
     flash = model.attn_implementation == "flash_attention_2"
@@ -44,6 +45,24 @@ def _batches_and_warmup(training: TrainingConfig) -> Iterator[str]:
         yield (
             f"training.weight_decay = {training.weight_decay:g}: times the learning rate, {rate:g}, it is the share of "
             "each weight that a step takes away, which must be below 1; lower one of the two"
+        )
+
+
+def _streaming(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
+    buffer, usual = data.shuffle_buffer, type(data).model_fields["shuffle_buffer"].default
+    if not data.streaming:
+        if buffer != usual:
+            yield f"data.shuffle_buffer = {buffer}: means nothing without data.streaming; set that, or take it out"
+        return
+    given = "data.streaming = true"
+    if training.max_steps is None:
+        yield f"{given}: nobody knows how many records an epoch has; say with training.max_steps how long the run is"
+    if data.packing:
+        yield f"{given} and data.packing = true: which records share a row follows from the lengths of all; take one"
+    if data.validation_samples:
+        yield (
+            f"{given} and data.validation_samples = {data.validation_samples}: a stream has nothing to choose them "
+            "from; name validation data in data.validation"
         )
 
 

@@ -212,6 +212,16 @@ class DataConfig(Section):
         description="Largest picture that is decoded, width times height after padding; one that is not padded is at "
         "most 100 times as long as wide",
     )
+    streaming: bool = Field(
+        default=False,
+        description="Read and tokenize training records while the run trains, never all of them at once; "
+        "training.max_steps then says how long the run is, and a set that ends begins again",
+    )
+    shuffle_buffer: Annotated[int, Field(ge=1), at_most(10**8)] = Field(
+        default=10_000,
+        description="Records that are shuffled at a time with streaming, kept undecoded in memory on each rank, and so "
+        "are the files; 1: records come in the order of the files",
+    )
     bad_records: Literal["error", "skip"] = Field(
         default="error",
         description="A record that cannot be read (a line that is not JSON) or used (a field that is missing, or of "

@@ -21,7 +21,7 @@ Sample = dict[str, Any]
 
 
 class WithFiller(Dataset[Sample]):
-    """A data set with one more index, FILLER: a sample without loss."""
+    """A data set with one more index, FILLER: a sample without loss; also where the set has no sample at an index."""
 
     def __init__(self, dataset: Any, filler: Sample):
         self.dataset, self.filler = dataset, filler
@@ -30,7 +30,8 @@ class WithFiller(Dataset[Sample]):
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> Sample:
-        return {**self.filler} if i == FILLER else self.dataset[i]
+        sample = {} if i == FILLER else self.dataset[i]
+        return sample if "input_ids" in sample else {**self.filler, **sample}
 
 
 def text_filler(pad_token_id: int) -> Sample:

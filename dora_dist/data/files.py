@@ -8,12 +8,14 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from dora_dist.config.names import GZIP, TABLES
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.hub import RemoteFile
 
 _KINDS = (
     (b"\x1f\x8b", "a gzip archive: name it .gz behind the ending that it has unpacked"),
@@ -29,7 +31,12 @@ _KINDS = (
     (b"<html", "a web page, not the data: download the file itself"),
 )
 """How files begin that are named as data and hold something else, and what to do about it."""
+_BATCH = 1000  # rows of a Parquet file that are decoded at once
 _HEAD = 4096  # bytes that are searched for these
+
+
+DataFile = Path | RemoteFile
+"""A file here, or one of the hub that is read from there."""
 
 
 class Row(NamedTuple):
@@ -42,7 +49,7 @@ class Row(NamedTuple):
     read: Callable[[], Any]
 
 
-def read_rows(path: Path, source: str) -> Iterator[Row]:
+def read_rows(path: DataFile, source: str) -> Iterator[Row]:
     """Each row of a file (`config.names.DATA_SUFFIXES`); `source` is the file's name in the places of its rows.
 
     Raises UserError for a file that cannot be read as what its name says.
@@ -53,9 +60,10 @@ def read_rows(path: Path, source: str) -> Iterator[Row]:
             yield from _lines(path)
         elif kind in TABLES:
             yield from _table(path, "," if kind == ".csv" else "\t")
+        elif kind == ".parquet":
+            yield from _parquet(path, source)
         else:
-            rows = _listed(path) if kind == ".json" else _parquet(path)
-            for number, row in enumerate(rows, start=1):
+            for number, row in enumerate(_listed(path), start=1):
                 yield Row(f"{source}, record {number}", partial(_given, row))
     except gzip.BadGzipFile as error:
         raise UserError(
@@ -80,7 +88,7 @@ def _given(value: Any) -> Any:
     return value
 
 
-def _lines(path: Path) -> Iterator[Row]:
+def _lines(path: DataFile) -> Iterator[Row]:
     _check_kind(path)
     first = True
     with _opened(path) as file:
@@ -90,7 +98,7 @@ def _lines(path: Path) -> Iterator[Row]:
                 first = False
 
 
-def _line(line: bytes, path: Path, number: int, *, first: bool) -> Any:
+def _line(line: bytes, path: DataFile, number: int, *, first: bool) -> Any:
     place = f"{path}, line {number}"
     value, repeated = _decoded(line.rstrip(b"\r\n"), path, number, first)
     if repeated:
@@ -100,7 +108,7 @@ def _line(line: bytes, path: Path, number: int, *, first: bool) -> Any:
     return value
 
 
-def _listed(path: Path) -> list[Any]:
+def _listed(path: DataFile) -> list[Any]:
     _check_kind(path)
     with _opened(path) as file:
         text = file.read()
@@ -124,7 +132,7 @@ def _listed(path: Path) -> list[Any]:
 
 
 def _decoded(
-    text: bytes, path: Path, number: int | None = None, first: bool = False
+    text: bytes, path: DataFile, number: int | None = None, first: bool = False
 ) -> tuple[Any, list[tuple[dict[str, Any], str]]]:
     """What JSON says, and its objects that have a key twice, with the key.
 
@@ -158,7 +166,7 @@ def _decoded(
         raise UserError(f"{place()} holds a number of thousands of digits, which is not read; take it out") from error
 
 
-def _hint(path: Path, error: json.JSONDecodeError, first: bool) -> str:
+def _hint(path: DataFile, error: json.JSONDecodeError, first: bool) -> str:
     """What the writer of a file has probably meant."""
     if _kind(path) == ".json" and error.msg == "Extra data" and error.lineno > 1:
         return "; one record a line belongs in a file named .jsonl"
@@ -174,7 +182,7 @@ class Cells(dict[str, str]):
     """A row of a table, all of whose values are texts: what else they may be is for whoever knows the fields."""
 
 
-def _table(path: Path, delimiter: str) -> Iterator[Row]:
+def _table(path: DataFile, delimiter: str) -> Iterator[Row]:
     """The rows below a line of names; cells may be quoted and hold line ends then (RFC 4180)."""
     _check_kind(path)
     csv.field_size_limit(sys.maxsize)  # the module's own is 128 KiB
@@ -237,7 +245,7 @@ def _check_names(place: str, names: Sequence[str], delimiter: str) -> None:
         )
 
 
-def _decoded_lines(file: IO[bytes], path: Path, undecodable: list[UserError]) -> Iterator[str]:
+def _decoded_lines(file: IO[bytes], path: DataFile, undecodable: list[UserError]) -> Iterator[str]:
     """The lines as texts; what is wrong with one that is none goes to `undecodable`."""
     for number, line in enumerate(file, start=1):
         text = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
@@ -254,13 +262,19 @@ def _not_utf_8(place: str, text: bytes, error: UnicodeDecodeError) -> str:
     return f"{place} is not UTF-8 text: {found}; save the file as UTF-8"
 
 
-def _kind(path: Path) -> str:
+def _kind(path: DataFile) -> str:
     return Path(path.name.removesuffix(GZIP)).suffix
 
 
-def _opened(path: Path) -> IO[bytes]:
+@contextmanager
+def _opened(path: DataFile) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked."""
-    return gzip.open(path, "rb") if path.suffix == GZIP else path.open("rb")  # type: ignore[return-value]
+    with path.open("rb") as file:
+        if path.suffix != GZIP:
+            yield file
+            return
+        with gzip.open(file) as unpacked:
+            yield unpacked  # type: ignore[misc]
 
 
 def _held(value: Any, keys: Mapping[int, str]) -> str | None:
@@ -274,19 +288,39 @@ def _held(value: Any, keys: Mapping[int, str]) -> str | None:
     return None
 
 
-def _parquet(path: Path) -> Sequence[Any]:
+class _Batch:
+    """Some rows of a Parquet file, made objects when the first of them is read."""
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+
+    @cached_property
+    def rows(self) -> list[Any]:
+        found: list[Any] = self._batch.to_pylist()
+        return found
+
+    def row(self, number: int) -> Any:
+        return self.rows[number]
+
+
+def _parquet(path: DataFile, source: str) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
+    number = 0
     try:
-        rows: list[Any] = parquet.read_table(path).to_pylist()
-        return rows
+        with path.open("rb") as raw, parquet.ParquetFile(path if isinstance(path, Path) else raw) as file:
+            for found in file.iter_batches(_BATCH):
+                batch = _Batch(found)
+                for i in range(found.num_rows):
+                    number += 1
+                    yield Row(f"{source}, record {number}", partial(batch.row, i))
     except (pyarrow.ArrowException, OSError) as error:
         _check_kind(path, but=b"PAR1")
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _check_kind(path: Path, but: bytes = b"") -> None:
+def _check_kind(path: DataFile, but: bytes = b"") -> None:
     """Raise UserError if a file begins as something else does (`but`: as anything but this)."""
     with _opened(path) as file:
         head = file.read(_HEAD)

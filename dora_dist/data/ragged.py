@@ -99,6 +99,14 @@ class RaggedDataset(Dataset[dict[str, Any]]):
         """A short text that differs where any of `columns` does."""
         return columns.fingerprint(self.columns())
 
+    def identity(self) -> str:
+        """As `fingerprint`, for a person."""
+        return f"{len(self):,} samples, sha256 {self.fingerprint()}"
+
+    def described(self, stats: Stats) -> str:
+        """The set for the log, with its figures."""
+        return str(stats)
+
     @property
     def references(self) -> Any:
         """The right answers that metrics compare a model's answers with, where labels alone do not hold them."""

@@ -14,8 +14,9 @@ from dora_dist.config import DataConfig
 from dora_dist.config.names import Sources, listed
 from dora_dist.data.columns import BAD, Columns, Table, pieces, row_keys
 from dora_dist.data.doubts import Doubts
+from dora_dist.data.files import Row
 from dora_dist.data.preview import Preview, longest
-from dora_dist.data.records import OnBad, Record, read_records
+from dora_dist.data.records import OnBad, Record, read_records, record_of
 from dora_dist.data.sampler import EpochOrder
 from dora_dist.data.stats import Stats
 from dora_dist.runtime.errors import UserError
@@ -80,6 +81,10 @@ class Reader(ABC):
         """
         return read_records(listed(sources), self.fields, split, named_by=self.named_by, bad=bad)
 
+    def record(self, row: Row) -> Record:
+        """A row of a source as a record. Raises UserError, which begins with the row's place."""
+        return record_of(row, self.fields, named_by=self.named_by)
+
     def place(self, place: str, record: Record) -> str:
         """Where a record is, for messages."""
         return place
@@ -105,6 +110,10 @@ class Reader(ABC):
 
         Raises UserError, which names the set as `where`, if none can.
         """
+
+    def teaches(self, table: Table) -> Tensor:
+        """(n,) bool: whether anything is learnt of each sample."""
+        return torch.ones(len(table[self.starts]) - 1, dtype=torch.bool)
 
     def check_model(self, table: Table, model: Any) -> None:
         """Raise UserError where a model, whose weights need not be read yet, cannot take the samples."""

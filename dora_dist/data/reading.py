@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from dora_dist.data.bad_records import BadRecords, encode_usable, usable
 from dora_dist.data.cache import cached
 from dora_dist.data.columns import BAD, Columns, Table
 from dora_dist.data.doubts import Doubts, pack_doubts, say
+from dora_dist.data.files import Row
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.ragged import RaggedDataset, TokenizedData
 from dora_dist.data.reader import Reader
-from dora_dist.data.records import Record
+from dora_dist.data.records import Record, files_of
 from dora_dist.data.stats import Stats
+from dora_dist.data.stream import Source, StreamedDataset, window_shares
 from dora_dist.runtime import console
 from dora_dist.runtime.errors import UserError
 
@@ -29,20 +32,32 @@ CHUNK = 1000
 """Records encoded at once: enough to keep the tokenizer's threads busy."""
 
 
-def read(reader: Reader, data: DataConfig, *, seed: int, progress: bool = True) -> TokenizedData:
+def read(
+    reader: Reader, data: DataConfig, *, seed: int, progress: bool = True, places: int | None = None
+) -> TokenizedData:
     """The training and the validation set of a run; the same on every rank, and at every world size.
 
     `data` says which records, and which of them are for validation: those of data.validation, or else
     data.validation_samples records of data.train that `seed` chooses. Raises UserError, naming source and line or
     record, for a file that cannot be read and a record that its reader refuses; and when nothing is left to learn from.
+
+    places: with data.streaming, the records that all steps of the run take.
     """
     mixture = mixture_of(data.train)
     for each in [reader, *(reader.of_format(source.format) for source in mixture if source.format)]:
         each.check()
+    training: tuple[RaggedDataset, Stats]
+    if data.streaming:
+        assert places is not None
+        training = streamed(reader, data, places, seed=seed)
+        if data.validation is None:
+            return TokenizedData(*training)
+        table = _table(reader, data, "validation", progress)
+        return TokenizedData(*training, *_selected(reader, table, _all_of(reader, table), "data.validation"))
     train = _table(reader, data, "train", progress)
     if data.validation is not None:
         table, where = _table(reader, data, "validation", progress), "data.validation"
-        rest, chosen = (torch.arange(len(reader.record_numbers(rows))) for rows in (train, table))
+        rest, chosen = _all_of(reader, train), _all_of(reader, table)
     else:
         table, where = train, "the validation samples"
         numbers = reader.record_numbers(train)
@@ -53,6 +68,55 @@ def read(reader: Reader, data: DataConfig, *, seed: int, progress: bool = True) 
     if mixture:
         training = _mixed(training[0], mixture), training[1]
     return TokenizedData(*training, *(_selected(reader, table, chosen, where) if len(chosen) else ()))
+
+
+def _all_of(reader: Reader, table: Table) -> Tensor:
+    return torch.arange(len(reader.record_numbers(table)))
+
+
+def streamed(reader: Reader, data: DataConfig, places: int, *, seed: int) -> tuple[StreamedDataset, Stats]:
+    """The training set as a stream of so many places, and figures of its first records (data.streaming).
+
+    Raises UserError as `read` does, of the first records of each source.
+    """
+    mixture = mixture_of(data.train)
+    names = names_of(mixture) or ["data.train"]
+    order = seed if data.shuffle_buffer > 1 else None
+    sources = [
+        Source(each, files_of(listed(named), "train", fetch=False), name, seed=order)
+        for (each, named), name in zip(_parts(reader, data.train), names, strict=True)
+    ]
+    looked_at = max(data.shuffle_buffer + 1, CHUNK)
+    rows = [list(islice(source.one_pass(), looked_at)) for source in sources]
+    for first, source in zip(rows, sources, strict=True):
+        if not first:
+            raise UserError(f"{', '.join(map(str, source.files))} holds no records")
+    bad, field = BadRecords(skip=data.bad_records == "skip"), "the first records of data.train"
+    firsts = zip(sources, rows, strict=True)
+    parts = [(source.reader, _usable(source.reader, first[:CHUNK], bad)) for source, first in firsts]
+    table = encoded(reader, parts, field, bad=bad, mixed=bool(mixture))
+    say(field, table["doubts"])
+    head, stats = _selected(reader, table, _all_of(reader, table), field)
+    mixed = Mixture(tuple(names), tuple(each.weight for each in mixture) or (1.0,))
+    sizes = [len(first) if len(first) <= data.shuffle_buffer else None for first in rows]
+    shares = window_shares(mixed.drawn, data.shuffle_buffer, sizes)
+    if 0 in shares:
+        raise UserError(
+            f'data.train, source {shares.index(0) + 1} ("{names[shares.index(0)]}") is never drawn: its weight is less '
+            f"than one of the {sum(shares):,} records that are shuffled at a time; raise it, or data.shuffle_buffer "
+            f"= {data.shuffle_buffer} where the sources have as many records, or take the source out"
+        )
+    if mixture:
+        head = RaggedDataset(reader, table, head.index, mixed)
+    return StreamedDataset(head, sources, shares, places=places, seed=seed), stats
+
+
+def _usable(reader: Reader, rows: Iterable[Row], bad: BadRecords) -> Iterator[tuple[str, Record]]:
+    for row in rows:
+        try:
+            yield row.place, reader.record(row)
+        except UserError as error:
+            bad.take(error)
 
 
 def _mixed(train: RaggedDataset, sources: Sequence[MixtureSource]) -> RaggedDataset:
@@ -142,12 +206,25 @@ def _code_of(reader: Reader) -> set[Path]:
 
 
 def _encoded(reader: Reader, sources: Sources, split: str, progress: bool) -> dict[str, Tensor]:
-    field, mixture = f"data.{split}", mixture_of(sources)
-    parts = _parts(reader, sources)
-    into, doubts, bounds = Columns(), Doubts(reader.tokenizer, but=reader.allowed), [0]
     bad = BadRecords(skip=reader.data.bad_records == "skip")
-    for each, named in parts:
-        records = list(each.records(named, split, bad.take))
+    parts = [(each, each.records(named, split, bad.take)) for each, named in _parts(reader, sources)]
+    mixed = bool(mixture_of(sources))
+    return encoded(reader, parts, f"data.{split}", bad=bad, mixed=mixed, progress=progress)
+
+
+def encoded(
+    reader: Reader,
+    parts: Sequence[tuple[Reader, Iterable[tuple[str, Record]]]],
+    field: str,
+    *,
+    bad: BadRecords,
+    mixed: bool,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """The records of some parts, each with its reader, as one table; `mixed`: which says where each part begins."""
+    into, doubts, bounds = Columns(), Doubts(reader.tokenizer, but=reader.allowed), [0]
+    for each, found in parts:
+        records = list(found)
         bar: Any = console.progress(
             len(records), f"tokenizing {field}", f" {each.counted}", delay=2.0, leave=False, shown=progress
         )
@@ -162,9 +239,9 @@ def _encoded(reader: Reader, sources: Sources, split: str, progress: bool) -> di
     reader.tokenizer.backend_tokenizer.no_truncation()
     reader.tokenizer.backend_tokenizer.no_padding()
     table = into.table()
-    if mixture:
+    if mixed:
         table["sources"] = torch.tensor(bounds)
     learnt = " or ".join(dict.fromkeys(each.learnt for each, _ in parts))
-    found = doubts.found(field, learnt, may_be_empty=all(each.learns_without for each, _ in parts))
-    doubted = pack_doubts([*left_out, *found, *reader.remarks(table)])
-    return {**table, "doubts": doubted, BAD: torch.tensor([bad.count])}
+    doubted = doubts.found(field, learnt, may_be_empty=all(each.learns_without for each, _ in parts))
+    said = pack_doubts([*left_out, *doubted, *reader.remarks(table)])
+    return {**table, "doubts": said, BAD: torch.tensor([bad.count])}

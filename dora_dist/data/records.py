@@ -5,15 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dora_dist.config.files import not_a_data_file
 from dora_dist.config.names import data_set
-from dora_dist.data.files import Cells, Row, read_rows, shown
+from dora_dist.data.files import Cells, DataFile, Row, read_rows, shown
 from dora_dist.data.formats import FORMATS, Record
-from dora_dist.data.repository import data_files
+from dora_dist.data.repository import data_files, remote_files
 from dora_dist.runtime.errors import UserError
 
 _MOST_SHOWN = 8  # fields of a record that a message lists
@@ -157,9 +156,22 @@ def local_file(source: str) -> Path | None:
     return path
 
 
+def files_of(sources: Sequence[str], split: str, *, fetch: bool = True) -> list[DataFile]:
+    """All files of some sources, in order. fetch: those of the hub come here first, else they are read from there.
+
+    Raises UserError for what is not there.
+    """
+    found: list[DataFile] = []
+    for source in sources:
+        path, data = local_file(source), data_set(source)
+        if path is not None:
+            found.append(path)
+        elif data is not None:
+            found += data_files(data, split) if fetch or data.is_here else remote_files(data, split)
+    return found
+
+
 def _read(source: str, split: str) -> Iterator[Row]:
-    path, data = local_file(source), data_set(source)
-    if path is None:
-        assert data is not None
-        return chain.from_iterable(_read(str(file), split) for file in data_files(data, split))
-    return read_rows(path, source)
+    is_file = data_set(source) is None
+    for file in files_of([source], split):
+        yield from read_rows(file, source if is_file else str(file))

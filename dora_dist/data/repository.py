@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dora_dist.config.names import DATA_KINDS, DATA_SUFFIXES, TYPED, DataSet
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.hub import Repository
+from dora_dist.runtime.hub import RemoteFile, Repository
 
 CARD = "README.md"  # it says which files are which configuration and split
 CONVERTED = "refs/convert/parquet"
@@ -47,6 +48,40 @@ def data_files(data: DataSet, split: str = "train", *, field: str = "data", loca
     except UserError as error:
         try:
             return fetched(DATA_SUFFIXES)
+        except _NoData:
+            raise UserError(f"{label}: has no {DATA_KINDS} files ({error})") from error
+
+
+def remote_files(data: DataSet, split: str = "train", *, field: str = "data") -> list[RemoteFile]:
+    """As `data_files`, of a data set on the hub, of which the card alone is fetched."""
+    label = f"{field} = {data.repository!r}"
+    repository = Repository(data.repository, "dataset", patterns=(CARD,), field=field)
+
+    def found(kinds: tuple[str, ...], revision: str | None = None) -> list[RemoteFile]:
+        commit, names = replace(repository, revision=revision).listed()
+        with TemporaryDirectory() as made:  # the same names without their content: they say which files are a split
+            folder = Path(made).resolve()
+            for name in names:
+                path = folder / _inside(name, label)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            if CARD in names:
+                card = replace(repository, revision=commit).fetch() / CARD
+                (folder / CARD).write_bytes(card.read_bytes())
+            files = _found(folder, data, split, label, kinds=kinds)
+            return [RemoteFile(data.repository, commit, file.relative_to(folder).as_posix()) for file in files]
+
+    if data.file:
+        return found(DATA_SUFFIXES)
+    try:
+        return found(TYPED)
+    except _NoData:
+        pass
+    try:
+        return found((".parquet",), CONVERTED)
+    except UserError as error:
+        try:
+            return found(DATA_SUFFIXES)
         except _NoData:
             raise UserError(f"{label}: has no {DATA_KINDS} files ({error})") from error
 

@@ -11,7 +11,9 @@ from torch.utils.data import BatchSampler, DataLoader
 
 FILLER = -1
 """A place of a global batch beyond its last sample; `WithFiller` puts a sample without loss there."""
-EpochOrder = Callable[[int, int], list[int]]
+SAMPLES = "number of training samples"
+"""Where a checkpoint says how many samples an epoch has, if that is known."""
+EpochOrder = Callable[[int, int], Sequence[int]]
 """(seed of an epoch, global batch size) -> every sample once, one global batch after the other.
 
 A batch that is not full is filled up with FILLER. Sample i + k·n is variant k of sample i, where there are n.
@@ -92,7 +94,7 @@ class EpochBatches(BatchSampler):
         """Micro-batches per epoch on this rank."""
         return batches_of(self.parts, self.global_batch_size) * self._places // self._across_ranks
 
-    def global_batches(self) -> Iterator[list[int]]:
+    def global_batches(self) -> Iterator[Sequence[int]]:
         """The samples of each optimizer step of the epoch, over all ranks."""
         order = self._order()
         for first in range(0, len(order), self.global_batch_size):
@@ -118,16 +120,16 @@ class EpochBatches(BatchSampler):
             return self.passes * self._across_ranks
         return -(-self.global_batch_size // self._across_ranks) * self._across_ranks
 
-    def _order(self) -> list[int]:
-        order = list(range(self.num_samples))
+    def _order(self) -> Sequence[int]:
         # One 64-bit seed from the two: adding them would make epoch 1 of seed 0 equal epoch 0 of seed 1.
         seed = (self.seed * _EPOCHS + self.epoch) % 2**63
         if self.order is not None:
             return self.order(seed, self.global_batch_size)
         if self.shuffle:
             generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(self.num_samples, generator=generator).tolist()
-        return order
+            order: list[int] = torch.randperm(self.num_samples, generator=generator).tolist()
+            return order
+        return list(range(self.num_samples))
 
 
 def grouped_order(lengths: Tensor, pictured: Tensor, seed: int, batch: int) -> list[int]:

@@ -27,6 +27,9 @@ class TokensReader(Reader):
 
     notes = ("lengths",)
 
+    def teaches(self, table: Table) -> Tensor:
+        return learnt_tokens(table) > 0
+
     def select(self, table: Table, index: Tensor, where: str) -> tuple[Tensor, TextStats]:
         learnt, cut = learnt_tokens(table), table["lengths"] > self.data.longest_text
         kept = index[learnt[index] > 0]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dora_dist.config import DataConfig
 from dora_dist.data import EpochBatches, EpochDataLoader, read, warn_of_the_whole
 from dora_dist.runtime import console
 from dora_dist.runtime.console import warn
@@ -63,6 +64,8 @@ class RecordsEvaluation(Evaluation):
                 "train": self._task.sources(name, file),
                 "validation": None,
                 "validation_samples": 0,
+                "streaming": False,
+                "shuffle_buffer": DataConfig.model_fields["shuffle_buffer"].default,
                 "bad_records": "error",  # all that is there is measured
             },
             "training": self._training,

@@ -1,10 +1,12 @@
 """Repositories of the model hub: fetched into the hub's own cache, or found there; never a pickle."""
 
+import io
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal
 
 from dora_dist.runtime.console import bars
 from dora_dist.runtime.errors import UserError
@@ -16,6 +18,7 @@ WANTED = ("*.safetensors", *TEXTS)
 CODE = ("*.py",)
 """A model's own Python code: for model.trust_remote_code alone."""
 _TRIES = 3
+_BLOCK, _BUFFER = 8 << 20, 1 << 20  # bytes of a remote file that are asked for, and decoded, at a time
 
 
 class NotReached(UserError):
@@ -51,6 +54,18 @@ class Repository:
                 "give that folder"
             )
         return folder
+
+    def listed(self) -> tuple[str, list[str]]:
+        """The commit, and the names of all files there; nothing is downloaded. Raises UserError as `fetch` does."""
+        from huggingface_hub import HfApi
+
+        try:
+            commit = str(HfApi().repo_info(self.name, revision=self.revision, repo_type=self.kind).sha)
+            return commit, HfApi().list_repo_files(self.name, revision=commit, repo_type=self.kind)
+        except (OSError, ValueError) as error:
+            raise self._explained(error) from error
+        except Exception as error:  # of the HTTP library
+            raise self._not_reached(f"the connection to the hub broke ({_first_line(error)})") from error
 
     def _snapshot(self, local_only: bool) -> Path:
         from huggingface_hub import snapshot_download
@@ -117,6 +132,68 @@ class Repository:
         words += ["--revision", self.revision] if self.revision is not None else []
         words += [word for pattern in self.patterns if "*" in pattern for word in ("--include", pattern)]
         return shlex.join([*words, "--local-dir", self.folder])
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a data set on the hub at one commit, which is read from there: as far as it is, and never kept."""
+
+    repository: str
+    commit: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.repository}:{self.path}"
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.path).suffix
+
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        """Its bytes. What goes wrong, now or when they are read, is an OSError; the client tries again by itself."""
+        return io.BufferedReader(_Remote(f"datasets/{self.repository}@{self.commit}/{self.path}"), _BUFFER)
+
+
+class _Remote(io.RawIOBase):
+    """A file of the hub whose errors are all OSErrors."""
+
+    def __init__(self, path: str) -> None:
+        from huggingface_hub import HfFileSystem
+
+        self._path = path
+        with self._errors():
+            self._file: Any = HfFileSystem(skip_instance_cache=True).open(path, "rb", block_size=_BLOCK)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with self._errors():
+            found = self._file.read(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:  # of the HTTP library, which is another in other versions of the client
+            raise OSError(f"the hub does not give it: {_first_line(error)}") from error
 
 
 def wanted(trust_remote_code: bool) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dora_dist.config.mixture import formats_of
 from dora_dist.config.names import SPEAKERS
 from dora_dist.config.templates import PromptTemplate
-from dora_dist.tasks.task import Task
+from dora_dist.tasks.task import STREAM, Task
 
 if TYPE_CHECKING:
     from dora_dist.config import DataConfig, ModelConfig, TrainingConfig
@@ -27,7 +27,7 @@ TEMPLATE = "template"
 class CausalLM(Task):
     name = "causal_lm"
     formats = ("instruction", "alpaca", "completion", *CHATS, TEMPLATE)
-    fields = ("packing", "packing_length", "train_on", "prompt_template", "answer_field")
+    fields = ("packing", "packing_length", "train_on", "prompt_template", "answer_field", *STREAM)
     trains_in_full = False
 
     def fields_of(self, data: DataConfig) -> tuple[str, ...]:

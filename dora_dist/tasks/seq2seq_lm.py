@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.tasks.task import Task
+from dora_dist.tasks.task import STREAM, Task
 
 if TYPE_CHECKING:
     from dora_dist.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Seq2SeqLM(Task):
     name = "seq2seq_lm"
     formats = ("summarisation",)
-    fields = ("text_fields", "label_field", "target_len")
+    fields = ("text_fields", "label_field", "target_len", *STREAM)
     searching = ("num_beams", "max_new_tokens")
     packages = ("rouge_score",)
     trains_in_full = False

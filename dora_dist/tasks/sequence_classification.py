@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.tasks.task import Task
+from dora_dist.tasks.task import STREAM, Task
 
 if TYPE_CHECKING:
     from dora_dist.config import DataConfig, ModelConfig, TrainingConfig
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class SequenceClassification(Task):
     name = "sequence_classification"
     formats = ("classification",)
-    fields = ("text_fields", "label_field")
+    fields = ("text_fields", "label_field", *STREAM)
     packages = ("sklearn", "scipy")
 
     def metrics(self, model: ModelConfig) -> tuple[str, ...]:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from dora_dist.tasks.prompting.base import Prompting
 
 
+STREAM = ("streaming", "shuffle_buffer")
+"""The `Task.fields` of a task whose records can be read as a stream: each is a sample, whatever the others are."""
+
+
 class Task(ABC):
     """What a model is trained for. The defaults here are those of a task on texts.
 

@@ -72,9 +72,7 @@ def of_model_folder(
 def of_data(data: TokenizedData) -> dict[str, str]:
     """The samples as tokenized: number and content of each set, by all its columns."""
     sets: dict[str, RaggedDataset | None] = {"training data": data.train, "validation data": data.validation}
-    return {
-        name: f"{len(rows):,} samples, sha256 {rows.fingerprint()}" for name, rows in sets.items() if rows is not None
-    }
+    return {name: rows.identity() for name, rows in sets.items() if rows is not None}
 
 
 def _of_file(path: Path, whole: bool) -> str:

@@ -55,7 +55,7 @@ def opening(run_dir: Path, world: World, resume: Path | None) -> None:
 
 def about_data(options: DataConfig, data: TokenizedData) -> None:
     """Once the data is read: how much there is to learn from, and what was left out."""
-    line("data", f"{', '.join(listed(options.train))}: {data.train_stats}")
+    line("data", f"{', '.join(listed(options.train))}: {data.train.described(data.train_stats)}")
     if shares := data.train.shares:
         line("sources", "; ".join(map(str, shares)))
     if data.validation_stats is not None:
@@ -90,7 +90,8 @@ def about_model(
         f"{training.global_batch_size} records a step: {_count(world.world_size, 'rank')} x "
         f"{plan.micro_batch_size}{rows} x {_count(plan.accumulation_steps, 'accumulation step')}{empty}",
     )
-    line("training", _schedule(training, config.checkpoint, parts))
+    counted = not config.data.streaming
+    line("training", _schedule(training, config.checkpoint, parts, counted=counted))
     line("memory", f"{_memory(run.model, world, state_bytes(training))} a rank, before gathered layers and activations")
     files = f"{run_folder.LOG} (everything that ranks and libraries print), {run_folder.METRICS}, {run_folder.CONFIG}"
     line("files", f"{config.checkpoint.run_dir}/: {files}")
@@ -144,7 +145,10 @@ def _method(adapter: AdapterConfig) -> str:
     return f"{method.title}{rank}{alpha}{rooted}{dropout}"
 
 
-def _schedule(training: TrainingConfig, checkpoint: CheckpointConfig, parts: Mapping[str, int]) -> str:
+def _schedule(
+    training: TrainingConfig, checkpoint: CheckpointConfig, parts: Mapping[str, int], *, counted: bool
+) -> str:
+    """counted: whether it is known how many samples an epoch has."""
     steps = optimizer_steps(training, parts)
     epochs = steps / batches_of(parts.values(), training.global_batch_size)
     warmup = training.warmup_steps
@@ -153,7 +157,7 @@ def _schedule(training: TrainingConfig, checkpoint: CheckpointConfig, parts: Map
     shape = training.schedule.replace("_", " ")
     shape += " decay" if training.schedule in ("linear", "cosine") else ""
     words = [
-        f"{_count(steps, 'step')} ({_epochs(epochs)})",
+        _count(steps, "step") + (f" ({_epochs(epochs)})" if counted else ""),
         f"learning rate {training.learning_rate:g}, {shape} after {_count(warmup, 'warm-up step')}",
         f"evaluated every {training.eval_every}" if training.eval_every else "",
         f"saved every {checkpoint.save_every}" if checkpoint.save_every else "saved at the end",

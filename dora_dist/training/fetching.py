@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
-from dora_dist.config import RunConfig, is_local
+from dora_dist.config import DataConfig, RunConfig, is_local
 from dora_dist.config.mixture import mixture_of, named, replaced
 from dora_dist.config.names import Sources, data_set, listed
 from dora_dist.data.repository import data_files
@@ -18,6 +18,11 @@ from dora_dist.runtime.hub import CODE, TEXTS, NotReached, Repository, by_hand, 
 
 _SPLITS = ("train", "validation")
 _LONGEST_DOWNLOAD = timedelta(days=1)
+
+
+def _splits(data: DataConfig) -> tuple[str, ...]:
+    """The fields whose files come here before the run; those of a stream are read where they are."""
+    return ("validation",) if data.streaming else _SPLITS
 
 
 def fetched_for_data(config: RunConfig) -> RunConfig:
@@ -31,7 +36,7 @@ def fetched(config: RunConfig, world: World) -> RunConfig:
     One rank of each node downloads into the hub's cache, which locks and verifies each file, so that nodes may share
     it; the other ranks wait, then find the same there without asking the hub. Raises UserError on every rank.
     """
-    sources = [source for split in _SPLITS for source in listed(getattr(config.data, split))]
+    sources = [source for split in _splits(config.data) for source in listed(getattr(config.data, split))]
     if not any(map(data_set, sources)) and not any(_repositories(config)):
         return config
     with together("fetching what the run needs from the hub", patience=_LONGEST_DOWNLOAD):
@@ -52,7 +57,7 @@ def _placed(config: RunConfig, local_only: bool = False, weights: bool = True) -
         }
         sources = {
             split: _found(getattr(data, split), split, local_only)
-            for split in _SPLITS
+            for split in _splits(data)
             if getattr(data, split) is not None
         }
     except NotReached as error:
@@ -87,7 +92,7 @@ def _repositories(config: RunConfig, weights: bool = True) -> Iterator[Repositor
         yield Repository(model.path, revision=model.revision, patterns=patterns)
     if model.tokenizer is not None and not is_local(model.tokenizer):
         yield Repository(model.tokenizer, patterns=texts, field="model.tokenizer")
-    for split in _SPLITS:
+    for split in _splits(config.data):
         for source in listed(getattr(config.data, split)):
             if (named := data_set(source)) and not named.is_here:
                 patterns = (named.file,) if named.file else ()

@@ -79,7 +79,9 @@ def read_data(config: RunConfig, base: Path, *, progress: bool) -> tuple[Any, To
         check_packs(transformers_config(base, config.model.trust_remote_code))
     processor = task.processor(base, config.model, config.data)
     reader = task.reader(processor, model=config.model, data=config.data)
-    data = read(reader, config.data, seed=config.training.seed, progress=progress)
+    training = config.training
+    places = (training.max_steps or 0) * training.global_batch_size
+    data = read(reader, config.data, seed=training.seed, progress=progress, places=places)
     warn_of_the_whole(config.data, data, batch=config.training.global_batch_size)
     if config.training.eval_every and data.validation is None:
         raise UserError(

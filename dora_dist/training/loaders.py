@@ -14,6 +14,7 @@ from dora_dist.data.packing import filled, packed_plan, passes_over
 from dora_dist.runtime.distributed import World
 from dora_dist.tasks.objectives.base import PAD_TO_MULTIPLE_OF, Objective
 from dora_dist.training.source_losses import WithSources
+from dora_dist.training.unreadable import WithProblems
 
 
 def batch_plan(config: RunConfig, data: TokenizedData, world_size: int) -> BatchPlan:
@@ -114,7 +115,8 @@ class Loaders:
             row_length=self._row_length,
         )
         mixed = self.data.train.mixture is not None and self._row_length is None  # a row has samples of several
-        return self._loader(self.data.train, batches, WithSources(self.objective.collator) if mixed else None)
+        collator = WithProblems(self.objective.collator) if self._row_length is None else self.objective.collator
+        return self._loader(self.data.train, batches, WithSources(collator) if mixed else collator)
 
     def evaluation(self, dataset: Any) -> EpochDataLoader:
         """A whole set as it comes, the same number of batches on every rank."""

@@ -244,7 +244,11 @@ def build_trainer(
         training=training,
         step_timeout_s=config.engine.step_timeout_s,
         pruning=pruning,
-        unreadable=Unreadable(objective.problems, config.data.bad_images, world),
+        unreadable=Unreadable(
+            objective.problems,
+            {"data.bad_images": config.data.bad_images, "data.bad_records": config.data.bad_records},
+            world,
+        ),
         report=report,
         samples=inputs.samples,
         callbacks=[*ours, *callbacks],

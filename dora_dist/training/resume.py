@@ -13,6 +13,7 @@ import torch.distributed as dist
 from dora_dist.checkpoint import resuming, run_folder
 from dora_dist.checkpoint.manifest import read_manifest
 from dora_dist.config import RunConfig
+from dora_dist.data.sampler import SAMPLES
 from dora_dist.runtime.console import note, warn
 from dora_dist.runtime.distributed import World, together
 from dora_dist.runtime.errors import UserError
@@ -87,7 +88,7 @@ def compare(
     with together("comparing base and data with those of the checkpoint"):
         if world.first:
             train, base = inputs.data.train, inputs.base
-            order = {"number of training samples": len(train), **train.order_facts}
+            order = {SAMPLES: len(train), **train.order_facts}
             if list(train.parts) != [""]:
                 order[resuming.PARTS] = train.parts
             tensors = TensorFolder.open(base)

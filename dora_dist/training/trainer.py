@@ -26,6 +26,7 @@ from dora_dist.training.rates import go_on_at, set_rates
 from dora_dist.training.reporting import ReportCallback
 from dora_dist.training.samples import Samples
 from dora_dist.training.source_losses import KEY, SourceLosses
+from dora_dist.training.unreadable import KEY as PROBLEMS
 from dora_dist.training.unreadable import Unreadable
 from dora_dist.zero3.optimizer_state import step_was_skipped
 from dora_dist.zero3.teardown import release
@@ -108,6 +109,7 @@ class DoraTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if num_items_in_batch is not None:  # 0 where none of a last, small batch could be read
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        self._unreadable.problems += inputs.pop(PROBLEMS, [])
         # `inputs` are still in host memory: what is read of them here waits for nothing.
         self._report.saw(self._objective.tokens(inputs), places=inputs["input_ids"].numel())
         loss = super().training_step(model, self._objective.prepared(inputs), num_items_in_batch)
@@ -149,6 +151,7 @@ class DoraTrainer(Trainer):
         known = [self._ranks.stop.signal is not None, checkpoints.any_ended, self._unreadable.any]
         anywhere = torch.cat([torch.tensor(known, device=device).float(), self._losses.not_finite(device)[None]])
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        self._unreadable.read(self._training.global_batch_size)
         self.stopping, save_ended, unreadable, not_finite = map(bool, anywhere.tolist())  # the step's one wait
         if unreadable:
             self.log(self._unreadable.settle())

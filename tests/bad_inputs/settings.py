@@ -20,6 +20,21 @@ CASES.option("no_records", "--data.train=nowhere.json", says='data.train = "nowh
 CASES.option(
     "rate_1e300", "--training.learning_rate=1e300", says="training.learning_rate = 1e+300: is more than any run"
 )
+CASES.option(
+    "stream",
+    *("--data.streaming", "true", "--training.max_steps", "null", "--data.packing", "true"),
+    says=(
+        "data.streaming = true: nobody knows how many records an epoch has; say with training.max_steps",
+        "data.streaming = true and data.packing = true: which records share a row follows from the lengths of all",
+        "data.streaming = true and data.validation_samples = 5: a stream has nothing to choose them from",
+    ),
+)
+CASES.option("buffer", "--data.shuffle_buffer=5", says="data.shuffle_buffer = 5: means nothing without data.streaming")
+CASES.option(
+    "stream_of_pictures",
+    *("--data.streaming=true", "--model.task=image_text_to_text", "--data.format=llava"),
+    says='data.streaming = true: has no meaning for data.format = "llava", only for instruction',
+)
 CASES.option("rate_nan", "--training.learning_rate=NaN", says="training.learning_rate: NaN is not a JSON number")
 CASES.option("rate_infinite", "--training.learning_rate=-Infinity", says="training.learning_rate: -Infinity is not")
 CASES.option("rate_1e999", "--training.learning_rate=1e999", says="1e999 is too large for a number; give a finite")

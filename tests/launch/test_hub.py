@@ -1,5 +1,6 @@
 """Models and data from the hub: the real client libraries against a stand-in on loopback (tests/hub_server.py)."""
 
+import gzip
 import json
 import os
 import re
@@ -50,13 +51,18 @@ Questions.
 ASK = """
 import json, sys
 from dora_dist.config.names import data_set
-from dora_dist.data.repository import data_files
+from dora_dist.data.repository import data_files, remote_files
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.hub import fetch
 for call in json.loads(sys.argv[1]):
     try:
         if call[0] == "model":
             print(json.dumps([str(fetch(*call[1:], field="model.path"))]))
+        elif call[0] == "stream":
+            from dora_dist.data.files import read_rows
+            files = remote_files(data_set(call[1]), *call[2:], field="data.train")
+            rows = [(row.place, row.read()) for file in files for row in read_rows(file, str(file))]
+            print(json.dumps(rows))
         else:
             print(json.dumps([str(file) for file in data_files(data_set(call[1]), *call[2:], field="data.train")]))
     except UserError as error:
@@ -307,3 +313,30 @@ def test_a_models_own_code_is_fetched_at_its_revision_and_only_where_it_is_trust
     trained = type_in(*trusted, endpoint=hub.url, home=tmp_path / "home", cwd=tmp_path)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert hub.downloads()["modeling_toy.py"] == hub.downloads()["configuration_toy.py"] == 1
+
+
+def test_a_stream_of_the_hub_is_read_from_there_and_nothing_of_it_is_kept(hub: Hub, tmp_path: Path) -> None:
+    rows = toy.records(40)
+    lines = "".join(json.dumps(row) + "\n" for row in rows[20:]).encode()
+    of_card = {
+        "README.md": CARD,
+        "easy/train-0.parquet": as_parquet(tmp_path, 20),
+        "hard.jsonl": b"",
+        "easy/validation.json": b"[]",
+    }
+    hub.add("datasets/lab/questions", {**of_card, "hard.jsonl": lines, "easy/train-1.jsonl.gz": gzip.compress(lines)})
+    hub.add("datasets/lab/plain", {"data/train.csv": b"instruction,output\na,b\n", "data/test.csv": b"a\n1\n"})
+    hub.breaks["hard.jsonl"] = [100]  # the client asks again
+    calls = [("stream", "lab/questions:easy"), ("stream", "lab/questions:hard.jsonl"), ("stream", "lab/plain")]
+    calls += [("stream", "lab/questions:easy:test"), ("stream", "lab/nothing")]
+    easy, hard, plain, no_split, nothing = ask(*calls, endpoint=hub.url, home=tmp_path / "home")
+    assert [row for _, row in easy] == [*rows[:20], *rows[20:]] and [row for _, row in hard] == rows[20:]
+    assert easy[0][0] == "lab/questions:easy/train-0.parquet, record 1"
+    assert hard[3][0] == "lab/questions:hard.jsonl, line 4"
+    assert plain == [["lab/plain:data/train.csv, line 2", {"instruction": "a", "output": "b"}]]
+    assert "has no split 'test'; it has train, validation" in no_split
+    assert "the hub shows us no such data set" in nothing
+    kept = {path.name for path in (tmp_path / "home").rglob("*") if path.is_file() and path.stat().st_size > 10}
+    assert kept.isdisjoint({"hard.jsonl", "train-0.parquet", "train-1.jsonl.gz", "train.csv"})
+    offline = ask(("stream", "lab/plain"), endpoint=hub.url, home=tmp_path / "home", HF_HUB_OFFLINE="1")
+    assert "could not be fetched" in offline[0] or "cannot be reached" in offline[0]

@@ -48,7 +48,8 @@ CONFIG_OPTIONS = {
     "data": (
         "train validation validation_samples format text_fields label_field loss_on prompt_template answer_field "
         "train_on cutoff_len target_len doc_stride packing packing_length cache features prompts image_folder "
-        "image_aspect_ratio max_image_pixels bad_images chat_template group_by_modality_length num_workers"
+        "image_aspect_ratio max_image_pixels streaming shuffle_buffer bad_records bad_images chat_template "
+        "group_by_modality_length num_workers"
     ),
     "training": (
         "optimizer learning_rate learning_rates schedule schedule_settings warmup_steps warmup_ratio epochs max_steps "

@@ -1,0 +1,157 @@
+"""Streamed training data: the order by a plain reference, whatever the ranks and the place where one begins."""
+
+import gzip
+import itertools
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from dora_dist.config import DataConfig
+from dora_dist.data import FILLER, EpochBatches, TextReader, WithFiller, read
+from dora_dist.data.mixture import SHARES, Mixture
+from dora_dist.data.stream import window_shares
+from dora_dist.runtime.errors import UserError
+from tests import toy
+
+ROWS = toy.records(50)
+
+
+def files(folder: Path) -> list[str]:
+    """ROWS in four files of four kinds: 20, 10, 15 and 5 of them."""
+    lines = [json.dumps(row) + "\n" for row in ROWS]
+    (folder / "a.jsonl").write_text("\n".join(lines[:20]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[20:30]).encode()))
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS[30:45]), folder / "c.parquet", row_group_size=4)
+    (folder / "d.csv").write_text(
+        "instruction,output\n" + "".join(f'"{r["instruction"]}",{r["output"]}\n' for r in ROWS[45:])
+    )
+    return [str(folder / name) for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.csv")]
+
+
+def build(train: Any, places: int = 120, **fields: Any) -> Any:
+    data = DataConfig(train=train, **{"cutoff_len": 512, "cache": None, "streaming": True, **fields})
+    return read(TextReader(data, toy.tokenizer()), data, seed=3, progress=False, places=places).train
+
+
+def texts(samples: Any) -> list[str]:
+    return [toy.tokenizer().decode(sample["input_ids"], skip_special_tokens=True) for sample in samples]
+
+
+def whole(train: Any) -> list[str]:
+    """The texts as a set that is no stream has them, in the order of the files."""
+    return texts(build(train, streaming=False, shuffle_buffer=10_000))
+
+
+def test_unshuffled_it_is_the_files_in_their_order_again_and_again(tmp_path: Path) -> None:
+    names = files(tmp_path)
+    expected = whole(names)
+    assert texts(build(names, shuffle_buffer=1)) == (expected * 3)[:120]
+
+
+def test_shuffled_it_is_what_a_plain_reference_says(tmp_path: Path) -> None:
+    """Window after window of rows, those of each pass in its own order of the files."""
+    names, buffer = files(tmp_path), 8
+    by_file = [whole([name]) for name in names]
+
+    def random(number: int, kind: int, size: int) -> list[int]:
+        seed = ((3 * 1_000_003 + number) * 8191 + kind) % 2**62
+        return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    rows = [text for pass_ in range(3) for k in random(pass_, 1, 4) for text in by_file[k]]
+    windows = [rows[i : i + buffer] for i in range(0, 120, buffer)]
+    expected = [window[k] for n, window in enumerate(windows) for k in random(n, 0, buffer)]
+    found = texts(build(names, shuffle_buffer=buffer))
+    assert found == expected[:120] and found != (whole(names) * 3)[:120]
+    assert Counter(found[:48]) == Counter(rows[:48])  # whole windows
+
+
+def test_a_set_that_fits_into_a_window_is_shuffled_whole_pass_by_pass(tmp_path: Path) -> None:
+    names = files(tmp_path)
+    found = texts(build(names))
+    assert Counter(found[:50]) == Counter(found[50:100]) == Counter(whole(names)) and found[:50] != found[50:100]
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 6), (2, 3), (3, 1)])
+def test_every_rank_begins_anywhere_and_together_they_have_the_order(world: int, micro: int, tmp_path: Path) -> None:
+    names = files(tmp_path)
+    expected = list(build(names, shuffle_buffer=8))
+    of_rank = []
+    for rank in range(world):
+        train = build(names, shuffle_buffer=8)
+        batches = EpochBatches(
+            len(train),
+            global_batch_size=6,
+            micro_batch_size=micro,
+            world_size=world,
+            rank=rank,
+            order=train.epoch_order,
+        )
+        resumed = itertools.islice(batches, 7 * (6 // world // micro), None)  # after seven steps
+        other = pickle.loads(pickle.dumps(train))  # a loader process
+        of_rank.append([[other[i] for i in batch] for batch in resumed])
+    together = [sample for step in zip(*of_rank, strict=True) for batch in step for sample in batch]
+    per_step = 6 // world // micro
+    if per_step == 1:
+        assert together == expected[42:]
+    else:
+        assert sorted(texts(together)) == sorted(texts(expected[42:]))
+    train = build(names, shuffle_buffer=8)
+    assert [train[i] for i in (100, 3, 99, 0)] == [expected[i] for i in (100, 3, 99, 0)]  # also backwards
+
+
+def test_sources_have_their_shares_of_every_window(tmp_path: Path) -> None:
+    toy.write_records(tmp_path / "a.json", 40)
+    (tmp_path / "b.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{i}?", "completion": "x"}) + "\n" for i in range(9))
+    )
+    sources = [
+        {"path": str(tmp_path / "a.json"), "weight": 3},
+        {"path": str(tmp_path / "b.jsonl"), "format": "completion"},
+    ]
+    train = build(sources, shuffle_buffer=12)
+    assert train.mixture == Mixture(("a", "b"), (3.0, 1.0))
+    for start in range(0, 120, 12):
+        assert Counter(train[i]["source"] for i in range(start, start + 12)) == {0: 9, 1: 3}
+    short = texts(train[i] for i in range(36) if train[i]["source"] == 1)
+    assert sorted(short) == sorted(f"{i}?x" for i in range(9))  # each once before one comes again
+    assert build(sources).order_facts[SHARES] == [[27, 9]]
+    with pytest.raises(
+        UserError, match=r'source 2 \("b"\) is never drawn: its weight is less than one of the 2 records'
+    ):
+        build(sources, shuffle_buffer=2)
+
+
+def test_a_window_has_no_more_of_a_source_than_a_pass() -> None:
+    assert window_shares(Mixture(("a",), (1,)).drawn, 100, [7]) == [7]
+    assert window_shares(Mixture(("a",), (1,)).drawn, 100, [None]) == [100]
+    assert window_shares(Mixture(("a", "b"), (3, 1)).drawn, 100, [None, 5]) == [15, 5]
+    assert window_shares(Mixture(("a", "b"), (1, 1)).drawn, 100, [30, 5]) == [5, 5]
+
+
+def test_a_record_of_which_nothing_comes_leaves_its_place_empty_and_says_why(tmp_path: Path) -> None:
+    rows = [json.dumps(row) for row in ROWS]
+    rows[12], rows[14] = '{"instruction": 3', json.dumps({"instruction": "long " * 300, "output": "yes"})
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    kept = {"bad_records": "skip", "loss_on": "answer", "shuffle_buffer": 1, "cutoff_len": 300}
+    train = build(str(tmp_path / "a.jsonl"), 50, **kept)
+    problems = {i: train[i]["problem"] for i in range(50) if "problem" in train[i]}
+    assert [(i, each.field) for i, each in problems.items()] == [(12, "data.bad_records"), (14, "data.cutoff_len")]
+    assert "a.jsonl, line 13 is not JSON" in problems[12].text and "line 15: has no token" in problems[14].text
+    filled = WithFiller(train, {"input_ids": [0], "labels": [-100]})
+    assert filled[12] == {"input_ids": [0], "labels": [-100], "problem": problems[12]}
+    assert filled[13] == train[13] and filled[FILLER] == {"input_ids": [0], "labels": [-100]}
+    with pytest.raises(UserError, match="a.jsonl, line 13 is not JSON"):
+        build(str(tmp_path / "a.jsonl"), loss_on="answer")
+    identity = train.identity()
+    (tmp_path / "a.jsonl").unlink()
+    gone = pickle.loads(pickle.dumps(train))[0]["problem"]
+    assert gone.field is None and "cannot be read: No such file" in gone.text
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows[:49], rows[48]]))
+    assert build(str(tmp_path / "a.jsonl"), 50, **kept).identity() != identity
