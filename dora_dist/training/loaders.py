@@ -114,8 +114,8 @@ class Loaders:
             rank=self._world.rank,
             row_length=self._row_length,
         )
-        mixed = self.data.train.mixture is not None and self._row_length is None  # a row has samples of several
         collator = WithProblems(self.objective.collator) if self._row_length is None else self.objective.collator
+        mixed = self.data.train.mixture is not None
         return self._loader(self.data.train, batches, WithSources(collator) if mixed else collator)
 
     def evaluation(self, dataset: Any) -> EpochDataLoader:

@@ -128,7 +128,8 @@ class DoraTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         sources, inputs = inputs[KEY], {name: each for name, each in inputs.items() if name != KEY}
         loss, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch)
-        self._source_losses.add(self._objective.row_losses(outputs, inputs), sources)
+        of = self._objective.sources(sources, inputs)
+        self._source_losses.add(self._objective.row_losses(outputs, inputs), of)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

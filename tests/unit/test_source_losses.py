@@ -65,3 +65,22 @@ def test_batches_say_the_source_of_each_row() -> None:
     collate = WithSources(LanguageModelling(toy.tokenizer(), None).collator)
     sample = {"input_ids": [1, 2], "labels": [1, 2]}
     assert collate([{**sample, "source": 1}, sample])[KEY].tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_sources_that_share_rows_have_the_losses_that_they_have_alone(chunk: int) -> None:
+    model, tokenizer, device = language_model("llama", "sdpa"), toy.tokenizer(), torch.device("cpu")
+    samples = [
+        {"input_ids": ids.tolist(), "labels": [IGNORED, IGNORED, *ids[2:].tolist()], "source": k % 2}
+        for k, ids in enumerate(toy.tokens(5, 9))
+    ]
+    samples = [{**each, **{of: each[of][: 5 + k] for of in ("input_ids", "labels")}} for k, each in enumerate(samples)]
+    settled = []
+    for packs, rows in ((False, samples), (True, [samples[:2], samples[2:4], samples[4:]])):
+        objective, found = LanguageModelling(tokenizer, model, packs=packs, loss_chunk=chunk), SourceLosses(["a", "b"])
+        batch = objective.placed(objective.prepared(WithSources(objective.collator)(rows)))
+        sources = batch.pop(KEY)
+        outputs = model(**batch, num_items_in_batch=1)
+        found.add(objective.row_losses(outputs, batch), objective.sources(sources, batch))
+        settled.append(found.settle(device))
+    assert settled[1] == pytest.approx(settled[0], rel=1e-5) and settled[0]["learnt/a"] > settled[0]["learnt/b"] > 0

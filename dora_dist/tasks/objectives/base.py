@@ -60,9 +60,14 @@ class Objective(ABC):
     def row_losses(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """Of each row the sum of its tokens' losses, fp32, and how many these are, int64, both (rows,).
 
-        batch: as it was `prepared`. None: they are not known. Nothing waits for the device.
+        Where rows have several samples: the same of each place of a row, both (rows, places). batch: as it was
+        `prepared`. None: they are not known. Nothing waits for the device.
         """
         return None
+
+    def sources(self, sources: Tensor, batch: Batch) -> Tensor:
+        """The source of each of `row_losses`, from those of a batch's rows or tokens (`source_losses.WithSources`)."""
+        return sources
 
     @abstractmethod
     def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:

@@ -45,13 +45,22 @@ class LanguageModelling(Objective):
     @torch.no_grad()
     def row_losses(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor] | None:
         logits, labels = outputs.get("logits"), batch["shift_labels"]
+        learnt = labels != IGNORED
         if logits is None:
             each = outputs.get("token_losses")  # of a loss in chunks; another model may say nothing
-            return None if each is None else (each.sum(1), (labels != IGNORED).sum(1))
+            if each is None:
+                return None
+            return (each, learnt.long()) if self.packs else (each.sum(1), learnt.sum(1))
         # Row by row: in fp32 the logits of all would be the largest tensor of the step.
-        pairs = zip(logits, labels, strict=True)
-        sums = [nn.functional.cross_entropy(a.float(), b, ignore_index=IGNORED, reduction="sum") for a, b in pairs]
-        return torch.stack(sums), (labels != IGNORED).sum(1)
+        pairs, how = zip(logits, labels, strict=True), "none" if self.packs else "sum"
+        sums = [nn.functional.cross_entropy(a.float(), b, ignore_index=IGNORED, reduction=how) for a, b in pairs]
+        return torch.stack(sums), learnt.long() if self.packs else learnt.sum(1)
+
+    def sources(self, sources: Tensor, batch: Batch) -> Tensor:
+        if not self.packs:
+            return sources
+        following = nn.functional.pad(sources[:, 1:], (0, 1), value=-1)  # a place is of the token that it predicts
+        return following[:, batch["logits_to_keep"]]
 
     def evaluate(self, model: Any, batches: Iterable[Batch], dataset: Any, device: torch.device) -> dict[str, float]:
         total = torch.zeros(2, dtype=torch.float64, device=device)
