@@ -22,6 +22,10 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     Norms and kept outputs stay as they are: a forward before, another one off, and a backward of the first give what
     they give without the one in between.
 
+    Under ZeRO-3, weights are fetched ahead once DeepSpeed has recorded a forward and its backward in a row; forwards
+    that come between them from the first step on leave it without such a recording for good. Take the first step
+    without `adapters_off`, and all later ones fetch ahead; results are the same either way.
+
     Raises: UserError where more than the adapters is trained (`trained_modules`, `trained_parameters`): without
     adapters such a model is not the base.
 

@@ -40,6 +40,7 @@ def on_a_rank(base: Path, folder: Path) -> dict[str, Any]:
 
     found = {"own_loop": example("own_loop", str(base), str(folder / "own_loop"), 10)}
     found["preferences"] = preferences(base, folder)
+    found["fetches_ahead"] = fetches_ahead(base)
     AcceleratorState._reset_state(reset_partial_state=True)
     found["sft_trainer"] = example("sft_trainer", str(base), str(folder / "sft_trainer"), 8)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -102,6 +103,34 @@ def preferences(base: Path, folder: Path) -> list[float]:
     return losses
 
 
+def fetches_ahead(base: Path) -> list[bool]:
+    """After a step of one forward: whether the engine has its recording after steps with one more, before or after."""
+    import deepspeed
+
+    from dora_dist import adapters_off, build_model
+    from dora_dist.config import ModelConfig
+    from dora_dist.models.build import checkpoint_activations
+
+    run = build_model(ModelConfig(path=str(base), dtype="fp32"), adapter(), deepspeed=SETTINGS)
+    checkpoint_activations(run.model)
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=run.model, optimizer=torch.optim.AdamW(trained, lr=0.0), config=SETTINGS)
+    tokens = pair(torch.distributed.get_rank())
+    found = []
+    for when in ("never", "after", "before", "after"):
+        if when == "before":
+            with adapters_off(engine):
+                engine(input_ids=tokens)
+        policy = log_probs(engine(input_ids=tokens).logits, tokens)
+        if when == "after":
+            with adapters_off(engine):
+                engine(input_ids=tokens)
+        engine.backward(policy.sum())
+        engine.step()
+        found.append(engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace())
+    return found[1:]
+
+
 def preferences_plainly(base: Path) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
     """The same in one process, with a second model: losses of both ranks' pairs, and the values at the end."""
     from dora_dist import build_model
@@ -158,6 +187,10 @@ def test_preferences_with_adapters_off_are_those_with_a_second_model(results: Re
         if kind in ("lora_A", "lora_B"):
             theirs = saved[f"base_model.model.{module}.{kind}.weight"]
             torch.testing.assert_close(theirs.t() if kind == "lora_A" else theirs, value, rtol=0.02, atol=2e-3)
+
+
+def test_weights_are_fetched_ahead_with_adapters_off_after_one_step_without(results: Results) -> None:
+    assert all(found["fetches_ahead"] == [True] * 3 for found in results[2])
 
 
 def test_what_a_loop_saves_is_read_by_peft_and_here(results: Results) -> None:
