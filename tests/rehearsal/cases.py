@@ -201,6 +201,16 @@ def mora(folder: Path) -> Case:
     return case
 
 
+def quantised(folder: Path) -> Case:
+    """The package's own storages: with dynamic rank and its compaction; with scales in 8 bits, shards on the host."""
+    case = _decoder(folder, "llama")
+    host: Sections = {"engine": {"offload_param": "cpu"}}
+    for name, settings, changes in (("int8", {}, ()), ("nf4", {"double_quant": True}, (STATIC, host))):
+        packed: Sections = {"model": {"storage": name, "storage_settings": settings}}
+        case.score(case.run(name, BF16, packed, *changes), task="boolq", mode="likelihood", limit=3, dtype="bf16")
+    return case
+
+
 # --- encoders -----------------------------------------------------------------------------------------------------
 
 PAIRS: Sections = {"data": {"format": "classification", "text_fields": ["sentence1", "sentence2"], "cutoff_len": 32}}
@@ -297,6 +307,7 @@ CASES: dict[str, Callable[[Path], Case]] = {
     **{f"llama, {kind} rope": rope(kind) for kind in ROPES},
     **{family: encoder(family) for family in encoders.FAMILIES},
     "from outside": from_outside,
+    "quantised": quantised,
     "vera": with_method("vera"),
     "in full": in_full,
     "mora": mora,
