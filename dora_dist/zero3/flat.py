@@ -48,7 +48,9 @@ def flat_gathers(coalesced: Callable[..., Any], init: Any) -> Callable[..., Any]
     The engine's own does what this one does not: gathers of quantised shards, and those that its options ask to be
     done in another way (`stage3_use_all_reduce_for_fetch_params`, `stage3_allgather_sequential`).
     """
-    if not knows_engine() or init.use_all_reduce_for_fetch_params or init.allgather_sequential:
+    if init.use_all_reduce_for_fetch_params:
+        return _by_dtype(coalesced)
+    if not knows_engine() or init.allgather_sequential:
         return coalesced
 
     def gather(params: Iterable[nn.Parameter], safe_mode: bool = False, quantize: bool = False) -> Any:
@@ -62,6 +64,19 @@ def flat_gathers(coalesced: Callable[..., Any], init: Any) -> Callable[..., Any]
             p.ds_status = ZeroParamStatus.INFLIGHT
             together.setdefault(_bucket(p), []).append(p)
         return MultipleAllGatherHandles([_FlatGather(members) for members in together.values()])
+
+    return gather
+
+
+def _by_dtype(coalesced: Callable[..., Any]) -> Callable[..., Any]:
+    """The engine's gather by all-reduce, which takes one dtype: once for plain parameters, once for packed ones."""
+
+    def gather(params: Iterable[nn.Parameter], safe_mode: bool = False, quantize: bool = False) -> Any:
+        together: dict[torch.dtype, list[nn.Parameter]] = {}
+        for p in sorted(params, key=lambda p: p.ds_id):
+            together.setdefault(p.ds_tensor.dtype, []).append(p)
+        handles = [coalesced(members, safe_mode=safe_mode, quantize=quantize) for members in together.values()]
+        return handles[0] if len(handles) == 1 else MultipleAllGatherHandles(handles)
 
     return gather
 
