@@ -21,7 +21,8 @@ class Sweep:
         return {rate: statistics.mean(found) for rate, found in self.runs.items()}
 
     def best(self) -> float:
-        """The rate of the highest mean, of several the lowest, at which no run failed, nor at up to twice the rate.
+        """The rate of the highest mean, of several the lowest, at which no run failed, nor at up to twice the rate, as
+        far as that was tried.
 
         Nearer to where training fails, runs with other seeds fail now and then: few validation runs cannot tell.
         """

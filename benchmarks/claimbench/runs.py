@@ -126,10 +126,13 @@ def baseline(task: Task, settings: Settings) -> tuple[str, float]:
 
 
 def least(task: Task, settings: Settings) -> float:
-    """What a model that learnt nothing gets of the validation texts: one answer's share, or that of guesses."""
+    """What a model that learnt nothing gets of the validation texts: one answer's share, or two standard errors more
+    than guesses among choices."""
     records = _records(split_file(settings.folder, task, "validation"))
-    guessed = statistics.mean(1 / len(record.get("choices", records)) for record in records)
-    return max(_most_frequent(records), guessed)
+    if "choices" not in records[0]:
+        return _most_frequent(records)
+    guessed = statistics.mean(1 / len(record["choices"]) for record in records)
+    return guessed + 2 * (guessed * (1 - guessed) / len(records)) ** 0.5
 
 
 def _most_frequent(records: list[Result]) -> float:

@@ -62,7 +62,9 @@ class LoggingConfig(Section):
         "evaluation (causal_lm, image_text_to_text), for the history and the run's page; 0: none",
     )
     sample_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(
-        default=48, description="Most tokens of each of these answers: as many forward passes on all ranks"
+        default=48,
+        description="Most tokens of each of these answers: as many forward passes on all ranks for each "
+        "batch of them, which has about the tokens of one of training",
     )
     peak_flops: Annotated[float, Field(gt=0), at_most(1e24)] | None = Field(
         default=None,

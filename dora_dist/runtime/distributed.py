@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dora_dist.runtime import launchers, rendezvous
-from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.errors import FailedAlone, UserError
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,9 @@ def together(what: str, patience: timedelta | None = None) -> Iterator[None]:
     """Run a block without collectives on every rank; if it raises anywhere, every rank raises.
 
     If one rank failed alone, the others would wait for it in their next collective. The error names the rank.
-    `patience`: how long ranks wait for the slowest, where the block may take longer than a collective may; a rank that
-    dies is noticed at once. Raises UserError on all ranks if the first failed rank raised one (or an OSError), else
-    RuntimeError.
+    `patience`: how long ranks wait for the slowest, where the block may take longer than a collective may, or has
+    collectives itself; a rank that dies is noticed at once. Raises UserError on all ranks if the first failed rank
+    raised one (or an OSError), else RuntimeError; FailedAlone on a rank that failed and that the others do not join.
     """
     # gloo, whatever the backend is: its connections break when the process at the other end dies.
     waiting = dist.new_group(backend="gloo", timeout=patience) if patience and dist.get_world_size() > 1 else None
@@ -206,7 +206,12 @@ def together(what: str, patience: timedelta | None = None) -> Iterator[None]:
         if failure is not None:
             raise failure
         return
-    failed = _failures(failure, waiting)
+    try:
+        failed = _failures(failure, waiting)
+    except RuntimeError:  # they are in another collective, and wait for this rank there
+        if failure is None:
+            raise
+        raise FailedAlone(f"{what} failed, on this rank alone: {failure}") from failure
     if waiting is not None:
         dist.destroy_process_group(waiting)
     if not failed:

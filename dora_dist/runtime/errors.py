@@ -21,5 +21,9 @@ class LostRank(RuntimeError):
         self.code = code
 
 
+class FailedAlone(RuntimeError):
+    """This rank failed while the others wait for it in a collective: no agreement with them is possible."""
+
+
 class Stopped(BaseException):
     """The run was asked to stop, and did; not an Exception, so that nobody takes it for a failure to handle."""

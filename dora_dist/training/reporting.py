@@ -232,6 +232,7 @@ def sample_text(number: int, sample: Mapping[str, str], width: int) -> str:
     """A line about an answer that the model gave in an evaluation, for a screen of that many columns."""
     most = max(width // 2 - 20, 16)
     words = (" ".join(sample[field].split()) for field in ("answer", "expected"))
+    words = ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text) for text in words)
     said, wanted = (text if len(text) <= most else f"{text[: most - 2]} …" for text in words)
     return f"sample {number}: {said or 'no words'} (expected: {wanted})"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from dora_dist.data import RaggedDataset, TokenizedData, validation_records
 from dora_dist.models.heads import Head
 from dora_dist.runtime.console import note, warn
 from dora_dist.runtime.distributed import World, together
-from dora_dist.runtime.errors import LostRank, Stopped, UserError
+from dora_dist.runtime.errors import FailedAlone, LostRank, Stopped, UserError
 from dora_dist.tasks import problems, task_named
 from dora_dist.tasks.prompting.answering import answers
 from dora_dist.tasks.prompting.base import Prompt, Prompting
 from dora_dist.training.loaders import on_device
 from dora_dist.zero3.teardown import abandon_forward
+
+PATIENCE = timedelta(seconds=60)
+"""How long ranks that are through with a batch of answers wait for one another; their gathers keep them in step."""
 
 PASSED_OVER = 16
 """Records that are looked at for each sample: some may have no answer, or a prompt that is too long."""
@@ -65,18 +69,23 @@ class Samples:
     def __init__(self, tokenizer: Any, batches: Sequence[Asked]) -> None:
         self._tokenizer, self._batches = tokenizer, batches
 
-    def answered(self, engine: Any, device: torch.device, dtype: torch.dtype) -> list[dict[str, str]]:
+    def answered(
+        self, engine: Any, device: torch.device, dtype: torch.dtype, *, stopping: Callable[[], bool]
+    ) -> list[dict[str, str]]:
         """[{"prompt", "answer", "expected"}], the same on every rank (collective).
 
         All ranks generate all answers: each takes part in every gather of a weight, and one has as much to do as
-        four in a batch. A rank that fails alone within a forward ends the run, as it does in training.
+        four in a batch. `stopping` (collective) is asked before each batch whether to leave out those that are left.
+        A rank that fails alone ends the run, as it does in training.
         """
         found: list[dict[str, str]] = []
         try:
-            with together("generating samples"):
-                for asked in self._batches:
+            for asked in self._batches:
+                if stopping():
+                    break
+                with together("generating samples", PATIENCE):
                     found += self._batch(engine.module, asked, device, dtype)
-        except (Stopped, LostRank):
+        except (Stopped, LostRank, FailedAlone):
             raise
         except Exception as error:  # what a model cannot generate must not end a run that learns
             warn(f"logging.samples: no answers of this run are recorded from here on: {_line(error)}")
@@ -141,6 +150,7 @@ def choose(config: RunConfig, base: Path, tokenizer: Any, rows: RaggedDataset) -
         assert how is not None  # it is of the same task
         try:
             prompt, expected = how.asked(record)
+            how.inputs([prompt], torch.device("cpu"))  # a picture that cannot be read is known before others rely on it
             room = how.room(prompt, config.logging.sample_tokens)
         except UserError:
             continue

@@ -193,11 +193,22 @@ class DoraTrainer(Trainer):
             return {}
         self._log_if_any(self._unreadable.settle())
         if self._samples is not None:
-            self._report.answered(self._samples.answered(model, self.args.device, self._half))
+            said = self._samples.answered(model, self.args.device, self._half, stopping=self._asked_to_stop)
+            self._report.answered(said)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _asked_to_stop(self) -> bool:
+        """Whether a rank was, after the validation set was through (collective); the next step then ends the run."""
+        assert self._together is not None
+        try:
+            self._together.check()
+            self._together.finish()
+        except EvaluationStopped:
+            return True
+        return False
 
     def _until_stopped(self, loader: EpochDataLoader) -> Iterator[dict[str, Any]]:
         if self._together is None:

@@ -1,9 +1,11 @@
 """Answers after each evaluation on two ranks: what `generate` says of the checkpoint, and no trace in the training."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 from dora_dist import generate
@@ -12,7 +14,7 @@ from dora_dist.config import RunConfig
 from dora_dist.data.reading import held_out
 from tests import toy
 from tests.distributed.training_runs import config
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 
 STEPS = 2
 NOISY = {"max_steps": STEPS, "eval_every": 1, "neftune_alpha": 5.0, "activation_checkpointing": True}
@@ -38,6 +40,31 @@ class FailsAtTheSecondToken(TrainerCallback):
         states = {name: p.ds_status.name for name, p in kwargs["model"].named_parameters() if not p.ds_persist}
         assert not [name for name, status in states.items() if status != "NOT_AVAILABLE"]
         assert len(FWD_MODULE_STACK) == 1
+
+
+class FailsOnOneRank(FailsAtTheSecondToken):
+    """The same, while the other rank waits in a gather."""
+
+    @staticmethod
+    def fail(module: Any, inputs: tuple[Any, ...]) -> None:
+        if dist.get_rank() == 1:
+            FailsAtTheSecondToken.fail(module, inputs)
+
+
+def failing_alone(folder: Path) -> None:
+    from dora_dist.training import samples
+    from dora_dist.training.run import train
+
+    samples.PATIENCE = timedelta(seconds=3)
+    raw = config(
+        folder / "base",
+        folder / "data.json",
+        folder / "alone",
+        training=NOISY,
+        data={"cutoff_len": 500},
+        logging={"samples": 1, "sample_tokens": 3},
+    )
+    train(RunConfig.from_dict(raw), [FailsOnOneRank()])
 
 
 def three_runs(folder: Path) -> None:
@@ -90,3 +117,10 @@ def test_answers_are_the_checkpoint_s_and_leave_no_trace(tmp_path: Path, capfd: 
     assert not any("samples" in line for name in ("without", "failing") for line in lines[name])
     assert (printed.out + printed.err).count("no answers of this run are recorded") == 1
     assert "this model cannot write" in printed.out + printed.err
+
+
+def test_a_rank_that_fails_alone_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    toy.training_folder(tmp_path)
+    with pytest.raises(RankError) as failed:
+        run_ranks(failing_alone, 2, tmp_path)
+    assert "generating samples failed, on this rank alone: this model cannot write" in str(failed.value)

@@ -87,7 +87,7 @@ def sweep(**runs: list[float]) -> Any:
 
 
 def test_rates_are_tried_until_the_best_is_inside() -> None:
-    assert sweep(**{"1e-3": [0.6], "2e-3": [0.7, 0.9], "4e-3": [0.8]}).best() == 2e-3
+    assert sweep(**{"1e-3": [0.6], "2e-3": [0.7, 0.8], "4e-3": [0.75]}).best() == 2e-3
     assert sweep(**{"1e-3": [0.6], "2e-3": [0.7], "4e-3": [0.6]}).beyond() == []
     assert sweep(**{"1e-3": [0.6], "2e-3": [0.7]}).beyond() == [4e-3]
     assert sweep(**{"1e-3": [0.9], "2e-3": [0.7]}).beyond() == [5e-4]

@@ -100,7 +100,10 @@ def test_every_field_is_documented() -> None:
         (with_fields(training={"learning_rates": {"a": 0}}), "= 0: must be a JSON object, each value a number > 0"),
         ({**MINIMAL, "plugins": "mine"}, 'plugins = "mine": must be a list of text (Python modules to import first'),
         ({**MINIMAL, "plugins": ["mine", 3]}, "plugins = 3: must be a list of text (Python modules to import first"),
-        ({**MINIMAL, "training": 7}, "training: 7; must be a section {...} with learning_rate, learning_rates"),
+        (
+            {**MINIMAL, "training": 7},
+            "training: 7; must be a section {...} with optimizer, learning_rate, learning_rates",
+        ),
         (
             {"model": {}, "data": {"train": "x"}},
             "model.path: missing; must be text (not empty) (Hugging Face model",
