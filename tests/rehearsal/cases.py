@@ -31,6 +31,7 @@ EVERYTHING: Sections = {
     "training": {"max_steps": 3, "warmup_steps": 0, "global_batch_size": 4, "eval_every": 3},
     "checkpoint": {"save_every": None},
     "analysis": {"every": 2},
+    "logging": {"samples": 2, "sample_tokens": 2},
 }
 STATIC: Sections = {"adapter": {"dynamic_rank": False}, "training": {"max_steps": 1, "eval_every": 1}}
 
@@ -86,6 +87,8 @@ ROPES = {
         "rope_theta": 10000.0,
     },
 }
+LONG: Sections = {"data": {"cutoff_len": 480}}
+"""Room for a whole prompt, which is then answered after evaluations, too."""
 CHUNKS: Sections = {"training": {"loss_chunk": 16}}
 ROWS: Sections = {"data": {"packing": True, "packing_length": 512}, **CHUNKS}
 IN_ROWS = ("mistral", "qwen3", "gemma2")
@@ -112,7 +115,7 @@ def decoder(family: str) -> Callable[[Path], Case]:
     def case(folder: Path) -> Case:
         case = _decoder(folder, family)
         rows = ROWS if family in IN_ROWS else {}
-        last = case.run("run", BF16, rows, {"adapter": {"magnitude_only_modules": ["o_proj"]}})
+        last = case.run("run", BF16, LONG, rows, {"adapter": {"magnitude_only_modules": ["o_proj"]}})
         for mode in ("generate", "likelihood"):
             case.score(last, task="boolq", mode=mode, limit=3, dtype="bf16", **_few_tokens(mode))
         return case
