@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ _KINDS = (
 """How files begin that are named as data and hold something else, and what to do about it."""
 _BATCH = 1000  # rows of a Parquet file that are decoded at once
 _HEAD = 4096  # bytes that are searched for these
+_LONGEST_CELL = 1 << 27  # characters; a quote that is never closed would else take a whole table into memory
 
 
 DataFile = Path | RemoteFile
@@ -49,9 +49,10 @@ class Row(NamedTuple):
     read: Callable[[], Any]
 
 
-def read_rows(path: DataFile, source: str) -> Iterator[Row]:
+def read_rows(path: DataFile, source: str, *, every: bool = False) -> Iterator[Row]:
     """Each row of a file (`config.names.DATA_SUFFIXES`); `source` is the file's name in the places of its rows.
 
+    every: whether all of them will be read, which may then be done for many at once.
     Raises UserError for a file that cannot be read as what its name says.
     """
     kind = _kind(path)
@@ -61,7 +62,7 @@ def read_rows(path: DataFile, source: str) -> Iterator[Row]:
         elif kind in TABLES:
             yield from _table(path, "," if kind == ".csv" else "\t")
         elif kind == ".parquet":
-            yield from _parquet(path, source)
+            yield from _parquet(path, source, at_once=every)
         else:
             for number, row in enumerate(_listed(path), start=1):
                 yield Row(f"{source}, record {number}", partial(_given, row))
@@ -185,13 +186,14 @@ class Cells(dict[str, str]):
 def _table(path: DataFile, delimiter: str) -> Iterator[Row]:
     """The rows below a line of names; cells may be quoted and hold line ends then (RFC 4180)."""
     _check_kind(path)
-    csv.field_size_limit(sys.maxsize)  # the module's own is 128 KiB
+    csv.field_size_limit(_LONGEST_CELL)
     with _opened(path) as file:
         undecodable: list[UserError] = []
         rows = csv.reader(_decoded_lines(file, path, undecodable), delimiter=delimiter, strict=True)
         names: list[str] = []
         while True:
-            place = f"{path}, line {rows.line_num + 1}"
+            first = rows.line_num + 1
+            place = f"{path}, line {first}"
             wrong: UserError | None = None
             try:
                 row = next(rows, None)
@@ -199,6 +201,10 @@ def _table(path: DataFile, delimiter: str) -> Iterator[Row]:
                 row, wrong = [], _not_a_row(place, error)
             if row is None:
                 return
+            if names and row and len(row) != len(names):
+                wrong = _other_length(place, row, names, delimiter)
+            if wrong is not None and rows.line_num > first:
+                raise _over_lines(wrong, rows.line_num)
             if undecodable:
                 wrong = undecodable[0]
                 undecodable.clear()
@@ -206,15 +212,11 @@ def _table(path: DataFile, delimiter: str) -> Iterator[Row]:
                 raise wrong
             if wrong is not None:
                 yield Row(place, partial(_given, wrong))
-            elif not row:
-                continue
-            elif not names:
+            elif row and names:
+                yield Row(place, partial(_given, Cells(zip(names, row, strict=True))))
+            elif row:
                 names = row
                 _check_names(place, names, delimiter)
-            elif len(row) != len(names):
-                yield Row(place, partial(_given, _other_length(place, row, names, delimiter)))
-            else:
-                yield Row(place, partial(_given, Cells(zip(names, row, strict=True))))
 
 
 def _not_a_row(place: str, error: csv.Error) -> UserError:
@@ -222,6 +224,11 @@ def _not_a_row(place: str, error: csv.Error) -> UserError:
         f"{place}: is not a row of a table: {error}; a cell that begins with a quote has to "
         "end with one, and quotes in it are written twice"
     )
+
+
+def _over_lines(wrong: UserError, last: int) -> UserError:
+    """What is wrong with the file, not with one of its records: how many are in such a row nobody knows."""
+    return UserError(f"{wrong}; the row goes on to line {last}: a quote that is not closed takes in the rows behind it")
 
 
 def _other_length(place: str, row: Sequence[str], names: Sequence[str], delimiter: str) -> UserError:
@@ -289,21 +296,46 @@ def _held(value: Any, keys: Mapping[int, str]) -> str | None:
 
 
 class _Batch:
-    """Some rows of a Parquet file, made objects when the first of them is read."""
+    """Some rows of a Parquet file, made objects when they are read: one by one, or all with the first (`at_once`)."""
 
-    def __init__(self, batch: Any) -> None:
-        self._batch = batch
+    def __init__(self, batch: Any, *, at_once: bool) -> None:
+        self._batch, self._at_once = batch, at_once
 
     @cached_property
-    def rows(self) -> list[Any]:
-        found: list[Any] = self._batch.to_pylist()
-        return found
+    def _rows(self) -> list[Any] | None:
+        """None: one by one, which tells which row and column cannot be read where one cannot."""
+        try:
+            return self._batch.to_pylist() if self._at_once else None
+        except _unreadable():
+            return None
 
-    def row(self, number: int) -> Any:
-        return self.rows[number]
+    @cached_property
+    def _columns(self) -> list[tuple[str, Any]]:
+        return list(zip(self._batch.schema.names, self._batch.columns, strict=True))
+
+    def row(self, number: int, place: str) -> Any:
+        if self._rows is not None:
+            return self._rows[number]
+        record = {}
+        for name, column in self._columns:
+            try:
+                record[name] = column[number].as_py()
+            except _unreadable() as error:
+                raise UserError(
+                    f'{place}: "{name}" cannot be read: {error}; write the file again without that, or without the '
+                    "column"
+                ) from error
+        return record
 
 
-def _parquet(path: DataFile, source: str) -> Iterator[Row]:
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What pyarrow raises for a value that a Parquet file may hold and Python cannot."""
+    from pyarrow import ArrowException
+
+    return (ArrowException, ValueError, OverflowError, LookupError)
+
+
+def _parquet(path: DataFile, source: str, *, at_once: bool) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
@@ -311,10 +343,11 @@ def _parquet(path: DataFile, source: str) -> Iterator[Row]:
     try:
         with path.open("rb") as raw, parquet.ParquetFile(path if isinstance(path, Path) else raw) as file:
             for found in file.iter_batches(_BATCH):
-                batch = _Batch(found)
+                batch = _Batch(found, at_once=at_once)
                 for i in range(found.num_rows):
                     number += 1
-                    yield Row(f"{source}, record {number}", partial(batch.row, i))
+                    place = f"{source}, record {number}"
+                    yield Row(place, partial(batch.row, i, place))
     except (pyarrow.ArrowException, OSError) as error:
         _check_kind(path, but=b"PAR1")
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error

@@ -174,4 +174,4 @@ def files_of(sources: Sequence[str], split: str, *, fetch: bool = True) -> list[
 def _read(source: str, split: str) -> Iterator[Row]:
     is_file = data_set(source) is None
     for file in files_of([source], split):
-        yield from read_rows(file, source if is_file else str(file))
+        yield from read_rows(file, source if is_file else str(file), every=True)

@@ -88,3 +88,38 @@ def test_too_many_bad_records_and_broken_files_are_errors_always(tmp_path: Path)
     with pytest.raises(UserError, match="head.csv, line 1 is not UTF-8"):
         build(tmp_path / "head.csv")
     assert torch.equal(build(written(tmp_path, "a.json")).train.table["bad records"], torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ('"5 tall,yes', "unexpected end of data.*goes on to line 31"),
+        ('"5 tall,yes\nc,d\na,"x" y', "',' expected after '\"'.*goes on to line 8"),
+        ('"5 tall,yes\nc,d\na,x"', "has 1 cells.*goes on to line 8"),
+        ('"5 tall,' + "y" * 2990, "larger than field limit.*goes on to line 7"),
+    ],
+)
+def test_a_quote_that_is_never_closed_is_an_error_of_the_file(
+    row: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows how many records it took in, so that it cannot be counted as one."""
+    monkeypatch.setattr("dora_dist.data.files._LONGEST_CELL", 3000)
+    rows = [*["is 1 odd?,yes"] * 4, row, *["is 2 odd?,no"] * 25]
+    (tmp_path / "a.csv").write_text("instruction,output\n" + "\n".join(rows))
+    with pytest.raises(UserError, match=f"a.csv, line 6: .*{says}: a quote that is not closed"):
+        build(tmp_path / "a.csv")
+
+
+def broken_parquet(file: Path) -> None:
+    """30 records; one text is not UTF-8 and one date is none of Python's, which Parquet holds all the same."""
+    outputs = [b"yes", b"\xffno", *[b"no"] * 28]
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 30, pyarrow.array(outputs, pyarrow.binary()).buffers())
+    dates = pyarrow.array([*[0] * 7, 2**30, *[0] * 22], pyarrow.date32())
+    parquet.write_table(pyarrow.table({"instruction": ["a"] * 30, "output": texts, "day": dates}), file)
+
+
+def test_a_value_of_parquet_that_cannot_be_read_is_a_bad_record(tmp_path: Path) -> None:
+    broken_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match='a.parquet, record 2: "output" cannot be read: .*utf-8.*bad_records = "skip"'):
+        build(tmp_path / "a.parquet", bad_records="error")
+    assert build(tmp_path / "a.parquet").train.bad == 2
