@@ -69,6 +69,11 @@ class RaggedDataset(Dataset[dict[str, Any]]):
         """(samples,) int64: tokens of each as the model takes them."""
         return self.reader.lengths(self.table)[self.index]
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that a sample has, as the model takes them."""
+        return int(self.lengths.max())
+
     def token_counts(self) -> dict[str, Tensor]:
         """(samples,) tokens of each before anything is cut where that is known, by the words for them."""
         return {words: counts[self.index] for words, counts in self.reader.token_counts(self.table).items()}
@@ -76,6 +81,9 @@ class RaggedDataset(Dataset[dict[str, Any]]):
     def token_ids(self) -> list[Tensor]:
         """All token ids, flat."""
         return [self.table[name] for name in self.reader.tokens]
+
+    def refuse_tokens(self, rows: int) -> None:
+        """Samples that are still to be read may have only tokens below `rows`; all others have been looked at."""
 
     def contents(self) -> Iterator[bytes]:
         """Each sample as bytes: two that are equal are one sample."""

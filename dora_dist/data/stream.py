@@ -105,6 +105,7 @@ class StreamedDataset(RaggedDataset):
         self._sources, self._shares, self._places, self._seed = sources, tuple(shares), places, seed
         self._window: tuple[int, list[tuple[int, Row]]] = (-1, [])
         self._broken: Problem | None = None
+        self._rows: int | None = None
         self._doubts = Doubts(head.reader.tokenizer, but=head.reader.allowed)  # said of the head
 
     def __len__(self) -> int:
@@ -114,11 +115,24 @@ class StreamedDataset(RaggedDataset):
         """What is at place i: a sample, or a "problem" alone, which says why there is none."""
         if self._broken is not None:
             return {"problem": self._broken}
+        place = f"record {i + 1:,} of the stream"
         try:
-            return self._prepared(*self._at(i))
+            source, row = self._at(i)
+            place = row.place
+            return self._prepared(source, row)
         except UserError as error:  # on one rank, it may be: all ranks learn of it before they take the step
             self._broken = Problem(str(error), None)
-            return {"problem": self._broken}
+        except Exception as error:  # of a library or of a plugin's reader: the others learn of this, too
+            self._broken = Problem(f"{place} cannot be read: {type(error).__name__}: {error}", None)
+        return {"problem": self._broken}
+
+    def refuse_tokens(self, rows: int) -> None:
+        self._rows = rows
+
+    @property
+    def longest(self) -> int:
+        """What a sample that is still to be read may have."""
+        return self.reader.data.longest_text
 
     def head(self) -> RaggedDataset:
         """The first samples of the stream, as a set."""
@@ -142,6 +156,11 @@ class StreamedDataset(RaggedDataset):
         except UserError as error:
             return {"problem": Problem(str(error), "data.bad_records")}
         table = into.table()
+        largest = max((int(table[name].max()) for name in reader.tokens if len(table[name])), default=-1)
+        if self._rows is not None and largest >= self._rows:
+            token = reader.tokenizer.convert_ids_to_tokens(largest)
+            why = f"has the token {token!r} of id {largest}, and the model's embedding has {self._rows} rows"
+            return {"problem": Problem(f"{row.place}: {why}", "data.bad_records")}
         if not reader.teaches(table)[0]:
             return {"problem": Problem(f"{row.place}: has no token to learn from", "data.cutoff_len")}
         sample = reader.item(table, 0)

@@ -8,7 +8,7 @@ from torch import nn
 
 from dora_dist.adapters.layer import adapted_layers
 from dora_dist.config import CheckpointConfig, TrainingConfig
-from dora_dist.data import TokenizedData
+from dora_dist.data import RaggedDataset, TokenizedData
 from dora_dist.runtime.console import note, warn
 from dora_dist.runtime.errors import UserError
 from dora_dist.training.rates import rated
@@ -59,7 +59,7 @@ def of_model(model: Any, training: TrainingConfig, cutoff: int, data: TokenizedD
         )
 
 
-def _check_positions(model: Any, cutoff: int, samples: Any) -> None:
+def _check_positions(model: Any, cutoff: int, samples: RaggedDataset) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # some models have none
     if positions is None or cutoff <= positions - 2:  # some tables begin with two places that are not positions
         return
@@ -72,10 +72,10 @@ def _check_positions(model: Any, cutoff: int, samples: Any) -> None:
     if cutoff <= most:
         return
     remedy = f"lower it to {most}"
-    if learned and (longest := int(samples.lengths.max())) > most:
+    if learned and (longest := samples.longest) > most:
         raise UserError(
-            f"data.cutoff_len = {cutoff}: a record has {longest} tokens, and the model learned positions for {most} "
-            f"only; {remedy}"
+            f"data.cutoff_len = {cutoff}: records have up to {longest} tokens, and the model learned positions for "
+            f"{most} only; {remedy}"
         )
     warn(
         f"data.cutoff_len = {cutoff}: the model was trained on texts of at most {most} tokens (max_position_embeddings "

@@ -64,10 +64,12 @@ def read_inputs(config: RunConfig, world: World) -> Inputs:
             folder = Path(config.adapter.init_from)
             start_from = read_adapter(folder)
             files |= of_model_folder("adapter.init_from", folder, whole=True)
-    contents = of_data(data)
+    with together("reading the data"):
+        contents = of_data(data)
     check_agreement(world, files | contents)
-    tokenizer = task_named(model.task).tokenizer(processor)
-    check_vocabulary(tokenizer, base_config.get_text_config().vocab_size, model.path, ids=data.token_ids())
+    tokenizer, rows = task_named(model.task).tokenizer(processor), base_config.get_text_config().vocab_size
+    check_vocabulary(tokenizer, rows, model.path, ids=data.token_ids())
+    data.train.refuse_tokens(rows)
     samples = read_samples(local, base, processor, data, world=world)
     return Inputs(base, processor, data, contents, start_from, plan, samples)
 

@@ -228,7 +228,7 @@ def encoder(name: str, says: str, code: int, *, words: int) -> None:
 
 encoder(
     "records_beyond_learned_positions",
-    "data.cutoff_len = 64: a record has 64 tokens, and the model learned positions for 63 only; lower it to 63",
+    "data.cutoff_len = 64: records have up to 64 tokens, and the model learned positions for 63 only; lower it to 63",
     USERS_MISTAKE,
     words=200,
 )

@@ -12,13 +12,16 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
+from transformers import OPTConfig, OPTForCausalLM
 
 from dora_dist.config import DataConfig
 from dora_dist.data import FILLER, EpochBatches, TextReader, WithFiller, read
 from dora_dist.data.mixture import SHARES, Mixture
 from dora_dist.data.stream import window_shares
 from dora_dist.runtime.errors import UserError
+from dora_dist.training.doubts import _check_positions
 from tests import toy
+from tests.unit.test_bad_records import broken_parquet
 
 ROWS = toy.records(50)
 
@@ -155,3 +158,42 @@ def test_a_record_of_which_nothing_comes_leaves_its_place_empty_and_says_why(tmp
     assert gone.field is None and "cannot be read: No such file" in gone.text
     (tmp_path / "a.jsonl").write_text("\n".join([*rows[:49], rows[48]]))
     assert build(str(tmp_path / "a.jsonl"), 50, **kept).identity() != identity
+
+
+def test_a_row_that_python_cannot_hold_leaves_its_place_empty_and_no_other_row_is_decoded(tmp_path: Path) -> None:
+    broken_parquet(tmp_path / "a.parquet")
+    train = build(str(tmp_path / "a.parquet"), 30, bad_records="skip", shuffle_buffer=1)
+    problems = {i: train[i]["problem"] for i in range(30) if "problem" in train[i]}
+    assert {i: each.field for i, each in problems.items()} == {1: "data.bad_records", 7: "data.bad_records"}
+    assert 'a.parquet, record 8: "day" cannot be read' in problems[7].text
+    batches = [row.read.func.__self__ for row in train._sources[0].one_pass()]
+    assert not any("_rows" in vars(batch) and batch._rows is not None for batch in batches)
+
+
+def test_what_a_reader_raises_by_mistake_is_told_to_all_ranks_with_its_place(tmp_path: Path) -> None:
+    train = build(files(tmp_path)[0], shuffle_buffer=1)
+
+    def fails(*given: Any) -> None:
+        raise ZeroDivisionError("by a plugin")
+
+    train._sources[0].reader.encode = fails
+    problem = train[2]["problem"]
+    assert problem.field is None and problem.text.endswith(
+        "a.jsonl, line 5 cannot be read: ZeroDivisionError: by a plugin"
+    )
+
+
+def test_what_the_model_cannot_take_is_refused_though_the_first_records_do_not_show_it(tmp_path: Path) -> None:
+    train = build(files(tmp_path), shuffle_buffer=1)
+    largest = [max(train[i]["input_ids"]) for i in range(50)]
+    rows = max(largest)  # so that the largest token has none
+    train.refuse_tokens(rows)
+    problems = [train[i].get("problem") for i in range(50)]
+    assert [each is not None for each in problems] == [token >= rows for token in largest]
+    bad = next(each for each in problems if each is not None)
+    assert bad.field == "data.bad_records" and f"of id {rows}, and the model's embedding has {rows} rows" in bad.text
+    small = {"vocab_size": 8, "hidden_size": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    learned = OPTForCausalLM(OPTConfig(**small, word_embed_proj_dim=8, max_position_embeddings=500))
+    assert int(train.lengths.max()) < 500
+    with pytest.raises(UserError, match="cutoff_len = 512: records have up to 512 tokens, and.*for 500 only"):
+        _check_positions(learned, 512, train)
