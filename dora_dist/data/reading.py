@@ -86,29 +86,37 @@ def streamed(reader: Reader, data: DataConfig, places: int, *, seed: int) -> tup
         Source(each, files_of(listed(named), "train", fetch=False), name, seed=order)
         for (each, named), name in zip(_parts(reader, data.train), names, strict=True)
     ]
-    looked_at = max(data.shuffle_buffer + 1, CHUNK)
-    rows = [list(islice(source.one_pass(), looked_at)) for source in sources]
-    for first, source in zip(rows, sources, strict=True):
-        if not first:
-            raise UserError(f"{', '.join(map(str, source.files))} holds no records")
+    looked_at = [_begun(source, data.shuffle_buffer) for source in sources]
     bad, field = BadRecords(skip=data.bad_records == "skip"), "the first records of data.train"
-    firsts = zip(sources, rows, strict=True)
-    parts = [(source.reader, _usable(source.reader, first[:CHUNK], bad)) for source, first in firsts]
+    firsts = zip(sources, looked_at, strict=True)
+    parts = [(source.reader, _usable(source.reader, first, bad)) for source, (first, _) in firsts]
     table = encoded(reader, parts, field, bad=bad, mixed=bool(mixture))
     say(field, table["doubts"])
     head, stats = _selected(reader, table, _all_of(reader, table), field)
     mixed = Mixture(tuple(names), tuple(each.weight for each in mixture) or (1.0,))
-    sizes = [len(first) if len(first) <= data.shuffle_buffer else None for first in rows]
+    sizes = [size for _, size in looked_at]
     shares = window_shares(mixed.drawn, data.shuffle_buffer, sizes)
     if 0 in shares:
         raise UserError(
             f'data.train, source {shares.index(0) + 1} ("{names[shares.index(0)]}") is never drawn: its weight is less '
-            f"than one of the {sum(shares):,} records that are shuffled at a time; raise it, or data.shuffle_buffer "
-            f"= {data.shuffle_buffer} where the sources have as many records, or take the source out"
+            f"than one of the {sum(shares):,} records that are shuffled at a time; raise it, or data.shuffle_buffer = "
+            f"{data.shuffle_buffer}, or take the source out"
         )
+    for source, size, share in zip(sources, sizes, shares, strict=True):
+        source.size = size if size is not None and share > size else None
     if mixture:
         head = RaggedDataset(reader, table, head.index, mixed)
     return StreamedDataset(head, sources, shares, places=places, seed=seed), stats
+
+
+def _begun(source: Source, most: int) -> tuple[list[Row], int | None]:
+    """The first rows of a source, and how many it has, None where more than `most`."""
+    rows = source.one_pass()
+    first = list(islice(rows, CHUNK))
+    if not first:
+        raise UserError(f"{', '.join(map(str, source.files))} holds no records")
+    number = len(first) + sum(1 for _ in islice(rows, max(most + 1 - len(first), 0)))  # counted, not kept
+    return first, number if number <= most else None
 
 
 def _usable(reader: Reader, rows: Iterable[Row], bad: BadRecords) -> Iterator[tuple[str, Record]]:

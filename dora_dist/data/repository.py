@@ -69,7 +69,8 @@ def remote_files(data: DataSet, split: str = "train", *, field: str = "data") ->
                 card = replace(repository, revision=commit).fetch() / CARD
                 (folder / CARD).write_bytes(card.read_bytes())
             files = _found(folder, data, split, label, kinds=kinds)
-            return [RemoteFile(data.repository, commit, file.relative_to(folder).as_posix()) for file in files]
+            paths = [file.relative_to(folder).as_posix() for file in files]
+            return [RemoteFile(data.repository, commit, path, names[path]) for path in paths]
 
     if data.file:
         return found(DATA_SUFFIXES)

@@ -8,7 +8,7 @@ hold it, and a run goes on, at any number of ranks, by reading over what was tra
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -41,6 +41,9 @@ class Source:
     def __init__(self, reader: Reader, files: Sequence[DataFile], name: str, *, seed: int | None) -> None:
         """seed: of the files' order; None: as they are given."""
         self.reader, self.files, self.name, self._seed = reader, files, name, seed
+        self.size: int | None = None
+        """Its rows, where a window of the stream has several passes of it: they are kept then, once read."""
+        self._kept: dict[int, list[Row]] = {}
         self._rows: Iterator[Row] | None = None
         self._next = 0
 
@@ -58,13 +61,21 @@ class Source:
     def one_pass(self, order: Sequence[int] | None = None) -> Iterator[Row]:
         """Every row once. order: of the files; None: as they are given."""
         for k in range(len(self.files)) if order is None else order:
-            yield from read_rows(self.files[k], str(self.files[k]))
+            yield from self._of_file(k)
+
+    def _of_file(self, number: int) -> Iterable[Row]:
+        rows = read_rows(self.files[number], str(self.files[number]))
+        if self.size is None:
+            return rows
+        if number not in self._kept:
+            self._kept[number] = list(rows)
+        return self._kept[number]
 
     def edges(self) -> Iterator[bytes]:
-        """A text about each file's size and its first and last bytes, or its commit on the hub."""
+        """A text about each file's size and its first and last bytes, or what the hub knows it by."""
         for path in self.files:
             if isinstance(path, RemoteFile):
-                yield f"{path}@{path.commit}".encode()
+                yield f"{path}@{path.content}".encode()
                 continue
             with path.open("rb") as file:
                 start = file.read(_EDGE)
@@ -87,13 +98,14 @@ class Source:
         return order
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_rows": None}  # a loader process begins by itself
+        return {**vars(self), "_rows": None, "_kept": {}}  # a loader process begins by itself
 
 
 class StreamedDataset(RaggedDataset):
     """The places of a run's batches, in order; what is at each is read when its turn comes.
 
-    Rows are taken in windows: of each source its share, in the order of its files, and all of them shuffled.
+    Rows are taken in windows: of each source its share, in the order of its files, and all of them shuffled, but no
+    row of a source of fewer rows comes again before all others have come.
     As a set of samples, to be looked at, it is `head`, the first of the stream.
     """
 
@@ -142,11 +154,22 @@ class StreamedDataset(RaggedDataset):
         """A row, and the number of its source."""
         number, offset = divmod(place, sum(self._shares))
         if self._window[0] != number:
-            taken = zip(self._sources, self._shares, strict=True)
-            rows = [(k, row) for k, (each, n) in enumerate(taken) for row in each.take(number * n, n)]
-            order = torch.randperm(len(rows), generator=_generator(self._seed, number, 0)).tolist()
-            self._window = number, [rows[j] for j in order]
+            self._window = number, self._taken(number)
         return self._window[1][offset]
+
+    def _taken(self, number: int) -> list[tuple[int, Row]]:
+        """The rows of a window, each with the number of its source."""
+        rows: list[tuple[int, Row]] = []
+        passes: list[int] = []
+        for k, (source, n) in enumerate(zip(self._sources, self._shares, strict=True)):
+            rows += [(k, row) for row in source.take(number * n, n)]
+            passes += [0 if source.size is None else i // source.size for i in range(number * n, number * n + n)]
+        order = torch.randperm(len(rows), generator=_generator(self._seed, number, 0)).tolist()
+        turns: list[list[int]] = [[] for _ in self._sources]
+        for j in sorted(order, key=passes.__getitem__):  # within a pass it stays as it is
+            turns[rows[j][0]].append(j)
+        each = [iter(turn) for turn in turns]
+        return [rows[next(each[rows[j][0]])] for j in order]
 
     def _prepared(self, source: int, row: Row) -> dict[str, Any]:
         reader, into = self._sources[source].reader, Columns()
@@ -162,13 +185,17 @@ class StreamedDataset(RaggedDataset):
             why = f"has the token {token!r} of id {largest}, and the model's embedding has {self._rows} rows"
             return {"problem": Problem(f"{row.place}: {why}", "data.bad_records")}
         if not reader.teaches(table)[0]:
-            return {"problem": Problem(f"{row.place}: has no token to learn from", "data.cutoff_len")}
+            why = f"has no token to learn from within data.cutoff_len = {reader.data.longest_text}"
+            return {"problem": Problem(f"{row.place}: {why}", "data.cutoff_len")}
         sample = reader.item(table, 0)
         return sample if self.mixture is None else {**sample, "source": source}
 
     def described(self, stats: Stats) -> str:
         window = sum(self._shares)
         order = f"shuffled over {window:,} records at a time" if window > 1 else "in the order of its files"
+        if self.mixture is not None:
+            taken = zip(self.mixture.names, self._shares, strict=True)
+            order += f" ({', '.join(f'{n:,} of {name}' for name, n in taken)})"
         return f"a stream, {order}; of the first records: {stats}"
 
     def identity(self) -> str:
@@ -205,16 +232,9 @@ def _generator(seed: int, number: int, kind: int) -> torch.Generator:
 
 
 def window_shares(drawn: Callable[[int], list[int]], buffer: int, sizes: Sequence[int | None]) -> list[int]:
-    """Rows of each source in a window of at most `buffer` rows, in which none has more than a whole pass.
+    """Rows of each source in a window of `buffer` rows.
 
     drawn: the shares of sources in so many rows. sizes: the rows of each source, None where more than `buffer`.
-    A single source that fits into a window is then shuffled whole, pass by pass.
+    A single source that fits into a window is shuffled whole, pass by pass.
     """
-    window = buffer
-    while window > 1:
-        shares = drawn(window)
-        over = [(n, size) for n, size in zip(shares, sizes, strict=True) if size is not None and n > size]
-        if not over:
-            return shares
-        window = max(1, min(window - 1, *(-(-window * size // n) for n, size in over)))
-    return drawn(1)
+    return drawn(min(buffer, sizes[0] or buffer) if len(sizes) == 1 else buffer)

@@ -86,6 +86,8 @@ def files_of(tokenizer: PreTrainedTokenizerFast, processor: Path | None = None) 
     """The files that a tokenizer is saved as, by name; and those of the folder `processor` that go with it where it
     is part of one for pictures.
     """
+    tokenizer.backend_tokenizer.no_truncation()  # else it says how texts were last cut here
+    tokenizer.backend_tokenizer.no_padding()
     with tempfile.TemporaryDirectory() as folder:
         try:
             tokenizer.save_pretrained(folder)

@@ -1,6 +1,7 @@
 """Repositories of the model hub: fetched into the hub's own cache, or found there; never a pickle."""
 
 import io
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,13 +56,18 @@ class Repository:
             )
         return folder
 
-    def listed(self) -> tuple[str, list[str]]:
-        """The commit, and the names of all files there; nothing is downloaded. Raises UserError as `fetch` does."""
+    def listed(self) -> tuple[str, dict[str, str]]:
+        """The commit, and the names of all files there, each with a digest of its content; nothing is downloaded.
+
+        Raises UserError as `fetch` does.
+        """
         from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
 
         try:
             commit = str(HfApi().repo_info(self.name, revision=self.revision, repo_type=self.kind).sha)
-            return commit, HfApi().list_repo_files(self.name, revision=commit, repo_type=self.kind)
+            tree = HfApi().list_repo_tree(self.name, recursive=True, revision=commit, repo_type=self.kind)
+            return commit, {entry.path: entry.blob_id for entry in tree if isinstance(entry, RepoFile)}
         except (OSError, ValueError) as error:
             raise self._explained(error) from error
         except Exception as error:  # of the HTTP library
@@ -141,6 +147,8 @@ class RemoteFile:
     repository: str
     commit: str
     path: str
+    content: str
+    """A digest of what it holds, the same in every commit that has not changed it."""
 
     def __str__(self) -> str:
         return f"{self.repository}:{self.path}"
@@ -190,10 +198,11 @@ class _Remote(io.RawIOBase):
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except OSError:
-            raise
         except Exception as error:  # of the HTTP library, which is another in other versions of the client
-            raise OSError(f"the hub does not give it: {_first_line(error)}") from error
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            why = re.sub(r"\?[^\s'\"]+", "", _first_line(error))  # the rest of an address may be a key to the file
+            raise OSError(f"the hub does not give it: {why}") from error
 
 
 def wanted(trust_remote_code: bool) -> tuple[str, ...]:

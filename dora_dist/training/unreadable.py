@@ -14,6 +14,8 @@ from dora_dist.runtime.errors import UserError
 _FIRST = 3  # of a stream's records that are named
 _FEW = 10
 """Records that may always be left out of a stream: of the first few a share says little."""
+_IN_A_ROW = 100
+"""Records of whole steps in a row of which nothing may be learnt: each such step only wears momentum off."""
 KEY = "problems"
 """Where a batch has what is wrong with samples that could not be made."""
 
@@ -37,6 +39,9 @@ class Unreadable:
     def __init__(self, problems: list[Any], what_to_do: Mapping[str, str], world: World) -> None:
         self.problems, self._what_to_do, self._world = problems, what_to_do, world
         self.left_out = self._bad = self._read = 0
+        self._without = self._in_step = self._in_a_row = 0
+        self._learnt = True  # of the last step
+        self._warned = False
 
     @property
     def any(self) -> bool:
@@ -44,13 +49,17 @@ class Unreadable:
         return bool(self.problems)
 
     def read(self, records: int) -> None:
-        """So many more records were read, on all ranks together."""
+        """So many more records were read for a step, on all ranks together."""
         self._read += records
+        if self._learnt:
+            self._in_a_row = 0
+        self._in_step, self._learnt = records, True
 
     def settle(self) -> dict[str, float]:
         """What to log about new problems on any rank, nothing if there are none (collective).
 
-        Raises UserError on every rank if there are any and they are to be errors, or if a stream has too many.
+        Raises UserError on every rank if there are any and they are to be errors, or if a stream has too many, or has
+        nothing to learn for long.
         """
         everyones: list[Any] = [None] * self._world.world_size
         dist.all_gather_object(everyones, self.problems)
@@ -62,7 +71,27 @@ class Unreadable:
             self._take(problem if isinstance(problem, Problem) else Problem(problem, "data.bad_images"))
         if self._bad > max(_FEW, MOST * self._read):
             raise UserError(too_many("data.train", self._bad, self._read, found[0].text))
+        self._check_learnt([problem.text for problem in found if isinstance(problem, Problem)])
         return {"records_skipped": float(self.left_out)}
+
+    def _check_learnt(self, left_out: Sequence[str]) -> None:
+        """left_out: what is said of the records of a stream that were left out of a step."""
+        if not left_out:
+            return
+        if len(left_out) == self._in_step:
+            self._learnt = False
+            self._in_a_row += self._in_step
+        if self._in_a_row >= _IN_A_ROW:
+            raise UserError(
+                f"data.train: of the last {self._in_a_row:,} records none could be learnt from; look at the data and "
+                f"data.cutoff_len (the last: {left_out[-1]})"
+            )
+        if not self._warned and self._without > max(_FEW, MOST * self._read):
+            self._warned = True
+            warn(
+                f"data.train: {self._without:,} of {self._read:,} records have no token to learn from; raise "
+                f"data.cutoff_len (the last left out: {left_out[-1]})"
+            )
 
     def _take(self, problem: Problem) -> None:
         self.left_out += 1
@@ -77,5 +106,6 @@ class Unreadable:
         if error:
             raise with_remedy(UserError(problem.text))
         self._bad += problem.field == "data.bad_records"
+        self._without += problem.field == "data.cutoff_len"
         if self.left_out <= _FIRST:
             warn(f"left out: {problem.text}" + ("; further ones are counted" if self.left_out == _FIRST else ""))

@@ -63,6 +63,9 @@ for call in json.loads(sys.argv[1]):
             files = remote_files(data_set(call[1]), *call[2:], field="data.train")
             rows = [(row.place, row.read()) for file in files for row in read_rows(file, str(file))]
             print(json.dumps(rows))
+        elif call[0] == "known":
+            files = remote_files(data_set(call[1]), field="data.train")
+            print(json.dumps([[file.commit, file.content] for file in files]))
         else:
             print(json.dumps([str(file) for file in data_files(data_set(call[1]), *call[2:], field="data.train")]))
     except UserError as error:
@@ -338,5 +341,9 @@ def test_a_stream_of_the_hub_is_read_from_there_and_nothing_of_it_is_kept(hub: H
     assert "the hub shows us no such data set" in nothing
     kept = {path.name for path in (tmp_path / "home").rglob("*") if path.is_file() and path.stat().st_size > 10}
     assert kept.isdisjoint({"hard.jsonl", "train-0.parquet", "train-1.jsonl.gz", "train.csv"})
+    (known,) = ask(("known", "lab/plain"), endpoint=hub.url, home=tmp_path / "home")
+    hub.add("datasets/lab/plain", {"data/train.csv": b"instruction,output\na,b\n", "data/test.csv": b"a\n2\n"})
+    (later,) = ask(("known", "lab/plain"), endpoint=hub.url, home=tmp_path / "home")
+    assert len(known) == 1 and known[0][0] != later[0][0] and known[0][1] == later[0][1]
     offline = ask(("stream", "lab/plain"), endpoint=hub.url, home=tmp_path / "home", HF_HUB_OFFLINE="1")
     assert "could not be fetched" in offline[0] or "cannot be reached" in offline[0]

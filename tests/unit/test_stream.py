@@ -17,8 +17,10 @@ from transformers import OPTConfig, OPTForCausalLM
 from dora_dist.config import DataConfig
 from dora_dist.data import FILLER, EpochBatches, TextReader, WithFiller, read
 from dora_dist.data.mixture import SHARES, Mixture
-from dora_dist.data.stream import window_shares
+from dora_dist.data.stream import Source, window_shares
+from dora_dist.models.tokenizer import files_of
 from dora_dist.runtime.errors import UserError
+from dora_dist.runtime.hub import RemoteFile, _Remote
 from dora_dist.training.doubts import _check_positions
 from tests import toy
 from tests.unit.test_bad_records import broken_parquet
@@ -124,18 +126,56 @@ def test_sources_have_their_shares_of_every_window(tmp_path: Path) -> None:
         assert Counter(train[i]["source"] for i in range(start, start + 12)) == {0: 9, 1: 3}
     short = texts(train[i] for i in range(36) if train[i]["source"] == 1)
     assert sorted(short) == sorted(f"{i}?x" for i in range(9))  # each once before one comes again
-    assert build(sources).order_facts[SHARES] == [[27, 9]]
+    assert build(sources).order_facts[SHARES] == [[7500, 2500]]
     with pytest.raises(
         UserError, match=r'source 2 \("b"\) is never drawn: its weight is less than one of the 2 records'
     ):
         build(sources, shuffle_buffer=2)
 
 
-def test_a_window_has_no_more_of_a_source_than_a_pass() -> None:
+def test_a_window_is_the_buffer_or_a_pass_of_the_only_source() -> None:
     assert window_shares(Mixture(("a",), (1,)).drawn, 100, [7]) == [7]
     assert window_shares(Mixture(("a",), (1,)).drawn, 100, [None]) == [100]
-    assert window_shares(Mixture(("a", "b"), (3, 1)).drawn, 100, [None, 5]) == [15, 5]
-    assert window_shares(Mixture(("a", "b"), (1, 1)).drawn, 100, [30, 5]) == [5, 5]
+    assert window_shares(Mixture(("a", "b"), (3, 1)).drawn, 100, [None, 5]) == [75, 25]
+
+
+def test_a_short_source_comes_pass_by_pass_and_leaves_the_window_as_large_as_it_is(tmp_path: Path) -> None:
+    names = files(tmp_path)
+    sources = [{"path": names[0]}, {"path": [names[1], names[3]], "weight": 2}]  # of 20 and of 10 + 5 records
+    train = build(sources, shuffle_buffer=60)
+    assert train.order_facts[SHARES] == [[20, 40]]
+    assert "over 60 records at a time (20 of a, 40 of b)" in train.described(None)
+    samples = [train[i] for i in range(120)]
+    found = [texts(each for each in samples if each["source"] == k) for k in (0, 1)]
+    for k, each in enumerate(found):
+        size = (20, 15)[k]
+        passes = [each[i : i + size] for i in range(0, len(each) // size * size, size)]
+        assert all(sorted(one) == sorted(passes[0]) and len(set(one)) == size for one in passes)
+        assert len(passes) == (2, 5)[k] and passes[0] != passes[1]
+    assert [each["source"] for each in samples[:60]] != sorted(each["source"] for each in samples[:60])
+    other = pickle.loads(pickle.dumps(train))
+    assert [other[i] for i in (100, 3, 61, 0)] == [samples[i] for i in (100, 3, 61, 0)]
+
+
+def test_a_file_of_the_hub_is_known_by_what_it_holds_and_not_by_its_commit() -> None:
+    def edges(commit: str, content: str) -> list[bytes]:
+        file = RemoteFile("lab/questions", commit, "a.jsonl", content)
+        return list(Source(TextReader(DataConfig(train="a.jsonl"), toy.tokenizer()), [file], "a", seed=1).edges())
+
+    assert edges("1", "x") == edges("2", "x") != edges("1", "y")
+
+
+def test_what_the_hub_answers_is_told_in_a_line_without_keys() -> None:
+    told = pytest.raises(OSError, match=r"the hub does not give it: 403 for https://cdn/file$")
+    with told, _Remote.__new__(_Remote)._errors():
+        raise OSError("403 for https://cdn/file?Signature=secret&Expires=1\nForbidden")
+
+
+def test_a_tokenizer_is_saved_as_it_is_whatever_was_cut_with_it() -> None:
+    tokenizer = toy.tokenizer()
+    before = files_of(tokenizer)
+    tokenizer(["a b c"], truncation=True, max_length=2, padding="max_length")
+    assert files_of(tokenizer) == before
 
 
 def test_a_record_of_which_nothing_comes_leaves_its_place_empty_and_says_why(tmp_path: Path) -> None:
