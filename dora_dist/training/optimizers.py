@@ -36,7 +36,10 @@ def _eight_bits(training: TrainingConfig, device: torch.device) -> Made:
 
 
 def _tried(device: torch.device) -> Any:
-    """bitsandbytes' class, after a step on this device. Raises UserError where there is none."""
+    """bitsandbytes' class, after a step on this device. Raises UserError where there is none.
+
+    Its step waits for the device after each group, which is once a step unless DeepSpeed parts groups (sub_group_size).
+    """
     what = f'training.optimizer = "adamw_8bit": bitsandbytes cannot do that on {device.type}'
     remedy = 'install a version of it for this device, or set training.optimizer to "adamw"'
     weight = nn.Parameter(torch.ones(1 << 14, device=device))
