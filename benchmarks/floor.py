@@ -1,10 +1,12 @@
 """The least that a training step can take here: its gathers and products, counted and measured; see `--help`.
 
-A step gathers every adapted weight in forward, in recompute and in backward, and multiplies by it each time. Here the
-gathers and the products of one layer are timed by themselves, on all ranks at once, and multiplied by their number.
+A step gathers every adapted weight in forward and in backward, and multiplies by it each time; with activation
+checkpointing that keeps no outputs, also in the recomputation between them. Here the gathers and the products of one
+layer are timed by themselves, on all ranks at once, and multiplied by their number.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -34,14 +36,13 @@ def main() -> None:
     for name in SIZES:
         default = default_ranks() if name == "ranks" else getattr(Settings(), name)
         parser.add_argument(f"--{name}", type=int, default=default, help="%(default)s")
-    parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement (%(default)s)")
     parser.add_argument("--step", type=Path, help="a step.json of benchmarks/step.py, whose steps are printed beside")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-floor"), help="folder for the JSON")
     options = parser.parse_args()
     if options.ranks < 2:
         parser.error(f"--ranks {options.ranks}: one rank gathers nothing; give 2 or more")
-    settings = Settings(**{name: getattr(options, name) for name in SIZES}, checkpointing=options.checkpointing)
+    settings = Settings(**{name: getattr(options, name) for name in SIZES})
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         arguments = (settings, options.repeats, Path(folder))
         torch.multiprocessing.start_processes(rank_main, arguments, settings.ranks, start_method=start_method())
@@ -136,15 +137,14 @@ def _seconds(work: Callable[[], None], repeats: int) -> float:
 
 
 def floors(measured: dict[str, Any], settings: Settings) -> dict[str, dict[str, float]]:
-    """By storage: what a step gathers and how long that and its products take, with and without overlap."""
-    forwards = 2 if settings.checkpointing else 1
+    """By storage and passes: what a step gathers and how long that and its products take, with and without overlap."""
     share = (settings.ranks - 1) / settings.ranks
     result = {}
-    for name, layer in measured["storages"].items():
+    for forwards, (name, layer) in itertools.product((2, 1), measured["storages"].items()):
         received = settings.layers * (forwards + 1) * share * layer["bytes"]
         gathers = received / measured["gather_bytes_per_second"]
         products = settings.layers * (forwards * layer["forward_seconds"] + layer["backward_seconds"])
-        result[name] = {
+        result[f"{name}, {forwards + 1} passes"] = {
             "received_bytes": received,
             "gather_seconds": gathers,
             "product_seconds": products,
@@ -158,16 +158,15 @@ def table(report: dict[str, Any]) -> str:
     """Plain text, one line for each storage."""
     s = Settings(**report["settings"])
     weights = s.layers * sum(count * out * into for (out, into), count in shapes(s).items())
-    passes = 3 if s.checkpointing else 2
     lines = [
         f"{s.ranks} ranks on {report['device']}: gathers at {report['gather_bytes_per_second'] / 1e9:.2f} GB/s; "
-        f"{passes} products of {s.tokens} tokens with {weights / 1e6:.0f} M weights, "
-        f"{passes * 2e-12 * s.tokens * weights:.2f} TFLOP a rank",
-        f"{'storage':10s}{'received MB':>13s}{'gathers s':>11s}{'products s':>12s}{'floor s':>9s}{'overlapped s':>14s}",
+        f"a pass is a product of {s.tokens} tokens with {weights / 1e6:.0f} M weights, "
+        f"{2e-12 * s.tokens * weights:.2f} TFLOP a rank; 3 passes with checkpointing, 2 where it keeps outputs",
+        f"{'storage':18s}{'received MB':>13s}{'gathers s':>11s}{'products s':>12s}{'floor s':>9s}{'overlapped s':>14s}",
     ]
     for name, e in report["floors"].items():
         seconds = f"{e['gather_seconds']:11.3f}{e['product_seconds']:12.3f}{e['floor_seconds']:9.3f}"
-        lines.append(f"{name:10s}{e['received_bytes'] / 1e6:13.1f}{seconds}{e['overlapped_seconds']:14.3f}")
+        lines.append(f"{name:18s}{e['received_bytes'] / 1e6:13.1f}{seconds}{e['overlapped_seconds']:14.3f}")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ import torch
 from stepbench.measure import rank_main
 from stepbench.models import write_base
 from stepbench.report import summary, table, write_plot
-from stepbench.settings import STORED, VARIANTS, Settings, parse, resolved
+from stepbench.settings import DORA, VARIANTS, Settings, parse, resolved
 from tqdm import tqdm
 
 
@@ -82,7 +82,8 @@ def check_first_losses(report: dict[str, Any]) -> None:
 
     Those on another storage have other base weights.
     """
-    first = {variant: entry["first_loss"] for variant, entry in report["variants"].items() if variant not in STORED}
+    packed = {variant for variant, settings in DORA.items() if settings["storage"] != "plain"}
+    first = {variant: entry["first_loss"] for variant, entry in report["variants"].items() if variant not in packed}
     if max(first.values()) - min(first.values()) > 2**-8 * max(first.values()):
         raise SystemExit(f"the variants do not compute the same model: first losses {first}")
 

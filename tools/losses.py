@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-FULL = {"quickstart": {}, "quickstart_dynamic": {}}
+FULL: dict[str, Any] = {"quickstart": {}, "quickstart_dynamic": {}}
 KEYS = ("step", "loss", "grad_norm")
 
 

@@ -90,7 +90,7 @@ def build(variant: str, base: Path, settings: Settings) -> tuple[nn.Module, Any]
             model = _peft(model, variant == "peft-dora", settings)
     model.enable_input_require_grads()
     if settings.checkpointing and norms is not None:
-        checkpoint_activations(model)
+        checkpoint_activations(model, "all" if settings.selective else "small")
     elif settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False

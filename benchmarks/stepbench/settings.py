@@ -12,11 +12,16 @@ import torch
 from dora_dist.adapters import storage
 from dora_dist.runtime import distributed
 
-STORED = {f"dora-{name}": name for name in storage.names() if name != "plain"}
-"""Variants that are DoRA on another storage of the base weights."""
+_STORAGES = {"dora": "plain", **{f"dora-{name}": name for name in storage.names() if name != "plain"}}
+DORA: dict[str, dict[str, Any]] = {
+    **{variant: {"storage": name} for variant, name in _STORAGES.items()},
+    **{f"{variant}-selective": {"storage": name, "selective": True} for variant, name in _STORAGES.items()},
+}
+"""Variants that are "dora" with other settings: another storage of the base weights, selective checkpointing."""
 VARIANTS = {
     "dora": "this project, DoRA",
-    **{variant: f"  on {name}" for variant, name in STORED.items()},
+    **{variant: f"  on {name}" for variant, name in _STORAGES.items() if variant != "dora"},
+    **{f"{variant}-selective": f"  {name}, selective" for variant, name in _STORAGES.items()},
     "recorded": "  recording every step",
     "lora": "this project, LoRA",
     "none": "no adapter",
@@ -41,7 +46,7 @@ class Settings:
 
     `pictures` makes a LLaVA of it, with a tower of CLIP ViT-L/14-336's size: each rank's record then begins with a
     picture, whose tokens come on top of `tokens`. `kept` is the share of a layer's components that "closed" leaves
-    open, and that "compacted" has.
+    open, and that "compacted" has. `selective`: our checkpointing keeps the outputs of adapted layers.
     """
 
     hidden: int = 4096
@@ -62,6 +67,7 @@ class Settings:
     kept: float = 0.5
     storage: str = "plain"
     checkpointing: bool = True
+    selective: bool = False
     peft_fp32: bool = False
     ranks: int = 2  # `default_ranks` on the command line
     rounds: int = 3
@@ -117,7 +123,7 @@ class Settings:
 
 def resolved(variant: str, settings: Settings) -> tuple[str, Settings]:
     """What ranks build for a variant, and with which settings: "dora-nf4" is "dora" on NF4."""
-    return ("dora", replace(settings, storage=STORED[variant])) if variant in STORED else (variant, settings)
+    return ("dora", replace(settings, **DORA[variant])) if variant in DORA else (variant, settings)
 
 
 def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dora_dist.adapters.recompute import has_kept_products, kept_products
 from dora_dist.adapters.storage import PLAIN, WeightStorage
 
 
@@ -14,13 +15,22 @@ class HeldLinear(nn.Module):
     """y = x·W0ᵀ + bias, with parameters that are all direct members: one coalesced gather under ZeRO-3.
 
     What holds the frozen (out, in) weight is `held`; in plain storage that is `weight` itself. The `bias` (out,) is
-    frozen too, unless it is told to require a gradient.
+    frozen too, unless it is told to require a gradient. `keeps_products`: a recomputation takes the products of the
+    forward that it repeats (`recompute.py`).
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, storage: WeightStorage) -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        storage: WeightStorage,
+        shape: tuple[int, int] | None = None,
+    ) -> None:
+        """shape: (out, in) where `weight` has it no longer, as it is a shard."""
         super().__init__()
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = weight.shape if shape is None else shape
         self.storage = storage
+        self.keeps_products = False
         for name, held in storage.hold(weight).items():
             self.register_parameter(name, held)
         self.bias = bias
@@ -50,6 +60,14 @@ class HeldLinear(nn.Module):
         span = (start * self.in_features, stop * self.in_features)
         return self.storage.to_fp32(flat, *span, device=flat[0].device).view(-1, self.in_features)
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """`forward`, with the hooks of a module; without them where it needs no parameter, as an engine's gather them.
+
+        A recomputation's graph is thrown away (checkpoint takes its saved tensors only), and so are hooks on it.
+        """
+        y: Tensor = self.forward(x) if has_kept_products(self) else super().__call__(x)
+        return y
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out), in x's dtype."""
         return cast(Tensor, _HeldProduct.apply(x, self, self.bias))
@@ -59,8 +77,9 @@ class HeldLinear(nn.Module):
 
 
 def held_linear(linear: nn.Linear, storage: WeightStorage) -> HeldLinear:
-    """A layer over a plain one's own bias, and its weight as `storage` holds it."""
-    return HeldLinear(cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias), storage)
+    """A layer over a plain one's own bias, and its weight as `storage` holds it; a shard where that is plain."""
+    weight, bias = cast(nn.Parameter, linear.weight), cast("nn.Parameter | None", linear.bias)
+    return HeldLinear(weight, bias, storage, (linear.out_features, linear.in_features))
 
 
 def held_layers(model: nn.Module) -> dict[str, HeldLinear]:
@@ -84,7 +103,9 @@ class _HeldProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: HeldLinear, bias: Tensor | None) -> Tensor:
         ctx.layer, ctx.x_shape = layer, x.shape
-        return layer.base_product(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], -1)
+        [y_to] = kept_products(layer, lambda: (layer.base_product(x.reshape(-1, x.shape[-1]), bias),))
+        assert y_to is not None
+        return y_to.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

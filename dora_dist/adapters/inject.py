@@ -42,6 +42,16 @@ def packable(model: nn.Module, *, apart: Sequence[str] = ()) -> list[str]:
     ]
 
 
+def hold_frozen(model: nn.Module) -> None:
+    """Make frozen linear layers of the numbered layers, which nothing has packed or adapted, HeldLinear, in place."""
+    for name in packable(model):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        if not linear.weight.requires_grad:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, held_linear(linear, PLAIN))
+
+
 def by_pattern(
     method: AdapterMethod,
     target_modules: Sequence[str],

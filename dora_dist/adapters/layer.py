@@ -39,8 +39,8 @@ class AdaptedLinear(HeldLinear):
         self.norm: Tensor | None = None
         self.is_on = True  # off: the layer computes what the base's does (`switch.py`)
         self.dem_weight = 0.0  # of the penalty on components, per component and backward pass (`components.py`)
-        # Under activation checkpointing: whether the output, small relative to its FLOPs, is kept (`recompute.py`).
-        self.keeps_output = self.in_features >= 2 * self.out_features
+        # An output that is small relative to its FLOPs is worth it.
+        self.keeps_products = self.in_features >= 2 * self.out_features
         self._adapter_names = tuple(method.parameters(self.shape))
         for name, initial in method.parameters(self.shape).items():
             values = torch.empty(initial.shape, dtype=weight.dtype, device=weight.device)

@@ -72,7 +72,7 @@ class Layer(Protocol):
     bias: nn.Parameter | None
     base_norm: Tensor | None
     norm: Tensor | None
-    keeps_output: bool
+    keeps_products: bool
     dem_weight: float
 
     @property

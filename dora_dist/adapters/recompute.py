@@ -1,12 +1,12 @@
-"""Outputs that activation checkpointing keeps instead of computing them a second time.
+"""Products that activation checkpointing keeps instead of computing them a second time.
 
 Checkpointing throws away what a segment saves for backward, and runs the segment's forward again when backward needs
-it. Of a layer whose output is small relative to the FLOPs behind it (down_proj), keeping the output costs little
-memory and spares the second product. Which forward a recomputation repeats must be certain, so torch's own pairing
-decides: its non-reentrant `checkpoint` makes one pair of contexts per segment call, around the forward and around
-every recomputation of exactly this forward.
+it. Of a layer with `keeps_products` the products with its weights are kept, and a recomputation takes them: it then
+needs none of the layer's parameters, and no engine gathers them for it. Which forward a recomputation repeats must be
+certain, so torch's own pairing decides: its non-reentrant `checkpoint` makes one pair of contexts per segment call,
+around the forward and around every recomputation of exactly this forward.
 
-    checkpoint(segment, x, use_reentrant=False, context_fn=keeping_outputs)
+    checkpoint(segment, x, use_reentrant=False, context_fn=keeping_products)
 
 Without `context_fn`, and with reentrant checkpointing, which has none, nothing is kept and everything is recomputed.
 """
@@ -16,8 +16,15 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 from torch import Tensor
+
+Products = tuple[Tensor | None, ...]
+
+
+class Keeps(Protocol):
+    keeps_products: bool
 
 
 class _Here(threading.local):
@@ -29,28 +36,43 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def keeping_outputs() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def keeping_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts of one segment call, around its forward and around its recomputations: checkpoint's `context_fn`."""
-    outputs: dict[object, list[Tensor | None]] = {}
-    return _Keeping(outputs), _Recomputing(outputs)
+    calls: Calls = {}
+    return _Keeping(calls), _Recomputing(calls)
 
 
-def kept_output(layer: object, compute: Callable[[], Tensor]) -> Tensor:
+def kept_products(layer: Keeps, compute: Callable[[], Products]) -> Products:
     """`compute()`, or what it gave in the forward that is being recomputed."""
-    return compute() if _here.segment is None else _here.segment.output(layer, compute)
+    if _here.segment is None or not layer.keeps_products:
+        return compute()
+    return _here.segment.products(layer, compute)
+
+
+def has_kept_products(layer: object) -> bool:
+    """Whether the layer's next call is one of a recomputation that finds its products."""
+    return _here.segment is not None and _here.segment.has(layer)
+
+
+Calls = dict[object, list[Products | None]]
+"""Each layer's products, one entry per call, in the order of its calls. Nothing writes to them in place: autograd
+refuses that of a custom function's output."""
 
 
 class _Segment(AbstractContextManager[None]):
-    """A segment's forward or recomputation; `outputs` has each layer's, one per call, in the order of its calls.
+    """A segment's forward or recomputation.
 
     A recomputation makes the calls of the forward in the same order: checkpointing relies on that itself.
     """
 
-    def __init__(self, outputs: dict[object, list[Tensor | None]]) -> None:
-        self._outputs = outputs
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
 
     @abstractmethod
-    def output(self, layer: object, compute: Callable[[], Tensor]) -> Tensor: ...
+    def products(self, layer: object, compute: Callable[[], Products]) -> Products: ...
+
+    def has(self, layer: object) -> bool:
+        return False
 
     def __enter__(self) -> None:
         self._outer = _here.segment  # of a checkpoint around this one
@@ -61,10 +83,10 @@ class _Segment(AbstractContextManager[None]):
 
 
 class _Keeping(_Segment):
-    def output(self, layer: object, compute: Callable[[], Tensor]) -> Tensor:
-        output = compute()
-        self._outputs.setdefault(layer, []).append(output)
-        return output
+    def products(self, layer: object, compute: Callable[[], Products]) -> Products:
+        products = compute()
+        self._calls.setdefault(layer, []).append(products)
+        return products
 
 
 class _Recomputing(_Segment):
@@ -72,10 +94,14 @@ class _Recomputing(_Segment):
 
     def __enter__(self) -> None:
         super().__enter__()
-        self._calls: Counter[object] = Counter()
+        self._done: Counter[object] = Counter()
 
-    def output(self, layer: object, compute: Callable[[], Tensor]) -> Tensor:
-        outputs, call = self._outputs[layer], self._calls[layer]
-        self._calls[layer] += 1
-        output, outputs[call] = outputs[call], None  # handed on: memory is held no longer than without keeping
-        return compute() if output is None else output
+    def has(self, layer: object) -> bool:
+        calls, call = self._calls.get(layer, []), self._done[layer]
+        return call < len(calls) and calls[call] is not None
+
+    def products(self, layer: object, compute: Callable[[], Products]) -> Products:
+        calls, call = self._calls[layer], self._done[layer]
+        self._done[layer] += 1
+        products, calls[call] = calls[call], None  # handed on: memory is held no longer than without keeping
+        return compute() if products is None else products

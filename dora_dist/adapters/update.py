@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dora_dist.adapters.method import AdapterMethod, Gradients, Layer, MergeRows, Needs, Saved, Shape, Tensors
 from dora_dist.adapters.peft_layer import AdapterLayer
+from dora_dist.adapters.recompute import Products, kept_products
 from dora_dist.config.adapter import AdapterConfig
 from dora_dist.runtime.errors import UserError
 
@@ -121,9 +122,15 @@ class Update(AdapterMethod):
 
     def forward(self, layer: Layer, x_ti: Tensor, dropped_ti: Tensor | None) -> tuple[Tensor, Saved]:
         xd_ti = x_ti if dropped_ti is None else dropped_ti
-        hidden = self.down(layer, xd_ti)
-        y_to = layer.base_product(x_ti, layer.bias)
-        self.add_up(layer, hidden, y_to)
+
+        def products() -> Products:
+            hidden = self.down(layer, xd_ti)
+            y_to = layer.base_product(x_ti, layer.bias)
+            self.add_up(layer, hidden, y_to)
+            return y_to, hidden
+
+        y_to, hidden = kept_products(layer, products)
+        assert y_to is not None
         return y_to, (xd_ti, hidden)
 
     def backward(self, layer: Layer, saved: Saved, grad_to: Tensor, *, needs: Needs) -> Gradients:

@@ -22,6 +22,14 @@ def between_fields(
 ) -> Iterator[str]:
     """What is wrong, one line each, naming the fields and the way out."""
     yield from _batches_and_warmup(training)
+    if training.activation_checkpointing == "selective" and adapter.method == "full":
+        yield (
+            'training.activation_checkpointing = "selective": keeps outputs of layers whose weight is frozen, and '
+            'adapter.method = "full" freezes none; set it to true'
+        )
+    if training.recompute_all and training.activation_checkpointing is not True:
+        given = json.dumps(training.activation_checkpointing)
+        yield f"training.recompute_all = true: means nothing with activation_checkpointing = {given}; set that to true"
     yield from _validation(data, training)
     yield from _packing(data)
     yield from _streaming(data, training)

@@ -4,17 +4,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from dora_dist.adapters.adapter_folder import SavedAdapter
-from dora_dist.adapters.held import packed_modules
+from dora_dist.adapters.held import held_layers, packed_modules
 from dora_dist.adapters.inject import (
     AdapterPlan,
     Packed,
     held_weights,
+    hold_frozen,
     initial_fills,
     inject,
     packable,
@@ -22,7 +23,7 @@ from dora_dist.adapters.inject import (
 )
 from dora_dist.adapters.norms import NormRefresher
 from dora_dist.adapters.patterns import ParameterPlan, trained_in_full
-from dora_dist.adapters.recompute import keeping_outputs
+from dora_dist.adapters.recompute import keeping_products
 from dora_dist.adapters.storage import PLAIN, WeightStorage
 from dora_dist.adapters.trained_parameters import TrainedParameters
 from dora_dist.models import start
@@ -221,15 +222,21 @@ def _load(
     )
 
 
-def checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any, keep: Literal["none", "small", "all"] = "small") -> None:
     """Have a model of transformers keep one activation per decoder layer and recompute the rest in backward.
 
-    DoRA layers whose output is small relative to its FLOPs keep it (`adapters/recompute.py`). Raises UserError for a
-    model that does not support activation checkpointing.
+    keep: which layers keep their outputs besides (`adapters/recompute.py`); "small": adapted ones whose output is
+    small relative to its FLOPs, "all": all with a frozen weight, adapted or not. Call it before an engine is made.
+    Raises UserError for a model that does not support activation checkpointing.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(f"training.activation_checkpointing = true: {type(model).__name__} has none; set it to false")
-    how = {"use_reentrant": False, "context_fn": keeping_outputs}
+    how = {"use_reentrant": False, "context_fn": keeping_products}
+    if keep == "all":
+        hold_frozen(model)
+    if keep != "small":
+        for layer in held_layers(model).values():
+            layer.keeps_products = keep == "all"
     model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
 
 

@@ -16,7 +16,6 @@ from transformers import TrainerCallback
 
 from dora_dist.adapters.components import Budget
 from dora_dist.adapters.inject import with_ranks
-from dora_dist.adapters.layer import adapted_layers
 from dora_dist.adapters.methods import chosen
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_of_model import Origin
@@ -283,12 +282,10 @@ def _build_model(config: RunConfig, inputs: Inputs, phase: Phase, *, deepspeed: 
     )
     adapted.family.prepare_for_training(adapted.model)
     if training.activation_checkpointing:
-        checkpoint_activations(adapted.model)
+        selective = training.activation_checkpointing == "selective"
+        checkpoint_activations(adapted.model, "all" if selective else "none" if training.recompute_all else "small")
     if training.neftune_alpha is not None:
         add_noise(adapted.model, training.neftune_alpha)
-    if training.recompute_all:
-        for layer in adapted_layers(adapted.model).values():
-            layer.keeps_output = False
     return adapted
 
 

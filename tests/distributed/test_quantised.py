@@ -29,6 +29,7 @@ HPZ = {"hpz_partition_size": 2, "param_persistence_threshold": 0}
 OFFLOAD = {"offload_param": "cpu", "offload_optimizer": "cpu"}
 ALL_REDUCE = {"deepspeed": {"zero_optimization": {"stage3_use_all_reduce_for_fetch_params": True}}}
 CHECKPOINTING = {"activation_checkpointing": True}
+SELECTIVE = {"activation_checkpointing": "selective"}
 TOWER_TOO = [r".*(vision_tower|language_model)\..*\.(q|v)_proj"]
 
 
@@ -57,14 +58,13 @@ KINDS = {
             "dem_weight": 0.1,
             "norm_gradient": "full",
         },
-        training=CHECKPOINTING,
+        training=SELECTIVE,
         engine=HPZ,
     ),
-    # Of v_proj, whose output is small, checkpointing keeps it: with "exact" dropout there would be two products.
-    "kept outputs, offload": Kind(
+    "selective, offload": Kind(
         'nf4 {"block_size": 128, "double_quant": true}',
-        adapter={"dropout": 0.1, "dropout_mode": "adapter"},
-        training=CHECKPOINTING,
+        adapter={"dropout": 0.1},  # "exact": two products are kept
+        training=SELECTIVE,
         engine=OFFLOAD,
     ),
     "mora": Kind(

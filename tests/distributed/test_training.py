@@ -13,6 +13,8 @@ from tests import toy
 from tests.distributed.training_runs import config, fails, run
 from tests.ranks import RankError, run_ranks
 
+SELECTIVE = {"activation_checkpointing": "selective"}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,6 +48,7 @@ def runs(folder: Path) -> dict[str, Any]:
             "two-micro3",
             training={"micro_batch_size": 3, "activation_checkpointing": True, "recompute_all": True},
         ),
+        toy_config(folder, "two-selective", training=SELECTIVE, engine={"param_persistence_threshold": 0}),
         toy_config(folder, "two-again", checkpoint={"resume": str(folder / "two" / "checkpoint-3")}),
         toy_config(folder, "two-from-one", checkpoint={"resume": str(folder / "one" / "checkpoint-3")}),
         toy_config(folder, "dropout-again", adapter={"dropout": 0.3}),
@@ -71,6 +74,7 @@ def runs(folder: Path) -> dict[str, Any]:
     names += [
         "two",
         "two-micro3",
+        "two-selective",
         "two-again",
         "two-from-one",
         "dropout-again",
@@ -96,7 +100,7 @@ def test_the_model_learns(runs: dict[str, Any]) -> None:
     assert losses(runs, "one")[-1] < losses(runs, "one")[0] - 0.05
 
 
-@pytest.mark.parametrize("other", ["checkpointed", "micro6", "two", "two-micro3", "three"])
+@pytest.mark.parametrize("other", ["checkpointed", "micro6", "two", "two-micro3", "two-selective", "three"])
 def test_same_losses_whatever_the_ranks_accumulation_or_checkpointing(runs: dict[str, Any], other: str) -> None:
     assert losses(runs, other) == pytest.approx(losses(runs, "one"), abs=1e-5)
 

@@ -18,7 +18,8 @@ SIZES = f"--hidden {HIDDEN} --ffn {FFN} --heads 4 --layers {LAYERS} --tokens 32 
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 1000, "stage3_prefetch_bucket_size": 0}}
 TOWER = {"hidden": 32, "ffn": 512, "heads": 2, "layers": 3}
 COMPARED = ["dora", "lora", "none", "peft-lora", "peft-dora"]
-VARIANTS = [*COMPARED, "gated", "dynamic", "closed", "compacted", "full", "deepspeed-full", "recorded", "dora-nf4"]
+VARIANTS = [*COMPARED, "gated", "dynamic", "closed", "compacted", "full", "deepspeed-full", "recorded"]
+VARIANTS += ["dora-nf4", "dora-selective", "dora-nf4-selective"]
 SHAPES = [(HIDDEN, HIDDEN)] * 4 + [(FFN, HIDDEN)] * 2 + [(HIDDEN, FFN)]
 
 
@@ -68,9 +69,14 @@ def test_all_variants_train_the_same_model(variants: dict[str, Any]) -> None:
         assert len(entry["seconds"]) == 2
         assert len(entry["losses"]) == 2 + 2 + 1  # warm-up, measured, the one with bytes counted
         assert all(math.isfinite(loss) for loss in entry["losses"]), name
-        rounded = 0.02 if name == "dora-nf4" else 2**-8  # its base weights are others
+        rounded = 0.02 if "nf4" in name else 2**-8  # its base weights are others
         assert entry["first_loss"] == pytest.approx(variants["none"]["first_loss"], rel=rounded)
         assert entry["peak_rss_bytes"] >= entry["peak_rss_steps_bytes"] > 0
+
+
+def test_keeping_outputs_changes_no_loss(variants: dict[str, Any]) -> None:
+    for name in ("dora", "dora-nf4"):
+        assert variants[f"{name}-selective"]["losses"] == variants[name]["losses"]
 
 
 def test_our_adapters_have_the_sizes_of_pefts(variants: dict[str, Any]) -> None:
@@ -83,15 +89,16 @@ def test_our_adapters_have_the_sizes_of_pefts(variants: dict[str, Any]) -> None:
 
 
 def test_bytes_are_counted(variants: dict[str, Any]) -> None:
-    """A weight is gathered three times a step with recompute, PEFT's DoRA does it twice more for its norms.
+    """A weight is gathered three times a step with recompute, two times where its outputs are kept; PEFT's DoRA does it
+    twice more for its norms.
 
     A rank of two receives half of each: in bf16 as many bytes as the weight has elements.
     """
     weights = LAYERS * sum(out * into for out, into in SHAPES)
     gathered = {name: entry["received_bytes_by_kind"]["all_gather_into_tensor"] for name, entry in variants.items()}
-    for name in COMPARED:
+    for name in (*COMPARED, "dora-selective"):
         times = gathered[name] / weights
-        expected = 5 if name == "peft-dora" else 3
+        expected = {"peft-dora": 5, "dora-selective": 2}.get(name, 3)
         assert expected <= times <= expected + 0.5, name  # the rest: adapters, embedding, head
     assert 4.25 / 16 < gathered["dora-nf4"] / gathered["dora"] < 0.36  # embedding and head stay plain
     rows = LAYERS * sum(out for out, _ in SHAPES)
@@ -226,10 +233,9 @@ def test_the_floor_counts_a_steps_gathers_and_products(monkeypatch: pytest.Monke
 
     layer = {"bytes": 100.0, "forward_seconds": 3.0, "backward_seconds": 4.0}
     measured = {"gather_bytes_per_second": 10.0, "storages": {"plain": layer}}
-    [found] = floors(measured, Settings(layers=2, ranks=4)).values()
+    found, once = floors(measured, Settings(layers=2, ranks=4)).values()
     assert found["received_bytes"] == 2 * 3 * 75  # three gathers of each layer, of which 3/4 come from others
     assert (found["gather_seconds"], found["product_seconds"]) == (45.0, 2 * (3 + 3 + 4))
-    [once] = floors(measured, Settings(layers=2, ranks=4, checkpointing=False)).values()
     assert (once["received_bytes"], once["product_seconds"]) == (2 * 2 * 75, 2 * (3 + 4))
 
 

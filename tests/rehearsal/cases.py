@@ -94,6 +94,10 @@ ROWS: Sections = {"data": {"packing": True, "packing_length": 512}, **CHUNKS}
 IN_ROWS = ("mistral", "qwen3", "gemma2")
 """Families that are rehearsed with packed rows and losses in chunks."""
 BF16: Sections = {"model": {"dtype": "bf16"}, "training": {"activation_checkpointing": True}}
+SELECTIVE: Sections = {
+    "training": {"activation_checkpointing": "selective"},
+    "engine": {"param_persistence_threshold": 0},  # or small weights stay gathered, whatever is recomputed
+}
 
 
 def _decoder(folder: Path, family: str, **changes: Any) -> Case:
@@ -146,7 +150,7 @@ def offloaded(parameters: str, optimizer: str) -> Callable[[Path], Case]:
         case = _decoder(folder, "llama")
         engine: Sections = {"engine": {"offload_param": parameters, "offload_optimizer": optimizer}}
         case.run("run", engine)
-        last = case.run("static", engine, STATIC)
+        last = case.run("static", engine, SELECTIVE, STATIC)
         case.run("from-static", engine, STATIC, {"adapter": {"init_from": f"{last}/adapter"}})
         return case
 
@@ -208,7 +212,7 @@ def quantised(folder: Path) -> Case:
     """The package's own storages: with dynamic rank and its compaction; with scales in 8 bits, shards on the host."""
     case = _decoder(folder, "llama")
     host: Sections = {"engine": {"offload_param": "cpu"}}
-    for name, settings, changes in (("int8", {}, ()), ("nf4", {"double_quant": True}, (STATIC, host))):
+    for name, settings, changes in (("int8", {}, ()), ("nf4", {"double_quant": True}, (SELECTIVE, STATIC, host))):
         packed: Sections = {"model": {"storage": name, "storage_settings": settings}}
         case.score(case.run(name, BF16, packed, *changes), task="boolq", mode="likelihood", limit=3, dtype="bf16")
     return case

@@ -93,6 +93,14 @@ def test_every_field_is_documented() -> None:
         (with_fields(data={"train": 3}), "data.train = 3: must be text (not empty), or a list of text"),
         (with_fields(data={"train": []}), "data.train = []: must be text (not empty), or a list of text"),
         (
+            with_fields(training={"activation_checkpointing": "some"}),
+            'training.activation_checkpointing = "some": must be true or false, or',
+        ),
+        (
+            with_fields(training={"activation_checkpointing": "selective", "recompute_all": True}),
+            'recompute_all = true: means nothing with activation_checkpointing = "selective"; set that to true',
+        ),
+        (
             with_fields(adapter={"target_modules": ["q", 2]}),
             "adapter.target_modules = 2: must be a list of text, or",
         ),
@@ -452,7 +460,8 @@ def test_paper_recipe_validates_and_has_the_papers_numbers(name: str, workplace:
 def test_the_recipe_of_full_fine_tuning_differs_from_the_papers_in_method_and_rate_alone() -> None:
     full, paper = (RunConfig.load(REPOSITORY / "configs" / f"llama7b_{name}.json") for name in ("full", "dora"))
     assert full.adapter == AdapterConfig(method="full")
-    theirs = {"learning_rate": paper.training.learning_rate, "eval_every": paper.training.eval_every}
+    own = ("learning_rate", "eval_every", "activation_checkpointing")  # nothing is frozen, whose outputs could be kept
+    theirs = {name: getattr(paper.training, name) for name in own}
     assert full.training.model_copy(update=theirs) == paper.training and full.training.learning_rate == 2e-5
     assert full.training.eval_every == full.checkpoint.save_every == 2000  # a save is 81 GB, and so is a best one
     same = ("model", "data", "engine", "logging")

@@ -14,7 +14,7 @@ from dora_dist.adapters.layer import AdaptedLinear
 from dora_dist.adapters.method import AdapterMethod
 from dora_dist.adapters.methods import DynamicRank, LowRank, WeightDecomposed
 from dora_dist.adapters.norms import NormRefresher
-from dora_dist.adapters.recompute import keeping_outputs
+from dora_dist.adapters.recompute import keeping_products
 from dora_dist.adapters.storage.plain import PlainStorage
 from tests.toy import relative_error
 
@@ -262,7 +262,7 @@ def after(layer: AdaptedLinear, x: Tensor) -> Tensor:
 
 
 def checkpointed(layer: AdaptedLinear, x: Tensor, segment: Callable[..., Tensor] = after) -> Tensor:
-    return checkpoint(segment, layer, x, use_reentrant=False, context_fn=keeping_outputs)
+    return checkpoint(segment, layer, x, use_reentrant=False, context_fn=keeping_products)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -271,7 +271,7 @@ def test_a_recomputation_takes_the_kept_output(gated: bool) -> None:
     x = torch.randn(5, 14, requires_grad=True)
     expected, expected_x = gradients(layer, after(layer, x).square().sum()), x.grad
     for keeps, products in ((True, 1), (False, 2)):
-        layer.keeps_output, storage.products, x.grad = keeps, 0, None
+        layer.keeps_products, storage.products, x.grad = keeps, 0, None
         found = gradients(layer, checkpointed(layer, x).square().sum())
         assert storage.products == products
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -330,6 +330,52 @@ def test_kept_outputs_give_the_gradients_of_no_checkpointing(segment: Callable[.
     found = checkpointed(layer, x, segment).square().sum()
     same_gradients(layer, found, expected)
     assert storage.products == plain + recomputed  # an inner checkpoint's forward, once more in the outer's
+
+
+class Random(nn.Module):
+    """Between layers, as dropout is: a recomputation has to draw the forward's numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x.tanh(), 0.2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "method",
+    [
+        LowRank(3, 6.0),
+        LowRank(3, 6.0, dropout=0.3),
+        WeightDecomposed(),
+        WeightDecomposed(LowRank(3, 6.0), norm_gradient="full"),
+        WeightDecomposed(LowRank(3, 6.0, dropout=0.3)),
+        WeightDecomposed(LowRank(3, 6.0, dropout=0.3), dropout_mode="adapter"),
+        WeightDecomposed(DynamicRank(3, 6.0)),
+    ],
+)
+def test_a_recomputation_with_kept_products_needs_no_parameter(method: AdapterMethod, bias: bool) -> None:
+    """So an engine that gathers a module's parameters before its forward has nothing to gather."""
+    layers = [random_layer(method, bias, shape=shape) for shape in ((14, 14), (6, 14))]
+    stack = nn.Sequential(layers[0], Random(), layers[1])
+    x = torch.randn(5, 14, requires_grad=True)
+    torch.manual_seed(1)
+    expected = torch.autograd.grad(stack(x).square().sum(), [x, *adapters(layers)])
+
+    for layer in layers:
+        layer.keeps_products = True
+    torch.manual_seed(1)
+    y = checkpoint(stack, x, use_reentrant=False, context_fn=keeping_products)
+    calls = [layer.register_forward_pre_hook(refuse) for layer in layers]
+    found = torch.autograd.grad(y.square().sum(), [x, *adapters(layers)])
+    assert len(calls) == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def adapters(layers: list[AdaptedLinear]) -> list[Tensor]:
+    return [p for layer in layers for p in layer.adapter_parameters().values()]
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("a module's forward hooks ran in a recomputation")
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another graph"])

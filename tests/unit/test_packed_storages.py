@@ -82,9 +82,7 @@ def test_odd_weights(storage: PackedStorage) -> None:
 
 @pytest.mark.parametrize("storage", EVERY, ids=label)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_way_of_reading_gives_the_same_numbers(
-    storage: PackedStorage, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_way_of_reading_gives_the_same_numbers(storage: PackedStorage, dtype: torch.dtype) -> None:
     """Any range in fp32; blocks of rows in the products' dtype, whose ends are not those of records."""
     shape = (50, 83)
     weight = gaussian(50 * 83).view(shape)
@@ -92,11 +90,8 @@ def test_every_way_of_reading_gives_the_same_numbers(
     expected = storage.round_trip(weight.flatten())
     for start, stop in ((0, 4150), (1, 65), (700, 4149), (4100, 4150)):
         assert torch.equal(storage.to_fp32(tensors, start, stop, device=CPU), expected[start:stop])
-    monkeypatch.setitem(packed.PRODUCT_ELEMENTS, "cpu", 7 * 83)
-    blocks = [
-        (start, stop, block.clone())
-        for start, stop, block in storage._row_blocks(tensors, shape, like=torch.empty(0, dtype=dtype))
-    ]
+    rows = storage._row_blocks(tensors, shape, like=torch.empty(0, dtype=dtype), at_once=7 * 83)
+    blocks = [(start, stop, block.clone()) for start, stop, block in rows]
     assert [stop for _, stop, _ in blocks] == [*range(7, 50, 7), 50]
     assert torch.equal(torch.cat([block for *_, block in blocks]), expected.view(shape).to(dtype))
 
@@ -106,7 +101,8 @@ def test_every_way_of_reading_gives_the_same_numbers(
 def test_products_are_those_of_the_decoded_weight(
     storage: PackedStorage, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(packed.PRODUCT_ELEMENTS, "cpu", at_once)
+    for most in (packed.PRODUCT_ELEMENTS, packed.SUM_ELEMENTS):
+        monkeypatch.setitem(most, "cpu", at_once)
     weight = gaussian(50 * 83).view(50, 83)
     tensors, decoded = kept(storage, weight), storage.round_trip(weight.flatten()).view(50, 83).double()
     x, grad, bias = gaussian(9 * 83, 1).view(9, 83), gaussian(9 * 50, 2).view(9, 50), gaussian(50, 3)
@@ -134,7 +130,8 @@ def test_elsewhere_usual_layers_are_multiplied_back_whole_and_decoded_in_pieces(
         decode_into(storage, records, out)
 
     monkeypatch.setattr(Int8, "decode_into", noted)
-    monkeypatch.delitem(packed.PRODUCT_ELEMENTS, "cpu")
+    for at_once in (packed.PRODUCT_ELEMENTS, packed.SUM_ELEMENTS):
+        monkeypatch.delitem(at_once, "cpu")
     monkeypatch.setattr(packed, "OTHER_PRODUCT_ELEMENTS", 7 * 83)
     assert torch.equal(Int8().project_back(grad, tensors, (50, 83)), grad @ decoded)
     assert len(pieces) > 1 and max(pieces) <= 7 * 83

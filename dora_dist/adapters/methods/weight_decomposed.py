@@ -34,7 +34,7 @@ from dora_dist.adapters.method import (
 )
 from dora_dist.adapters.methods.sums import column_dot
 from dora_dist.adapters.peft_layer import AdapterLayer
-from dora_dist.adapters.recompute import kept_output
+from dora_dist.adapters.recompute import Products, kept_products
 from dora_dist.adapters.row_norms import give_norms, row_norms
 from dora_dist.adapters.update import Update
 
@@ -170,23 +170,25 @@ class WeightDecomposed(AdapterMethod):
 
     def forward(self, layer: Layer, x_ti: Tensor, dropped_ti: Tensor | None) -> tuple[Tensor, Saved]:
         xd_ti = x_ti if dropped_ti is None else dropped_ti
-        hidden = self.update.down(layer, xd_ti)
+        two_products = dropped_ti is not None and self.dropout_mode == "exact"
 
-        def undecomposed(x_ti: Tensor, bias: Tensor | None) -> Tensor:
+        def undecomposed(x_ti: Tensor, hidden: Tensor | None, bias: Tensor | None) -> Tensor:
             y_to = layer.base_product(x_ti, bias)
             self.update.add_up(layer, hidden, y_to)
             return y_to
 
-        two_products = dropped_ti is not None and self.dropout_mode == "exact"
-        # u = V'·xd. Where it is y, and y is kept, a recomputation does not multiply by the weight at all.
-        keeps = layer.keeps_output and layer.bias is None and not two_products
-        y_to = kept_output(layer, lambda: undecomposed(x_ti, None)) if keeps else undecomposed(x_ti, layer.bias)
-        u_to = y_to
-        if two_products:
-            u_to = undecomposed(xd_ti, None)
-        elif layer.bias is not None:
-            u_to = y_to - layer.bias
-        excess_o = self.magnitude_excess(layer)
+        def products() -> Products:
+            """All that needs a parameter. u = V'·xd is not among them where it follows from y."""
+            hidden = self.update.down(layer, xd_ti)
+            y_to = undecomposed(x_ti, hidden, layer.bias)
+            u_to = undecomposed(xd_ti, hidden, None) if two_products else None
+            bias_o = None if layer.bias is None or two_products else layer.bias.detach().clone()
+            return y_to, u_to, hidden, bias_o, self.magnitude_excess(layer)
+
+        y_to, u_to, hidden, bias_o, excess_o = kept_products(layer, products)
+        assert y_to is not None and excess_o is not None
+        if u_to is None:
+            u_to = y_to if bias_o is None else y_to - bias_o
         return torch.addcmul(y_to, u_to, excess_o.to(y_to.dtype)), (xd_ti, hidden, u_to, excess_o)
 
     def backward(self, layer: Layer, saved: Saved, grad_to: Tensor, *, needs: Needs) -> Gradients:

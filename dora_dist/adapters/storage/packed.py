@@ -1,6 +1,7 @@
 """What storages of packed records have in common. One of them says how a record is encoded and decoded."""
 
 import json
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,9 +20,10 @@ OTHER_PRODUCT_ELEMENTS = 32 * 2**20
 """Elements of a weight that are decoded at a time while they are multiplied, by the kind of device: on a CPU they
 should stay in its cache, elsewhere a product should be large.
 """
+SUM_ELEMENTS = {"cpu": 16 * 2**20}
 OTHER_SUM_ELEMENTS = 256 * 2**20
-"""The same, on other devices than a CPU, where products of blocks are added up: what is in one block, as usual layers
-are, needs no sum in fp32 beside the result, and is rounded as with a plain weight.
+"""The same, where products of blocks are added up: what is in one block needs no sum in fp32 beside the result, and is
+rounded as with a plain weight. Sums cost more than a CPU's cache spares.
 """
 SCALE_BYTES = 2
 """Of a block's scale in the package's storages, a bfloat16."""
@@ -107,13 +109,15 @@ class PackedStorage(ABC):
         self, x: Tensor, tensors: Sequence[Tensor], shape: tuple[int, int], *, bias: Tensor | None = None
     ) -> Tensor:
         y = x.new_empty(len(x), shape[0])
-        for start, stop, weight in self._row_blocks(tensors, shape, like=x):
+        at_once = PRODUCT_ELEMENTS.get(x.device.type, OTHER_PRODUCT_ELEMENTS)
+        for start, stop, weight in self._row_blocks(tensors, shape, like=x, at_once=at_once):
             y[:, start:stop] = torch.ops.aten.linear(x, weight, None if bias is None else bias[start:stop])
         return y
 
     def project_back(self, grad: Tensor, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
         total: Tensor | None = None
-        for start, stop, weight in self._row_blocks(tensors, shape, like=grad, other=OTHER_SUM_ELEMENTS):
+        at_once = SUM_ELEMENTS.get(grad.device.type, OTHER_SUM_ELEMENTS)
+        for start, stop, weight in self._row_blocks(tensors, shape, like=grad, at_once=at_once):
             part = grad[:, start:stop] @ weight
             if stop - start == shape[0]:
                 return part
@@ -123,23 +127,18 @@ class PackedStorage(ABC):
         return total.to(grad.dtype)
 
     def _row_blocks(
-        self,
-        tensors: Sequence[Tensor],
-        shape: tuple[int, int],
-        *,
-        like: Tensor,
-        other: int = OTHER_PRODUCT_ELEMENTS,
+        self, tensors: Sequence[Tensor], shape: tuple[int, int], *, like: Tensor, at_once: int
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Rows [start, stop) of the weight (out, in), with dtype and device of `like`; each overwrites the last.
 
-        other: elements at a time on devices that PRODUCT_ELEMENTS does not have.
+        at_once: elements of a block, about.
         """
         rows, width = shape
-        at_once = PRODUCT_ELEMENTS.get(like.device.type, other)
         step = min(max(1, at_once // width), rows)
         # Rows need not begin where records do.
-        memory = like.new_empty(-(-step * width // self.record) + 1, self.record)
-        pieces = max(1, OTHER_PRODUCT_ELEMENTS // self.record)  # decoding may need memory of its own
+        memory = _scratch(like, (-(-step * width // self.record) + 1) * self.record).view(-1, self.record)
+        # Decoding may need memory of its own.
+        pieces = max(1, PRODUCT_ELEMENTS.get(like.device.type, OTHER_PRODUCT_ELEMENTS) // self.record)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             first, last = start * width // self.record, -(-stop * width // self.record)
@@ -156,6 +155,30 @@ class PackedStorage(ABC):
             values[first * stored.elements : last * stored.elements].to(device).view(-1, stored.elements)
             for values, stored in zip(tensors, self.tensors.values(), strict=True)
         ]
+
+
+class _Scratch(threading.local):
+    """Of a thread, as backward runs in threads of its own."""
+
+    def __init__(self) -> None:
+        self.memory: dict[torch.dtype, Tensor] = {}
+
+
+_scratch_here = _Scratch()
+
+
+def _scratch(like: Tensor, numel: int) -> Tensor:
+    """(numel,) with dtype and device of `like`, uninitialised, until the thread's next call.
+
+    A CPU's allocator gives so much memory back to the system, and every new page of it costs more than decoding its
+    numbers: it is kept. Other devices' allocators keep it themselves.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(numel)
+    kept = _scratch_here.memory.get(like.dtype)
+    if kept is None or len(kept) < numel:
+        kept = _scratch_here.memory[like.dtype] = like.new_empty(numel)
+    return kept[:numel]
 
 
 def check_settings(storage: WeightStorage, settings: Mapping[str, Any]) -> dict[str, Any]:
