@@ -30,10 +30,12 @@ PATIENCE = timedelta(seconds=60)
 PASSED_OVER = 16
 """Records that are looked at for each sample: some may have no answer, or a prompt that is too long."""
 
+_HOST = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, what its record answers, and how many tokens there is room for."""
+    """A prompt of `Prompting.asked`, what its record answers, and how many tokens there is room for."""
 
     prompt: Prompt
     expected: str
@@ -150,7 +152,7 @@ def choose(config: RunConfig, base: Path, tokenizer: Any, rows: RaggedDataset) -
         assert how is not None  # it is of the same task
         try:
             prompt, expected = how.asked(record)
-            how.inputs([prompt], torch.device("cpu"))  # a picture that cannot be read is known before others rely on it
+            how.inputs([how.located(prompt)], _HOST)  # a picture that cannot be read is known before others rely on it
             room = how.room(prompt, config.logging.sample_tokens)
         except UserError:
             continue
@@ -176,8 +178,8 @@ def _prompting(config: RunConfig, base: Path, tokenizer: Any, format: str | None
 
 
 def batches_of(config: RunConfig, base: Path, tokenizer: Any, samples: Sequence[Sample]) -> list[Asked]:
-    """Batches of no more tokens than training's have, of prompts that are answered alike, in order. Raises UserError
-    for a picture that cannot be read.
+    """Batches of no more tokens than training's have, or of one prompt, answered alike, in order. Raises UserError for
+    a picture that cannot be read.
     """
     if not samples:
         return []
@@ -192,8 +194,8 @@ def batches_of(config: RunConfig, base: Path, tokenizer: Any, samples: Sequence[
             groups[-1] = group
         else:
             groups.append([sample])
-    place = torch.device("cpu")
-    return [Asked(group, prompting.inputs([sample.prompt for sample in group], place)) for group in groups]
+    prompts = [[prompting.located(sample.prompt) for sample in group] for group in groups]
+    return [Asked(group, prompting.inputs(asked, _HOST)) for group, asked in zip(groups, prompts, strict=True)]
 
 
 def _kind(sample: Sample) -> tuple[Any, ...]:

@@ -107,6 +107,7 @@ def test_the_first_records_held_out_that_can_be_asked_are_taken(base: Path, tmp_
 
 
 def test_conversations_with_pictures_are_asked_to_their_last_turn(tmp_path: Path) -> None:
+    """Pictures are read on each node from its own folder of them."""
     base = llava.model(tmp_path / "base")
     file = str(llava.write(tmp_path, 6, 3))
     data = {
@@ -121,7 +122,9 @@ def test_conversations_with_pictures_are_asked_to_their_last_turn(tmp_path: Path
     for sample, row in zip(samples, rows.validation, strict=True):
         assert row["input_ids"][: len(sample.prompt.ids)] == sample.prompt.ids
         assert len(sample.prompt.pictures) == len(row["pictures"])
-    batches = batches_of(config, base, rows.validation.reader.tokenizer, samples)
+    own = (tmp_path / "pictures").rename(tmp_path / "of another node")
+    there = config.model_copy(update={"data": config.data.model_copy(update={"image_folder": str(own)})})
+    batches = batches_of(there, base, rows.validation.reader.tokenizer, samples)
     for batch in batches:
         pictures = [len(sample.prompt.pictures) for sample in batch.samples]
         assert all(pictures) or not any(pictures)  # with pictures or without: one kind of forward

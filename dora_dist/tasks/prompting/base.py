@@ -27,7 +27,8 @@ class Prompt:
 
     text: as training rendered it. ids: its tokens, as many as do not depend on the answer; begins: the text after
     them that an answer has to begin with, which is not part of its words. ends: tokens that end an answer, besides
-    the tokenizer's end of sequence; stop: a text that does, where none of them does. pictures: paths.
+    the tokenizer's end of sequence; stop: a text that does, where none of them does. pictures: paths; of `asked`, below
+    the run's folder of pictures.
     """
 
     text: str
@@ -70,9 +71,13 @@ class Prompting(ABC):
     def of_record(self, record: Mapping[str, Any], system: str | None = None) -> Prompt:
         """The prompt of a record, whose own answer does not count; `system` for one that has none. Raises UserError."""
 
-    @abstractmethod
     def asked(self, record: Mapping[str, Any]) -> tuple[Prompt, str]:
         """A record of training as the prompt before its last answer, and that answer. Raises UserError."""
+        raise UserError(f"prompts of {self.name} are not made of records of training")
+
+    def located(self, prompt: Prompt) -> Prompt:
+        """A prompt of `asked`, perhaps of another node, as `inputs` takes it: with its pictures where they are here."""
+        return prompt
 
     def shown(self, text: str, pictures: int) -> str:
         """A user's turn about so many pictures: with a mark for each, where it has none."""

@@ -57,14 +57,16 @@ class PicturePrompting(Prompting):
 
     def of_record(self, record: Mapping[str, Any], system: str | None = None) -> Prompt:
         """A record {"text", "image": path, paths or absent} below the run's data.image_folder, or else below here."""
-        pictures = [str(self._folder / path) for path in picture_paths(record.get("image"))]
-        return self.of_turns(self.opened(record["text"], system, len(pictures)), pictures)
+        pictures = picture_paths(record.get("image"))
+        return self.located(self.of_turns(self.opened(record["text"], system, len(pictures)), pictures))
 
     def asked(self, record: Mapping[str, Any]) -> tuple[Prompt, str]:
         talk = read_conversation(with_conversations({**record}))
         turns = [{"role": role, "content": text} for role, text in talk.turns]
-        prompt = self.of_turns(turns[:-1], [str(self._folder / path) for path in talk.pictures])
-        return prompt, turns[-1]["content"]
+        return self.of_turns(turns[:-1], talk.pictures), turns[-1]["content"]
+
+    def located(self, prompt: Prompt) -> Prompt:
+        return replace(prompt, pictures=tuple(str(self._folder / path) for path in prompt.pictures))
 
     def shown(self, text: str, pictures: int) -> str:
         return text if MARK in text else f"{MARK}\n" * pictures + text
