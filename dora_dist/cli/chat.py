@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from dora_dist.evaluation.speaking import Sampling, Speaker
-from dora_dist.runtime.console import say
+from dora_dist.runtime.console import say, visible
 from dora_dist.runtime.errors import UserError
 from dora_dist.tasks.prompting.answering import INTERRUPTED, Answer
 from dora_dist.tasks.prompting.base import Message, Prompt
@@ -119,7 +119,7 @@ def _remark(answer: Answer) -> str:
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    print(visible(text), end="", flush=True)
 
 
 @contextmanager

@@ -10,14 +10,13 @@ from rich.text import Text
 from dora_dist.data import TokenizedData
 from dora_dist.data.preview import MOST_NAMED, Figures, Part, Preview, percentiles, segments
 from dora_dist.data.sampler import batches_of
+from dora_dist.runtime.console import visible
 
 OPEN, CLOSE = "[[", "]]"
 """Around what is learnt, where colours cannot be shown."""
 LEARNT, SPECIAL = "bold green", "reverse"
 HEAD, AROUND, TAIL = 10, 5, 10
 """Lines of a long text that are shown: the first, those around where learning starts, the last."""
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | dict.fromkeys(range(127, 160), 9249)
-"""Control characters, which a terminal would obey, to signs for them."""
 
 
 def show(
@@ -98,7 +97,7 @@ def _marked(part: Part, tokenizer: Any, colours: bool) -> Text:
         if learnt != was_learnt and not colours:
             text.append(OPEN if learnt else CLOSE, LEARNT)
         style = [LEARNT] * learnt + [SPECIAL] * special
-        text.append(piece.translate(_VISIBLE), " ".join(style))
+        text.append(visible(piece), " ".join(style))
         was_learnt = learnt
     if was_learnt and not colours:
         text.append(CLOSE, LEARNT)

@@ -12,7 +12,7 @@ from dora_dist.checkpoint import run_folder
 from dora_dist.cli.endings import ended_by_signals
 from dora_dist.cli.options import DTYPES, Commands, add_plugins, declare, positive
 from dora_dist.runtime import plugins
-from dora_dist.runtime.console import note
+from dora_dist.runtime.console import note, visible
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import disk_errors
 
@@ -134,13 +134,17 @@ def _answer_one(options: argparse.Namespace, speaker: Any, sampling: Any, said: 
     if options.output is None:
         with ended_by_signals():
             speaker.load()
-            speaker.answers([prompt], sampling, write=_shown)
+            speaker.answers([prompt], sampling, write=_as_it_comes)
         _shown("\n")
         return
     with _lines_into(options.output) as write, ended_by_signals():
         speaker.load()
         [answer] = speaker.answers([prompt], sampling)
         write(as_record(prompt, answer))
+
+
+def _as_it_comes(text: str) -> None:
+    _shown(visible(text) if sys.stdout.isatty() else text)
 
 
 def _shown(text: str) -> None:

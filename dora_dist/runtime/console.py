@@ -12,6 +12,7 @@ from dora_dist.runtime.launchers import rank_among_several
 
 PLAIN_WIDTH = 120
 """Columns where the output is not a terminal's."""
+_VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\t\n"} | dict.fromkeys(range(127, 160), 0x2421)
 
 
 class Lasting:
@@ -116,6 +117,11 @@ def bars() -> type:
 def progress(total: float | None, description: str, unit: str, *, shown: bool = True, **options: Any) -> Any:
     """One of `bars`."""
     return bars()(total=total, desc=description, unit=unit, disable=not shown, **options)
+
+
+def visible(text: str) -> str:
+    """A text of data or of a model, its control characters, which a terminal would obey, as signs for them."""
+    return text.translate(_VISIBLE)
 
 
 def width() -> int:

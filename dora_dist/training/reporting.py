@@ -15,7 +15,7 @@ from dora_dist.analysis.rank_map import rank_table, write_rank_map
 from dora_dist.checkpoint.history import History
 from dora_dist.config import LoggingConfig
 from dora_dist.models.build import AdaptedModel
-from dora_dist.runtime.console import progress, say, width
+from dora_dist.runtime.console import progress, say, visible, width
 from dora_dist.runtime.distributed import World, together
 from dora_dist.runtime.folders import DISK_IS_FULL, disk_errors
 from dora_dist.training.pruning import Pruning
@@ -231,8 +231,7 @@ def event_text(record: dict[str, Any]) -> str:
 def sample_text(number: int, sample: Mapping[str, str], width: int) -> str:
     """A line about an answer that the model gave in an evaluation, for a screen of that many columns."""
     most = max(width // 2 - 20, 16)
-    words = (" ".join(sample[field].split()) for field in ("answer", "expected"))
-    words = ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text) for text in words)
+    words = (visible(" ".join(sample[field].split())) for field in ("answer", "expected"))
     said, wanted = (text if len(text) <= most else f"{text[: most - 2]} …" for text in words)
     return f"sample {number}: {said or 'no words'} (expected: {wanted})"
 

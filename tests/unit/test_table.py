@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dora_dist.training.reporting import event_text
+from dora_dist.training.reporting import event_text, sample_text
 from dora_dist.training.table import HEADER_EVERY, Table, duration
 
 RECORD = {
@@ -86,3 +86,9 @@ def test_durations(seconds: float, text: str) -> None:
 )
 def test_events(record: dict[str, Any], text: str) -> None:
     assert event_text(record) == text
+
+
+def test_a_sample_is_one_line_that_tells_a_terminal_nothing() -> None:
+    """A joiner, with which some scripts are written, is not a control character."""
+    said = {"answer": "one\x1b[2J\n\n two\x9b", "expected": "क्\u200dष"}
+    assert sample_text(2, said, 120) == "sample 2: one␛[2J two␡ (expected: क्\u200dष)"
