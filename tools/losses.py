@@ -138,7 +138,9 @@ def run(tree: Path, case: str, full: bool) -> dict[str, Any]:
         )
         if ended.returncode:
             sys.exit(f"{case} failed in {tree}:\n{ended.stdout[-4000:]}")
-        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        from dora_dist.checkpoint import run_folder  # this tree's, once `prepare` has named it
+
+        lines = run_folder.metrics(run_dir)
         return {"log": [{key: line[key] for key in KEYS} for line in lines if "loss" in line], **_trained(run_dir)}
 
 

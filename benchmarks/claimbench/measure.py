@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stages import read_jsonl
 
 from claimbench.tasks import CUTOFF
 from dora_dist.evaluation.inference import load_for_inference
@@ -19,7 +20,7 @@ BATCH = 16
 def main(model: str, file: Path, output: Path) -> None:
     """Write a string of "1" and "0", one for each record."""
     net, tokenizer = load_for_inference(model)
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    records = read_jsonl(file)
     right = (_answered if "choices" in records[0] else _labelled)(net, tokenizer, records)
     output.write_text(json.dumps("".join("1" if each else "0" for each in right)), encoding="utf-8")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from stages import ROOT, as_options, losses, trained_numbers
+from stages import ROOT, as_options, losses, read_jsonl, trained_numbers
 
 from claimbench.methods import Method
 from claimbench.tasks import Task, model_folder, split_file
@@ -109,7 +109,7 @@ def baseline(task: Task, settings: Settings) -> tuple[str, float]:
     where training makes the model's head, the most frequent label.
     """
     texts = split_file(settings.folder, task, "test")
-    records = _records(texts)
+    records = read_jsonl(texts)
     if "label" in records[0]:
         return "most frequent label", _most_frequent(records)
     file = settings.folder / "results" / f"{task.name}-untrained.json"
@@ -128,7 +128,7 @@ def baseline(task: Task, settings: Settings) -> tuple[str, float]:
 def least(task: Task, settings: Settings) -> float:
     """What a model that learnt nothing gets of the validation texts: one answer's share, or two standard errors more
     than guesses among choices."""
-    records = _records(split_file(settings.folder, task, "validation"))
+    records = read_jsonl(split_file(settings.folder, task, "validation"))
     if "choices" not in records[0]:
         return _most_frequent(records)
     guessed = statistics.mean(1 / len(record["choices"]) for record in records)
@@ -138,10 +138,6 @@ def least(task: Task, settings: Settings) -> float:
 def _most_frequent(records: list[Result]) -> float:
     answers = Counter(record["label" if "label" in record else "completion"] for record in records)
     return max(answers.values()) / len(records)
-
-
-def _records(texts: Path) -> list[Result]:
-    return [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines()]
 
 
 def options_of(run: Run, settings: Settings, folder: Path) -> list[str]:

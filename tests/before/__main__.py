@@ -74,8 +74,8 @@ def keep(run_dir: Path, kept: Path, step: int) -> None:
     kept.mkdir(parents=True)
     for name in CONFIGURED:
         shutil.copy(run_dir / name, kept / name)
-    lines = (kept / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (kept / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    lines = (kept / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (kept / "metrics.jsonl").write_bytes(b"".join(line for line in lines if json.loads(line)["step"] <= step))
     shutil.copytree(run_dir / f"checkpoint-{step}", kept / f"checkpoint-{step}")
 
 

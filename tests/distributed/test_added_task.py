@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dora_dist import RunConfig
+from dora_dist.checkpoint import run_folder
 from dora_dist.runtime import plugins
 from dora_dist.runtime.errors import UserError
 from dora_dist.tasks import problems
@@ -77,7 +78,7 @@ def test_it_learns_and_losses_do_not_know_the_ranks(runs: dict[int, dict[str, An
 def test_a_checkpoint_and_the_merged_model_have_the_metrics_of_the_run(runs: dict, folder: Path) -> None:
     from dora_dist import consolidate, evaluate
 
-    lines = [json.loads(line) for line in (folder / "at-2" / "metrics.jsonl").read_text().splitlines()]
+    lines = run_folder.metrics(folder / "at-2")
     last = [line for line in lines if "eval_accuracy" in line][-1]
     validation = evaluate_set(folder)
     adapter = folder / "at-2" / f"checkpoint-{STEPS}" / "adapter"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dora_dist.checkpoint import run_folder
 from tests import encoders, toy
 from tests.distributed.training_runs import config, run
 from tests.ranks import run_ranks
@@ -56,7 +57,7 @@ def rate(folder: Path, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
 
 def metrics(folder: Path, name: str) -> list[dict[str, float]]:
     """What does not depend on the machine's speed, line by line."""
-    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    lines = run_folder.metrics(folder / name)
     kept = [{k: v for k, v in line.items() if k in ("step", "loss", "grad_norm") or "eval" in k} for line in lines]
     return [line for line in kept if line.keys() != {"step"}]  # a line about a save comes when the save has ended
 

@@ -152,7 +152,7 @@ def runs(files: tuple[Path, Path, Path]) -> dict[str, Path]:
 
 
 def events(run_dir: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = run_folder.metrics(run_dir)
     return [
         {key: line[key] for key in line if key.startswith("component") or key == "step"}
         for line in lines

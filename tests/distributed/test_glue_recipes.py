@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dora_dist.checkpoint import run_folder
 from tests import real
 from tests.distributed.training_runs import options, train_recipes
 from tests.ranks import run_ranks
@@ -80,6 +81,6 @@ def merged_labels(folder: Path, base: Path) -> list[int]:
 def best(run_dir: Path, metric: str) -> float:
     """The best checkpoint's metric, which is that of the whole held-out set."""
     value = json.loads((run_dir / "best.json").read_text())[metric]
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = run_folder.metrics(run_dir)
     assert value == max(line[metric] for line in lines if metric in line)
     return float(value)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dora_dist.checkpoint import run_folder
 from dora_dist.weights.safetensors_io import TensorFolder
 from tests import llava
 from tests.distributed import training_runs
@@ -370,5 +371,5 @@ def test_a_picture_that_cannot_be_read_ends_the_run_on_every_rank_or_is_counted(
     failing = llava_config(folder, "unreadable", data={**data, "num_workers": 1})
     messages = run_ranks(skip_then_fail, 2, skipping, failing)
     assert all("(id 'p4'): picture" in message and "cannot be read" in message for message in messages)
-    lines = [json.loads(line) for line in (folder / "skipping" / "metrics.jsonl").read_text().splitlines()]
+    lines = run_folder.metrics(folder / "skipping")
     assert [line["records_skipped"] for line in lines if "records_skipped" in line] == [1.0, 2.0]  # once an epoch

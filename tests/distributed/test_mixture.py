@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dora_dist.checkpoint import run_folder
 from tests import toy
 from tests.distributed.training_runs import config, run
 from tests.ranks import run_ranks
@@ -19,7 +20,7 @@ def mixed(folder: Path, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
-    return [line for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+    return [line for line in run_folder.metrics(run_dir) if "loss" in line]
 
 
 def test_a_mixture_is_one_run_whatever_the_ranks_and_says_the_loss_of_each_source(tmp_path: Path) -> None:

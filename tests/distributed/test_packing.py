@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from dora_dist.checkpoint import run_folder
 from tests import toy
 from tests.distributed.training_runs import config, run
 from tests.ranks import run_ranks
@@ -78,5 +79,5 @@ def test_rows_are_read_in_fewer_passes_with_less_padding(runs: dict[str, Any], f
 
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = run_folder.metrics(run_dir)
     return [line for line in lines if "loss" in line]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dora_dist.analysis.decomposition import read_recordings
+from dora_dist.checkpoint import run_folder
 from dora_dist.cli import main
 from tests import toy
 from tests.distributed.training_runs import config, run
@@ -63,7 +64,7 @@ def runs(folder: Path) -> None:
 
 
 def log(folder: Path, name: str, key: str) -> dict[int, float]:
-    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    lines = run_folder.metrics(folder / name)
     return {line["step"]: line[key] for line in lines if key in line}
 
 

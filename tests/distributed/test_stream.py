@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from dora_dist.checkpoint import run_folder
 from tests import toy
 from tests.distributed.training_runs import config, fails, run
 from tests.ranks import run_ranks
@@ -55,7 +56,7 @@ def window(rows: list[Any], number: int) -> list[Any]:
 
 
 def losses(folder: Path, name: str) -> list[float]:
-    lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+    lines = run_folder.metrics(folder / name)
     return [line["loss"] for line in lines if "loss" in line]
 
 
@@ -124,6 +125,6 @@ def test_what_one_rank_cannot_read_ends_the_run_on_all_or_is_counted(folder: Pat
     for bad, lost in run_ranks(after_few, 2, own, skips, streamed(tmp_path, "bad", data=alone), timeout=600):
         assert "bad.jsonl, line 8 is not JSON" in bad and 'data.bad_records = "skip" would leave such' in bad
         assert "own/a.jsonl cannot be read: No such file" in lost
-    lines = list(map(json.loads, (tmp_path / "skips" / "metrics.jsonl").read_text().splitlines()))
+    lines = run_folder.metrics(tmp_path / "skips")
     assert [line["records_skipped"] for line in lines if "records_skipped" in line] == [1.0]
     assert len(losses(tmp_path, "skips")) == STEPS

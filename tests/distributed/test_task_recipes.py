@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dora_dist import cli
+from dora_dist.checkpoint import run_folder
 from tests import real, summaries
 from tests.distributed.training_runs import options, train_recipes
 from tests.ranks import run_ranks
@@ -69,7 +70,7 @@ def overrides(folder: Path, base: Path, **fields: Any) -> list[str]:
 
 def lines(run_dir: Path, key: str) -> dict[int, Any]:
     """A metric by step."""
-    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    found = run_folder.metrics(run_dir)
     return {line["step"]: line[key] for line in found if key in line}
 
 

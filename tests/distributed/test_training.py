@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.manifest import read_manifest
 from tests import toy
 from tests.distributed.training_runs import config, fails, run
@@ -181,8 +182,6 @@ def test_a_run_can_start_from_a_peft_folder(runs: dict[str, Any], folder: Path) 
 
 
 def test_no_checkpoint_beyond_keep_last_stays(runs: dict[str, Any], folder: Path) -> None:
-    from dora_dist.checkpoint import run_folder
-
     assert [c.name for c in run_folder.checkpoints(folder / "two")] == ["checkpoint-3", "checkpoint-6"]
     run_folder.retire(folder / "two-micro3", keep_last=1)
     assert [c.name for c in run_folder.checkpoints(folder / "two-micro3")] == ["checkpoint-6"]
@@ -257,7 +256,6 @@ DAMAGE = {
 def test_damage_is_refused_by_name_and_auto_takes_the_checkpoint_before(
     runs: dict[str, Any], folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dora_dist.checkpoint import run_folder
     from dora_dist.runtime.errors import UserError
 
     for checkpoint in ("checkpoint-3", "checkpoint-6"):
@@ -339,7 +337,7 @@ def fails_with_a_log_that_is_full(*runs: dict[str, Any]) -> list[str]:
 def test_a_save_that_fails_can_be_gone_on_without(folder: Path) -> None:
     raw = toy_config(folder, "continue", checkpoint={"save_every": 2, "on_failure": "continue"})
     run_ranks(without_space_at_first, 2, raw)
-    lines = [json.loads(line) for line in (folder / "continue" / "metrics.jsonl").read_text().splitlines()]
+    lines = run_folder.metrics(folder / "continue")
     failed = [line["step"] for line in lines if line.get("save_failed")]
     saved = [line["step"] for line in lines if "save_stall_seconds" in line]
     assert failed and min(failed) < min(saved)

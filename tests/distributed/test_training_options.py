@@ -8,6 +8,7 @@ import peft
 import pytest
 from transformers import AutoModelForCausalLM
 
+from dora_dist.checkpoint import run_folder
 from tests import toy
 from tests.distributed.training_runs import config, run
 from tests.ranks import run_ranks
@@ -50,7 +51,7 @@ def test_a_resumed_run_has_the_same_noise_and_rates(results: tuple[Path, list[di
 
 
 def test_the_schedule_is_the_one_that_was_named(results: tuple[Path, list[dict[str, Any]]]) -> None:
-    lines = [json.loads(line) for line in (results[0] / "whole" / "metrics.jsonl").read_text().splitlines()]
+    lines = run_folder.metrics(results[0] / "whole")
     rates = [line["learning_rate"] for line in lines if "loss" in line]
     assert rates == pytest.approx([0.0, 0.01, 0.01 * (0.25 + 0.75 * 0.75), 0.01 * (0.25 + 0.75 * 0.25)])
 

@@ -1,9 +1,9 @@
 """What ranks do in the training tests: whole runs through `train`, several in one process."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from dora_dist.checkpoint import run_folder
 from dora_dist.config import RunConfig
 from tests.conftest import ROOT
 
@@ -98,7 +98,7 @@ def options(fields: dict[str, Any]) -> list[str]:
 
 def metrics(run_dir: Path) -> dict[str, Any]:
     """Losses by step, as metrics.jsonl has them."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = run_folder.metrics(run_dir)
     return {
         "losses": {line["step"]: line["loss"] for line in lines if "loss" in line},
         "eval": {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line},

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dora_dist.checkpoint import run_folder
 from dora_dist.config import RunConfig
 from dora_dist.runtime import distributed
 from tests import toy
@@ -54,7 +55,7 @@ def train(**source: Any) -> dict[str, Any]:
         config = RunConfig.load(file, source["overrides"], check_files=True)
     checkpoint = train(config)
     run_dir = Path(config.checkpoint.run_dir)
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = run_folder.metrics(run_dir)
     return {
         "losses": [line["loss"] for line in lines if "loss" in line],
         "evaluated": [line["eval_loss"] for line in lines if "eval_loss" in line],
