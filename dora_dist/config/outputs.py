@@ -6,6 +6,9 @@ from pydantic import Field
 
 from dora_dist.config.section import PathText, Patterns, Section, Steps, at_most
 
+MOST_SAMPLES = 64
+"""Of logging.samples: all of them are on the run's page."""
+
 
 class CheckpointConfig(Section):
     """What is written, how often, and where a run goes on from."""
@@ -56,7 +59,7 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(default=False, description='The same as "tensorboard" in trackers')
     progress_bar: bool = Field(default=True, description="Show a progress bar on rank 0")
     report: bool = Field(default=True, description="Keep the run's page, report.html in the run folder, up to date")
-    samples: Annotated[int, Field(ge=0, le=64)] = Field(
+    samples: Annotated[int, Field(ge=0, le=MOST_SAMPLES)] = Field(
         default=4,
         description="Records of the validation set, the first ones, that the model answers in its own words after each "
         "evaluation (causal_lm, image_text_to_text), for the history and the run's page; 0: none",

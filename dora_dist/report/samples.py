@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dora_dist.config.outputs import MOST_SAMPLES
 from dora_dist.report.reading import Run
 
-MOST_SAMPLES, MOST_ANSWERS, MOST_CHARACTERS = 12, 12, 4000
+MOST_ANSWERS, MOST_CHARACTERS = 12, 4000
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dora_dist.cli import main
+from dora_dist.config.outputs import MOST_SAMPLES
 from dora_dist.report import charts, facts, layers, page, reading, samples
 from dora_dist.report.reading import Run
 from dora_dist.runtime.exit_codes import DONE, USERS_MISTAKE
@@ -184,6 +185,12 @@ def test_one_question_about_two_pictures_is_two_samples(tmp_path: Path) -> None:
     lines = [{"event": "evaluation", "step": step, "samples": each} for step, each in enumerate(said, start=1)]
     found = samples.of_run(reading.read(report_runs.write(tmp_path / "run", lines)))
     assert [sample.answers for sample in found] == [[(2, f"{each} 2"), (1, f"{each} 1")] for each in "ab"]
+
+
+def test_the_page_has_as_many_samples_as_a_run(tmp_path: Path) -> None:
+    said = [{"prompt": f"question {n}", "answer": "yes"} for n in range(MOST_SAMPLES + 1)]
+    run = reading.read(report_runs.write(tmp_path / "run", [{"event": "evaluation", "step": 1, "samples": said}]))
+    assert [sample.prompt for sample in samples.of_run(run)] == [each["prompt"] for each in said[:MOST_SAMPLES]]
 
 
 def test_an_answer_without_words_is_said_to_be_one(tmp_path: Path) -> None:
