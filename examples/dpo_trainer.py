@@ -27,7 +27,8 @@ PAIRS = [
 
 
 class BaseAsReference(DPOTrainer):
-    """The reference is the model itself with its adapters off, computed in each step.
+    """The reference is the model itself with its adapters off, computed in each step: one more forward, and ZeRO-3
+    fetches no weights ahead, as no step has one forward alone.
 
     TRL's own ways are a second model, or numbers that it computes beforehand with a second engine around the same
     model; that engine's hooks stay, and ZeRO-3 fails in the first training step. `precompute_ref_log_probs=True` has

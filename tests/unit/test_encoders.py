@@ -1,4 +1,4 @@
-"""Encoders: folders of every kind load, heads are read or made anew, PEFT's modules_to_save go in and out."""
+"""Encoders: folders of every kind load, heads are read or made new, PEFT's modules_to_save go in and out."""
 
 import json
 from pathlib import Path
