@@ -76,6 +76,7 @@ _NOT_DRAWN = {
     *("saved_step", "save_stall_seconds", "save_seconds", "save_failed", "norm_refresh_bytes_per_step"),
     *("train_runtime", "train_loss", "components_by_layer"),
 }
+_OF_SOURCE, _LEARNT = "loss/", "learnt/"
 _DRAWN_EVENTS = (None, "log", "evaluation", "pruning")
 _WORDS = {"f1": "F1", "mfu": "MFU"}
 
@@ -150,8 +151,8 @@ def of_runs(runs: Sequence[Run]) -> list[Chart]:
 
 
 def topics(runs: Sequence[Run]) -> list[Topic]:
-    """The topics above, in their order after loss a chart for each metric of evaluation, and one for whatever else the
-    histories hold in numbers.
+    """The topics above, in their order after loss a chart for the sources of a mixture and one for each metric of
+    evaluation, and one for whatever else the histories hold in numbers.
     """
     known = {quantity.key for topic in TOPICS for quantity in topic.quantities}
     keys = dict.fromkeys(
@@ -162,10 +163,13 @@ def topics(runs: Sequence[Run]) -> list[Topic]:
         for key, value in record.items()
         if key not in known | _NOT_DRAWN and (_is_number(value) or (key != "learning_rates" and _is_table(value)))
     )
-    further = [Topic(key, _title(key), (Quantity(key, _title(key).lower()),)) for key in keys]
+    sources = [Quantity(key, key.removeprefix(_OF_SOURCE), noisy=True) for key in keys if key.startswith(_OF_SOURCE)]
+    by_source = [Topic("loss-by-source", "Loss by source", sources, log=True)] if sources else []
+    single = [key for key in keys if not key.startswith((_OF_SOURCE, _LEARNT))]
+    further = [Topic(key, _title(key), (Quantity(key, _title(key).lower()),)) for key in single]
     metrics = [topic for topic in further if topic.name.startswith("eval_")]
     others = [topic for topic in further if not topic.name.startswith("eval_")]
-    return [TOPICS[0], *metrics, *TOPICS[1:], *others]
+    return [TOPICS[0], *by_source, *metrics, *TOPICS[1:], *others]
 
 
 def _curves(run: Run, topic: Topic) -> Iterator[Curve]:

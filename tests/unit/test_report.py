@@ -149,6 +149,15 @@ def test_curves_are_the_historys_numbers(run: Run) -> None:
     assert facts.trained_seconds(run) == 60 + 30 + 30
 
 
+def test_the_sources_of_a_mixture_share_a_chart(tmp_path: Path) -> None:
+    lines = [{"event": "log", "step": n, "loss": 2.0, "loss/a": 1.0, "learnt/a": 5, "loss/b": 3.0} for n in (1, 2)]
+    mixed = reading.read(report_runs.write(tmp_path / "run", lines))
+    total, parts = charts.of_run(mixed)
+    assert (total.title, parts.title) == ("Loss", "Loss by source")
+    assert [(curve.name, curve.ys) for curve in parts.curves] == [("a", [1.0, 1.0]), ("b", [3.0, 3.0])]
+    assert [chart.title for chart in charts.of_runs([mixed])][1:] == ["Loss by source: a", "Loss by source: b"]
+
+
 def test_thinning_keeps_the_ends_and_every_spike() -> None:
     xs = list(range(100_000))
     ys: list[float | None] = [1.0] * len(xs)

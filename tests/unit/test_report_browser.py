@@ -150,12 +150,23 @@ def test_a_running_page_reads_itself_again_and_keeps_what_was_chosen(browser: Br
     with opened(browser, file) as shown:
         expect(shown.get_by_role("status").first).to_contain_text("Training step 100 of 120")
         shown.get_by_label("Smoothing").fill("0.9")
-        line = {"event": "log", "step": 102, "time": time.time(), "loss": 0.5}
+        loss, memory, ranks = chart(shown, "loss"), chart(shown, "memory"), shown.locator('[data-map="ranks"]')
+        off, log = (loss.get_by_role("button", name=name) for name in ("evaluation", "Logarithmic axis of Loss"))
+        for clicked in (off, log, memory.get_by_text("Numbers")):
+            clicked.dispatch_event("click")  # a pointer would hold the page for some seconds
+        ranks.get_by_role("slider").fill("1")
+        one_chart_more = {"filled": 0.9}  # before memory's
+        line = {"event": "log", "step": 102, "time": time.time(), "loss": 0.5, **one_chart_more}
         with (run / "metrics.jsonl").open("a") as metrics:
             metrics.write(json.dumps(line) + "\n")
         file.write_text(html.of_run(reading.read(run), now=time.time(), reload_s=1))
         expect(shown.get_by_role("status").first).to_contain_text("Training step 102 of 120")
         assert shown.get_by_label("Smoothing").input_value() == "0.9"
+        expect(off).to_have_attribute("aria-pressed", "false")
+        expect(log).to_have_attribute("aria-pressed", "true")
+        assert memory.locator("details[open]").count() == shown.locator("details[open]").count() == 1
+        expect(ranks.locator("output")).to_have_text("60")
+        assert ranks.locator("tbody td").all_inner_texts() == ["4", "3"] * 3
         shown.get_by_role("button", name="Pause").click()
         expect(shown.locator(".age")).to_contain_text("Does not update itself now.")
 

@@ -64,7 +64,8 @@ function smoothed(ys, weight) {
 
 class Chart {
   constructor(figure, data, page) {
-    Object.assign(this, { figure, data, page, off: new Set(), log: false, at: null });
+    const before = page.chosen(data.name);
+    Object.assign(this, { figure, data, page, off: new Set(before.off), log: data.log && before.log, at: null });
     this.plot = figure.querySelector(".plot");
     this.form = FORMS[data.form] || FORMS.number;
     this.steps = [...new Set(data.curves.flatMap((curve) => curve.x))].sort((a, b) => a - b);
@@ -79,22 +80,23 @@ class Chart {
   addLegend() {
     if (this.data.curves.length < 2) return;
     const legend = element("div", { class: "legend", role: "group", "aria-label": `Curves of ${this.data.title}` });
-    this.data.curves.forEach((curve, place) => {
-      const key = element("span", { class: `key c${curve.colour % 8}`, "aria-hidden": "true" });
-      const button = element("button", { type: "button", "aria-pressed": "true" }, [key, curve.name]);
+    for (const { name, colour } of this.data.curves) {
+      const key = element("span", { class: `key c${colour % 8}`, "aria-hidden": "true" });
+      const button = element("button", { type: "button", "aria-pressed": String(!this.off.has(name)) }, [key, name]);
       button.addEventListener("click", () => {
-        this.off.has(place) ? this.off.delete(place) : this.off.add(place);
-        button.setAttribute("aria-pressed", String(!this.off.has(place)));
+        this.off.has(name) ? this.off.delete(name) : this.off.add(name);
+        button.setAttribute("aria-pressed", String(!this.off.has(name)));
+        this.page.choose(this.data.name, { off: [...this.off] });
         this.draw();
       });
       legend.append(button);
-    });
+    }
     this.plot.after(legend);
   }
 
   addTools() {
     if (!this.data.log) return;
-    this.logButton = element("button", { type: "button", "aria-pressed": "false", title: "Logarithmic axis" }, ["log"]);
+    this.logButton = element("button", { type: "button", "aria-pressed": String(this.log), title: "Logarithmic axis" }, ["log"]);
     this.logButton.setAttribute("aria-label", `Logarithmic axis of ${this.data.title}`);
     this.logButton.addEventListener("click", () => this.setLog(!this.log));
     this.figure.append(element("div", { class: "tools" }, [this.logButton]));
@@ -104,6 +106,7 @@ class Chart {
     if (!this.data.log) return;
     this.log = log;
     this.logButton.setAttribute("aria-pressed", String(log));
+    this.page.choose(this.data.name, { log });
     this.draw();
   }
 
@@ -164,7 +167,7 @@ class Chart {
   }
 
   shown() {
-    return this.data.curves.filter((_, place) => !this.off.has(place));
+    return this.data.curves.filter((curve) => !this.off.has(curve.name));
   }
 
   draw() {

@@ -18,6 +18,11 @@ const page = {
   smoothing: 0,
   last: extent([1, ...data.charts.flatMap((chart) => chart.curves).flatMap((curve) => curve.x)])[1],
   charts: [],
+  chosen: (name) => ({ log: Boolean(kept.read().logs), ...(kept.read().charts || {})[name] }),
+  choose(name, changes) {
+    const charts = kept.read().charts || {};
+    kept.write({ charts: { ...charts, [name]: { ...charts[name], ...changes } } });
+  },
   pointAt(owner, step) {
     for (const chart of this.charts) chart.point(step, chart === owner);
   },
@@ -46,16 +51,13 @@ function addControls() {
     page.draw();
   });
   logs.addEventListener("change", () => {
-    for (const chart of page.charts) chart.setLog(logs.checked);
     kept.write({ logs: logs.checked });
+    for (const chart of page.charts) chart.setLog(logs.checked);
   });
+  logs.checked = Boolean(before.logs);
   smoothing.parentElement.hidden = !noisy.length;
   logs.parentElement.hidden = !data.charts.some((chart) => chart.log);
   document.querySelector(".controls").hidden = false;
-  if (before.logs) {
-    logs.checked = true;
-    for (const chart of page.charts) chart.setLog(true);
-  }
 }
 
 function addMaps() {
@@ -66,8 +68,7 @@ function addMaps() {
     const map = by.get(figure.dataset.map);
     const input = label.querySelector("input"), output = label.querySelector("output");
     const rows = [...figure.querySelectorAll("tbody tr")].map((row) => row.querySelectorAll("td"));
-    label.hidden = false;
-    input.addEventListener("input", () => {
+    const show = () => {
       const step = map.steps[+input.value].toLocaleString("en-US");
       output.value = step;
       input.setAttribute("aria-valuetext", `step ${step}`);
@@ -77,7 +78,19 @@ function addMaps() {
         cell.textContent = map.written[+input.value][r][c];
         cell.className = shade === null ? "" : `h${shade}`;
       }));
+    };
+    label.hidden = false;
+    input.addEventListener("input", () => {
+      show();
+      /* At the end it goes on with the run. */
+      const step = input.value === input.max ? null : map.steps[+input.value];
+      kept.write({ maps: { ...kept.read().maps, [map.name]: step } });
     });
+    const before = map.steps.indexOf((kept.read().maps || {})[map.name]);
+    if (before >= 0) {
+      input.value = before;
+      show();
+    }
   }
 }
 
@@ -117,10 +130,11 @@ function addReloading() {
 
 function keepOpen() {
   const all = [...document.querySelectorAll("details")], open = kept.read().open || [];
-  all.forEach((details, place) => {
-    if (open.includes(place)) details.open = true;
-    details.addEventListener("toggle", () => kept.write({ open: all.flatMap((d, n) => (d.open ? [n] : [])) }));
-  });
+  const name = (details) => `${details.closest("figure, article, section").querySelector("h2, h3").textContent} ${details.className}`;
+  for (const details of all) {
+    if (open.includes(name(details))) details.open = true;
+    details.addEventListener("toggle", () => kept.write({ open: all.filter((each) => each.open).map(name) }));
+  }
 }
 
 addCharts();
