@@ -1,6 +1,7 @@
 """LLaVA on real ranks: pictures and plain texts in one batch, the projector in full, the tower untouched."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -359,7 +360,14 @@ def with_a_broken_picture(folder: Path) -> Path:
     return broken
 
 
-def skip_then_fail(skipping: dict[str, Any], failing: dict[str, Any]) -> str:
+def skip_then_fail(folder: Path, skipping: dict[str, Any], failing: dict[str, Any]) -> str:
+    """Each rank finds the pictures by a path of its own, which the other does not have, as on the disks of nodes."""
+    own = Path(f"pictures-{os.environ['RANK']}")
+    place = folder / f"node-{os.environ['RANK']}"
+    place.mkdir()
+    (place / own).symlink_to(skipping["data"]["image_folder"])
+    os.chdir(place)
+    skipping["data"]["image_folder"] = str(own)
     run(skipping)
     return training_runs.fails(failing)
 
@@ -367,9 +375,20 @@ def skip_then_fail(skipping: dict[str, Any], failing: dict[str, Any]) -> str:
 def test_a_picture_that_cannot_be_read_ends_the_run_on_every_rank_or_is_counted(folder: Path) -> None:
     llava.write(folder / "eight", 8, 4)
     data = {"image_folder": str(with_a_broken_picture(folder)), "train": str(folder / "eight" / "data.json")}
-    skipping = llava_config(folder, "skipping", data={**data, "bad_images": "skip"}, training={"max_steps": 5})
+    records = json.loads((folder / "eight" / "data.json").read_text())
+    (folder / "two.json").write_text(json.dumps(records[:2]))
+    skips = {"bad_images": "skip", "validation": str(folder / "two.json")}
+    asked: dict[str, Any] = {
+        "training": {"max_steps": 5, "eval_every": 5},
+        "logging": {"samples": 2, "sample_tokens": 2},
+    }
+    skipping = llava_config(folder, "skipping", data={**data, **skips}, **asked)
     failing = llava_config(folder, "unreadable", data={**data, "num_workers": 1})
-    messages = run_ranks(skip_then_fail, 2, skipping, failing)
+    messages = run_ranks(skip_then_fail, 2, folder, skipping, failing)
     assert all("(id 'p4'): picture" in message and "cannot be read" in message for message in messages)
     lines = run_folder.metrics(folder / "skipping")
     assert [line["records_skipped"] for line in lines if "records_skipped" in line] == [1.0, 2.0]  # once an epoch
+    [samples] = [line["samples"] for line in lines if line["event"] == "evaluation"]
+    assert [sample["expected"] for sample in samples] == [
+        record["conversations"][-1]["value"] for record in records[:2]
+    ]
