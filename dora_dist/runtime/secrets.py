@@ -11,10 +11,15 @@ _SECRET = re.compile(r"token(?!iz)|secret|passw|api_?key|credential", re.IGNOREC
 def without_secrets(value: Any) -> Any:
     """A copy of plain data with HIDDEN for the values, at any depth, whose names say that they are secret."""
     if isinstance(value, dict):
-        return {name: HIDDEN if _SECRET.search(str(name)) else without_secrets(part) for name, part in value.items()}
+        return {name: HIDDEN if _is_secret(str(name), part) else without_secrets(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [without_secrets(part) for part in value]
     return value
+
+
+def _is_secret(name: str, value: Any) -> bool:
+    """How many tokens, of text, are not."""
+    return bool(_SECRET.search(name)) and not (name.endswith("tokens") and isinstance(value, int))
 
 
 def redacted(text: str) -> str:
