@@ -48,6 +48,7 @@ TOPICS = (
         about="tokens a second, all ranks together",
     ),
     Topic("step-time", "Time of a step", (Quantity("seconds_per_step", "seconds a step", "seconds", noisy=True),)),
+    Topic("step-tokens", "Tokens of a step", (Quantity("tokens_per_step", "tokens", "count", noisy=True),)),
     Topic("mfu", "Utilisation", (Quantity("mfu", "MFU", "percent", noisy=True),), about="of the device's peak FLOP/s"),
     Topic("filled", "Filled places", (Quantity("filled", "filled", "percent"),), about="share that is not padding"),
     Topic("memory", "Peak memory", (Quantity("peak_memory_gb", "of the fullest rank", "gigabytes"),)),

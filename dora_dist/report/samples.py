@@ -7,7 +7,7 @@ from typing import Any
 from dora_dist.config.outputs import MOST_SAMPLES
 from dora_dist.report.reading import Run
 
-MOST_ANSWERS, MOST_CHARACTERS = 12, 4000
+MOST_ANSWERS, MOST_CHARACTERS, MOST_OF_A_QUESTION = 12, 4000, 100
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,11 @@ class Sample:
     expected: str
     answers: Sequence[tuple[int, str]]
 
+    @property
+    def question(self) -> str:
+        """In a line, the end of the prompt."""
+        return _end(" ".join(self.prompt.split()), MOST_OF_A_QUESTION)
+
 
 def of_run(run: Run) -> list[Sample]:
     """What the history has under "samples": objects with "prompt", "answer" and perhaps "expected"."""
@@ -26,7 +31,8 @@ def of_run(run: Run) -> list[Sample]:
         prompt = str(sample.get("prompt", ""))
         known = found.get((number, prompt))
         if known is None and len(found) < MOST_SAMPLES:
-            known = found[number, prompt] = Sample(_cut(prompt), _cut(sample.get("expected") or ""), [])
+            expected = _cut(sample.get("expected") or "")
+            known = found[number, prompt] = Sample(_end(prompt, MOST_CHARACTERS), expected, [])
         if known is not None and len(known.answers) < MOST_ANSWERS:
             answers = [*known.answers, (step, _cut(sample.get("answer") or ""))]
             found[number, prompt] = Sample(known.prompt, known.expected, answers)
@@ -45,3 +51,7 @@ def _said(run: Run) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
 def _cut(text: Any) -> str:
     words = str(text)
     return words if len(words) <= MOST_CHARACTERS else f"{words[:MOST_CHARACTERS]} …"
+
+
+def _end(text: str, most: int) -> str:
+    return text if len(text) <= most else f"… {text[-most:]}"

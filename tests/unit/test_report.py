@@ -80,6 +80,7 @@ def test_the_settings_have_no_secret(run: Run, tmp_path: Path) -> None:
     html = page.of_run(reading.read(folder), now=NOW)
     assert "abcdef" not in html + page.of_runs([reading.read(folder), run], now=NOW)
     assert '"api_key": "(not shown)"' in Text(html).text
+    assert "(not shown)" not in [setting.value for setting in facts.settings(run)]  # of our own fields none is secret
 
 
 def test_a_texts_markup_is_text(html: str) -> None:
@@ -187,6 +188,15 @@ def test_each_prompt_is_there_once_with_its_newest_answer_first(run: Run) -> Non
     assert [first.prompt, second.prompt] == ["Question <1>?", "Question <2>?"]
     assert [step for step, _ in first.answers] == [120, 90, 60, 30]
     assert first.expected == "b"
+
+
+def test_of_a_long_prompt_the_end_is_there_where_the_question_is(tmp_path: Path) -> None:
+    prompt = f"be brief.\n{'1 is odd. ' * 1000}\nis 2?"
+    lines = [{"event": "evaluation", "step": 1, "samples": [{"prompt": prompt, "answer": "no" * 4000}]}]
+    [sample] = samples.of_run(reading.read(report_runs.write(tmp_path / "run", lines)))
+    assert sample.prompt.startswith("… ") and sample.prompt.endswith("1 is odd. \nis 2?")
+    assert sample.question.endswith("1 is odd. is 2?") and len(sample.question) < 110
+    assert sample.answers[0][1].startswith("nono") and sample.answers[0][1].endswith(" …")
 
 
 def test_one_question_about_two_pictures_is_two_samples(tmp_path: Path) -> None:
