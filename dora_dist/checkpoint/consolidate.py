@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from dora_dist.adapters.peft_folder import warn_of_magnitudes
 from dora_dist.adapters.storage import labelled
 from dora_dist.checkpoint.adapter_folders import open_adapter, own_tokenizer
-from dora_dist.checkpoint.merge_plan import Shard, plan_merge
+from dora_dist.checkpoint.merge_plan import MergePlan, Shard, plan_merge
 from dora_dist.checkpoint.merger import Merger, merged_config, warn_of_another
 from dora_dist.checkpoint.merging import check_place, check_space, open_base
 from dora_dist.checkpoint.model_card import about_adapter, add_card
@@ -73,11 +73,7 @@ def consolidate(
         consolidate(checkpoint / "adapter", "base", Path("merged"), dtype="bf16")
     """
     started = time.monotonic()
-    if base_precision not in get_args(BasePrecision):
-        choices = ", ".join(get_args(BasePrecision))
-        raise UserError(f"base_precision={base_precision!r} is not supported; choose one of {choices}")
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+    _check_choices(dtype, base_precision)
     adapter = open_adapter(adapter_folder)
     storage = labelled(adapter.base_storage(), f"{adapter.path}: the base's storage")
     base = open_base(adapter, str(base_folder))
@@ -86,9 +82,7 @@ def consolidate(
     warn_of_another(adapter, base.tensors)
     plan = plan_merge(adapter, base, dtype)
     adapter = adapter.of_base(plan.adapted)
-    shards = plan.shards(max_shard_bytes)
-    if larger := sum(output.nbytes > max_shard_bytes for output in plan.outputs):
-        note(f"{larger:,} of {len(plan.outputs):,} tensors are larger than --max-shard-size and get files of their own")
+    shards = _files(plan, max_shard_bytes)
     total = sum(shard.nbytes for shard in shards)
     check_space(output, total)
     with (
@@ -112,6 +106,20 @@ def consolidate(
         "differences": merger.differences,
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def _check_choices(dtype: str | None, base_precision: str) -> None:
+    if base_precision not in get_args(BasePrecision):
+        choices = ", ".join(get_args(BasePrecision))
+        raise UserError(f"base_precision={base_precision!r} is not supported; choose one of {choices}")
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+
+
+def _files(plan: MergePlan, max_shard_bytes: float) -> list[Shard]:
+    if larger := sum(output.nbytes > max_shard_bytes for output in plan.outputs):
+        note(f"{larger:,} of {len(plan.outputs):,} tensors are larger than --max-shard-size and get files of their own")
+    return plan.shards(max_shard_bytes)
 
 
 def _copy_companions(base: Path, folder: Path, *, tokenizer: Path) -> None:
