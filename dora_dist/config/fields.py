@@ -96,6 +96,8 @@ def values(document: Mapping[str, Any], schema: type[BaseModel]) -> dict[str, An
 def _words(kind: dict[str, Any]) -> str:
     if "anyOf" in kind:
         return " or ".join(map(_words, kind["anyOf"]))
+    if "const" in kind:
+        return json.dumps(kind["const"])
     if "enum" in kind:
         return "one of " + ", ".join(json.dumps(value) for value in kind["enum"])
     if kind.get("type") == "array":

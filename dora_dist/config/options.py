@@ -44,15 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser, schema: type[BaseModel]) -> N
         name: parser.add_argument_group(name, description=section.__doc__) for name, section in sections(schema).items()
     }
     for name, spec in field_specs(schema).items():
-        kind = spec.kinds[0]
-        metavar = "|".join(kind["enum"]) if "enum" in kind else _METAVARS.get(kind["type"], "TEXT")
         groups.get(name.rpartition(".")[0], parser).add_argument(
             f"--{name}",
             action=_Collect,
             dest="overrides",
-            metavar=metavar,
+            metavar=_metavar(spec.kinds),
             help=spec.help().replace("%", "%%"),
         )
+
+
+def _metavar(kinds: Sequence[dict[str, Any]]) -> str:
+    """The first alternative, and single words beside it: `true|false|selective`."""
+    first, *others = sorted(kinds, key=lambda kind: "const" in kind)
+    words = first["enum"] if "enum" in first else [_METAVARS.get(first["type"], "TEXT")]
+    return "|".join([*words, *(kind["const"] for kind in others if "const" in kind)])
 
 
 def check_names(arguments: Sequence[str], schema: type[BaseModel]) -> None:

@@ -94,7 +94,7 @@ def test_every_field_is_documented() -> None:
         (with_fields(data={"train": []}), "data.train = []: must be text (not empty), or a list of text"),
         (
             with_fields(training={"activation_checkpointing": "some"}),
-            'training.activation_checkpointing = "some": must be true or false, or',
+            'training.activation_checkpointing = "some": must be true or false, or "selective" (true: keep',
         ),
         (
             with_fields(training={"activation_checkpointing": "selective", "recompute_all": True}),
