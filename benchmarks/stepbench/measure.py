@@ -211,16 +211,11 @@ class ReceivedBytes:
     """Counts the bytes that each kind of collective brings to this rank, where DeepSpeed calls its backend.
 
     Of an all-gather's output a rank receives all but its own part; of a reduce-scatter's input, the others' parts
-    of its own output; an all-reduce is both. A broadcast counts for each rank but its source, which is a share of
-    all broadcasts. In each call the largest tensor is that output or input.
+    of its own output; an all-reduce is both. What another rank sends to this one alone is received whole. In each call
+    the largest tensor is that output or input.
     """
 
-    TIMES: ClassVar[dict[str, int]] = {
-        "all_gather_into_tensor": 1,
-        "reduce_scatter_tensor": 1,
-        "all_reduce": 2,
-        "broadcast": 1,
-    }
+    TIMES: ClassVar[dict[str, int]] = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_reduce": 2}
 
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
@@ -230,12 +225,13 @@ class ReceivedBytes:
         from deepspeed.comm import comm
 
         self.backend, world = comm.cdb, dist.get_world_size()
-        for name, times in self.TIMES.items():
-            setattr(self.backend, name, self._counting(name, times * (world - 1) / world))
+        shares = {name: times * (world - 1) / world for name, times in self.TIMES.items()} | {"irecv": 1.0}
+        for name, share in shares.items():
+            setattr(self.backend, name, self._counting(name, share))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in self.TIMES:
+        for name in (*self.TIMES, "irecv"):
             delattr(self.backend, name)  # the class's own method shows again
 
     def _counting(self, name: str, share: float) -> Any:

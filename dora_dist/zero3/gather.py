@@ -131,7 +131,7 @@ def _in_place(coalesced: Callable[..., Any]) -> Callable[..., Any]:
     """A coalesced gather, with large parameters received where they will be used.
 
     The gloo backend receives an all-gather in a buffer of its own: on a CPU its page faults cost more than the
-    transfer. A broadcast of gloo's has none. NCCL has none either way.
+    transfer. What one rank sends to another has none. NCCL has none either way.
     """
 
     def gather(params: Iterable[nn.Parameter], safe_mode: bool = False, quantize: bool = False) -> Any:
@@ -153,7 +153,10 @@ def _is_large(parameter: nn.Parameter) -> bool:
 
 
 class _InPlaceGather:
-    """A gather in flight, in the engine's own form: every rank broadcasts its shard into place."""
+    """A gather in flight, in the engine's own form: every rank sends its shard to every other, into place.
+
+    Not broadcasts, which gloo runs one after the other, so that only one direction of a wire is in use at a time.
+    """
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
         self._wholes: list[tuple[nn.Parameter, Tensor]] = []
@@ -165,8 +168,10 @@ class _InPlaceGather:
             for rank, part in enumerate(whole.split(shard_length(p))):
                 if rank == p.ds_zero_partition_rank:
                     part.copy_(p.ds_tensor)
-                source = dist.get_global_rank(p.ds_process_group, rank)
-                self._works.append(dist.broadcast(part, source, group=p.ds_process_group, async_op=True))
+                    continue
+                other = dist.get_global_rank(p.ds_process_group, rank)
+                self._works.append(dist.irecv(part, other, group=p.ds_process_group))
+                self._works.append(dist.isend(p.ds_tensor, other, group=p.ds_process_group))
             self._wholes.append((p, whole))
 
     def wait(self, handle_dependency: bool = True) -> None:

@@ -46,7 +46,7 @@ def run() -> dict[str, Any]:
     step()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         step()
-    kinds = ("c10d::_allgather_base_", "c10d::allgather_", "c10d::broadcast_")
+    kinds = ("c10d::_allgather_base_", "c10d::allgather_", "c10d::recv_")
     gathers = [event.input_shapes[0] for event in profiler.events() if event.name in kinds]
     trained = sum(p.ds_numel_aligned for p in model.parameters() if p.requires_grad)
     resident = {name: p.data.clone() for name, p in model.named_parameters()}
@@ -99,7 +99,7 @@ def flat_and_engine() -> dict[str, Any]:
     from torch import nn
 
     from dora_dist.weights.placement import in_place
-    from dora_dist.zero3 import flat
+    from dora_dist.zero3 import flat, gather
     from dora_dist.zero3.placement import ShardedPlacement
 
     deepspeed.init_distributed("gloo", verbose=False)
@@ -122,6 +122,9 @@ def flat_and_engine() -> dict[str, Any]:
     installed = stage3.reduce_scatter_coalesced is flat.reduce_scatter
     flat.ALONE_BYTES = 600
     ours = gathered()
+    gather.IN_PLACE_BYTES = 1
+    sent = gathered()
+    gather.IN_PLACE_BYTES = 2**20
     flat.ENGINES = ()
     engines = gathered()
     reduced = []
@@ -129,14 +132,22 @@ def flat_and_engine() -> dict[str, Any]:
         grads = [torch.randn(shape, generator=torch.Generator().manual_seed(dist.get_rank())) for shape in shapes]
         both = [average([g.clone() for g in grads]) for average in (flat.reduce_scatter, reduce_scatter_coalesced)]
         reduced.append(both)
-    return {"installed": installed, "wholes": wholes, "ours": ours, "engine's": engines, "reduced": reduced}
+    return {
+        "installed": installed,
+        "wholes": wholes,
+        "ours": ours,
+        "sent": sent,
+        "engine's": engines,
+        "reduced": reduced,
+    }
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_flat_gathers_and_reductions_are_the_engines_to_the_last_bit(world: int) -> None:
     for rank in run_ranks(flat_and_engine, world):
         assert rank["installed"]
-        for whole, ours, engines in zip(rank["wholes"], rank["ours"], rank["engine's"], strict=True):
-            assert ours.dtype == whole.dtype and torch.equal(ours, whole) and torch.equal(engines, whole)
+        forms = (rank["ours"], rank["sent"], rank["engine's"])
+        for whole, *found in zip(rank["wholes"], *forms, strict=True):
+            assert all(other.dtype == whole.dtype and torch.equal(other, whole) for other in found)
         for ours, engines in rank["reduced"]:
             assert [part.tolist() for part in ours] == [part.tolist() for part in engines]
