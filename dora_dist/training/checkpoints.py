@@ -16,6 +16,7 @@ from dora_dist.runtime.console import warn
 from dora_dist.runtime.distributed import World
 from dora_dist.runtime.errors import UserError
 from dora_dist.training.pruning import Pruning
+from dora_dist.training.unreadable import COUNTS
 
 
 class Checkpoints:
@@ -38,11 +39,17 @@ class Checkpoints:
         self._run_dir, self._trained_with, self._metric = Path(options.run_dir), trained_with, metric
 
     def save(
-        self, state: TrainerState, learning_rates: Sequence[Any], pruning: Pruning, *, counts_after: int = 0
+        self,
+        state: TrainerState,
+        learning_rates: Sequence[Any],
+        pruning: Pruning,
+        *,
+        left_out: Mapping[str, int],
+        counts_after: int = 0,
     ) -> None:
         """Start to write the checkpoint of the step that `state` is at; training goes on meanwhile.
 
-        counts_after: the step after which evaluations count for early stopping.
+        left_out: `Unreadable.counts`. counts_after: the step after which evaluations count for early stopping.
         """
         folder = run_folder.checkpoint_folder(self._run_dir, state.global_step)
         best = None
@@ -54,6 +61,7 @@ class Checkpoints:
             "run": run_folder.run_of(self._run_dir) if self._world.first else None,
             "trained_with": self._trained_with,
             "learning_rates": learning_rates,
+            COUNTS: left_out,
             COUNTS_AFTER: counts_after,
             **pruning.manifest_fields(),
         }

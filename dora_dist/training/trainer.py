@@ -262,6 +262,7 @@ class DoraTrainer(Trainer):
             )
         self.state.compute_steps(self.args, self.state.max_steps)  # else logging, saving, evaluating as they were then
         self.state.train_batch_size = self._train_batch_size
+        self._unreadable.go_on(manifest)
         self._counts_after = max(self._counts_after, counts_after(manifest))
         if self._forget_best:
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
@@ -272,7 +273,9 @@ class DoraTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self.lr_scheduler is not None
         rates = self.lr_scheduler.get_last_lr()
-        self._checkpoints.save(self.state, rates, self.pruning, counts_after=self._counts_after)
+        self._checkpoints.save(
+            self.state, rates, self.pruning, left_out=self._unreadable.counts, counts_after=self._counts_after
+        )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load nothing: the random state is a function of (seed, step, rank), set at every step's start."""

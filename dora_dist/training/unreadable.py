@@ -1,6 +1,7 @@
 """Records that cannot be read when their turn comes, on any rank: they end the run, or are left out and counted."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +19,8 @@ _IN_A_ROW = 100
 """Records of whole steps in a row of which nothing may be learnt: each such step only wears momentum off."""
 KEY = "problems"
 """Where a batch has what is wrong with samples that could not be made."""
+COUNTS = "records_left_out"
+"""Of a checkpoint's manifest (`Unreadable.counts`)."""
 
 
 class WithProblems:
@@ -31,6 +34,18 @@ class WithProblems:
         return {**self._collator(samples), **({KEY: found} if found else {})}
 
 
+@dataclass
+class _Counts:
+    """Records since the beginning of a run, on all ranks together."""
+
+    read: int = 0
+    left_out: int = 0
+    bad: int = 0
+    """Of these: of a stream, and they cannot be used."""
+    without: int = 0
+    """Of these: of a stream, and nothing can be learnt of them."""
+
+
 class Unreadable:
     """Settles an objective's `problems`, a message or a `Problem` for each such record of this rank, with those of the
     other ranks; `what_to_do` are the values of data.bad_images and data.bad_records.
@@ -38,8 +53,8 @@ class Unreadable:
 
     def __init__(self, problems: list[Any], what_to_do: Mapping[str, str], world: World) -> None:
         self.problems, self._what_to_do, self._world = problems, what_to_do, world
-        self.left_out = self._bad = self._read = 0
-        self._without = self._in_step = self._in_a_row = 0
+        self._counts = _Counts()
+        self._named = self._in_step = self._in_a_row = 0
         self._learnt = True  # of the last step
         self._warned = False
 
@@ -48,9 +63,18 @@ class Unreadable:
         """Whether this rank has new problems."""
         return bool(self.problems)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """For a checkpoint, so that a run that is resumed counts on where it was."""
+        return asdict(self._counts)
+
+    def go_on(self, manifest: Mapping[str, Any]) -> None:
+        """Count on from a checkpoint's `counts`; those of earlier versions have none."""
+        self._counts = _Counts(**manifest.get(COUNTS, {}))
+
     def read(self, records: int) -> None:
         """So many more records were read for a step, on all ranks together."""
-        self._read += records
+        self._counts.read += records
         if self._learnt:
             self._in_a_row = 0
         self._in_step, self._learnt = records, True
@@ -69,10 +93,11 @@ class Unreadable:
             return {}
         for problem in found:
             self._take(problem if isinstance(problem, Problem) else Problem(problem, "data.bad_images"))
-        if self._bad > max(_FEW, MOST * self._read):
-            raise UserError(too_many("data.train", self._bad, self._read, found[0].text))
+        counts = self._counts
+        if counts.bad > max(_FEW, MOST * counts.read):
+            raise UserError(too_many("data.train", counts.bad, counts.read, found[0].text))
         self._check_learnt([problem.text for problem in found if isinstance(problem, Problem)])
-        return {"records_skipped": float(self.left_out)}
+        return {"records_skipped": float(counts.left_out)}
 
     def _check_learnt(self, left_out: Sequence[str]) -> None:
         """left_out: what is said of the records of a stream that were left out of a step."""
@@ -86,15 +111,16 @@ class Unreadable:
                 f"data.train: of the last {self._in_a_row:,} records none could be learnt from; look at the data and "
                 f"data.cutoff_len (the last: {left_out[-1]})"
             )
-        if not self._warned and self._without > max(_FEW, MOST * self._read):
+        without, read = self._counts.without, self._counts.read
+        if not self._warned and without > max(_FEW, MOST * read):
             self._warned = True
             warn(
-                f"data.train: {self._without:,} of {self._read:,} records have no token to learn from; raise "
+                f"data.train: {without:,} of {read:,} records have no token to learn from; raise "
                 f"data.cutoff_len (the last left out: {left_out[-1]})"
             )
 
     def _take(self, problem: Problem) -> None:
-        self.left_out += 1
+        self._counts.left_out += 1
         if problem.field is None:
             raise UserError(problem.text)
         error = self._what_to_do.get(problem.field) == "error"
@@ -105,7 +131,8 @@ class Unreadable:
             return
         if error:
             raise with_remedy(UserError(problem.text))
-        self._bad += problem.field == "data.bad_records"
-        self._without += problem.field == "data.cutoff_len"
-        if self.left_out <= _FIRST:
-            warn(f"left out: {problem.text}" + ("; further ones are counted" if self.left_out == _FIRST else ""))
+        self._counts.bad += problem.field == "data.bad_records"
+        self._counts.without += problem.field == "data.cutoff_len"
+        self._named += 1
+        if self._named <= _FIRST:
+            warn(f"left out: {problem.text}" + ("; further ones are counted" if self._named == _FIRST else ""))

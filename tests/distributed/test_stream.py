@@ -85,8 +85,8 @@ class Loses(TrainerCallback):
         self.file.unlink(missing_ok=True)
 
 
-def after_few(own: dict[str, Any], skips: dict[str, Any], bad: dict[str, Any]) -> list[str]:
-    """What three runs end with, of which a start looks at the first three records alone."""
+def after_few(own: dict[str, Any], skips: list[dict[str, Any]], bad: dict[str, Any]) -> list[str]:
+    """What three runs end with, of which a start looks at the first three records alone; `skips` has several starts."""
     import os
 
     from accelerate.state import AcceleratorState
@@ -98,7 +98,7 @@ def after_few(own: dict[str, Any], skips: dict[str, Any], bad: dict[str, Any]) -
 
     reading.CHUNK = 3
     found = [fails(bad)]
-    run(skips)
+    run(*skips)
     AcceleratorState._reset_state(reset_partial_state=True)
     if os.environ["RANK"] == "1":  # as another node, which has a copy of the file
         own["data"]["train"] = [name.replace("a.jsonl", "own/a.jsonl") for name in own["data"]["train"]]
@@ -119,7 +119,8 @@ def test_what_one_rank_cannot_read_ends_the_run_on_all_or_is_counted(folder: Pat
     (tmp_path / "own").mkdir()
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "own" / "a.jsonl")
     alone = {"train": [str(tmp_path / "bad.jsonl")], "shuffle_buffer": 1}
-    skips = streamed(tmp_path, "skips", data={**alone, "bad_records": "skip"})
+    starts = {"training": {"max_steps": 3}}, {"checkpoint": {"resume": "auto"}}
+    skips = [streamed(tmp_path, "skips", data={**alone, "bad_records": "skip"}, **start) for start in starts]
     names = [str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")]
     own = streamed(tmp_path, "own-run", data={"train": names, "shuffle_buffer": 1})
     for bad, lost in run_ranks(after_few, 2, own, skips, streamed(tmp_path, "bad", data=alone), timeout=600):
@@ -128,3 +129,5 @@ def test_what_one_rank_cannot_read_ends_the_run_on_all_or_is_counted(folder: Pat
     lines = run_folder.metrics(tmp_path / "skips")
     assert [line["records_skipped"] for line in lines if "records_skipped" in line] == [1.0]
     assert len(losses(tmp_path, "skips")) == STEPS
+    counts = json.loads((tmp_path / "skips" / "checkpoint-6" / "manifest.json").read_text())["records_left_out"]
+    assert counts == {"read": STEPS * BATCH, "left_out": 1, "bad": 1, "without": 0}

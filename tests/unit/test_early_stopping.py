@@ -13,6 +13,7 @@ from dora_dist.checkpoint.resuming import finished
 from dora_dist.config import CheckpointConfig, RunConfig
 from dora_dist.config.schema import TrainingConfig
 from dora_dist.training.checkpoints import Checkpoints
+from dora_dist.training.unreadable import COUNTS
 
 
 def counted(values: list[float], after: int = 0, **fields: Any) -> tuple[int, int]:
@@ -70,12 +71,12 @@ def test_a_resume_counts_the_evaluations_that_the_run_counted(
     assert (told is not None and "where it ended early" in told) is ended
 
 
-def test_a_checkpoint_says_from_where_on_evaluations_count(tmp_path: Path) -> None:
+def test_a_checkpoint_says_from_where_on_evaluations_count_and_what_was_left_out(tmp_path: Path) -> None:
     kept: list[dict[str, Any]] = []
     saver: Any = SimpleNamespace(save=lambda folder, fields, state, **_: kept.append(fields))
     pruning: Any = SimpleNamespace(manifest_fields=dict, survivors=lambda: None)
     world: Any = SimpleNamespace(first=False)
     checkpoints = Checkpoints(saver, CheckpointConfig(run_dir=str(tmp_path)), world, trained_with={}, metric="loss")
-    checkpoints.save(TrainerState(global_step=5), [1e-4], pruning, counts_after=4)
-    assert counts_after(kept[0]) == 4
+    checkpoints.save(TrainerState(global_step=5), [1e-4], pruning, left_out={"read": 30}, counts_after=4)
+    assert counts_after(kept[0]) == 4 and kept[0][COUNTS] == {"read": 30}
     assert counts_after({}) == 0

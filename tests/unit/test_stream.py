@@ -186,6 +186,7 @@ def test_a_record_of_which_nothing_comes_leaves_its_place_empty_and_says_why(tmp
     train = build(str(tmp_path / "a.jsonl"), 50, **kept)
     problems = {i: train[i]["problem"] for i in range(50) if "problem" in train[i]}
     assert [(i, each.field) for i, each in problems.items()] == [(12, "data.bad_records"), (14, "data.cutoff_len")]
+    assert train.bad == 0 and train.head().bad == 1  # the history says what is known of a whole set
     assert "a.jsonl, line 13 is not JSON" in problems[12].text and "line 15: has no token" in problems[14].text
     filled = WithFiller(train, {"input_ids": [0], "labels": [-100]})
     assert filled[12] == {"input_ids": [0], "labels": [-100], "problem": problems[12]}
