@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_dist.config import TrainingConfig
+from dora_dist.config import EngineConfig, TrainingConfig
 from dora_dist.runtime import extras
 from dora_dist.runtime.distributed import together
 from dora_dist.runtime.errors import UserError
@@ -24,13 +24,13 @@ class Optimizer:
     moments_bytes: float
     """Bytes of both moments for each trained number."""
     packages: tuple[str, ...] = ()
-    made: Callable[[TrainingConfig, torch.device], Made | None] = lambda *_: None
+    made: Callable[[TrainingConfig, EngineConfig, torch.device], Made | None] = lambda *_: None
     """None: torch's AdamW, which is what the Trainer makes by itself."""
 
 
-def _eight_bits(training: TrainingConfig, device: torch.device) -> Made:
+def _eight_bits(training: TrainingConfig, engine: EngineConfig, device: torch.device) -> Made:
     with together("trying bitsandbytes"):
-        kind = _tried(device)
+        kind = _tried(torch.device("cpu") if engine.offload_optimizer == "cpu" else device)  # where DeepSpeed steps
     betas = training.adam_beta1, training.adam_beta2
     return kind, {"lr": training.learning_rate, "betas": betas, "eps": training.adam_epsilon}
 

@@ -241,7 +241,7 @@ def build_trainer(
         ranks=ranks,
         run_dir=run_dir,
         training=training,
-        step_timeout_s=config.engine.step_timeout_s,
+        engine=config.engine,
         pruning=pruning,
         unreadable=Unreadable(
             objective.problems,

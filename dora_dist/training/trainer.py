@@ -11,7 +11,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from dora_dist.checkpoint.early_stopping import counts_after, told, without_gain
 from dora_dist.checkpoint.format import load_checkpoint
-from dora_dist.config import TrainingConfig
+from dora_dist.config import EngineConfig, TrainingConfig
 from dora_dist.data import EpochDataLoader
 from dora_dist.models.build import AdaptedModel
 from dora_dist.runtime.console import note
@@ -50,7 +50,7 @@ class DoraTrainer(Trainer):
         ranks: Ranks,
         run_dir: Path,
         training: TrainingConfig,
-        step_timeout_s: float,
+        engine: EngineConfig,
         pruning: Pruning,
         unreadable: Unreadable,
         report: ReportCallback,
@@ -64,7 +64,7 @@ class DoraTrainer(Trainer):
         """
         self.run, self.stopping, self.pruning = run, False, pruning
         self._loaders, self._ranks, self._run_dir = loaders, ranks, run_dir
-        self._training, self._step_timeout_s = training, step_timeout_s
+        self._training, self._step_timeout_s = training, engine.step_timeout_s
         self.ended_early: str | None = None
         """Why the run is over before its last step (training.early_stopping)."""
         self._counts_after = pruning.budget.last if pruning.budget is not None else 0
@@ -83,7 +83,7 @@ class DoraTrainer(Trainer):
             eval_dataset=loaders.data.validation,
             data_collator=self._objective.collator,
             compute_loss_func=self._objective.loss,
-            optimizer_cls_and_kwargs=OPTIMIZERS[training.optimizer].made(training, args.device),
+            optimizer_cls_and_kwargs=OPTIMIZERS[training.optimizer].made(training, engine, args.device),
             callbacks=[_EveryStep(self, ranks), *callbacks],
         )
         self.remove_callback(PrinterCallback)  # our own callback says it, readably

@@ -6,10 +6,11 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+import torch.distributed as dist
 from bitsandbytes.functional import dequantize_blockwise
 from torch import Tensor, nn
 
-from dora_dist.config import TrainingConfig
+from dora_dist.config import EngineConfig, TrainingConfig
 from dora_dist.runtime.errors import UserError
 from dora_dist.training import optimizers
 from dora_dist.zero3 import eight_bit
@@ -94,6 +95,23 @@ def test_moments_that_are_written_are_as_near_as_those_of_a_step(length: int) ->
     torch.testing.assert_close(flat, of, rtol=0.0, atol=2e-3)
 
 
+@pytest.mark.parametrize(("small", "pace"), [(slice(0, None, 2), (0.05, 0.5)), (slice(0, 2048), (0.98, 1.02))])
+def test_small_gradients_keep_their_pace_in_blocks_of_their_own_alone(small: slice, pace: tuple[float, float]) -> None:
+    """Against torch's AdamW: every second number of each block, and whole blocks (docs/decisions.md)."""
+    scale = torch.ones(4096)
+    scale[small] = 1e-3
+    ours, theirs = nn.Parameter(torch.zeros(4096)), nn.Parameter(torch.zeros(4096))
+    kinds = (bitsandbytes.optim.AdamW8bit, ours), (torch.optim.AdamW, theirs)
+    made = [kind([flat], lr=1e-3, weight_decay=0.0, eps=1e-12) for kind, flat in kinds]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        gradient = (torch.randn(4096, generator=generator) + 0.5) * scale
+        for (_, flat), optimizer in zip(kinds, made, strict=True):
+            flat.grad = gradient.clone()
+            optimizer.step()
+    assert pace[0] < float(ours.detach()[small].mean() / theirs.detach()[small].mean()) < pace[1]
+
+
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     training = TrainingConfig(optimizer="adamw_8bit")
     optimizers.check(training)
@@ -114,3 +132,16 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match=r'^training.optimizer: "adamw_8bit" needs the package bitsandbytes; pip .*quantised'
     ):
         optimizers.check(training)
+
+
+def test_it_is_tried_where_it_will_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(optimizers, "_tried", lambda device: tried.append(device.type))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for where in ("none", "cpu"):
+            engine = EngineConfig.model_validate({"offload_optimizer": where})
+            optimizers.OPTIMIZERS["adamw_8bit"].made(TrainingConfig(), engine, torch.device("cuda"))
+    finally:
+        dist.destroy_process_group()
+    assert tried == ["cuda", "cpu"]
