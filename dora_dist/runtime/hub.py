@@ -71,7 +71,7 @@ class Repository:
         except (OSError, ValueError) as error:
             raise self._explained(error) from error
         except Exception as error:  # of the HTTP library
-            raise self._not_reached(f"the connection to the hub broke ({_first_line(error)})") from error
+            raise self._not_reached(f"the connection to the hub broke ({first_line(error)})") from error
 
     def _snapshot(self, local_only: bool) -> Path:
         from huggingface_hub import snapshot_download
@@ -93,7 +93,7 @@ class Repository:
                 raise self._explained(error) from error
             except Exception as error:  # of the HTTP library, which is another in other versions of the client
                 if attempt == _TRIES:
-                    raise self._not_reached(f"the connection to the hub broke ({_first_line(error)})") from error
+                    raise self._not_reached(f"the connection to the hub broke ({first_line(error)})") from error
         raise AssertionError("unreachable")
 
     def _explained(self, error: Exception) -> UserError:
@@ -118,8 +118,8 @@ class Repository:
             if constants.HF_HUB_OFFLINE:
                 return self._not_reached("HF_HUB_OFFLINE is set, so the hub is not asked for it")
             cause = error.__cause__ or error
-            return self._not_reached(f"the hub ({endpoint}) cannot be reached ({_first_line(cause)})")
-        return UserError(f"{label}: could not be fetched from the hub: {_first_line(error)}")
+            return self._not_reached(f"the hub ({endpoint}) cannot be reached ({first_line(cause)})")
+        return UserError(f"{label}: could not be fetched from the hub: {first_line(error)}")
 
     def _not_reached(self, why: str) -> NotReached:
         return NotReached(f"{self.field} = {self.name!r}: is not whole on this machine, and {why}")
@@ -201,8 +201,7 @@ class _Remote(io.RawIOBase):
         except Exception as error:  # of the HTTP library, which is another in other versions of the client
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            why = re.sub(r"\?[^\s'\"]+", "", _first_line(error))  # the rest of an address may be a key to the file
-            raise OSError(f"the hub does not give it: {why}") from error
+            raise OSError(f"the hub does not give it: {first_line(error)}") from error
 
 
 def wanted(trust_remote_code: bool) -> tuple[str, ...]:
@@ -233,5 +232,6 @@ def by_hand(repositories: Sequence[Repository], then: str) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """What the hub's client says, without the query of an address, which may be a key to the file."""
+    return re.sub(r"\?[^\s'\"]+", "", (str(error).strip() or type(error).__name__).splitlines()[0])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import TOKENIZER_FILES
+from dora_dist.runtime.hub import first_line
 
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "adapter.safetensors")
 """Of a merged folder, of PEFT's adapters and of our own; never a checkpoint's state."""
@@ -79,10 +80,9 @@ def push(
                 f"{repository}: the hub does not let us write there; log in with a token that may (`hf auth login`, or "
                 "HF_TOKEN), and check the name"
             ) from error
-        raise UserError(f"{repository}: the hub refused the upload ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{repository}: the hub refused the upload ({first_line(error)})") from error
     except Exception as error:  # of the HTTP library, which is another in other versions of the client
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{repository}: the upload broke off ({reason}); nothing is shown there yet; repeat it"
+            f"{repository}: the upload broke off ({first_line(error)}); nothing is shown there yet; repeat it"
         ) from error
     return str(commit.commit_url)

@@ -20,7 +20,7 @@ from dora_dist.data.mixture import SHARES, Mixture
 from dora_dist.data.stream import Source, window_shares
 from dora_dist.models.tokenizer import files_of
 from dora_dist.runtime.errors import UserError
-from dora_dist.runtime.hub import RemoteFile, _Remote
+from dora_dist.runtime.hub import RemoteFile, Repository, _Remote
 from dora_dist.training.doubts import _check_positions
 from tests import toy
 from tests.unit.test_bad_records import broken_parquet
@@ -167,8 +167,10 @@ def test_a_file_of_the_hub_is_known_by_what_it_holds_and_not_by_its_commit() -> 
 
 def test_what_the_hub_answers_is_told_in_a_line_without_keys() -> None:
     told = pytest.raises(OSError, match=r"the hub does not give it: 403 for https://cdn/file$")
+    error = OSError("403 for https://cdn/file?Signature=secret&Expires=1\nForbidden")
     with told, _Remote.__new__(_Remote)._errors():
-        raise OSError("403 for https://cdn/file?Signature=secret&Expires=1\nForbidden")
+        raise error
+    assert str(Repository("lab/model")._explained(error)).endswith("from the hub: 403 for https://cdn/file")
 
 
 def test_a_tokenizer_is_saved_as_it_is_whatever_was_cut_with_it() -> None:
