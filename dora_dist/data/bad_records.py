@@ -36,10 +36,15 @@ class BadRecords:
         """
         if not self.count:
             return []
-        read, first = self.count + used, "; ".join(self._first)
-        if self.count > MOST * read:
-            raise UserError(too_many(field, self.count, read, first))
+        read = self.count + used
+        self.check(field, read)
+        first = "; ".join(self._first)
         return [f"{self.count:,} of {read:,} records are left out, for they cannot be used (the first: {first})"]
+
+    def check(self, field: str, read: int, *, left: int = 0) -> None:
+        """Raise UserError, naming the set as `field`, for too many bad ones of `read`, with `left` still to see."""
+        if self.count > MOST * read:
+            raise UserError(too_many(field, self.count, read, "; ".join(self._first), left=left))
 
 
 def with_remedy(error: UserError) -> UserError:
@@ -47,10 +52,13 @@ def with_remedy(error: UserError) -> UserError:
     return UserError(f'{error} (data.bad_records = "skip" would leave such records out)')
 
 
-def too_many(field: str, bad: int, read: int, first: str) -> str:
-    """That so many of the records read cannot be used that leaving them out would hide another fault."""
+def too_many(field: str, bad: int, read: int, first: str, *, left: int = 0) -> str:
+    """That so many of the records read, `left` of which were not looked at, cannot be used that leaving them out would
+    hide another fault.
+    """
+    found = f"at least {bad:,}" if left else f"{bad:,}"
     return (
-        f"{field}: {bad:,} of {read:,} records cannot be used, and data.bad_records leaves out 1 in {round(1 / MOST)} "
+        f"{field}: {found} of {read:,} records cannot be used, and data.bad_records leaves out 1 in {round(1 / MOST)} "
         f"at most; look at the data, data.format and the fields that it names (the first: {first})"
     )
 

@@ -231,8 +231,9 @@ def encoded(
 ) -> dict[str, Tensor]:
     """The records of some parts, each with its reader, as one table; `mixed`: which says where each part begins."""
     into, doubts, bounds = Columns(), Doubts(reader.tokenizer, but=reader.allowed), [0]
-    for each, found in parts:
+    for number, (each, found) in enumerate(parts, start=1):
         records = list(found)
+        known = into.records + bad.count + len(records)
         bar: Any = console.progress(
             len(records), f"tokenizing {field}", f" {each.counted}", delay=2.0, leave=False, shown=progress
         )
@@ -241,6 +242,8 @@ def encoded(
                 chunk = [(each.place(place, record), record) for place, record in records[first : first + CHUNK]]
                 encode_usable(each, chunk, into, doubts, bad=bad)
                 bar.update(len(chunk))
+                if number == len(parts):  # they are all: a set of which every record is bad is not tried to its end
+                    bad.check(field, known, left=max(len(records) - first - CHUNK, 0))
         bounds.append(into.records)
     left_out = bad.found(field, into.records)
     # Else what is saved of the tokenizer would depend on whether it or the cache had the tokens.

@@ -90,6 +90,20 @@ def test_too_many_bad_records_and_broken_files_are_errors_always(tmp_path: Path)
     assert torch.equal(build(written(tmp_path, "a.json")).train.table["bad records"], torch.tensor([1]))
 
 
+def test_a_set_of_which_every_record_is_bad_is_not_tried_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But one whose bad records are all at its beginning, and few, is."""
+    monkeypatch.setattr("dora_dist.data.reading.CHUNK", 10)
+    bad = '{"text": "x", "label": "y"}\n'
+    labelled = {"reader": lambda data, tokenizer: LabelledReader(data, tokenizer, 2), "format": "classification"}
+    (tmp_path / "all.jsonl").write_text(bad * 300)
+    with pytest.raises(UserError, match="data.train: at least 40 of 300 records cannot be used"):
+        build(tmp_path / "all.jsonl", **labelled)
+    (tmp_path / "few.jsonl").write_text(bad * 30 + '{"text": "x", "label": 1}\n' * 270)
+    assert build(tmp_path / "few.jsonl", **labelled).train.bad == 30
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [
