@@ -18,7 +18,7 @@ from dora_dist.data.bad_records import BadRecords, encode_usable, usable
 from dora_dist.data.cache import cached
 from dora_dist.data.columns import BAD, Columns, Table
 from dora_dist.data.doubts import Doubts, pack_doubts, say
-from dora_dist.data.files import Row
+from dora_dist.data.files import DataFile, Row, read_rows
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.ragged import RaggedDataset, TokenizedData
 from dora_dist.data.reader import Reader
@@ -83,7 +83,7 @@ def streamed(reader: Reader, data: DataConfig, places: int, *, seed: int) -> tup
     names = names_of(mixture) or ["data.train"]
     order = seed if data.shuffle_buffer > 1 else None
     sources = [
-        Source(each, files_of(listed(named), "train", fetch=False), name, seed=order)
+        Source(each, _files(named), name, seed=order)
         for (each, named), name in zip(_parts(reader, data.train), names, strict=True)
     ]
     looked_at = [_begun(source, data.shuffle_buffer) for source in sources]
@@ -109,12 +109,21 @@ def streamed(reader: Reader, data: DataConfig, places: int, *, seed: int) -> tup
     return StreamedDataset(head, sources, shares, places=places, seed=seed), stats
 
 
+def _files(named: Sources) -> list[DataFile]:
+    """The files of a source that is a stream. Raises UserError for a name that holds no records, as all readers do."""
+    found: list[DataFile] = []
+    for name in listed(named):
+        files = files_of([name], "train", fetch=False)
+        if not any(True for file in files for _ in islice(read_rows(file, str(file)), 1)):
+            raise UserError(f"{name} holds no records")
+        found += files
+    return found
+
+
 def _begun(source: Source, most: int) -> tuple[list[Row], int | None]:
     """The first rows of a source, and how many it has, None where more than `most`."""
     rows = source.one_pass()
     first = list(islice(rows, CHUNK))
-    if not first:
-        raise UserError(f"{', '.join(map(str, source.files))} holds no records")
     number = len(first) + sum(1 for _ in islice(rows, max(most + 1 - len(first), 0)))  # counted, not kept
     return first, number if number <= most else None
 

@@ -157,6 +157,19 @@ def test_a_short_source_comes_pass_by_pass_and_leaves_the_window_as_large_as_it_
     assert [other[i] for i in (100, 3, 61, 0)] == [samples[i] for i in (100, 3, 61, 0)]
 
 
+def test_a_name_without_a_record_is_refused_and_an_empty_file_of_a_data_set_is_not(tmp_path: Path) -> None:
+    names = files(tmp_path)
+    (tmp_path / "empty.csv").write_text("instruction,output\n")
+    with pytest.raises(UserError, match=r"^\S*empty.csv holds no records$"):
+        build([*names, str(tmp_path / "empty.csv")])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.csv").write_text("instruction,output\n")
+    (tmp_path / "set" / "b.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    card = "---\nconfigs:\n- config_name: default\n  data_files: ['a.csv', 'b.jsonl']\n---\n"
+    (tmp_path / "set" / "README.md").write_text(card)
+    assert sorted(texts(build(str(tmp_path / "set"), 20))) == sorted(whole(names[0]))
+
+
 def test_a_file_of_the_hub_is_known_by_what_it_holds_and_not_by_its_commit() -> None:
     def edges(commit: str, content: str) -> list[bytes]:
         file = RemoteFile("lab/questions", commit, "a.jsonl", content)
