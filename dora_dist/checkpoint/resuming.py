@@ -224,10 +224,11 @@ def changes(folder: Path, manifest: Mapping[str, Any], config: RunConfig, *, our
     return found
 
 
-def told(changed: Mapping[str, str]) -> Iterator[str]:
-    """A line for each change."""
+def told(changed: Mapping[str, str], *, streamed: bool) -> Iterator[str]:
+    """A line for each change. streamed: only the first training records have been compared."""
+    same_data = not streamed and "validation data" not in changed
     for name, change in changed.items():
-        same = rules().get(name) is Rule.CONTENT and not (name.startswith("data.") and "validation data" in changed)
+        same = rules().get(name) is Rule.CONTENT and (same_data or not name.startswith(("data.", "model.tokenizer")))
         yield f"{name} {change} ({'comes to the same' if same else 'followed'})"
     if forgets_best(changed):
         yield "earlier values do not count for which checkpoint is the best"

@@ -100,7 +100,7 @@ def compare(
                 changed = resuming.changes(resume, manifest, config, ours=trained_with)
     found = [changed]
     dist.broadcast_object_list(found)
-    for line in resuming.told(found[0]):
+    for line in resuming.told(found[0], streamed=config.data.streaming):
         assert resume is not None
         note(f"changed since {resume.name}: {line}")
     return trained_with, found[0]

@@ -40,6 +40,15 @@ def test_a_checkpoint_from_before_a_field_existed_is_compared_without_it(tmp_pat
     assert list(resuming._changed(manifest, config)) == [("plugins", [], ["mine"])]
 
 
+def test_a_change_comes_to_the_same_where_all_that_it_changes_is_compared() -> None:
+    cut, named = {"data.cutoff_len": "128 -> 256"}, {"adapter.target_modules": "null -> [q]"}
+    same, followed = "data.cutoff_len 128 -> 256 (comes to the same)", "data.cutoff_len 128 -> 256 (followed)"
+    assert [*resuming.told(cut, streamed=False)] == [same]
+    assert [*resuming.told(cut, streamed=True)] == [followed]
+    assert next(iter(resuming.told({**cut, "validation data": "9 -> 8"}, streamed=False))) == followed
+    assert [*resuming.told(named, streamed=True)] == ["adapter.target_modules null -> [q] (comes to the same)"]
+
+
 def test_a_new_run_starts_from_a_checkpoints_adapter_or_from_the_whole_model_that_was_trained(tmp_path: Path) -> None:
     config = RunConfig.from_dict({"model": {"path": "lab/base"}, "data": {"train": "lab/records"}})
     written = json.loads(config.to_json())
