@@ -71,8 +71,10 @@ def parse() -> tuple[argparse.Namespace, Settings]:
 
 def _variants(settings: Settings) -> dict[str, tuple[str, Settings]]:
     """Every variant by the name it has in tables; those of storages come from the registry."""
-    storages = {f"ours, {name}": ("dora", replace(settings, storage=name)) for name in storage.names()}
-    return {"no adapter": ("none", settings), "PEFT LoRA": ("peft-lora", settings), **storages}
+    ours = {f"ours, {name}": replace(settings, storage=name) for name in storage.names()}
+    ours |= {f"{name}, selective": replace(changed, selective=True) for name, changed in ours.items()}
+    own = {name: ("dora", changed) for name, changed in ours.items()}
+    return {"no adapter": ("none", settings), "PEFT LoRA": ("peft-lora", settings), **own}
 
 
 def chosen(names: list[str], settings: Settings) -> dict[str, tuple[str, Settings]]:
@@ -140,7 +142,7 @@ def table(rates: dict[str, Any]) -> str:
     """Plain text, one line for each variant at each rate."""
     others = [name for name in REFERENCES if all(name in entries for entries in rates.values())]
     heads = "".join(f"{f'/ {name}':>14s}" for name in others)
-    lines = [f"{'Gbit/s':>7s}  {'variant':16s}{'median s':>9s}{heads}{'received MB':>13s}{heads}{'peak MB':>9s}"]
+    lines = [f"{'Gbit/s':>7s}  {'variant':24s}{'median s':>9s}{heads}{'received MB':>13s}{heads}{'peak MB':>9s}"]
     for rate, line in _lines(rates, others):
         lines.append(f"{rate:>7s}  {line}")
     return "\n".join(lines)
@@ -152,7 +154,7 @@ def _lines(rates: dict[str, Any], others: list[str]) -> Iterator[tuple[str, str]
             seconds = "".join(f"{e['seconds_ratio'][other]:14.3f}" for other in others)
             sent = "".join(f"{e['bytes_ratio'][other]:14.3f}" for other in others)
             numbers = f"{e['median_seconds']:9.3f}{seconds}{e['wire_bytes'] / 1e6:13.1f}{sent}"
-            yield rate, f"{name:16s}{numbers}{e['peak_rss_bytes'] / 1e6:9.0f}"
+            yield rate, f"{name:24s}{numbers}{e['peak_rss_bytes'] / 1e6:9.0f}"
 
 
 if __name__ == "__main__":
