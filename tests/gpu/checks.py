@@ -179,6 +179,12 @@ WIDE = {"r": 64}
 """More numbers on each rank than the 4,096 below which bitsandbytes keeps moments in fp32."""
 
 
+SELECTIVE = {"activation_checkpointing": "selective"}
+SHARDED = {"param_persistence_threshold": 0}
+"""Or small weights stay gathered, whatever is recomputed."""
+PACKED = ("int8", "nf4")
+
+
 def toy_run(here: Machine, models: Path, folder: Path, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
     """An action: six steps in fp32, with checkpoints and recordings after the third and the last."""
     changes["training"] = {"global_batch_size": max(8, here.ranks), **changes.get("training", {})}
@@ -202,6 +208,14 @@ def runs(here: Machine, models: Path, folder: Path) -> dict[str, Any]:
         },
         "wide": action("wide", adapter=WIDE),
         "wide, 8 bits": action("wide, 8 bits", adapter=WIDE, training={"optimizer": "adamw_8bit"}),
+        "selective": action("selective", training=SELECTIVE, engine=SHARDED),
+        **{name: action(name, model={"storage": name}) for name in PACKED},
+        **{
+            f"{name}, selective": action(
+                f"{name}, selective", model={"storage": name}, training=SELECTIVE, engine=SHARDED
+            )
+            for name in PACKED
+        },
         "pruned": action("pruned", adapter=pruned),
         "pruned and offloaded": action("pruned and offloaded", adapter=pruned, engine=OPTIONS["both offloaded"]),
     }
@@ -237,6 +251,22 @@ def test_engine_option(runs: dict[str, Any], name: str, record_property: Note) -
     difference = apart(result(runs, name)["losses"], result(runs, "plain")["losses"])
     record_property("", f"losses within {difference:.1e} of the plain run's")
     assert difference <= FP32
+
+
+@pytest.mark.parametrize("storage", [None, *PACKED])
+def test_kept_outputs_change_no_loss(runs: dict[str, Any], storage: str | None, record_property: Note) -> None:
+    names = ("plain", "selective") if storage is None else (storage, f"{storage}, selective")
+    difference = apart(*(result(runs, name)["losses"] for name in names))
+    record_property("", f"losses within {difference:.1e} of those without checkpointing")
+    assert difference <= FP32
+
+
+@pytest.mark.parametrize("storage", PACKED)
+def test_packed_weights_train_alike(runs: dict[str, Any], storage: str, record_property: Note) -> None:
+    expected, found = result(runs, "plain")["losses"], result(runs, storage)["losses"]
+    difference = apart(found, expected)
+    record_property("", f"losses within {difference:.1e} of those on the weights as they are")
+    assert found != expected and difference <= {"int8": BF16, "nf4": 0.1}[storage]
 
 
 def test_moments_in_8_bits_train_alike_and_are_saved(runs: dict[str, Any], folder: Path, record_property: Note) -> None:
