@@ -43,13 +43,20 @@ def packable(model: nn.Module, *, apart: Sequence[str] = ()) -> list[str]:
 
 
 def hold_frozen(model: nn.Module) -> None:
-    """Make frozen linear layers of the numbered layers, which nothing has packed or adapted, HeldLinear, in place."""
+    """Make frozen linear layers of the numbered layers, which nothing has packed or adapted, HeldLinear, in place.
+
+    A bias that trains goes on training.
+    """
     for name in packable(model):
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         if not linear.weight.requires_grad:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, held_linear(linear, PLAIN))
+            trains = linear.bias is not None and linear.bias.requires_grad
+            held = held_linear(linear, PLAIN)
+            if held.bias is not None:
+                held.bias.requires_grad_(trains)
+            setattr(model.get_submodule(parent), child, held)
 
 
 def by_pattern(

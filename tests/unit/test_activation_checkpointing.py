@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.adapters.held import HeldLinear
+from dora_dist.adapters.inject import hold_frozen
 from dora_dist.adapters.layer import AdaptedLinear
 from dora_dist.config import AdapterConfig, ModelConfig
 from dora_dist.models.build import checkpoint_activations
@@ -50,6 +51,17 @@ def test_gradients_are_those_without_checkpointing(base: Path, storage: str, kee
     assert any(name.endswith("up_proj.weight") for name in found)
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-8)
+
+
+def test_a_bias_that_trains_beside_a_frozen_weight_goes_on_training() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2, bias=False))
+    model.requires_grad_(False)
+    model[0].bias.requires_grad_(True)
+    hold_frozen(model)
+    assert all(type(layer) is HeldLinear for layer in model)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.bias"]
+    model(torch.ones(1, 3)).sum().backward()
+    assert model[0].bias.grad is not None
 
 
 def test_selective_checkpointing_calls_no_frozen_layer_again(base: Path) -> None:
