@@ -37,10 +37,11 @@ def run(*configurations: dict[str, Any]) -> list[float]:
 
     def measured(trainer: Any, *args: Any, **options: Any) -> Any:
         result = train(trainer, *args, **options)
+        trainer.wait_for_saving()  # the last checkpoint describes the layers' methods, which are exchanged below
         norms = trainer.run.norms
         own = {layer: layer.method for layer in norms.layers.values()}
         errors.append(max(norm_error(norms, kind) for kind in (1, 6)) if own else 0.0)
-        for layer, method in own.items():  # the last checkpoint may not be written yet
+        for layer, method in own.items():
             layer.method = method
         norms.refresh()
         return result
