@@ -71,17 +71,20 @@ class Update(AdapterMethod):
 
     @abstractmethod
     def down(self, layer: Layer, x_ti: Tensor) -> Tensor | None:
-        """The part of ΔW·x that backward needs again besides x (tokens, ...)."""
+        """The part of ΔW·x that backward needs again besides x (tokens, ...); None: nothing, x itself will do.
+
+        Not x nor a view of it: checkpointing may keep what this gives, and would keep x with it.
+        """
 
     @abstractmethod
-    def add_up(self, layer: Layer, hidden: Tensor | None, y_to: Tensor) -> None:
-        """y += ΔW·x in place, given `down` of x."""
+    def add_up(self, layer: Layer, hidden: Tensor, y_to: Tensor) -> None:
+        """y += ΔW·x in place, given `down` of x, or x where that is None."""
 
     @abstractmethod
     def gradients(
         self, layer: Layer, x_ti: Tensor, hidden: Tensor | None, *, grad_to: Tensor
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Gradients of the parameters, and what `input_gradient` needs, given the gradient of ΔW·x.
+        """Gradients of the parameters, and what `input_gradient` needs, given `down` of x and the gradient of ΔW·x.
 
         What it needs is the gradient of the product that `down` makes of x, or anything else with a row per token.
         """
@@ -126,7 +129,7 @@ class Update(AdapterMethod):
         def products() -> Products:
             hidden = self.down(layer, xd_ti)
             y_to = layer.base_product(x_ti, layer.bias)
-            self.add_up(layer, hidden, y_to)
+            self.add_up(layer, xd_ti if hidden is None else hidden, y_to)
             return y_to, hidden
 
         y_to, hidden = kept_products(layer, products)

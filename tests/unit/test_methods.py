@@ -2,6 +2,7 @@
 
 import math
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from dora_dist.adapters import methods
 from dora_dist.adapters.layer import AdaptedLinear
@@ -17,6 +19,7 @@ from dora_dist.adapters.methods import LowRank, Mora, WeightDecomposed
 from dora_dist.adapters.norms import NormRefresher, add_base_squares, add_update_sums
 from dora_dist.adapters.peft_layer import VeraLayer
 from dora_dist.adapters.pieces import WeightPiece, rectangles
+from dora_dist.adapters.recompute import keeping_products
 from dora_dist.adapters.update import Update
 from dora_dist.config import AdapterConfig
 from dora_dist.runtime import plugins
@@ -125,6 +128,28 @@ def test_dropout_is_of_the_update_or_of_all_but_the_base_product(name: str, mode
     expected.backward(cotangent.double())
     assert relative_error(y, expected) <= 1e-5
     assert relative_error(x.grad, exact_x.grad) <= 1e-5
+
+
+@pytest.mark.parametrize("magnitude", [False, True], ids=["plain", "magnitude"])
+@pytest.mark.parametrize("name", NAMES)
+def test_products_kept_for_a_recomputation_are_right_and_hold_no_input(name: str, magnitude: bool) -> None:
+    """Or inputs, which checkpointing is to throw away, would all wait for backward."""
+    layer = random_layer(WeightDecomposed(update(name)) if magnitude else update(name))
+    layer.keeps_products = True
+    inputs: list[weakref.ref[Tensor]] = []
+    layer.register_forward_pre_hook(lambda _, given: inputs.append(weakref.ref(given[0])))
+
+    def segment(x: Tensor) -> Tensor:
+        return layer(x.tanh()).tanh()
+
+    x = torch.randn(3, 7, IN, requires_grad=True)
+    own = [x, *layer.adapter_parameters().values()]
+    expected = torch.autograd.grad(segment(x).square().sum(), own)
+    y = checkpoint(segment, x, use_reentrant=False, context_fn=keeping_products)
+    assert inputs[1]() is None
+    found = torch.autograd.grad(y.square().sum(), own)
+    assert len(inputs) == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 7])

@@ -65,8 +65,7 @@ class DynamicRank(LowRank):
     def down(self, layer: Layer, x_ti: Tensor) -> Tensor:
         return x_ti @ layer.adapter_parameters()["lora_A"]
 
-    def add_up(self, layer: Layer, hidden: Tensor | None, y_to: Tensor) -> None:
-        assert hidden is not None
+    def add_up(self, layer: Layer, hidden: Tensor, y_to: Tensor) -> None:
         own = layer.adapter_parameters()
         y_to.addmm_(hidden * own["lora_gates"], own["lora_B"].t(), alpha=self.scaling)
 

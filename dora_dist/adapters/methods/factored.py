@@ -30,8 +30,7 @@ class Factored(Update):
     def down(self, layer: Layer, x_ti: Tensor) -> Tensor:
         return x_ti @ self._factors(layer)[0]
 
-    def add_up(self, layer: Layer, hidden: Tensor | None, y_to: Tensor) -> None:
-        assert hidden is not None
+    def add_up(self, layer: Layer, hidden: Tensor, y_to: Tensor) -> None:
         y_to.addmm_(hidden, self._factors(layer)[1].t(), alpha=self.scaling)
 
     def gradients(

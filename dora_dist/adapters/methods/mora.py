@@ -67,8 +67,8 @@ class Tiling(ABC):
         return -(-(size**2) // sum(shape))
 
     @abstractmethod
-    def down(self, x_ti: Tensor) -> Tensor:
-        """What `add_up` and `gradients` need of the inputs."""
+    def down(self, x_ti: Tensor) -> Tensor | None:
+        """What `add_up` and `gradients` need of the inputs; None: all of them."""
 
     @abstractmethod
     def add_up(self, hidden: Tensor, m: Tensor, y_to: Tensor) -> None:
@@ -173,8 +173,8 @@ class Rotation(Tiling):
 
     multiple = 2
 
-    def down(self, x_ti: Tensor) -> Tensor:
-        return x_ti
+    def down(self, x_ti: Tensor) -> None:
+        return None
 
     def add_up(self, hidden: Tensor, m: Tensor, y_to: Tensor) -> None:
         product = torch.bmm(self._seen(hidden), self._tiles(m).to(m.dtype).mT)
@@ -320,18 +320,17 @@ class Mora(Update):
         size = self._tiling(shape).size
         return {MATRIX: Initial((size, size))}
 
-    def down(self, layer: Layer, x_ti: Tensor) -> Tensor:
+    def down(self, layer: Layer, x_ti: Tensor) -> Tensor | None:
         return self._tiling(layer.shape).down(x_ti)
 
-    def add_up(self, layer: Layer, hidden: Tensor | None, y_to: Tensor) -> None:
-        assert hidden is not None
+    def add_up(self, layer: Layer, hidden: Tensor, y_to: Tensor) -> None:
         self._tiling(layer.shape).add_up(hidden, _matrix(layer), y_to)
 
     def gradients(
         self, layer: Layer, x_ti: Tensor, hidden: Tensor | None, *, grad_to: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        assert hidden is not None
-        found, grad_hidden = self._tiling(layer.shape).gradients(hidden, _matrix(layer), grad_to)
+        seen = x_ti if hidden is None else hidden
+        found, grad_hidden = self._tiling(layer.shape).gradients(seen, _matrix(layer), grad_to)
         return {MATRIX: found}, grad_hidden
 
     def input_gradient(self, layer: Layer, grad_hidden: Tensor, onto: Tensor | None) -> Tensor:

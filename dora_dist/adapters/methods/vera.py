@@ -71,8 +71,7 @@ class Vera(Update):
     def down(self, layer: Layer, x_ti: Tensor) -> Tensor:
         return x_ti @ self._views(layer)[0].t()
 
-    def add_up(self, layer: Layer, hidden: Tensor | None, y_to: Tensor) -> None:
-        assert hidden is not None
+    def add_up(self, layer: Layer, hidden: Tensor, y_to: Tensor) -> None:
         d, b = self._vectors(layer)
         y_to.addmm_(hidden * d, (self._views(layer)[1] * b[:, None]).t())
 

@@ -68,7 +68,7 @@ class NoUpdate(Update):
     def down(self, layer: Layer, x_ti: Tensor) -> None:
         return None
 
-    def add_up(self, layer: Layer, hidden: Tensor | None, y_to: Tensor) -> None:
+    def add_up(self, layer: Layer, hidden: Tensor, y_to: Tensor) -> None:
         return
 
     def gradients(
@@ -174,7 +174,7 @@ class WeightDecomposed(AdapterMethod):
 
         def undecomposed(x_ti: Tensor, hidden: Tensor | None, bias: Tensor | None) -> Tensor:
             y_to = layer.base_product(x_ti, bias)
-            self.update.add_up(layer, hidden, y_to)
+            self.update.add_up(layer, xd_ti if hidden is None else hidden, y_to)
             return y_to
 
         def products() -> Products:
