@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -54,9 +54,19 @@ def has_kept_products(layer: object) -> bool:
     return _here.segment is not None and _here.segment.has(layer)
 
 
-Calls = dict[object, list[Products | None]]
-"""Each layer's products, one entry per call, in the order of its calls. Nothing writes to them in place: autograd
-refuses that of a custom function's output."""
+class _Kept(NamedTuple):
+    products: Products
+    writes: int
+    """`_writes` when they were made."""
+
+
+def _writes(products: Products) -> int:
+    """How often products have been written to in place, which autograd allows where they have no gradient."""
+    return sum(p._version for p in products if p is not None and not p.is_inference())
+
+
+Calls = dict[object, list[_Kept | None]]
+"""What is kept of each layer, one entry per call, in the order of its calls."""
 
 
 class _Segment(AbstractContextManager[None]):
@@ -85,7 +95,7 @@ class _Segment(AbstractContextManager[None]):
 class _Keeping(_Segment):
     def products(self, layer: object, compute: Callable[[], Products]) -> Products:
         products = compute()
-        self._calls.setdefault(layer, []).append(products)
+        self._calls.setdefault(layer, []).append(_Kept(products, _writes(products)))
         return products
 
 
@@ -97,11 +107,16 @@ class _Recomputing(_Segment):
         self._done: Counter[object] = Counter()
 
     def has(self, layer: object) -> bool:
-        calls, call = self._calls.get(layer, []), self._done[layer]
-        return call < len(calls) and calls[call] is not None
+        return self._kept(layer) is not None
 
     def products(self, layer: object, compute: Callable[[], Products]) -> Products:
-        calls, call = self._calls[layer], self._done[layer]
+        products = self._kept(layer)
+        self._calls[layer][self._done[layer]] = None  # handed on: memory is held no longer than without keeping
         self._done[layer] += 1
-        products, calls[call] = calls[call], None  # handed on: memory is held no longer than without keeping
         return compute() if products is None else products
+
+    def _kept(self, layer: object) -> Products | None:
+        """Of the layer's next call, if they are still there and as they were made."""
+        calls, call = self._calls.get(layer, []), self._done[layer]
+        kept = calls[call] if call < len(calls) else None
+        return kept.products if kept is not None and kept.writes == _writes(kept.products) else None

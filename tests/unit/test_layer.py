@@ -314,6 +314,12 @@ def nested(layer: AdaptedLinear, x: Tensor) -> Tensor:
     return layer(x).tanh() * checkpointed(layer, 2 * x)
 
 
+def written_to(layer: AdaptedLinear, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = layer(x).mul_(2.0)
+    return scale * layer(x).tanh()
+
+
 def same_gradients(layer: AdaptedLinear, found: Tensor, expected: Tensor) -> None:
     pairs = zip(gradients(layer, found), gradients(layer, expected), strict=True)
     assert all(relative_error(a, b) < 1e-6 for a, b in pairs)
@@ -330,6 +336,13 @@ def test_kept_outputs_give_the_gradients_of_no_checkpointing(segment: Callable[.
     found = checkpointed(layer, x, segment).square().sum()
     same_gradients(layer, found, expected)
     assert storage.products == plain + recomputed  # an inner checkpoint's forward, once more in the outer's
+
+
+def test_an_output_that_is_written_to_in_place_is_computed_again() -> None:
+    layer = random_layer(LowRank(3, 6.0), bias=False, shape=(6, 14))
+    x = torch.randn(5, 14, requires_grad=True)
+    found = checkpointed(layer, x, written_to).square().sum()
+    same_gradients(layer, found, written_to(layer, x).square().sum())
 
 
 class Random(nn.Module):
