@@ -115,6 +115,18 @@ def test_products_are_those_of_the_decoded_weight(
             assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
 
 
+@pytest.mark.parametrize("storage", [Int8(), NF4()], ids=label)
+def test_products_in_inference_mode_leave_others_possible(
+    storage: PackedStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop of one's own may evaluate so before it trains."""
+    monkeypatch.setattr(packed, "_scratch_here", packed._Scratch())
+    tensors, x = kept(storage, gaussian(50 * 83).view(50, 83)), gaussian(9 * 83, 1).view(9, 83)
+    with torch.inference_mode():
+        evaluated = storage.project(x, tensors, (50, 83))
+    assert torch.equal(storage.project(x, tensors, (50, 83)), evaluated)
+
+
 def test_elsewhere_usual_layers_are_multiplied_back_whole_and_decoded_in_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -177,7 +177,8 @@ def _scratch(like: Tensor, numel: int) -> Tensor:
         return like.new_empty(numel)
     kept = _scratch_here.memory.get(like.dtype)
     if kept is None or len(kept) < numel:
-        kept = _scratch_here.memory[like.dtype] = like.new_empty(numel)
+        with torch.inference_mode(False):  # or nothing outside of such a mode could write to it
+            kept = _scratch_here.memory[like.dtype] = like.new_empty(numel)
     return kept[:numel]
 
 
