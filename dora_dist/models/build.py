@@ -230,7 +230,7 @@ def checkpoint_activations(model: Any, keep: Literal["none", "small", "all"] = "
     Raises UserError for a model that does not support activation checkpointing.
     """
     if not model.supports_gradient_checkpointing:
-        raise UserError(f"training.activation_checkpointing = true: {type(model).__name__} has none; set it to false")
+        raise UserError(f"training.activation_checkpointing: {type(model).__name__} has none; set it to false")
     how = {"use_reentrant": False, "context_fn": keeping_products}
     if keep == "all":
         hold_frozen(model)
