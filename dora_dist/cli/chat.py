@@ -12,7 +12,7 @@ from dora_dist.evaluation.speaking import Sampling, Speaker
 from dora_dist.runtime.console import say, visible
 from dora_dist.runtime.errors import UserError
 from dora_dist.tasks.prompting.answering import INTERRUPTED, Answer
-from dora_dist.tasks.prompting.base import Message, Prompt
+from dora_dist.tasks.prompting.base import Message, Picture, Prompt
 
 HELP = (
     "/reset forgets the conversation · /system TEXT sets its system turn and resets · /image FILE shows a picture with "
@@ -24,12 +24,12 @@ class Chat:
     """One conversation after another with a model that is loaded."""
 
     def __init__(self, speaker: Speaker, sampling: Sampling, system: str | None, pictures: list[str]) -> None:
-        """pictures: shown with the first question of the first conversation. Raises UserError where the model has no
-        place for them, for a system turn, or for a text alone; its weights need not be loaded yet."""
+        """pictures: files shown with the first question of the first conversation. Raises UserError where the model has
+        no place for them, for a system turn, or for a text alone; its weights need not be loaded yet."""
         self._speaker, self._sampling, self._system = speaker, sampling, system
         self._turns: list[Message] = []
-        self._pictures: list[str] = []  # of the turns
-        self._shown = list(pictures)  # with the next question
+        self._pictures: list[Picture] = []  # of the turns
+        self._shown = [Picture(path) for path in pictures]  # with the next question
         self._prompt("a")  # refuses what the model has no place for
 
     def run(self) -> None:
@@ -79,7 +79,7 @@ class Chat:
         say("(a new conversation)")
 
     def _show(self, path: str) -> None:
-        self._shown.append(path)
+        self._shown.append(Picture(path))
         try:
             prompt = self._prompt("a")
             self._speaker.prompting.inputs([prompt], next(self._speaker.model.parameters()).device)

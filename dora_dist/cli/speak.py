@@ -126,8 +126,9 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _answer_one(options: argparse.Namespace, speaker: Any, sampling: Any, said: Any) -> None:
     from dora_dist.evaluation.generate import as_record
+    from dora_dist.tasks.prompting.base import Picture
 
-    pictures = options.image
+    pictures = [Picture(path) for path in options.image]
     prompting = speaker.prompting
     prompt = prompting.of_turns(prompting.opened(said, options.system, len(pictures)), pictures)
     prompting.room(prompt, sampling.max_new_tokens)

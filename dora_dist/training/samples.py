@@ -152,7 +152,7 @@ def choose(config: RunConfig, base: Path, tokenizer: Any, rows: RaggedDataset) -
         assert how is not None  # it is of the same task
         try:
             prompt, expected = how.asked(record)
-            how.inputs([how.located(prompt)], _HOST)  # a picture that cannot be read is known before others rely on it
+            how.inputs([prompt], _HOST)  # a picture that cannot be read is known before others rely on it
             room = how.room(prompt, config.logging.sample_tokens)
         except UserError:
             continue
@@ -194,8 +194,7 @@ def batches_of(config: RunConfig, base: Path, tokenizer: Any, samples: Sequence[
             groups[-1] = group
         else:
             groups.append([sample])
-    prompts = [[prompting.located(sample.prompt) for sample in group] for group in groups]
-    return [Asked(group, prompting.inputs(asked, _HOST)) for group, asked in zip(groups, prompts, strict=True)]
+    return [Asked(group, prompting.inputs([sample.prompt for sample in group], _HOST)) for group in groups]
 
 
 def _kind(sample: Sample) -> tuple[Any, ...]:

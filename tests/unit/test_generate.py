@@ -33,7 +33,7 @@ from dora_dist.runtime.folders import write_json
 from dora_dist.tasks.evaluations.answers import Exchange
 from dora_dist.tasks.evaluations.pictures import answer_questions
 from dora_dist.tasks.prompting.answering import Answer, _Streamer
-from dora_dist.tasks.prompting.base import before
+from dora_dist.tasks.prompting.base import Picture, before
 from tests import toy
 from tests.terminal import CTRL_C, Terminal
 from tests.unit.test_data import TOOLS
@@ -139,7 +139,8 @@ def test_a_conversation_about_pictures_is_rendered_as_in_training(
     rendered = render(Conversation(tuple(turns), ("a", "b")), template, tokenizer, "<image>", spans=True)
     messages = [{"role": role, "content": text} for role, text in turns]
     expected = [(text, processor.stands.widened(ids)) for text, ids in training_prompts(rendered, tokenizer)]
-    made = [prompting.of_turns(messages[:1], ["a"]), prompting.of_turns(messages[:3], ["a", "b"])]
+    pictures = [Picture("a"), Picture("b")]
+    made = [prompting.of_turns(messages[:1], pictures[:1]), prompting.of_turns(messages[:3], pictures)]
     assert [(prompt.text, prompt.ids) for prompt in made] == expected
     tokenizer.chat_template = None
 
@@ -151,7 +152,7 @@ def test_a_llava_says_of_pictures_what_it_says_in_evaluation(seeing: Path, proce
     assert len(set(expected)) > 1
     speaker = Speaker(str(seeing / "base"), dtype="fp32")
     speaker.load()
-    pictures = [str(seeing / "pictures" / name) for name in NAMES[:3]]
+    pictures = [Picture(str(seeing / "pictures" / name)) for name in NAMES[:3]]
     prompts = [speaker.prompting.of_turns(speaker.prompting.opened("is it red?", None, 1), [p]) for p in pictures]
     said = speaker.answers(prompts, Sampling(max_new_tokens=8))
     assert [answer.text.strip() for answer in said] == expected

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, device
@@ -21,14 +22,27 @@ Message = Mapping[str, str]
 """{"role": "system", "user" or "assistant", "content": text}; a LLaVA's user has a mark for each picture."""
 
 
+@dataclass(frozen=True)
+class Picture:
+    """Where a prompt's picture is: the file `path`, or, `in_image_folder`, what has that path below the run's
+    data.image_folder, which each node may have elsewhere.
+    """
+
+    path: str
+    in_image_folder: bool = field(default=False, kw_only=True)
+
+    def file(self, image_folder: Path) -> Path:
+        """The file on the node whose data.image_folder this is."""
+        return image_folder / self.path if self.in_image_folder else Path(self.path)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """What a model reads before it answers.
 
     text: as training rendered it. ids: its tokens, as many as do not depend on the answer; begins: the text after
     them that an answer has to begin with, which is not part of its words. ends: tokens that end an answer, besides
-    the tokenizer's end of sequence; stop: a text that does, where none of them does. pictures: paths; of `asked`, below
-    the run's folder of pictures.
+    the tokenizer's end of sequence; stop: a text that does, where none of them does.
     """
 
     text: str
@@ -36,7 +50,7 @@ class Prompt:
     begins: str = ""
     ends: tuple[int, ...] = ()
     stop: str | None = None
-    pictures: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
 
 class Prompting(ABC):
@@ -55,7 +69,7 @@ class Prompting(ABC):
     dtype: str
 
     @abstractmethod
-    def of_turns(self, turns: Sequence[Message], pictures: Sequence[str] = ()) -> Prompt:
+    def of_turns(self, turns: Sequence[Message], pictures: Sequence[Picture] = ()) -> Prompt:
         """The prompt before the assistant's answer to the last turn, a user's. Raises UserError."""
 
     def prepared(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -74,10 +88,6 @@ class Prompting(ABC):
     def asked(self, record: Mapping[str, Any]) -> tuple[Prompt, str]:
         """A record of training as the prompt before its last answer, and that answer. Raises UserError."""
         raise UserError(f"prompts of {self.name} are not made of records of training")
-
-    def located(self, prompt: Prompt) -> Prompt:
-        """A prompt of `asked`, perhaps of another node, as `inputs` takes it: with its pictures where they are here."""
-        return prompt
 
     def shown(self, text: str, pictures: int) -> str:
         """A user's turn about so many pictures: with a mark for each, where it has none."""

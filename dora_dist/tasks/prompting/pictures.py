@@ -26,21 +26,21 @@ from dora_dist.tasks.evaluations.answers import Exchange
 from dora_dist.tasks.evaluations.base import Subject
 from dora_dist.tasks.evaluations.lengths import positions_of
 from dora_dist.tasks.evaluations.pictures import data_of
-from dora_dist.tasks.prompting.base import SOME, Message, Prompt, Prompting, before
+from dora_dist.tasks.prompting.base import SOME, Message, Picture, Prompt, Prompting, before
 
 
 class PicturePrompting(Prompting):
     """chat_template: as data.chat_template; None: the run's in which the model was trained, else the configuration's
-    default. Pictures are files anywhere, not only below data.image_folder.
+    default.
     """
 
     takes_pictures = True
 
     def __init__(self, task: str, subject: Subject, chat_template: str | None) -> None:
         given = {} if chat_template is None else {"chat_template": chat_template}
-        self._data = data_of(task, subject, {**given, "image_folder": "."})
+        self._data = data_of(task, subject, {**given, "image_folder": "."})  # the reader is given whole paths
         self._subject, self._template = subject, self._data.chat_template
-        self._folder = Path(subject.run.get("data", {}).get("image_folder") or ".")
+        self._image_folder = Path(subject.run.get("data", {}).get("image_folder") or ".")
         self.name = f'data.chat_template "{self._template}"'
         self.remembers, self.takes_system = self._template != "plain", self._template == "model"
         self.positions = positions_of(subject.base)
@@ -57,21 +57,18 @@ class PicturePrompting(Prompting):
 
     def of_record(self, record: Mapping[str, Any], system: str | None = None) -> Prompt:
         """A record {"text", "image": path, paths or absent} below the run's data.image_folder, or else below here."""
-        pictures = picture_paths(record.get("image"))
-        return self.located(self.of_turns(self.opened(record["text"], system, len(pictures)), pictures))
+        pictures = _in_image_folder(picture_paths(record.get("image")))
+        return self.of_turns(self.opened(record["text"], system, len(pictures)), pictures)
 
     def asked(self, record: Mapping[str, Any]) -> tuple[Prompt, str]:
         talk = read_conversation(with_conversations({**record}))
         turns = [{"role": role, "content": text} for role, text in talk.turns]
-        return self.of_turns(turns[:-1], talk.pictures), turns[-1]["content"]
-
-    def located(self, prompt: Prompt) -> Prompt:
-        return replace(prompt, pictures=tuple(str(self._folder / path) for path in prompt.pictures))
+        return self.of_turns(turns[:-1], _in_image_folder(talk.pictures)), turns[-1]["content"]
 
     def shown(self, text: str, pictures: int) -> str:
         return text if MARK in text else f"{MARK}\n" * pictures + text
 
-    def of_turns(self, turns: Sequence[Message], pictures: Sequence[str] = ()) -> Prompt:
+    def of_turns(self, turns: Sequence[Message], pictures: Sequence[Picture] = ()) -> Prompt:
         if not self.takes_system and any(turn["role"] == "system" for turn in turns):
             raise UserError(f"--system: prompts of {self.name} have one of their own; leave it out")
         said = [(turn["role"], turn["content"]) for turn in turns]
@@ -80,7 +77,7 @@ class PicturePrompting(Prompting):
         processor = self._processor
         template, token = self._template, processor.stands.token
         text = render_turns(said, template, self.tokenizer, token)
-        answered = Conversation((*said, ("assistant", SOME)), tuple(pictures))
+        answered = Conversation((*said, ("assistant", SOME)), tuple(picture.path for picture in pictures))
         whole = render(answered, template, self.tokenizer, token, spans=False).text
         if whole.startswith(text):
             start = whole.index(SOME, len(text))
@@ -91,5 +88,10 @@ class PicturePrompting(Prompting):
 
     def inputs(self, prompts: Sequence[Prompt], place: device) -> dict[str, Tensor]:
         """pixel_values (pictures, 3, height, width) fp32 of all pictures in order."""
-        found = [self._processor.reader(path) for prompt in prompts for path in prompt.pictures]
+        files = [picture.file(self._image_folder) for prompt in prompts for picture in prompt.pictures]
+        found = [self._processor.reader(str(file)) for file in files]
         return {"pixel_values": torch.stack(found).to(place)} if found else {}
+
+
+def _in_image_folder(paths: Sequence[str]) -> list[Picture]:
+    return [Picture(path, in_image_folder=True) for path in paths]

@@ -12,7 +12,7 @@ from dora_dist.runtime.errors import UserError
 from dora_dist.tasks.evaluations.answers import ANSWERED, CHAT, exchange
 from dora_dist.tasks.evaluations.base import Subject
 from dora_dist.tasks.evaluations.lengths import positions_of
-from dora_dist.tasks.prompting.base import SOME, Message, Prompt, Prompting, before
+from dora_dist.tasks.prompting.base import SOME, Message, Picture, Prompt, Prompting, before
 
 PLAIN = "completion"
 
@@ -48,7 +48,7 @@ class TextPrompting(Prompting):
         needed = FORMATS[self._format].fields
         return {field: kind for field, kind in needed.items() if field != ANSWERED[self._format]}
 
-    def of_turns(self, turns: Sequence[Message], pictures: Sequence[str] = ()) -> Prompt:
+    def of_turns(self, turns: Sequence[Message], pictures: Sequence[Picture] = ()) -> Prompt:
         if pictures:
             raise UserError("--image: the model reads no pictures; leave it out")
         if self.remembers:
