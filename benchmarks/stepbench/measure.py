@@ -12,7 +12,7 @@ from collections import Counter
 from contextlib import suppress
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -215,23 +215,27 @@ class ReceivedBytes:
     the largest tensor is that output or input.
     """
 
-    TIMES: ClassVar[dict[str, int]] = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_reduce": 2}
-
     def __init__(self) -> None:
+        others = (dist.get_world_size() - 1) / dist.get_world_size()
+        self.shares = {
+            "all_gather_into_tensor": others,
+            "reduce_scatter_tensor": others,
+            "all_reduce": 2 * others,
+            "irecv": 1.0,
+        }
         self.bytes: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
 
     def __enter__(self) -> "ReceivedBytes":
         from deepspeed.comm import comm
 
-        self.backend, world = comm.cdb, dist.get_world_size()
-        shares = {name: times * (world - 1) / world for name, times in self.TIMES.items()} | {"irecv": 1.0}
-        for name, share in shares.items():
+        self.backend = comm.cdb
+        for name, share in self.shares.items():
             setattr(self.backend, name, self._counting(name, share))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in (*self.TIMES, "irecv"):
+        for name in self.shares:
             delattr(self.backend, name)  # the class's own method shows again
 
     def _counting(self, name: str, share: float) -> Any:
