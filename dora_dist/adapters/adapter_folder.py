@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 from torch import Tensor
 
 from dora_dist.adapters.method import AdapterMethod, Shape
-from dora_dist.adapters.storage import PLAIN
+from dora_dist.adapters.storage import PLAIN, WeightStorage, labelled
 from dora_dist.runtime.on_demand import OnDemand
 from dora_dist.weights.safetensors_io import TensorFolder
 
@@ -121,6 +121,11 @@ def described(folder: AdapterFolder) -> dict[str, Any]:
         "base_storage": folder.base_storage(),
         "base_packed": folder.base_packed(),
     }
+
+
+def storage_in_training(folder: AdapterFolder) -> WeightStorage:
+    """The storage that `base_storage` labels. Raises UserError if there is none."""
+    return labelled(folder.base_storage(), f"{folder.path}: the base's storage")
 
 
 def packed_in_training(folder: AdapterFolder) -> Collection[str]:

@@ -18,8 +18,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from dora_dist.adapters.adapter_folder import storage_in_training
 from dora_dist.adapters.peft_folder import warn_of_magnitudes
-from dora_dist.adapters.storage import labelled
 from dora_dist.checkpoint.adapter_folders import open_adapter, own_tokenizer
 from dora_dist.checkpoint.merge_plan import MergePlan, Shard, plan_merge
 from dora_dist.checkpoint.merger import Merger, merged_config, warn_of_another
@@ -61,9 +61,9 @@ def consolidate(
             the base's own weights, and `differences` says how far the result is from the other.
         max_shard_bytes: the size of one .safetensors file; a larger tensor gets a file of its own.
 
-    Returns: what was done: output, tensors, merged, shards, bytes_read, bytes_written, seconds, differences (by tensor:
-        ‖merged − as training saw it‖ / ‖as training saw it‖, Frobenius, of every weight that a packed storage held;
-        empty unless `base_precision` is "original").
+    Returns: what was done: output, tensors, merged, replaced, shards, bytes_read, bytes_written, seconds, differences
+        (by tensor: ‖merged − as training saw it‖ / ‖as training saw it‖, Frobenius, of every weight that a packed
+        storage held; empty unless `base_precision` is "original").
 
     Raises UserError, with nothing left behind, when the adapter does not fit the base, a file is damaged, a result is
     not finite, the disk is too small, or `output` exists and `overwrite` is False.
@@ -75,7 +75,7 @@ def consolidate(
     started = time.monotonic()
     _check_choices(dtype, base_precision)
     adapter = open_adapter(adapter_folder)
-    storage = labelled(adapter.base_storage(), f"{adapter.path}: the base's storage")
+    storage = storage_in_training(adapter)
     base = open_base(adapter, str(base_folder))
     output = Path(output).resolve()
     check_place(output, base.path, Path(adapter_folder), what="a model", marks=MODEL_MARKS)

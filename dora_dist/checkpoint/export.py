@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.adapter_folder import described, trained_of
+from dora_dist.adapters.adapter_folder import described, storage_in_training, trained_of
 from dora_dist.adapters.folders import CONFIG_NAMES
 from dora_dist.adapters.native_format import NativeFolder
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.adapters.row_norms import row_norms
-from dora_dist.adapters.storage import WeightStorage, labelled
+from dora_dist.adapters.storage import WeightStorage
 from dora_dist.checkpoint.adapter_folders import open_adapter
 from dora_dist.checkpoint.merge_plan import MergePlan, Output, plan_merge
 from dora_dist.checkpoint.merging import check_place, open_base, row_blocks, trained_on
@@ -60,7 +60,7 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
     check_place(output, base.path, adapter.path, what="an adapter", marks=CONFIG_NAMES)
     digest = sampled_digest(base.tensors)
     warn_of_another_base(adapter.path, adapter.base_model, adapter.base_digest(), base.path, digest)
-    storage = labelled(adapter.base_storage(), f"{adapter.path}: the base's storage")
+    storage = storage_in_training(adapter)
     plan = plan_merge(adapter, base, None)
     norms = {
         weight.module: _row_norms(weight, storage) if adapter.modules[weight.module][0].weight_decomposed else None

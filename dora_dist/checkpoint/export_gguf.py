@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dora_dist.adapters.adapter_folder import storage_in_training
 from dora_dist.adapters.folders import holds_adapter
 from dora_dist.adapters.peft_folder import warn_of_magnitudes
-from dora_dist.adapters.storage import PLAIN, labelled
+from dora_dist.adapters.storage import PLAIN
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_folders import adapter_and_base, open_adapter, own_tokenizer
 from dora_dist.checkpoint.merge_plan import Output, plan_merge
@@ -138,7 +139,7 @@ def _plain(folder: Path, base: str | None) -> _Model:
 
 def _adapted(adapter_folder: Path, base_name: str) -> _Model:
     adapter = open_adapter(adapter_folder)
-    storage = labelled(adapter.base_storage(), f"{adapter.path}: the base's storage")
+    storage = storage_in_training(adapter)
     base = open_base(adapter, base_name)
     warn_of_another(adapter, base.tensors)
     plan = plan_merge(adapter, base, "fp32")

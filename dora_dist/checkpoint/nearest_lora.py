@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_dist.adapters.adapter_folder import AdapterFolder, described, trained_of
+from dora_dist.adapters.adapter_folder import AdapterFolder, described, storage_in_training, trained_of
 from dora_dist.adapters.folders import CONFIG_NAMES
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
-from dora_dist.adapters.storage import WeightStorage, labelled
+from dora_dist.adapters.storage import WeightStorage
 from dora_dist.checkpoint.adapter_folders import open_adapter
 from dora_dist.checkpoint.merge_plan import Output, plan_merge
 from dora_dist.checkpoint.merging import check_place, open_base, row_blocks, trained_on
@@ -80,7 +80,7 @@ def write_nearest_lora(
     check_place(folder, base.path, adapter.path, what="an adapter", marks=CONFIG_NAMES)
     digest = sampled_digest(base.tensors)
     warn_of_another_base(adapter.path, adapter.base_model, adapter.base_digest(), base.path, digest)
-    storage = labelled(adapter.base_storage(), f"{adapter.path}: the base's storage")
+    storage = storage_in_training(adapter)
     plan = plan_merge(adapter, base, None)
     adapter = adapter.of_base(plan.adapted)
     found = {}

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from dora_dist.adapters.adapter_folder import packed_in_training
+from dora_dist.adapters.adapter_folder import packed_in_training, storage_in_training
 from dora_dist.adapters.folders import holds_adapter
 from dora_dist.adapters.inject import like
 from dora_dist.adapters.patterns import outside
-from dora_dist.adapters.storage import labelled
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_folders import base_path, find_adapter, kept_tokenizer, open_adapter, read_adapter
 from dora_dist.checkpoint.trained_weights import is_trained_weights
@@ -185,10 +184,11 @@ def _folder(path: str) -> Path:
 
 
 def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) -> Any:
-    adapter, head = read_adapter(folder), head_of_adapter(open_adapter(folder))
+    adapter, opened = read_adapter(folder), open_adapter(folder)
+    head = head_of_adapter(opened)
     placement = WholePlacement(device or "cpu")
     single = outside(adapter.trained, adapter.modules_to_save)
-    packed = packed_in_training(open_adapter(folder))
+    packed = packed_in_training(opened)
     run = build_model(
         base,
         like(adapter),
@@ -198,7 +198,7 @@ def _adapted(folder: Path, base: Path, dtype: str, device: torch.device | None) 
         trained_modules=adapter.modules_to_save,
         trained_parameters=lambda model: single,
         start_from=adapter,
-        storage=labelled(adapter.base_storage, f"{folder}: the base's storage"),
+        storage=storage_in_training(opened),
         packed=lambda model: packed,
     )
     return run.model
