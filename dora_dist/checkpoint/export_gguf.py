@@ -55,7 +55,6 @@ def export_gguf(
         output: the file; it appears under its name once it is complete.
         gguf_type: one of TYPES. Sums of base and adapter are rounded to it from fp32. q8_0 is 8 bit with a scale per 32
             numbers; a weight whose rows are not a multiple of 32 is f16 in its place.
-
         base: folder or hub name of the base; None: as the run, or else the adapter, says.
 
     Returns: {"output", "tensors", "merged": adapted weights, "bytes_written", "in_f16": tensors that are not q8_0}.
@@ -76,33 +75,25 @@ def export_gguf(
     model = _plain(path, base) if _is_plain(path) else _adapted(*adapter_and_base(path, base))
     output = Path(output).resolve()
     _check_place(output, model, overwrite)
-    layout = Layout(model.config, model.told)
-    names = layout.names(each.name for each in model.outputs)
-    rows = next(each.entry.shape[0] for each in model.outputs if names.get(each.name) == "token_embd.weight")
-    vocabulary = vocabulary_of(load_tokenizer(model.tokenizer), rows, str(model.tokenizer))
-    written = [(each, names[each.name]) for each in model.outputs if each.name in names]
-    tensors = {name: _streamed(each, name, layout, merger=model.merger, gguf_type=gguf_type) for each, name in written}
-    if (factors := layout.frequency_factors()) is not None:
-        tensors["rope_freqs.weight"] = _Streamed("F32", tuple(factors.shape), lambda: iter([factors[:, None]]))
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    check_space(output, total)
+    plan = _plan_file(model, gguf_type)
+    check_space(output, plan.nbytes)
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     with (
         disk_errors(output, only=DISK_IS_FULL),
-        console.progress(total, "writing GGUF", "B", unit_scale=True, shown=progress) as bar,
+        console.progress(plan.nbytes, "writing GGUF", "B", unit_scale=True, shown=progress) as bar,
         new_file(output) as partial,
     ):
-        _write(partial, output.stem, layout, vocabulary, tensors=tensors, gguf_type=gguf_type, bar=bar)
+        plan.write(partial, output.stem, bar)
         fsync(partial)
     if model.merger.adapter is not None:
         warn_of_magnitudes(model.merger.adapter.path, model.merger.odd)
     return {
         "output": str(output),
-        "tensors": len(tensors),
-        "merged": sum(each.module is not None for each, _ in written),
+        "tensors": len(plan.tensors),
+        "merged": plan.merged,
         "bytes_written": output.stat().st_size,
-        "in_f16": [name for name, tensor in tensors.items() if gguf_type == "q8_0" and tensor.kind == "F16"],
+        "in_f16": [name for name, tensor in plan.tensors.items() if gguf_type == "q8_0" and tensor.kind == "F16"],
     }
 
 
@@ -169,34 +160,55 @@ def _check_place(output: Path, model: _Model, overwrite: bool) -> None:
                 raise UserError(f"{output}: already exists and is not a GGUF file; choose another name")
 
 
-def _write(
-    file: Path,
-    name: str,
-    layout: Layout,
-    vocabulary: Vocabulary,
-    *,
-    tensors: Mapping[str, _Streamed],
-    gguf_type: str,
-    bar: Any,
-) -> None:
-    """Write the whole file; `bar` counts the bytes of tensors."""
-    from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
+@dataclass(frozen=True)
+class _FilePlan:
+    """What the file holds: the model's fields, its vocabulary, and tensors by their names in GGUF, most of `gguf_type`,
+    of which `merged` are adapted.
+    """
 
-    writer: Any = GGUFWriter(file, layout.architecture.name)
-    try:
-        writer.add_name(name)
-        layout.write(writer)
-        vocabulary.write(writer)
-        kind = gguf_type.upper()
-        writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
-        writer.add_quantization_version(GGML_QUANT_VERSION)
-        for own, tensor in tensors.items():
-            writer.add_tensor(own, replace(tensor, bar=bar), raw_dtype=GGMLQuantizationType[tensor.kind])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
+    layout: Layout
+    vocabulary: Vocabulary
+    tensors: Mapping[str, _Streamed]
+    gguf_type: str
+    merged: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def write(self, file: Path, name: str, bar: Any) -> None:
+        """Write the whole file; `bar` counts the bytes of tensors."""
+        from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
+
+        writer: Any = GGUFWriter(file, self.layout.architecture.name)
+        try:
+            writer.add_name(name)
+            self.layout.write(writer)
+            self.vocabulary.write(writer)
+            kind = self.gguf_type.upper()
+            writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+            writer.add_quantization_version(GGML_QUANT_VERSION)
+            for own, tensor in self.tensors.items():
+                writer.add_tensor(own, replace(tensor, bar=bar), raw_dtype=GGMLQuantizationType[tensor.kind])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def _plan_file(model: _Model, gguf_type: str) -> _FilePlan:
+    """Raises UserError for a model or tokenizer that llama.cpp would compute in another way."""
+    layout = Layout(model.config, model.told)
+    names = layout.names(each.name for each in model.outputs)
+    rows = next(each.entry.shape[0] for each in model.outputs if names.get(each.name) == "token_embd.weight")
+    vocabulary = vocabulary_of(load_tokenizer(model.tokenizer), rows, str(model.tokenizer))
+    written = [(each, names[each.name]) for each in model.outputs if each.name in names]
+    tensors = {name: _streamed(each, name, layout, merger=model.merger, gguf_type=gguf_type) for each, name in written}
+    if (factors := layout.frequency_factors()) is not None:
+        tensors["rope_freqs.weight"] = _Streamed("F32", tuple(factors.shape), lambda: iter([factors[:, None]]))
+    return _FilePlan(layout, vocabulary, tensors, gguf_type, sum(each.module is not None for each, _ in written))
 
 
 @dataclass(frozen=True)
