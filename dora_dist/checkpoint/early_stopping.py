@@ -33,7 +33,7 @@ def without_gain(
     for line in log:
         if name not in line or line["step"] <= after:
             continue
-        value = sign * float(line[name])  # one that is not a number is no gain
+        value = sign * float(line[name])  # NaN does not count as better
         if value > best + training.early_stopping_min_delta or (at == 0 and value == value):
             waited, best, at = 0, value, int(line["step"])
         else:

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser, schema: type[BaseModel]) -> N
 
 
 def _metavar(kinds: Sequence[dict[str, Any]]) -> str:
-    """The first alternative, and single words beside it: `true|false|selective`."""
+    """The first alternative, and the single words that may stand in its place: `true|false|selective`."""
     first, *others = sorted(kinds, key=lambda kind: "const" in kind)
     words = first["enum"] if "enum" in first else [_METAVARS.get(first["type"], "TEXT")]
     return "|".join([*words, *(kind["const"] for kind in others if "const" in kind)])

@@ -108,7 +108,7 @@ def _check_fields(place: str, record: Any, fields: Mapping[str, type], named_by:
 
 
 def _typed(place: str, row: Cells, fields: Mapping[str, type]) -> Record:
-    """A table's row with JSON read where a field is no text, and a number where it may be one."""
+    """A table's row with JSON read where a field is not a text, and a number where it may be one."""
     record: Record = {**row}
     for name in (name for name, kind in fields.items() if kind is not str and name in row):
         try:

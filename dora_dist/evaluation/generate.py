@@ -48,7 +48,7 @@ def generate(
     Returns: for each prompt {"prompt": as rendered, "answer", "tokens": how many were written, "ended": "end" or
     "length"}.
 
-    Raises UserError for what is no model that writes texts, a prompt that cannot be used (by its number) or is too
+    Raises UserError for what is not a model that writes texts, a prompt that cannot be used (by its number) or is too
     long, and NaN in the model. What can be checked without the model's weights is checked before they are read.
 
     Example::

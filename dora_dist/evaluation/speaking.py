@@ -71,7 +71,7 @@ class Speaker:
         chat_template: str | None = None,
         dtype: str | None = None,
     ) -> None:
-        """path, base and dtype: as of `evaluate`. Raises UserError for what is no model, or writes no texts."""
+        """path, base and dtype: as of `evaluate`. Raises UserError for what is not a model, or writes no texts."""
         self.model: Any = None
         self._subject = EvaluatedModel(path, base)
         head = self._subject.head

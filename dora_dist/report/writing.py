@@ -1,4 +1,4 @@
-"""The page of a run that goes on, kept up to date beside the training: it neither waits for it nor fails with it."""
+"""The page of a run, kept up to date while it trains: training neither waits for the page nor fails with it."""
 
 import threading
 import time

@@ -22,7 +22,7 @@ should stay in its cache, elsewhere a product should be large.
 """
 SUM_ELEMENTS = {"cpu": 16 * 2**20}
 OTHER_SUM_ELEMENTS = 256 * 2**20
-"""The same, where products of blocks are added up: what is in one block needs no sum in fp32 beside the result, and is
+"""The same, where products of blocks are added up: what is in one block needs no sum in fp32 besides the result, and is
 rounded as with a plain weight. Sums cost more than a CPU's cache spares.
 """
 SCALE_BYTES = 2
