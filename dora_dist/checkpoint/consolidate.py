@@ -22,7 +22,7 @@ from dora_dist.adapters.adapter_folder import storage_in_training
 from dora_dist.adapters.peft_folder import warn_of_magnitudes
 from dora_dist.checkpoint.adapter_folders import open_adapter, own_tokenizer
 from dora_dist.checkpoint.merge_plan import MergePlan, Shard, plan_merge
-from dora_dist.checkpoint.merger import Merger, merged_config, warn_of_another
+from dora_dist.checkpoint.merger import Merger, merged_config, warn_of_misfit
 from dora_dist.checkpoint.merging import check_place, check_space, open_base
 from dora_dist.checkpoint.model_card import about_adapter, add_card
 from dora_dist.models.folder import DTYPES
@@ -79,7 +79,7 @@ def consolidate(
     base = open_base(adapter, str(base_folder))
     output = Path(output).resolve()
     check_place(output, base.path, Path(adapter_folder), what="a model", marks=MODEL_MARKS)
-    warn_of_another(adapter, base.tensors)
+    warn_of_misfit(adapter, base.tensors)
     plan = plan_merge(adapter, base, dtype)
     adapter = adapter.of_base(plan.adapted)
     shards = _files(plan, max_shard_bytes)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dora_dist.adapters.adapter_folder import described, storage_in_training, trained_of
-from dora_dist.adapters.folders import CONFIG_NAMES
 from dora_dist.adapters.native_format import NativeFolder
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
@@ -20,13 +19,12 @@ from dora_dist.adapters.row_norms import row_norms
 from dora_dist.adapters.storage import WeightStorage
 from dora_dist.checkpoint.adapter_folders import open_adapter
 from dora_dist.checkpoint.merge_plan import MergePlan, Output, plan_merge
-from dora_dist.checkpoint.merging import check_place, open_base, row_blocks, trained_on
+from dora_dist.checkpoint.merging import base_for_peft, row_blocks, trained_on
 from dora_dist.checkpoint.model_card import about_adapter, add_card, of_packed_base
 from dora_dist.runtime.console import note
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import new_folder
 from dora_dist.runtime.on_demand import OnDemand
-from dora_dist.weights.digest import sampled_digest, warn_of_another_base
 
 
 def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, overwrite: bool = False) -> int:
@@ -56,10 +54,7 @@ def export_peft(adapter_folder: Path, base_folder: Path | str, output: Path, *, 
                 f"{adapter.path}: PEFT has nothing that computes what {method.title} does at {module!r}; merge it "
                 "(dora-dist consolidate)"
             )
-    base = open_base(adapter, str(base_folder))
-    check_place(output, base.path, adapter.path, what="an adapter", marks=CONFIG_NAMES)
-    digest = sampled_digest(base.tensors)
-    warn_of_another_base(adapter.path, adapter.base_model, adapter.base_digest(), base.path, digest)
+    base = base_for_peft(adapter, str(base_folder), output)
     storage = storage_in_training(adapter)
     plan = plan_merge(adapter, base, None)
     norms = {

@@ -19,7 +19,7 @@ from dora_dist.adapters.storage import PLAIN
 from dora_dist.checkpoint import run_folder
 from dora_dist.checkpoint.adapter_folders import adapter_and_base, open_adapter, own_tokenizer
 from dora_dist.checkpoint.merge_plan import Output, plan_merge
-from dora_dist.checkpoint.merger import Merger, merged_config, warn_of_another
+from dora_dist.checkpoint.merger import Merger, merged_config, warn_of_misfit
 from dora_dist.checkpoint.merging import check_place, check_space, open_base
 from dora_dist.checkpoint.trained_weights import is_trained_weights
 from dora_dist.models.folder import ModelFolder
@@ -132,7 +132,7 @@ def _adapted(adapter_folder: Path, base_name: str) -> _Model:
     adapter = open_adapter(adapter_folder)
     storage = storage_in_training(adapter)
     base = open_base(adapter, base_name)
-    warn_of_another(adapter, base.tensors)
+    warn_of_misfit(adapter, base.tensors)
     plan = plan_merge(adapter, base, "fp32")
     config = merged_config(base.config, adapter.model_config, dtype=None, untied=plan.untied)
     return _Model(

@@ -15,10 +15,9 @@ from dora_dist.adapters.adapter_folder import AdapterFolder, SavedLayer
 from dora_dist.adapters.peft_folder import warn_of_lacking
 from dora_dist.adapters.storage import PLAIN, WeightStorage
 from dora_dist.checkpoint.merge_plan import Output
-from dora_dist.checkpoint.merging import row_blocks, trained_on
+from dora_dist.checkpoint.merging import row_blocks, trained_on, warn_of_another
 from dora_dist.models.folder import DTYPES
 from dora_dist.runtime.errors import UserError
-from dora_dist.weights.digest import sampled_digest, warn_of_another_base
 from dora_dist.weights.safetensors_io import TensorFolder
 
 
@@ -94,8 +93,8 @@ def merged_config(
     return {**merged, **model_config}
 
 
-def warn_of_another(adapter: AdapterFolder, base: TensorFolder) -> None:
+def warn_of_misfit(adapter: AdapterFolder, base: TensorFolder) -> None:
     """Warn where the adapter is of another base, or of more layers than it has tensors for."""
-    warn_of_another_base(adapter.path, adapter.base_model, adapter.base_digest(), base.path, sampled_digest(base))
+    warn_of_another(adapter, base)
     weights = [name for name, entry in base.entries.items() if name.endswith(".weight") and len(entry.shape) == 2]
     warn_of_lacking(adapter.path, adapter.lacking(name.removesuffix(".weight") for name in weights))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dora_dist.adapters.adapter_folder import AdapterFolder
+from dora_dist.adapters.folders import CONFIG_NAMES
 from dora_dist.adapters.storage import PLAIN, WeightStorage, as_held
 from dora_dist.checkpoint.adapter_folders import base_path
 from dora_dist.checkpoint.manifest import MANIFEST, NAME
@@ -18,6 +19,8 @@ from dora_dist.checkpoint.merge_plan import Output
 from dora_dist.models.folder import ModelFolder
 from dora_dist.runtime.errors import UserError
 from dora_dist.runtime.folders import check_output
+from dora_dist.weights.digest import sampled_digest, warn_of_another_base
+from dora_dist.weights.safetensors_io import TensorFolder
 
 BLOCK_BYTES = 16 << 20
 
@@ -29,6 +32,22 @@ def open_base(adapter: AdapterFolder, name: str) -> ModelFolder:
     """
     own = name == adapter.base_model
     return ModelFolder.open(base_path(name, adapter.revision if own else None, str(adapter.path)))
+
+
+def warn_of_another(adapter: AdapterFolder, base: TensorFolder) -> None:
+    """Warn where the adapter was trained on another base."""
+    warn_of_another_base(adapter.path, adapter.base_model, adapter.base_digest(), base.path, sampled_digest(base))
+
+
+def base_for_peft(adapter: AdapterFolder, name: str, output: Path) -> ModelFolder:
+    """The base `name` of an adapter that is to be written as the PEFT folder `output`; warns as `warn_of_another` does.
+
+    Raises UserError as `open_base` and `check_place` do.
+    """
+    base = open_base(adapter, name)
+    check_place(output, base.path, adapter.path, what="an adapter", marks=CONFIG_NAMES)
+    warn_of_another(adapter, base.tensors)
+    return base
 
 
 def check_place(output: Path, base: Path, adapter: Path, *, what: str, marks: Sequence[str]) -> None:

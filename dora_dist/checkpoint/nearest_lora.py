@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 
 from dora_dist.adapters.adapter_folder import AdapterFolder, described, storage_in_training, trained_of
-from dora_dist.adapters.folders import CONFIG_NAMES
 from dora_dist.adapters.peft_format import PeftAdapter, write_peft_folder
 from dora_dist.adapters.peft_layer import AdapterLayer
 from dora_dist.adapters.storage import WeightStorage
 from dora_dist.checkpoint.adapter_folders import open_adapter
 from dora_dist.checkpoint.merge_plan import Output, plan_merge
-from dora_dist.checkpoint.merging import check_place, open_base, row_blocks, trained_on
+from dora_dist.checkpoint.merging import base_for_peft, row_blocks, trained_on
 from dora_dist.runtime import console
 from dora_dist.runtime.errors import UserError
-from dora_dist.weights.digest import sampled_digest, warn_of_another_base
 
 EXACT_UP_TO = 1024
 """The smaller side up to which all singular values are computed; beyond it, a random projection finds the largest."""
@@ -76,10 +74,7 @@ def write_nearest_lora(
     adapter = open_adapter(adapter_folder)
     if not adapter.modules:
         raise UserError(f"{adapter.path}: adapts no layer, so there is no LoRA of it; merge it (dora-dist consolidate)")
-    base = open_base(adapter, str(base_folder))
-    check_place(folder, base.path, adapter.path, what="an adapter", marks=CONFIG_NAMES)
-    digest = sampled_digest(base.tensors)
-    warn_of_another_base(adapter.path, adapter.base_model, adapter.base_digest(), base.path, digest)
+    base = base_for_peft(adapter, str(base_folder), folder)
     storage = storage_in_training(adapter)
     plan = plan_merge(adapter, base, None)
     adapter = adapter.of_base(plan.adapted)
