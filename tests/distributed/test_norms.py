@@ -133,14 +133,12 @@ def recorded(config: dict[str, Any]) -> dict[str, Any]:
     from dora_dist.adapters.inject import inject
     from dora_dist.adapters.layer import adapted_layers
     from dora_dist.adapters.methods import DynamicRank, LowRank, Mora, NoUpdate, Vera, WeightDecomposed
-    from dora_dist.adapters.projection import Projection
     from dora_dist.analysis.decomposition import moved
     from dora_dist.runtime.errors import UserError
     from dora_dist.weights.safetensors_io import TensorFolder
     from dora_dist.zero3.norms import ShardedNormRefresher
     from dora_dist.zero3.placement import ShardedPlacement
     from dora_dist.zero3.row_changes import TrainedWeight, row_changes
-    from tests.unit.test_analysis import defined
 
     torch.manual_seed(1)
     model = Chain([*SHAPES, *OTHERS])
@@ -175,30 +173,38 @@ def recorded(config: dict[str, Any]) -> dict[str, Any]:
             unreachable = ""
         except UserError as error:
             unreachable = str(error)
-    expected = {}
-    for name in changes:
-        layer, w0 = model.get_submodule(name), weights[f"{name}.weight"].double()
-        with deepspeed.zero.GatheredParameters(list(layer.parameters())):
-            own = {kind: p.detach().double() for kind, p in layer.named_parameters()}
-        kept = w0.norm(dim=1) > 0
-        v = own["weight"]
-        if "lora_A" in own:
-            v = w0 + ALPHA / R * (own["lora_B"] * own.get("lora_gates", 1)) @ own["lora_A"].T
-        if "vera_lambda_d" in own:
-            A, B = (drawn.double() for drawn in Projection.over(OTHERS[:1], key=0, r=R).drawn())
-            v = w0 + own["vera_lambda_b"].diag() @ B @ own["vera_lambda_d"].diag() @ A
-        if "mora_M" in own:
-            v = w0 + change(layer.shape, own["mora_M"], kind=6)
-        magnitude = w0.norm(dim=1) + own["magnitude_offset"] if "magnitude_offset" in own else v.norm(dim=1)
-        mean = float(magnitude[kept].mean())
-        expected[name] = (*defined(w0[kept], v[kept], magnitude[kept]), int(kept.sum()), mean)
     return {
         "recorded": {name: tuple(found) for name, found in moved(changes).items()},
-        "expected": expected,
+        "expected": {name: as_defined(model.get_submodule(name), weights[f"{name}.weight"]) for name in changes},
         "recording_bytes": received,
         "unreachable": unreachable,
         "recording_refreshes": norms.refreshes - refreshes,
     }
+
+
+def as_defined(layer: Any, weight: Tensor) -> tuple[float, ...]:
+    """What is recorded of a trained layer whose base is `weight` (out, in), from whole weights in fp64: ΔM and ΔD, the
+    number of rows that have a direction, and their mean magnitude.
+    """
+    import deepspeed
+
+    from dora_dist.adapters.projection import Projection
+    from tests.unit.test_analysis import defined
+
+    w0 = weight.double()
+    with deepspeed.zero.GatheredParameters(list(layer.parameters())):
+        own = {kind: p.detach().double() for kind, p in layer.named_parameters()}
+    kept = w0.norm(dim=1) > 0
+    v = own["weight"]
+    if "lora_A" in own:
+        v = w0 + ALPHA / R * (own["lora_B"] * own.get("lora_gates", 1)) @ own["lora_A"].T
+    if "vera_lambda_d" in own:
+        A, B = (drawn.double() for drawn in Projection.over(OTHERS[:1], key=0, r=R).drawn())
+        v = w0 + own["vera_lambda_b"].diag() @ B @ own["vera_lambda_d"].diag() @ A
+    if "mora_M" in own:
+        v = w0 + change(layer.shape, own["mora_M"], kind=6)
+    magnitude = w0.norm(dim=1) + own["magnitude_offset"] if "magnitude_offset" in own else v.norm(dim=1)
+    return *defined(w0[kept], v[kept], magnitude[kept]), int(kept.sum()), float(magnitude[kept].mean())
 
 
 def errors(model: Any) -> float:
