@@ -11,7 +11,18 @@ import pytest
 from dora_dist import cli
 from dora_dist.runtime.exit_codes import DONE
 from tests import toy
-from tests.bad_inputs import adapters, bases, data, data_of_tasks, data_of_texts, evaluating, runs, settings, using
+from tests.bad_inputs import (
+    adapters,
+    bases,
+    data,
+    data_of_tasks,
+    data_of_texts,
+    evaluating,
+    making,
+    runs,
+    settings,
+    using,
+)
 from tests.bad_inputs.case import Case, Folder, Words
 from tests.ranks import run_ranks
 
@@ -20,6 +31,7 @@ TABLES = {
     "bases": bases.CASES,
     "data": data.CASES,
     "evaluating": evaluating.CASES,
+    "making": making.CASES,
     "runs": runs.CASES,
     "settings": settings.CASES,
     "tasks": data_of_tasks.CASES,
