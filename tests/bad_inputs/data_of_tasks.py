@@ -1,15 +1,11 @@
 """Records for other tasks than plain texts that cannot be meant, or probably are not."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import h5py
-
 from dora_dist.runtime.exit_codes import DONE, USERS_MISTAKE
-from tests import encoders, llava, subtasks, summaries
+from tests import encoders, summaries
 from tests.bad_inputs.case import Folder, Table, Words
-from tests.bad_inputs.records import Fields, Says, add, lines, validated
+from tests.bad_inputs.records import Fields, Says, add, add_of_task, lines, validated
 
 CASES = Table()
 
@@ -124,29 +120,6 @@ chats(
 # ------------------------------------------------------------------------------------- labels, answers, summaries
 
 
-def other_task(name: str, rows: list[Any], says: Says, model: Fields, code: int = USERS_MISTAKE, **data: Any) -> None:
-    """Records for another task: refused in training, or warned of when they are looked at."""
-
-    def make(folder: Folder) -> Words:
-        task = model["task"]
-        base = {
-            "seq2seq_lm": lambda: folder.made("bart", summaries.base_model),
-            "image_text_to_text": lambda: folder.made("llava", llava.model),
-        }.get(task, lambda: folder.made("bert", encoders.plain_encoder))()
-        if task == "image_text_to_text":
-            llava.pictures(folder / "pictures", 2)
-        folder.text("a.jsonl", lines(*rows))
-        sections: dict[str, Fields] = {
-            "model": {"path": base.name, **model},
-            "adapter": {"target_modules": None},
-            "data": {"train": "a.jsonl", "validation_samples": 0, "cutoff_len": 48, **data},
-            "training": {"global_batch_size": 2},
-        }
-        return validated(folder, **sections) if code == DONE else folder.run(**sections)
-
-    add(CASES, name, make, says, code)
-
-
 PAIRS = {"format": "classification", "text_fields": ["sentence1", "sentence2"]}
 
 
@@ -165,7 +138,7 @@ def labelled(
     rows[2] |= change
     rows[2].pop(drop, None)
     model = {"task": "sequence_classification", "num_labels": num_labels}
-    other_task(name, rows, says, model, code, **{**PAIRS, **data})
+    add_of_task(CASES, name, rows, says, model=model, code=code, **{**PAIRS, **data})
 
 
 NAMES = 'it has "sentence1", "sentence2", "label": set'
@@ -217,20 +190,22 @@ labelled(
     code=DONE,
 )
 CLASSIFIER = {"task": "sequence_classification"}
-other_task(
+add_of_task(
+    CASES,
     "single_class",
     [{**row, "label": 0} for row in encoders.labelled(4)],
     'data.train: "label" is 0 in all 4 records; nothing tells labels apart there',
-    CLASSIFIER,
-    DONE,
+    model=CLASSIFIER,
+    code=DONE,
     **PAIRS,
 )
-other_task(
+add_of_task(
+    CASES,
     "single_rating",
     [{**row, "label": 0.5} for row in encoders.labelled(4)],
     'data.train: "label" is 0.5 in all 4 records',
-    {**CLASSIFIER, "num_labels": 1},
-    DONE,
+    model={**CLASSIFIER, "num_labels": 1},
+    code=DONE,
     **PAIRS,
 )
 
@@ -241,7 +216,7 @@ def squad(name: str, change: Fields, says: str, **answers: Any) -> None:
     rows[1] |= change
     if answers:
         rows[1]["answers"] = {**rows[1]["answers"], **answers}
-    other_task(name, rows, says, {"task": "question_answering"}, format="squad", doc_stride=6)
+    add_of_task(CASES, name, rows, says, model={"task": "question_answering"}, format="squad", doc_stride=6)
 
 
 squad(
@@ -262,185 +237,67 @@ squad(
 squad("answer_of_no_words", {}, 'line 2: "text" of "answers" holds 7, and must hold words of "context"', text=[7])
 squad("answers_as_list", {"answers": ["weak"]}, 'line 2: "answers" must be an object, found ["weak"]')
 squad("question_null", {"question": None}, 'line 2: "question" is null')
-other_task(
+add_of_task(
+    CASES,
     "original_squad",
     [{"title": "x", "paragraphs": []}],
     'line 1 has no "question"; this format needs "question", "context", "answers"; it has "title", "paragraphs"',
-    {"task": "question_answering"},
+    model={"task": "question_answering"},
     format="squad",
     doc_stride=6,
 )
-other_task(
+add_of_task(
+    CASES,
     "no_answers_at_all",
     encoders.questions(4)[3:] * 2,
     "data.train: none of its 2 questions has an answer (a test split hides them)",
-    {"task": "question_answering"},
-    DONE,
+    model={"task": "question_answering"},
+    code=DONE,
     format="squad",
     doc_stride=6,
 )
 
 SUMMARIES: Fields = {"format": "summarisation", "text_fields": ["document"], "label_field": "summary", "target_len": 12}
 WRITER = {"task": "seq2seq_lm"}
-other_task(
+add_of_task(
+    CASES,
     "no_summary",
     [{"document": "x"}],
     'a.jsonl, line 1 has no "summary"; this format needs "document", "summary"; it has "document": set data.',
-    WRITER,
+    model=WRITER,
     **SUMMARIES,
 )
-other_task(
+add_of_task(
+    CASES,
     "every_summary_empty",
     [{"document": "x", "summary": ""}] * 2,
     'data.train: "document" or "summary" of every record is empty',
-    WRITER,
+    model=WRITER,
     **SUMMARIES,
 )
-other_task(
+add_of_task(
+    CASES,
     "list_of_summaries",
     [{"document": "x", "summary": ["y"]}],
     '"summary" must be a string, found ["y"]',
-    WRITER,
+    model=WRITER,
     **SUMMARIES,
 )
-other_task(
+add_of_task(
+    CASES,
     "one_summary_empty",
     [*summaries.records(3), {"document": "x", "summary": " "}],
     'data.train: "document" or "summary" of 1 of 4 records is empty (first: a.jsonl, line 4)',
-    WRITER,
-    DONE,
+    model=WRITER,
+    code=DONE,
     **SUMMARIES,
 )
-other_task(
+add_of_task(
+    CASES,
     "long_summaries",
     [{"document": "x", "summary": "very long" * 20}] * 2,
     "data.train: 2 of 2 samples (100%) are longer than data.target_len = 12 tokens and lose their end",
-    WRITER,
-    DONE,
+    model=WRITER,
+    code=DONE,
     **SUMMARIES,
 )
-
-# ---------------------------------------------------------------------------------------- talk about pictures
-
-PICTURED = {
-    "image": "a/0-red.jpg",
-    "conversations": [{"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": "true"}],
-}
-LLAVA: Fields = {"format": "llava", "image_folder": "pictures", "loss_on": "answer", "cutoff_len": 256}
-
-
-def pictured(name: str, says: str, *turns: Any, code: int = USERS_MISTAKE, **fields: Any) -> None:
-    """A good conversation about a picture and one with these turns and fields."""
-    talk = {"conversations": [{"from": who, "value": text} for who, text in turns]} if turns else {}
-    row = {"id": 2, **PICTURED, **talk, **fields}
-    other_task(name, [PICTURED, row], says, {"task": "image_text_to_text"}, code, **LLAVA)
-
-
-pictured(
-    "missing_picture",
-    "a.jsonl, line 2 (id 2): picture pictures/a/9.png does not exist (1 pictures are missing in all)",
-    image="a/9.png",
-)
-pictured(
-    "picture_elsewhere", "a.jsonl, line 2 (id 2): \"image\": '../a.png' leaves data.image_folder", image="../a.png"
-)
-pictured(
-    "picture_of_no_name", 'a.jsonl, line 2 (id 2): "image" must be the path of a picture, or a list of paths', image=3
-)
-pictured(
-    "mark_without_picture",
-    'a.jsonl, line 2 (id 2): has 1 <image> in its text and 0 pictures in "image"; give one for each',
-    image=None,
-)
-pictured(
-    "picture_without_mark",
-    'a.jsonl, line 2 (id 2): has 0 <image> in its text and 1 pictures in "image"',
-    ("human", "red?"),
-    ("gpt", "true"),
-)
-pictured(
-    "unknown_speaker",
-    "a.jsonl, line 2 (id 2): turn 2 is from 'assistant'; known speakers are human, gpt",
-    ("human", "<image>"),
-    ("assistant", "true"),
-)
-pictured(
-    "twice_in_a_row",
-    'a.jsonl, line 2 (id 2): "conversations" has two turns of the user in a row',
-    ("human", "<image>"),
-    ("human", "red?"),
-    ("gpt", "true"),
-)
-pictured(
-    "number_said",
-    'a.jsonl, line 2 (id 2): turn 2 must be an object with the strings "from" and "value"',
-    ("human", "<image>"),
-    ("gpt", 3),
-)
-pictured("no_question", "a.jsonl, line 2 (id 2): has no question with an answer", ("human", "<image>"))
-pictured(
-    "nothing_said",
-    "data.train: what gpt says of 1 of 2 records is empty (first: a.jsonl, line 2 (id 2))",
-    ("human", "<image>"),
-    ("gpt", ""),
-    code=DONE,
-)
-pictured(
-    "control_tokens_said",
-    "the text of 1 of 2 records holds special tokens (</s>; first: a.jsonl, line 2 (id 2))",
-    ("human", "<image>"),
-    ("gpt", "a </s>"),
-    code=DONE,
-)
-
-
-# ----------------------------------------------------------------------------------------------- visual features
-
-
-def visual(
-    name: str,
-    says: Says,
-    *,
-    change: Fields | None = None,
-    pictures: int = 4,
-    spoil: Callable[[Path], Any] = lambda file: None,
-    model: Fields | None = None,
-    **data: Any,
-) -> None:
-    """Four questions about pictures, the third changed, with features of some pictures whose file is spoilt."""
-
-    def make(folder: Folder) -> Words:
-        base = folder.made("bart", summaries.base_model)
-        subtasks.features(folder.path, pictures)
-        spoil(folder / "pictures.h5")
-        rows = [subtasks.record("vqa", i) for i in range(4)]
-        rows[2] |= change or {}
-        folder.text("a.jsonl", lines(*rows))
-        fields = {"train": {"vqa": "a.jsonl"}, "format": "vision_text", "features": "pictures.h5"}
-        return folder.run(
-            model={"path": base.name, "task": "vision_seq2seq_lm", "feature_dim": subtasks.WIDTH, **(model or {})},
-            adapter={"target_modules": None},
-            data={**fields, "validation_samples": 0, "cutoff_len": 40, "target_len": 12, **data},
-            training={"global_batch_size": 2},
-        )
-
-    add(CASES, name, make, says, USERS_MISTAKE)
-
-
-def _with_nan(file: Path) -> None:
-    with h5py.File(file, "a") as opened:
-        for picture in opened.values():
-            picture["features"][:] = float("nan")
-
-
-visual("features_missing", ("a.jsonl, line 4: there are no features of 'p3' in", "1 are missing in all"), pictures=3)
-visual(
-    "features_of_another_width",
-    "pictures.h5 has features of width 7, and model.feature_dim is 9",
-    model={"feature_dim": 9},
-)
-visual("features_damaged", "pictures.h5 cannot be read as HDF5", spoil=lambda file: file.write_bytes(b"nothing"))
-visual("features_nan", "pictures.h5: the features of 'p0' hold NaN or infinity; extract them again", spoil=_with_nan)
-visual("features_nowhere", 'data.features = "other.h5": no such file or folder', features="other.h5")
-visual("question_without_picture", 'a.jsonl, line 3: as a record of vqa, has no "img_id"', change={"img_id": None})
-visual("task_unknown", 'data.train: "okvqa" is not a task of vision_text records', train={"okvqa": "a.jsonl"})

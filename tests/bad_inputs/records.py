@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dora_dist.runtime.exit_codes import DONE, USERS_MISTAKE
+from tests import encoders, llava, summaries
 from tests.bad_inputs.case import Case, Folder, Table, Words
 
 BOTH = (1, 2)
@@ -36,3 +37,28 @@ def refused(table: Table, name: str, file: str, content: str | bytes, says: Says
         return folder.run(data={"train": file, "validation_samples": 0, "loss_on": "answer", **fields})
 
     add(table, name, make, says, USERS_MISTAKE)
+
+
+def add_of_task(
+    table: Table, name: str, rows: list[Any], says: Says, *, model: Fields, code: int = USERS_MISTAKE, **data: Any
+) -> None:
+    """Records for another task: refused in training, or warned of when they are looked at."""
+
+    def make(folder: Folder) -> Words:
+        task = model["task"]
+        base = {
+            "seq2seq_lm": lambda: folder.made("bart", summaries.base_model),
+            "image_text_to_text": lambda: folder.made("llava", llava.model),
+        }.get(task, lambda: folder.made("bert", encoders.plain_encoder))()
+        if task == "image_text_to_text":
+            llava.pictures(folder / "pictures", 2)
+        folder.text("a.jsonl", lines(*rows))
+        sections: dict[str, Fields] = {
+            "model": {"path": base.name, **model},
+            "adapter": {"target_modules": None},
+            "data": {"train": "a.jsonl", "validation_samples": 0, "cutoff_len": 48, **data},
+            "training": {"global_batch_size": 2},
+        }
+        return validated(folder, **sections) if code == DONE else folder.run(**sections)
+
+    add(table, name, make, says, code)

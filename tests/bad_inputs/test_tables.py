@@ -15,6 +15,7 @@ from tests.bad_inputs import (
     adapters,
     bases,
     data,
+    data_of_pictures,
     data_of_tasks,
     data_of_texts,
     evaluating,
@@ -22,6 +23,7 @@ from tests.bad_inputs import (
     runs,
     settings,
     using,
+    weights,
 )
 from tests.bad_inputs.case import Case, Folder, Words
 from tests.ranks import run_ranks
@@ -32,11 +34,13 @@ TABLES = {
     "data": data.CASES,
     "evaluating": evaluating.CASES,
     "making": making.CASES,
+    "pictures": data_of_pictures.CASES,
     "runs": runs.CASES,
     "settings": settings.CASES,
     "tasks": data_of_tasks.CASES,
     "texts": data_of_texts.CASES,
     "using": using.CASES,
+    "weights": weights.CASES,
 }
 ROWS = {f"{area}-{case.name}": case for area, table in TABLES.items() for case in table}
 RUNS = [pytest.param(name, world, id=f"{name}-{world}") for name, case in ROWS.items() for world in case.ranks]
